@@ -1,0 +1,1 @@
+"""Triton kernels for attention from few tags to many image patches."""

@@ -1,0 +1,168 @@
+"""The words of the project as values. Nothing here does anything; nothing here imports more than numpy.
+
+    Pair ──mine──▶ Tag      Pair ──embed──▶ unit vector      query ──retrieve──▶ Retrieval(Neighbour, RetrievedTag)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from hashlib import sha256
+from json import dumps
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+Kind = Literal["object", "attribute", "entity", "relation", "custom"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+Vectors = NDArray[np.float32]
+"""`[N, D]` float32, every row of unit length."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One image with its captions, as a reader yields it."""
+
+    key: str
+    """Unique in its source."""
+    image: bytes
+    """The encoded image (JPEG, PNG, WebP ...), not yet decoded and not yet trusted."""
+    captions: tuple[str, ...]
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    """Further columns of the source; JSON values."""
+    origin: str = ""
+    """Where it was read (file and line or member), for messages."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A pair that was read and could not be used: it is quarantined with its reason, the rest goes on."""
+
+    key: str
+    reason: str
+    origin: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Tag:
+    """A short phrase mined from a caption."""
+
+    text: str
+    """As shown: "blue sky", "Montepulciano"."""
+    kind: Kind
+    span: tuple[int, int]
+    """Character offsets `[start, end)` in the caption that the tag was read from; `(0, 0)` when it has no place in one."""
+    caption: int = 0
+    """Index into `Pair.captions`; -1 for a tag that comes from metadata."""
+    score: float = 1.0
+    """Confidence in [0, 1]."""
+    canonical: str = ""
+    """What makes two tags of a kind the same tag (folded case and number); the text itself if left empty."""
+
+    def __post_init__(self) -> None:
+        if not self.canonical:
+            object.__setattr__(self, "canonical", self.text)
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """Everything that decides what a vector means. Two encoders agree on vectors if and only if their fingerprints are equal."""
+
+    model: str
+    """What the encoder was asked for: `mini`, `ViT-L-14/openai`, `local-dir:PATH`."""
+    weights: str
+    """sha256 (hex) over the names, dtypes, shapes and bytes of all weights."""
+    preprocess: Mapping[str, Any]
+    """Size, mean, std, interpolation, resize mode."""
+    quick_gelu: bool
+    normalised: bool
+    dimension: int
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits that stand for the whole; `model` is left out: it is a name, the weights say which model it is."""
+        value = {k: v for k, v in asdict(self).items() if k != "model"}
+        return sha256(dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+    def __str__(self) -> str:
+        return f"{self.model} ({self.dimension}-d, {self.digest})"
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbour:
+    """A retrieved entry."""
+
+    key: str
+    entry_id: int
+    similarity: float
+    """Cosine of the entry's vector and the query's, in [-1, 1]."""
+
+
+@dataclass(frozen=True, slots=True)
+class RetrievedTag:
+    """A tag of the neighbours, with its signals."""
+
+    tag_id: int
+    tag: str
+    kind: Kind
+    similarity: float
+    """Of the best neighbour that carries it."""
+    votes: int
+    """How many neighbours carry it."""
+    relevance: float
+    """Cosine of the tag's text embedding and the query's image vector."""
+    neighbours: tuple[int, ...]
+    """The `entry_id`s of the neighbours that carry it, best first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Retrieval(Sequence[RetrievedTag]):
+    """The answer to one query: a sequence of its retrieved tags, with the neighbours and the version they came from."""
+
+    store: str
+    version: int
+    fingerprint: str
+    """`Fingerprint.digest` of the version."""
+    neighbours: tuple[Neighbour, ...]
+    tags: tuple[RetrievedTag, ...]
+
+    def __len__(self) -> int:
+        return len(self.tags)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.tags[index]
+
+    def __iter__(self) -> Iterator[RetrievedTag]:
+        return iter(self.tags)
+
+
+@dataclass(frozen=True, slots=True)
+class TagInfo:
+    """A tag of a store's vocabulary."""
+
+    tag_id: int
+    text: str
+    kind: Kind
+    count: int
+    """How many entries of the version carry it."""
+    embedding: NDArray[np.float32] | None = None
+    """Its text embedding, `[D]` float32 of unit length, where asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoreInfo:
+    """What is known of one version of a store."""
+
+    store: str
+    version: int
+    entries: int
+    tags: int
+    """Tags over all entries, counted once an entry."""
+    unique_tags: int
+    fingerprint: Fingerprint
+    index: Mapping[str, Any]
+    """Kind and parameters of the index that answers."""
+    created: str
+    """UTC time of the commit, ISO 8601."""

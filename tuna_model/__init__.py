@@ -1,0 +1,1 @@
+"""TUNA: a multimodal model that grounds its answers in the tags of similar images."""
