@@ -1,0 +1,153 @@
+"""Bytes that claim to be an image -> pixels. The only place where foreign image bytes are decoded, so all the distrust is here.
+
+    bytes ──signature──▶ Pillow plugin ──header: size within the limit?──▶ pixels ──mode, rotation──▶ RGB, 8 bits, upright
+
+Only decoders that run inside this process are used (no EPS, which starts Ghostscript). Colour profiles are ignored, as open_clip's own
+preprocessing does.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from typing import Any, cast
+
+import imagehash
+import numpy as np
+from PIL import BmpImagePlugin, GifImagePlugin, Image, ImageChops, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
+
+from tagstore.errors import BadImage
+
+MAX_PIXELS = 100_000_000
+FORMATS = "JPEG, PNG, WebP, GIF, BMP or TIFF"
+
+# The signature decides, never the file's name. Calling a plugin directly leaves out what `Image.open` would add: a guess over all plugins,
+# and a bomb check against a process-wide limit that is not ours to set.
+_PLUGINS: tuple[tuple[re.Pattern[bytes], Any], ...] = (
+    (re.compile(rb"\xff\xd8\xff"), JpegImagePlugin.JpegImageFile),
+    (re.compile(rb"\x89PNG\r\n\x1a\n"), PngImagePlugin.PngImageFile),
+    (re.compile(rb"RIFF....WEBP", re.DOTALL), WebPImagePlugin.WebPImageFile),
+    (re.compile(rb"GIF8[79]a"), GifImagePlugin.GifImageFile),
+    (re.compile(rb"BM"), BmpImagePlugin.BmpImageFile),
+    (re.compile(rb"II[*+]\0|MM\0[*+]"), TiffImagePlugin.TiffImageFile),
+)
+
+# EXIF orientation (CIPA DC-008, tag 0x0112) -> what turns the picture upright.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode the first frame of an encoded image to upright RGB with 8 bits a channel. Safe to call from many threads.
+
+    Transparent parts become white: the colour stored under full transparency is arbitrary (mostly black) and would otherwise decide the
+    vector, and pictures with alpha (products, clip art) are made for white pages. 16-bit grey is scaled by its full range; 32-bit and
+    float grey, which have no agreed range, from their own minimum and maximum.
+
+    Raises `BadImage` for anything that is no image, is cut off or damaged, or has more than `max_pixels` pixels; the size is read from the
+    header before any pixel is decoded.
+    """
+    if not data:
+        raise BadImage("the image is empty (0 bytes): fetch or export it again")
+    plugin = next((plugin for signature, plugin in _PLUGINS if signature.match(data)), None)
+    if plugin is None:
+        raise BadImage(f"not an image of a known format (it starts with {bytes(data[:16])!r}): give {FORMATS}")
+    with _quiet():
+        try:
+            image = plugin(BytesIO(data))
+            width, height = image.size
+            _check_size(width, height, max_pixels)
+            image.load()
+            orientation = _orientation(image)
+            upright = _to_rgb(image)
+            return upright.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else upright
+        except BadImage:
+            raise
+        except Image.DecompressionBombError as error:
+            raise BadImage(f"the image is too large for its decoder ({error}): shrink it") from error
+        except MemoryError as error:
+            raise BadImage("not enough memory to decode the image: lower max_pixels, or shrink the image") from error
+        except Exception as error:  # decoders answer damaged bytes with any exception at all; each means the same
+            name = plugin.format or "image"
+            raise BadImage(f"damaged or truncated {name} ({error}; {len(data)} bytes): fetch or export it again") from error
+
+
+def perceptual_hash(image: Image.Image) -> int:
+    """64-bit perceptual hash (DCT of a 32 x 32 grey reduction): near-duplicates differ in few bits. Unsigned."""
+    # Box reduction to 64..127 pixels a side first: the hash only looks at 32 x 32, and converting and resizing all pixels costs more.
+    image = image.reduce((max(1, image.width // 64), max(1, image.height // 64)))
+    return int(str(imagehash.phash(image)), 16)
+
+
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if width < 1 or height < 1:
+        raise BadImage(f"the image's header says {width} x {height} pixels: there is nothing in it")
+    if width * height > max_pixels:
+        raise BadImage(
+            f"the image's header says {width} x {height} = {width * height:,} pixels, more than the limit of {max_pixels:,}: "
+            "shrink it, or raise max_pixels if you trust it"
+        )
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return cast(int, image.getexif().get(0x0112, 1))
+    except Exception:  # noqa: BLE001  damaged EXIF beside good pixels is common on the web: the picture is worth more than its rotation
+        return 1
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "CMYK" and image.format == "JPEG" and "adobe" not in image.info:
+        # Adobe writes CMYK inverted, and Pillow takes every CMYK JPEG for Adobe's.
+        image = ImageChops.invert(image)
+    if image.mode.startswith(("I", "F")):
+        return _grey_to_rgb(image)
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGB", image.size, "white")
+        white.paste(rgba, mask=rgba.getchannel("A"))
+        return white
+    return image.convert("RGB")
+
+
+def _grey_to_rgb(image: Image.Image) -> Image.Image:
+    values = np.asarray(image)
+    if image.mode.startswith("I;16"):
+        grey = (values / 257 + 0.5).astype(np.uint8)
+        if "transparency" in image.info:
+            grey[values == image.info["transparency"]] = 255
+    else:
+        finite = values[np.isfinite(values)].astype(np.float64)
+        if not finite.size:
+            raise BadImage("the image has no finite pixel values: export it again")
+        low, high = float(finite.min()), float(finite.max())
+        scaled = (np.nan_to_num(values.astype(np.float64), nan=low, posinf=high, neginf=low) - low) * (255 / max(high - low, 1e-300))
+        grey = (scaled + 0.5).astype(np.uint8)
+    return Image.fromarray(grey).convert("RGB")
+
+
+_IGNORE_PILLOW = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Pillow's warnings (about damaged EXIF, mostly), which nobody can act on among a million images.
+
+    `warnings.catch_warnings` swaps the whole list of filters and so isn't safe among threads; one entry in and the same entry out is.
+    """
+    filters = cast("list[Any]", warnings.filters)
+    filters.insert(0, _IGNORE_PILLOW)
+    try:
+        yield
+    finally:
+        filters.remove(_IGNORE_PILLOW)
