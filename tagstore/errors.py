@@ -45,10 +45,12 @@ class AlreadyExists(TagstoreError):
 class FingerprintMismatch(TagstoreError):
     """The vectors of a query or an ingest come from another encoder than the store's."""
 
-    def __init__(self, store: str, expected: object, got: object) -> None:
-        super().__init__(
-            f"store '{store}' holds vectors of {expected}, the query's are of {got}: "
-            "their cosines would mean nothing. Embed the query with the store's encoder."
+    @classmethod
+    def between(cls, store: str, expected: object, got: object) -> FingerprintMismatch:
+        """The message with both fingerprints in it."""
+        return cls(
+            f"store '{store}' holds vectors of encoder {expected}, these are of encoder {got}: "
+            "cosines between them mean nothing. Use the store's encoder, or another store."
         )
 
 

@@ -1,6 +1,6 @@
 """The words of the project as values. Nothing here does anything; nothing here imports more than numpy.
 
-    Pair ──mine──▶ Tag      Pair ──embed──▶ unit vector      query ──retrieve──▶ Retrieval(Neighbour, RetrievedTag)
+Pair ──mine──▶ Tag      Pair ──embed──▶ unit vector      query ──retrieve──▶ Retrieval(Neighbour, RetrievedTag)
 """
 
 from __future__ import annotations
@@ -88,6 +88,34 @@ class Fingerprint:
 
     def __str__(self) -> str:
         return f"{self.model} ({self.dimension}-d, {self.digest})"
+
+
+@dataclass(frozen=True, slots=True)
+class EntryTag:
+    """A tag as one entry carries it."""
+
+    tag_id: int
+    score: float
+    """Of the surest mention, in [0, 1]; kept to 1/255."""
+    mentions: tuple[tuple[int, int, int], ...] = ()
+    """Provenance: (caption, start, end) of each place it was read from; caption -1 is the metadata."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What a store keeps of a pair, beside its vector."""
+
+    entry_id: int
+    key: str
+    sha256: bytes
+    """Of the encoded image, 32 bytes."""
+    perceptual_hash: int
+    """64-bit pHash of the decoded image."""
+    captions: tuple[str, ...]
+    tags: tuple[EntryTag, ...]
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    origin: str = ""
+    """Where the image was read."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,132 @@
+"""All stores under one root, opened as they are asked for: the one face that the server and `file://` sources share."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tagstore.encoder import Encoder, load_encoder
+from tagstore.engine import DEFAULT_K, Engine, check_request
+from tagstore.errors import BadImage, BadVector, FingerprintMismatch, InvalidInput, NotFound, TagstoreError
+from tagstore.store import Store, store_names
+from tagstore.types import Fingerprint, Retrieval, StoreInfo
+
+if TYPE_CHECKING:
+    from os import PathLike
+
+log = logging.getLogger(__name__)
+
+
+class Catalog:
+    """The stores under a directory. Safe for threads. A new version is served from the first request after its commit."""
+
+    def __init__(self, root: str | PathLike[str], *, device: str = "auto") -> None:
+        self.root = Path(root)
+        self.device = device
+        self._stores: dict[str, Store] = {}
+        self._engines: dict[tuple[str, int], Engine] = {}
+        self._encoders: dict[str, Encoder] = {}
+        self._lock = Lock()
+        self._decoders = ThreadPoolExecutor(thread_name_prefix="decode")
+        if not self.root.is_dir():
+            raise NotFound(f"{self.root.resolve()} is no directory: `tagstore ingest SRC --root {self.root} --store NAME` makes one")
+
+    def engine(self, store: str, version: int = 0) -> Engine:
+        """The engine of a version, 0 for the current one. Raises `NotFound`, `InvalidInput` for a name that can't be one."""
+        with self._lock:
+            opened = self._stores.get(store)
+            if opened is None:
+                opened = self._stores[store] = Store(self.root, store)
+            number = version or opened.state()["current"]
+            engine = self._engines.get((store, number))
+            if engine is None:
+                engine = self._engines[store, number] = Engine(opened.snapshot(number or None))
+                log.info("opened %s@%d: %d entries, index %s", store, number, engine.version.entries, engine.index.describe().get("kind"))
+                if not version:
+                    for old in [key for key in self._engines if key[0] == store and key[1] < number]:
+                        del self._engines[old]  # requests in flight hold their own reference
+            return engine
+
+    def encoder(self, fingerprint: Fingerprint) -> Encoder:
+        """The encoder of a fingerprint. Raises `FingerprintMismatch` if what its name loads today is another one."""
+        with self._lock:
+            encoder = self._encoders.get(fingerprint.digest)
+            if encoder is None:
+                encoder = load_encoder(fingerprint.model, device=self.device)
+                if encoder.fingerprint.digest != fingerprint.digest:
+                    raise FingerprintMismatch(
+                        f"the store was made with encoder {fingerprint}, but '{fingerprint.model}' loads as {encoder.fingerprint} here: "
+                        "install the weights it was made with, or ingest again"
+                    )
+                self._encoders[fingerprint.digest] = encoder
+            return encoder
+
+    def warm(self) -> list[StoreInfo]:
+        """Open every store and load its encoder, so that the first request finds them there; returns what was opened."""
+        infos = self.stores()
+        for info in infos:
+            self.encoder(info.fingerprint)
+        return infos
+
+    def stores(self) -> list[StoreInfo]:
+        """The current version of every store; one that can't be opened is logged and left out."""
+        infos = []
+        for name in store_names(self.root):
+            try:
+                infos.append(self.engine(name).info())
+            except TagstoreError as error:
+                log.warning("store '%s' is left out: %s", name, error)
+        return infos
+
+    def retrieve(
+        self,
+        store: str,
+        version: int = 0,
+        *,
+        images: Sequence[bytes] = (),
+        vectors: NDArray[np.floating] | None = None,
+        fingerprint: str = "",
+        k: int = DEFAULT_K,
+        max_tags: int = 0,
+    ) -> list[Retrieval]:
+        """Retrieved tags of encoded images, then of vectors `[N, D]`, all from one version.
+
+        Raises:
+            NotFound: no such store or version.
+            FingerprintMismatch: `fingerprint` (a digest) is not the store's.
+            BadImage, BadVector, InvalidInput: a query that means nothing; the message says which.
+        """
+        engine = self.engine(store, version)
+        check_request(len(images) + (0 if vectors is None else len(vectors)), k, max_tags)
+        if fingerprint and fingerprint != engine.fingerprint.digest:
+            raise FingerprintMismatch.between(store, engine.fingerprint, fingerprint)
+        parts = []
+        if vectors is not None and len(vectors):
+            if not fingerprint:
+                raise InvalidInput("a query by vector must say which encoder made it: pass its fingerprint")
+            if vectors.ndim != 2 or vectors.shape[1] != engine.fingerprint.dimension:
+                raise BadVector(f"queries have shape {list(vectors.shape)}, store '{store}' takes [N, {engine.fingerprint.dimension}]")
+            parts.append(vectors)
+        if images:
+            parts.insert(0, self._embed(engine, images))
+        return engine.retrieve(np.concatenate(parts), k=k, max_tags=max_tags) if parts else []
+
+    def _embed(self, engine: Engine, images: Sequence[bytes]) -> NDArray[np.floating]:
+        from tagstore.images import decode
+
+        encoder = self.encoder(engine.fingerprint)
+
+        def prepared(position: int) -> NDArray[np.uint8]:
+            try:
+                return encoder.prepare(decode(images[position]))
+            except BadImage as error:
+                raise BadImage(f"image {position} of the request: {error}") from error
+
+        return encoder.encode_images(np.stack(list(self._decoders.map(prepared, range(len(images))))))
