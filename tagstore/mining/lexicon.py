@@ -1,0 +1,44 @@
+"""The words that the rules know, read from `data/lexicon.txt`."""
+
+from __future__ import annotations
+
+from hashlib import sha256
+from importlib.resources import files
+
+
+def sections(text: str) -> dict[str, frozenset[str]]:
+    """Read sections of comma-separated entries: `[name]`, then entries; `#` begins a comment."""
+    found: dict[str, set[str]] = {}
+    current: set[str] = set()
+    for line in text.splitlines():
+        line = line.split("#", 1)[0].strip()
+        if line.startswith("["):
+            current = found.setdefault(line.strip("[]"), set())
+        else:
+            current.update(entry.strip() for entry in line.split(",") if entry.strip())
+    return {name: frozenset(entries) for name, entries in found.items()}
+
+
+_TEXT = files("tagstore.mining").joinpath("data/lexicon.txt").read_text(encoding="utf-8")
+DIGEST = sha256(_TEXT.encode()).hexdigest()[:12]
+"""Part of a miner's settings: another lexicon is another miner."""
+
+_WORDS = sections(_TEXT)
+COLOURS = _WORDS["colours"]
+TINTS = _WORDS["tints"]
+SHADES = _WORDS["shades"]
+GENDERS = _WORDS["genders"]
+NUMBERS = _WORDS["numbers"]
+POSITIONS = _WORDS["positions"]
+PICTURES = _WORDS["pictures"]
+MEASURES = _WORDS["measures"]
+PARTITIVES = _WORDS["partitives"]
+CONTAINERS = _WORDS["containers"]
+ABSTRACT = _WORDS["abstract"]
+VAGUE = _WORDS["vague"]
+PREDICATES = _WORDS["predicates"]
+LEXICAL = _WORDS["lexical"]
+ANIMATE = _WORDS["animate"]
+GERUNDS = _WORDS["gerunds"]
+STATES = _WORDS["states"]
+COMMONS = _WORDS["commons"]

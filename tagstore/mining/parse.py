@@ -1,0 +1,72 @@
+"""A parsed caption as plain lists, hyphenated words joined: what the rules read instead of spaCy's tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+NOUNS = frozenset({"NN", "NNS", "NNP", "NNPS"})
+_HYPHENS = frozenset({"-", "--"})
+
+
+class Parse:
+    """Words of a caption in order; word `i` has `text[i]`, `low[i]`, `tag[i]`, `dep[i]`, `head[i]` (a word index), `start[i]`, `end[i]` (characters)."""
+
+    __slots__ = ("dep", "end", "head", "kids", "low", "source", "start", "tag", "text", "word_of")
+
+    def __init__(self, doc: Any) -> None:
+        tokens = list(doc)
+        self.source: str = doc.text
+        idx = [t.idx for t in tokens]
+        texts = [t.text for t in tokens]
+        tags = [t.tag_ for t in tokens]
+        deps = [t.dep_ for t in tokens]
+        heads = [t.head.i for t in tokens]
+        ends = [i + len(t) for i, t in zip(idx, texts, strict=True)]
+        n = len(tokens)
+
+        # "blue-illuminated" comes as three tokens: one word here, led by its last part, as its syntax is
+        first = list(range(n))
+        for i in range(1, n - 1):
+            if (
+                texts[i] in _HYPHENS
+                and idx[i] == ends[i - 1]
+                and idx[i + 1] == ends[i]
+                and texts[i + 1][:1].isalnum()
+                and texts[i - 1][-1:].isalnum()
+            ):
+                first[i] = first[i - 1]
+                first[i + 1] = first[i]
+        last = [i for i in range(n) if i + 1 == n or first[i + 1] != first[i]]
+        self.word_of = [0] * n
+        for word, i in enumerate(last):
+            for j in range(first[i], i + 1):
+                self.word_of[j] = word
+
+        self.text = [self.source[idx[first[i]] : ends[i]] for i in last]
+        self.low = [t.lower() for t in self.text]
+        self.start = [idx[first[i]] for i in last]
+        self.end = [ends[i] for i in last]
+        self.tag: list[str] = []
+        self.dep: list[str] = []
+        self.head: list[int] = []
+        for word, i in enumerate(last):
+            # the part whose head lies outside says what the whole depends on
+            lead = next((j for j in range(i, first[i] - 1, -1) if self.word_of[heads[j]] != word), i)
+            self.tag.append(tags[i])
+            self.dep.append(deps[lead])
+            self.head.append(self.word_of[heads[lead]])
+        self.kids: list[list[int]] = [[] for _ in last]
+        for word, head in enumerate(self.head):
+            if head != word:
+                self.kids[head].append(word)
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+    def is_noun(self, i: int) -> bool:
+        """Whether word `i` is a noun of any sort."""
+        return self.tag[i] in NOUNS
+
+    def child(self, i: int, dep: str) -> int:
+        """The first dependent of word `i` with that relation, or -1."""
+        return next((k for k in self.kids[i] if self.dep[k] == dep), -1)

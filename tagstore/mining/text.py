@@ -1,0 +1,126 @@
+"""Captions as they come from the web, made fit for a parser, with the way back to where each character stood."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from dataclasses import dataclass
+from html import unescape
+
+# Anything that makes a caption more than plain words: only then the slow way is taken.
+_SUSPICIOUS = re.compile(
+    r"[^\x20-\x7e]|[&#@_<>|\\*~`]|  |^\s|\s$|://|www\.|\.(?:jpe?g|png|gif|com|net|org)\b|\bISO\b|\bf/|\dmm\b|"
+    r"\b(?:stock|royalty|copyright|credit|courtesy|photos?|photographs?|photographed|pictures?|images?|shot|view|"
+    r"close|closeup|snapshot|illustration|drawing|painting|portrait|vector|wallpaper|download|getty)\b",
+    re.IGNORECASE,
+)
+_ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")
+_PLAIN = {"‘": "'", "’": "'", "‛": "'", "“": '"', "”": '"', "„": '"', "–": "-", "—": " - ", "‐": "-", "‑": "-", "…": "..."}
+
+_PICTURE = r"(?:pictures?|pics?|photos?|photographs?|photography|images?|snapshots?|shots?|views?|close[- ]?ups?|portraits?|illustrations?|drawings?|paintings?)"
+_BOILERPLATE = re.compile(
+    "|".join(
+        (
+            r"<[^<>]{0,200}>",  # markup
+            r"(?:https?://|www\.)\S+",
+            r"\S+@\S+\.\w+",  # addresses
+            r"(?<!\w)[@#][\w-]+",  # handles and hashtags
+            r"\b\S+\.(?:jpe?g|png|gif|tiff?|webp|bmp)\b",
+            r"\b(?:IMG|DSC[NF]?|DCIM|PICT|P\d)_?\d{3,}\b",
+            r"\b(?:royalty[- ]free|rights[- ]managed|hd|free)?[ -]*stock (?:photos?|photography|images?|pictures?|footage|vectors?|illustrations?)\b",
+            r"\broyalty[- ]free(?: " + _PICTURE + r")?",
+            r"\b(?:getty images|shutterstock|istock(?:photo)?|alamy|dreamstime|adobe stock)\b",
+            r"(?:\(c\)|©|\bcopyright\b)[^.,;|]{0,60}",
+            r"\b(?:photo|image|picture|photograph)s? (?:by|credit|courtesy)\b:?[^.;|]{0,60}",
+            r"\b(?:shot|taken|photographed) (?:with|on|using) (?:an? |my )?(?:canon|nikon|sony|fuji\w*|leica|olympus|pentax|panasonic|iphone)[^.,;|]{0,30}",
+            r"\b(?:canon|nikon) (?:eos |powershot |coolpix )?[a-z]*\d\w*(?: mark [iv]+)?",
+            r"\bISO[ -]?\d+\b|\bf/\d+(?:\.\d+)?|\b\d+(?:\.\d+)?mm\b|\b1/\d+ ?s(?:ec)?\b",
+        )
+    ),
+    re.IGNORECASE,
+)
+_LEAD = re.compile(
+    r"\s*(?:(?:this|here|it|there) (?:is|'s|are)\s+)?(?:(?:an?|the|this|some|two)\s+)?(?:[\w-]+\s+){0,3}?"
+    + _PICTURE
+    + r"\s+(?:of|showing|depicting|with)\s+",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Clean:
+    """A cleaned caption; `starts[i]` and `ends[i]` say where its character i stood in the original (None: unchanged)."""
+
+    text: str
+    starts: tuple[int, ...] | None = None
+    ends: tuple[int, ...] | None = None
+
+    def span(self, start: int, end: int) -> tuple[int, int]:
+        """Offsets in the original of `text[start:end]`."""
+        if self.starts is None or self.ends is None:
+            return start, end
+        return (self.starts[start], self.ends[end - 1]) if start < end else (0, 0)
+
+
+def clean(caption: str, max_chars: int) -> Clean:
+    """The part of a caption worth parsing: its first `max_chars` characters without markup, links, hashtags, camera and agency boilerplate.
+
+    HTML entities are resolved, Unicode compatibility forms folded (NFKC), control characters and emoji dropped, runs of space made
+    one, and a caption that shouts is lowered.
+    """
+    caption = caption[:max_chars]
+    if not _SUSPICIOUS.search(caption):
+        return Clean(_unshouted(caption))
+    chars, starts, ends = _characters(caption)
+    text = "".join(chars)
+    text = _BOILERPLATE.sub(lambda match: " " * len(match.group()), text)
+    if lead := _LEAD.match(text):
+        text = " " * lead.end() + text[lead.end() :]
+    keep = [i for i, c in enumerate(text) if c != " " or (i > 0 and text[i - 1] != " ")]
+    if keep and text[keep[-1]] == " ":
+        keep.pop()
+    if keep and text[keep[0]] == " ":
+        keep.pop(0)
+    text = "".join(text[i] for i in keep)
+    return Clean(_unshouted(text), tuple(starts[i] for i in keep), tuple(ends[i] for i in keep))
+
+
+def _characters(caption: str) -> tuple[list[str], list[int], list[int]]:
+    """Each character that stays, with the stretch of the original that it stands for."""
+    chars: list[str] = []
+    starts: list[int] = []
+    ends: list[int] = []
+    at = 0
+    while at < len(caption):
+        match = _ENTITY.match(caption, at) if caption[at] == "&" else None
+        end = match.end() if match else at + 1
+        raw = unescape(caption[at:end]) if match else caption[at]
+        for c in raw:
+            for plain in _plain(c):
+                chars.append(plain)
+                starts.append(at)
+                ends.append(end)
+        at = end
+    return chars, starts, ends
+
+
+def _plain(c: str) -> str:
+    if "\x20" <= c <= "\x7e":
+        return c
+    if c in _PLAIN:
+        return _PLAIN[c]
+    folded = unicodedata.normalize("NFKC", c)
+    category = unicodedata.category(folded[0]) if folded else "Cn"
+    if category in ("Cf", "Mn", "Me") and c != "\u00ad":
+        # zero-width marks vanish; a combining accent that NFKC could not join is kept with its letter
+        return folded if category == "Mn" else ""
+    if category[0] in "CZ" or category in ("So", "Sk") or category == "Cs":
+        return " "
+    return folded
+
+
+def _unshouted(text: str) -> str:
+    letters = [c for c in text if c.isalpha()]
+    if len(letters) > 12 and text.count(" ") >= 3 and all(c.isupper() for c in letters) and len(text.lower()) == len(text):
+        return text.lower()
+    return text
