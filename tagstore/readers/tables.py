@@ -1,0 +1,162 @@
+"""Tables as text: CSV, TSV and JSON Lines, also gzipped, always UTF-8. A bad row is rejected by its line number, the rest goes on."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import IO, Any, cast
+
+from tagstore.errors import InvalidInput
+from tagstore.readers.records import Options, choose, rejected, row_to_pair
+from tagstore.types import Pair, Rejected
+
+_WINDOW = 100
+"""Records of a JSON Lines file that are looked at for the names of its fields."""
+_WINDOW_CHARACTERS = 8_000_000
+_UNREADABLE = (OSError, EOFError, zlib.error)
+
+
+def read_csv(file: Path, options: Options) -> Iterator[Pair | Rejected]:
+    """A table whose first line names the columns; fields may be quoted and hold line breaks."""
+    # strict, for otherwise a quote left open in the last column swallows the rows after it as one long caption
+    return _read_rows(file, options, lambda lines: csv.reader(lines, strict=True))
+
+
+def read_tsv(file: Path, options: Options) -> Iterator[Pair | Rejected]:
+    """As CSV with tabs, but a line is a row: captions beginning with a quotation mark are common in such files, quoted line breaks not."""
+    return _read_rows(file, options, lambda lines: ([_unquoted(field) for field in line.rstrip("\r\n").split("\t")] for line in lines))
+
+
+def _unquoted(field: str) -> str:
+    """What pandas and spreadsheets wrote, where they quoted the whole field."""
+    return field[1:-1].replace('""', '"') if re.fullmatch(r'"([^"]|"")*"', field) else field
+
+
+def _read_rows(file: Path, options: Options, parse: Callable[[_Lines], Iterator[list[str]]]) -> Iterator[Pair | Rejected]:
+    with _open_text(file) as text:
+        lines = _Lines(text, options)
+        rows = parse(lines)
+        try:
+            header = [name.strip() for name in next(rows, [])]
+        except csv.Error as error:
+            raise InvalidInput(f"{file}: not a table ({error})") from None
+        if not any(header) or lines.trouble:
+            raise InvalidInput(f"{file}: {lines.trouble or 'empty, not even a line with the names of the columns'}")
+        if len(set(header)) < len(header):
+            raise InvalidInput(f"{file}: two columns have the same name ({', '.join(header)}): rename one")
+        chosen = choose(options.columns, header, f"{file} (its first line names the columns)")
+        while True:
+            number = lines.number + 1
+            try:
+                row = next(rows)
+            except StopIteration:
+                break
+            except csv.Error as error:
+                yield _rejected(file, number, f"lines {number} to {lines.number}: {error}: is a quote left open or not doubled?")
+                continue
+            if not any(row):
+                continue
+            if any(map(_not_utf8, row)):
+                yield _rejected(file, number, _ENCODING)
+            elif len(row) != len(header):
+                yield _rejected(file, number, f"the row has {len(row)} fields, the first line names {len(header)}")
+            else:
+                yield row_to_pair(dict(zip(header, row, strict=True)), chosen, file, number, options)
+        if lines.trouble:
+            yield _rejected(file, lines.number + 1, lines.trouble)
+
+
+def read_jsonl(file: Path, options: Options) -> Iterator[Pair | Rejected]:
+    """An object a line. The image is a path relative to the file, or base64."""
+    with _open_text(file) as text:
+        lines = _Lines(text, options)
+        records = _objects(file, lines)
+        window: list[tuple[int, dict[str, Any] | Rejected]] = []
+        for numbered in records:
+            window.append(numbered)
+            if len(window) == _WINDOW or lines.characters > _WINDOW_CHARACTERS:
+                break
+        names = dict.fromkeys(name for _, record in window if isinstance(record, dict) for name in record)
+        if not names:
+            reason = next((record.reason for _, record in window if isinstance(record, Rejected)), lines.trouble)
+            raise InvalidInput(f"{file}: {reason or 'empty'}")
+        chosen = choose(options.columns, names, str(file))
+        for number, record in chain(window, records):
+            yield record if isinstance(record, Rejected) else row_to_pair(record, chosen, file, number, options)
+        if lines.trouble:
+            yield _rejected(file, lines.number + 1, lines.trouble)
+
+
+def _objects(file: Path, lines: _Lines) -> Iterator[tuple[int, dict[str, Any] | Rejected]]:
+    for line in lines:
+        number = lines.number
+        if number == 1 and line.lstrip().startswith("["):
+            raise InvalidInput(f"{file}: a JSON array, not JSON Lines (one object a line): convert it, with jq -c '.[]' for example")
+        if not line.strip():
+            continue
+        if _not_utf8(line):
+            yield number, _rejected(file, number, _ENCODING)
+            continue
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            yield number, _rejected(file, number, f"not JSON ({error})")
+            continue
+        yield number, value if isinstance(value, dict) else _rejected(file, number, f"a {type(value).__name__}, not a JSON object")
+
+
+class _Lines:
+    """The lines of a text, none longer than an image in base64; stops where it cannot be read on and says why in `trouble`."""
+
+    def __init__(self, text: IO[str], options: Options) -> None:
+        self.text = text
+        self.limit = options.max_image_bytes * 4 // 3 + 2**20
+        self.number = 0
+        self.characters = 0
+        self.trouble = ""
+
+    def __iter__(self) -> Iterator[str]:
+        while True:
+            try:
+                line = self.text.readline(self.limit)
+            except _UNREADABLE as error:
+                self.trouble = f"damaged or cut off after line {self.number} ({error}): what came before is used"
+                return
+            if len(line) == self.limit:
+                self.trouble = f"line {self.number + 1} is longer than {self.limit:,} characters: what came before is used"
+                return
+            if not line:
+                return
+            self.number += 1
+            self.characters += len(line)
+            yield line
+
+
+def _open_text(file: Path) -> IO[str]:
+    opener: Any = gzip.open if file.name.endswith(".gz") else open
+    try:
+        with opener(file, "rb") as raw:
+            head = raw.read(4)
+    except _UNREADABLE as error:
+        raise InvalidInput(f"{file}: cannot be read ({error})") from None
+    if head.startswith((b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")):
+        raise InvalidInput(f"{file}: UTF-16 or UTF-32, and UTF-8 is expected: convert it, with iconv -f utf-16 -t utf-8 for example")
+    # Bytes that are no UTF-8 become lone surrogates, so that the row they stand in is rejected and not the file.
+    return cast("IO[str]", opener(file, "rt", encoding="utf-8-sig", errors="surrogateescape", newline=""))
+
+
+_ENCODING = "not UTF-8, which is expected: convert the file, with iconv -f latin1 -t utf-8 for example"
+
+
+def _not_utf8(text: str) -> bool:
+    return not text.isascii() and re.search("[\udc80-\udcff]", text) is not None
+
+
+def _rejected(file: Path, number: int, reason: str) -> Rejected:
+    return rejected(f"{file.name}:{number}", reason, f"{file}:{number}")
