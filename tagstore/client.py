@@ -133,6 +133,7 @@ class LocalSource(_Source):
     def __init__(self, root: str, store: str, version: int = 0) -> None:
         self._root, self._store, self._version = root, store, version
         self._catalog: Catalog | None = None
+        self._pid = 0
 
     def retrieve(
         self,
@@ -174,7 +175,8 @@ class LocalSource(_Source):
         self._catalog = None
 
     def _opened(self) -> Catalog:
-        if self._catalog is None:
+        if self._catalog is None or self._pid != os.getpid():
+            self._pid = os.getpid()  # an LMDB environment must not cross a fork: a child opens its own
             try:
                 from tagstore.catalog import Catalog
             except ModuleNotFoundError as error:
@@ -273,9 +275,9 @@ class RemoteSource(_Source):
             if self._channel is None or self._pid != os.getpid():
                 options = [("grpc.max_receive_message_length", MAX_MESSAGE), ("grpc.max_send_message_length", MAX_MESSAGE)]
                 self._channel = grpc.insecure_channel(self._address, options=options)
-                self._stub_ = tagstore_pb2_grpc.TagStoreStub(self._channel)
+                self._open_stub = tagstore_pb2_grpc.TagStoreStub(self._channel)
                 self._pid = os.getpid()
-            return self._stub_
+            return self._open_stub
 
 
 def _from_status(error: Any, address: str, timeout: float) -> errors.TagstoreError:

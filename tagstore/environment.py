@@ -20,10 +20,17 @@ MAX_READERS = 2048
 
 _lock = Lock()
 _open: dict[tuple[int, str], Any] = {}
-if hasattr(os, "register_at_fork"):
-    # a child must not touch its parent's environments, and must not close them either: it forgets them
-    _inherited: list[Any] = []
-    os.register_at_fork(after_in_child=lambda: (_inherited.extend(_open.values()), _open.clear()))
+
+
+def _close_inherited() -> None:
+    global _lock
+    _lock = Lock()  # another thread of the parent may have held it
+    for env in _open.values():
+        env.close()  # of the child's copy; the parent's readers are not touched, LMDB knows them by process id
+    _open.clear()
+
+
+os.register_at_fork(after_in_child=_close_inherited)
 
 
 def environment(directory: Path, *, create: bool = False) -> Any:

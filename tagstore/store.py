@@ -88,7 +88,7 @@ class Store:
             self.env = environment(self.directory)
         except NotFound:
             there = ", ".join(store_names(root)) or "none"
-            raise NotFound(f"no store '{name}' under {Path(root).resolve()} (stores there: {there})") from None
+            raise NotFound(f"no store '{name}'; those there are: {there}") from None
         self.db = open_databases(self.env)
         state = self.state()
         if state["format"] != FORMAT:

@@ -1,0 +1,40 @@
+# `make demo` and `make test` do everything on a fresh machine; each sets up .venv when it is needed.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+OUT ?= .demo
+
+# uv reads its own variable for what pip calls PIP_FIND_LINKS
+ifneq ($(strip $(PIP_FIND_LINKS)),)
+export UV_FIND_LINKS := $(PIP_FIND_LINKS)
+endif
+# idle OpenMP threads must sleep, not spin: on few cores FAISS and torch take the time from each other
+export OMP_WAIT_POLICY := PASSIVE
+
+.PHONY: setup demo test lint proto clean
+setup: .venv/.ready
+
+.venv/.ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or later is needed: make PYTHON=/path/to/python3.11"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { rm -rf .venv; echo "this Python cannot make virtual environments: install python3-venv, or pass another, make PYTHON=..."; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[server,model,dev]'
+	@touch $@
+
+# DATA=path takes anything that `tagstore ingest` can read instead of the default pictures
+demo: setup
+	$(BIN)/python scripts/demo.py $(if $(DATA),--data '$(DATA)') --out $(OUT)
+
+test: lint
+	$(BIN)/python -m pytest -n 2
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+proto: setup
+	$(BIN)/python -m grpc_tools.protoc -I protos --python_out=protos --pyi_out=protos --grpc_python_out=protos protos/tagstore_proto/v1/tagstore.proto
+
+clean:
+	rm -rf .venv $(OUT)

@@ -1,0 +1,85 @@
+"""Small real things that many tests need: pictures, a store of them, a server on a free port."""
+
+from __future__ import annotations
+
+import io
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+COLOURS = ("red", "green", "blue", "yellow", "purple", "orange")
+SHAPES = ("circle", "square", "triangle")
+
+
+def picture(colour: str, shape: str, *, size: int = 96, shift: int = 0) -> bytes:
+    """A PNG of one coloured shape on white."""
+    image = Image.new("RGB", (size, size), "white")
+    draw = ImageDraw.Draw(image)
+    box = (16 + shift, 16, size - 16 + shift, size - 16)
+    if shape == "circle":
+        draw.ellipse(box, fill=colour)
+    elif shape == "square":
+        draw.rectangle(box, fill=colour)
+    else:
+        draw.polygon([(box[0], box[3]), (box[2], box[3]), ((box[0] + box[2]) // 2, box[1])], fill=colour)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_shapes(folder: Path) -> Path:
+    """A folder source: 18 pictures with a caption each."""
+    folder.mkdir(parents=True)
+    for colour in COLOURS:
+        for shape in SHAPES:
+            (folder / f"{colour}-{shape}.png").write_bytes(picture(colour, shape))
+            (folder / f"{colour}-{shape}.txt").write_text(f"A {colour} {shape} on a white table in Paris.\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def mini():
+    from tagstore.encoder import load_encoder
+
+    return load_encoder("mini", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def shapes_root(tmp_path_factory: pytest.TempPathFactory, mini) -> Path:
+    """A root with the store "shapes" at version 1; tests must not write to it."""
+    from tagstore.builder import ingest
+
+    root = tmp_path_factory.mktemp("root")
+    ingest(str(write_shapes(tmp_path_factory.mktemp("source") / "shapes")), root=root, store="shapes", encoder=mini)
+    return root
+
+
+@pytest.fixture(scope="session")
+def server_address(shapes_root: Path) -> Iterator[str]:
+    from tagstore.server import Server
+
+    server = Server(shapes_root, "127.0.0.1:0", device="cpu")
+    server.start()
+    yield server.address
+    server.stop(0)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True)
+def no_thread_left_behind() -> Iterator[None]:
+    """A test that leaves a non-daemon thread running would hang the run at its end."""
+    before = set(threading.enumerate())
+    yield
+    left = [t for t in threading.enumerate() if t not in before and not t.daemon and not t.name.startswith(("decode", "rpc"))]
+    assert not left
