@@ -60,6 +60,8 @@ class Tag:
     """Confidence in [0, 1]."""
     canonical: str = ""
     """What makes two tags of a kind the same tag (folded case and number); the text itself if left empty."""
+    label: str = ""
+    """What a miner knows beyond the kind: of an entity `PERSON`, `GPE`, `ORG`, `BRAND`; of a custom tag its column."""
 
     def __post_init__(self) -> None:
         if not self.canonical:
