@@ -58,10 +58,10 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     header before any pixel is decoded.
     """
     if not data:
-        raise BadImage("the image is empty (0 bytes): fetch or export it again")
+        raise BadImage("the image is empty: 0 bytes, fetch or export it again")
     plugin = next((plugin for signature, plugin in _PLUGINS if signature.match(data)), None)
     if plugin is None:
-        raise BadImage(f"not an image of a known format (it starts with {bytes(data[:16])!r}): give {FORMATS}")
+        raise BadImage(f"not an image of a known format: it starts with {bytes(data[:16])!r}, give {FORMATS}")
     with _quiet():
         try:
             image = plugin(BytesIO(data))
@@ -74,12 +74,12 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         except BadImage:
             raise
         except Image.DecompressionBombError as error:
-            raise BadImage(f"the image is too large for its decoder ({error}): shrink it") from error
+            raise BadImage(f"the image is too large: {error}; shrink it") from error
         except MemoryError as error:
-            raise BadImage("not enough memory to decode the image: lower max_pixels, or shrink the image") from error
+            raise BadImage("the image is too large: not enough memory to decode it; lower max_pixels, or shrink the image") from error
         except Exception as error:  # decoders answer damaged bytes with any exception at all; each means the same
             name = plugin.format or "image"
-            raise BadImage(f"damaged or truncated {name} ({error}; {len(data)} bytes): fetch or export it again") from error
+            raise BadImage(f"damaged or truncated {name}: {error} ({len(data)} bytes), fetch or export it again") from error
 
 
 def perceptual_hash(image: Image.Image) -> int:
@@ -91,10 +91,10 @@ def perceptual_hash(image: Image.Image) -> int:
 
 def _check_size(width: int, height: int, max_pixels: int) -> None:
     if width < 1 or height < 1:
-        raise BadImage(f"the image's header says {width} x {height} pixels: there is nothing in it")
+        raise BadImage(f"the image is empty: its header says {width} x {height} pixels")
     if width * height > max_pixels:
         raise BadImage(
-            f"the image's header says {width} x {height} = {width * height:,} pixels, more than the limit of {max_pixels:,}: "
+            f"the image is too large: its header says {width} x {height} pixels, more than the limit of {max_pixels:,} in all; "
             "shrink it, or raise max_pixels if you trust it"
         )
 
@@ -129,7 +129,7 @@ def _grey_to_rgb(image: Image.Image) -> Image.Image:
     else:
         finite = values[np.isfinite(values)].astype(np.float64)
         if not finite.size:
-            raise BadImage("the image has no finite pixel values: export it again")
+            raise BadImage("the image is empty: it has no finite pixel values, export it again")
         low, high = float(finite.min()), float(finite.max())
         scaled = (np.nan_to_num(values.astype(np.float64), nan=low, posinf=high, neginf=low) - low) * (255 / max(high - low, 1e-300))
         grey = (scaled + 0.5).astype(np.uint8)

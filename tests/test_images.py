@@ -219,7 +219,7 @@ def test_what_is_no_image(data: bytes, message: str) -> None:
 
 @pytest.mark.parametrize(("width", "height"), [(30_000, 30_000), (2_000_000_000, 2_000_000_000), (1, 2_000_000_000), (100_001, 1000)])
 def test_a_decompression_bomb_is_refused_from_its_header(width: int, height: int) -> None:
-    with pytest.raises(BadImage, match=r"more than the limit of 100,000,000.*max_pixels"):
+    with pytest.raises(BadImage, match=r"too large: .*more than the limit of 100,000,000 in all.*max_pixels"):
         decode(png_header(width, height))
 
 

@@ -115,15 +115,15 @@ def test_folder_rejects_and_goes_on(tmp_path: Path) -> None:
     assert [key for key, _ in pairs(items)] == ["empty", "twice", "zz"]
     got = reasons(items)
     for key, reason in {
-        "alone": "no caption file",
+        "alone": "no caption file: ",
         "blank": "no caption",
-        "gone": "without an image",
-        "latin": "latin.txt is not UTF-8 (byte 0xe9 at offset 3): convert",
-        "large": "larger than the limit of 100 bytes",
-        "twice": "same key",
-        "link": "link.jpg is missing",
+        "gone": "no image: ",
+        "latin": "not UTF-8: latin.txt has byte 0xe9 at offset 3",
+        "large": "larger than the limit: large.jpg has more than 100 bytes",
+        "twice": "two images have the same key: ",
+        "link": "a file is missing: link.jpg",
         "loop": "leads back",
-        "pipe": "not a file",
+        "pipe": "not a regular file",
     }.items():
         assert reason in got.pop(key)
     assert not got
@@ -134,7 +134,7 @@ def test_an_unreadable_file(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").symlink_to("/proc/self/mem")
     items = list(read(str(tmp_path)))
     assert pairs(items) == [("b", ("readable",))]
-    assert "a.jpg cannot be read (Input/output error)" in reasons(items)["a"]
+    assert "a file cannot be read: a.jpg (Input/output error)" in reasons(items)["a"]
 
 
 def test_a_file_name_that_is_no_text(tmp_path: Path) -> None:
@@ -204,17 +204,17 @@ def test_csv_rejects_and_goes_on(tmp_path: Path) -> None:
     assert [captions for _, captions in pairs(items)] == [("good",), ("a link that stays inside",), ("last",)]
     got = [(int(item.origin.rpartition(":")[2]), item.reason) for item in items if isinstance(item, Rejected)]
     expected = {
-        3: "gone.jpg is missing",
+        3: "a file is missing: gone.jpg",
         4: "no caption",
-        5: "the row has 3 fields, the first line names 2",
+        5: "wrong number of fields: the row has 3, the first line names 2",
         6: "no image",
-        7: "URL (https://example.org/1.jpg): download",
+        7: "URL: https://example.org/1.jpg, download",
         8: "not UTF-8",
         9: "quote",
         10: "leads out of",
         11: "leads out of",
         12: "leads out of",
-        13: "not a file",
+        13: "not a regular file",
         14: "null",
     }
     assert [line for line, _ in got] == list(expected)
@@ -278,9 +278,9 @@ def test_jsonl_rejects_and_goes_on(tmp_path: Path) -> None:
     got = {int(item.origin.rpartition(":")[2]): item for item in items if isinstance(item, Rejected)}
     expected = [
         "not JSON",
-        "a list, not",
-        "is a int, not a text",
-        "is a int, not a path",
+        "not a JSON object",
+        "not a text: ",
+        "not a path, ",
         "no image",
         "no caption",
         "surrogate",
@@ -300,7 +300,7 @@ def test_a_gzipped_table_that_is_cut_off_gives_what_came_before(tmp_path: Path) 
     items = list(read(str(tmp_path)))
     assert len(pairs(items)) > 500
     assert isinstance(items[-1], Rejected)
-    assert "cut off after line" in items[-1].reason
+    assert "damaged or cut off: what came before line" in items[-1].reason
     assert len(reasons(items)) == 1
 
 
@@ -308,7 +308,7 @@ def test_a_line_without_an_end_is_bounded(tmp_path: Path) -> None:
     write(tmp_path, {"1.jpg": JPEG, "t.jsonl": '{"image": "1.jpg", "caption": "good"}\n' + "x" * (2**20 + 200)})
     items = list(read(str(tmp_path), max_image_bytes=100))
     assert len(pairs(items)) == 1
-    assert "longer than" in reasons(items)["t.jsonl:2"]
+    assert "larger than the limit" in reasons(items)["t.jsonl:2"]
 
 
 @pytest.mark.parametrize(
@@ -450,7 +450,7 @@ def test_parquet_damaged_in_the_middle_gives_what_came_before(tmp_path: Path) ->
     path.write_bytes(data)
     items = list(read(str(path)))
     assert len(pairs(items)) >= 64
-    assert "damaged after row" in list(reasons(items).values())[-1]
+    assert "damaged or cut off: what came before row" in list(reasons(items).values())[-1]
 
 
 # --- webdataset ---------------------------------------------------------------------------------------------------------------------------
@@ -502,7 +502,15 @@ def test_webdataset_rejects_and_goes_on(tmp_path: Path) -> None:
     items = list(read(str(write_tar(tmp_path / "t.tar", members)), max_image_bytes=100))
     assert [key for key, _ in pairs(items)] == ["good", "last"]
     got = reasons(items)
-    expected = ["no image (its files: txt)", "no caption", "c.json is not JSON", "limit of 100", "not UTF-8", "is a int", "not an object"]
+    expected = [
+        "no image: its files are txt",
+        "no caption",
+        "not JSON: c.json",
+        "d.jpg has more",
+        "not UTF-8",
+        "not a text",
+        "not a JSON object",
+    ]
     for key, part in zip("abcdefg", expected, strict=True):
         assert part in got.pop(key)
     assert not got
@@ -513,7 +521,7 @@ def test_webdataset_columns(tmp_path: Path) -> None:
     items = list(read(path, columns=Columns(caption="alt", key="sku")))
     assert pairs(items) == [("A1", ("the long text",))]
     assert "no field 'alt'" in reasons(items)["1"]
-    with pytest.raises(InvalidInput, match="no field 'foto' in the json of '0'; there are: key, caption, alt, sku"):
+    with pytest.raises(InvalidInput, match="no field 'foto': the json of '0' has key, caption, alt, sku"):
         list(read(path, columns=Columns(caption="foto")))
     assert pairs(read(path, columns=Columns(caption="txt"))) == [("0", ("short",)), ("1", ("short",))]
 
@@ -536,7 +544,7 @@ def test_a_shard_cut_off_anywhere_gives_what_came_before_and_one_rejection(tmp_p
         assert len(got) == complete or (len(got) == complete + 1 and cut % 3072 > 2560)
         assert len(items) == len(pairs(items)) + 1
         assert isinstance(items[-1], Rejected)
-        assert "cut off here" in items[-1].reason
+        assert "damaged or cut off" in items[-1].reason
 
 
 def test_a_damaged_shard_and_a_damaged_gzip(tmp_path: Path) -> None:

@@ -67,6 +67,6 @@ def _read(source: str, located: Located, options: Options) -> Iterator[Pair | Re
             # One bad shard among good ones is a rejection; no good file, or a column that the first good file lacks, is an error.
             if failed == len(located.files) or (isinstance(error, UnknownColumn) and not count):
                 raise
-            yield rejected(file.name, str(error), str(file))
+            yield rejected(file.name, str(error).removeprefix(f"{file}: "), str(file))
     if not count:
         raise InvalidInput(f"{source}: no pair in it")

@@ -51,13 +51,13 @@ def _walk(folder: Path, above: tuple[str, ...]) -> Iterator[tuple[Path, list[str
                 if not entry.name.startswith("."):
                     (folders if entry.is_dir() else files).append(entry.name)
     except OSError as error:
-        yield folder, f"the folder cannot be read ({error.strerror})"
+        yield folder, f"a folder cannot be read: {error.strerror}"
         return
     yield folder, files
     for name in sorted(folders):
         real = os.path.realpath(folder / name)
         if real in above:
-            yield folder / name, "the link leads back to a folder that it lies in"
+            yield folder / name, "a link leads back to a folder that it lies in"
         else:
             yield from _walk(folder / name, (*above, real))
 
@@ -67,21 +67,21 @@ def _pairs_of(folder: Path, images: list[str], names: list[str], options: Option
     captions = next((name for name in names if _suffix(name) == "txt"), None)
     if not images and captions is not None:
         path = folder / captions
-        yield rejected(key_of_path(captions, folder, options.root), "a caption file without an image of its name", str(path))
+        yield rejected(key_of_path(captions, folder, options.root), "no image: a caption file stands alone", str(path))
     for image in images:
         path, key = folder / image, key_of_path(image, folder, options.root)
         try:
             if image != images[0]:
-                raise RecordError(f"{images[0]} and {image} have the same key, the first is used: rename one")
+                raise RecordError(f"two images have the same key: {images[0]} is used, {image} is not, rename one")
             if captions is None:
-                raise RecordError("no caption file (a .txt of the same name)")
+                raise RecordError("no caption file: a .txt of the image's name is expected")
             texts = caption_texts([caption_lines(fetch(folder / captions, MAX_TEXT_BYTES), captions)])
             key.encode()
             yield Pair(key, fetch(path, options.max_image_bytes), texts, {}, str(path))
         except RecordError as error:
             yield rejected(key, str(error), str(path))
         except UnicodeEncodeError:
-            yield rejected(key, "the file's name is not UTF-8: rename it", str(path))
+            yield rejected(key, "not UTF-8: the file's name, rename it", str(path))
 
 
 def _suffix(name: str) -> str:

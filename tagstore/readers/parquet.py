@@ -34,9 +34,9 @@ def read_parquet(file: Path, options: Options) -> Iterator[Pair | Rejected]:
                     try:
                         row = batch.slice(index, 1).to_pylist()[0]
                     except UnicodeDecodeError as error:
-                        yield rejected(f"{file.name}:{number}", f"a text is not UTF-8 ({error})", f"{file}:{number}")
+                        yield rejected(f"{file.name}:{number}", f"not UTF-8: {error}", f"{file}:{number}")
                         continue
                     yield row_to_pair(row, chosen, file, number, options)
         except (pa.ArrowException, OSError) as error:
-            reason = f"damaged after row {number} ({error}): what came before is used"
+            reason = f"damaged or cut off: what came before row {number + 1} is used ({error})"
             yield rejected(f"{file.name}:{number + 1}", reason, f"{file}:{number + 1}")

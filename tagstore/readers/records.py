@@ -64,7 +64,10 @@ class UnknownColumn(InvalidInput):
 
 
 class RecordError(Exception):
-    """Why this one record cannot be used; ends as its `Rejected`."""
+    """Why this one record cannot be used; ends as its `Rejected`.
+
+    What stands before the first colon is the same for all records of that trouble, so that rejections can be counted by it.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,9 +128,9 @@ def caption_texts(values: Iterable[Any]) -> tuple[str, ...]:
             if text is None:
                 continue
             if not isinstance(text, str):
-                raise RecordError(f"a caption is a {type(text).__name__}, not a text")
+                raise RecordError(f"a caption is not a text: it is of type {type(text).__name__}")
             if not _is_unicode(text):
-                raise RecordError("a caption holds half a surrogate pair, which is no character: write it as UTF-8")
+                raise RecordError("not UTF-8: a caption holds half a surrogate pair, which is no character")
             if text := text.strip():
                 captions[text] = None
     if not captions:
@@ -140,7 +143,7 @@ def caption_lines(data: bytes, name: str) -> list[str]:
     try:
         return data.decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
-        raise RecordError(f"{name} is not UTF-8 (byte 0x{data[error.start]:02x} at offset {error.start}): convert it to UTF-8") from None
+        raise RecordError(f"not UTF-8: {name} has byte 0x{data[error.start]:02x} at offset {error.start}, convert it") from None
 
 
 def rejected(key: str, reason: str, origin: str) -> Rejected:
@@ -152,19 +155,20 @@ def fetch(path: Path, limit: int) -> bytes:
     """The bytes of a file. Raises `RecordError` if it is missing, unreadable, larger than `limit` or no regular file."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for ever
-            raise RecordError(f"{path.name} is not a file")
+            raise RecordError(f"not a regular file: {path.name}")
         with path.open("rb") as file:
             data = file.read(limit + 1)
     except (OSError, ValueError) as error:
-        reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({getattr(error, 'strerror', None) or error})"
-        raise RecordError(f"{path.name} {reason}") from None
+        if isinstance(error, FileNotFoundError):
+            raise RecordError(f"a file is missing: {path.name}") from None
+        raise RecordError(f"a file cannot be read: {path.name} ({getattr(error, 'strerror', None) or error})") from None
     check_size(len(data), limit, path.name)
     return data
 
 
 def check_size(size: int, limit: int, name: str) -> None:
     if size > limit:
-        raise RecordError(f"{name} is larger than the limit of {limit:,} bytes")
+        raise RecordError(f"larger than the limit: {name} has more than {limit:,} bytes")
 
 
 def key_of_path(path: str, folder: Path, root: Path) -> str:
@@ -203,9 +207,9 @@ def _unwrapped(image: Any) -> str | bytes:
     if image is None or image == "":
         raise RecordError("no image")
     if not isinstance(image, str | bytes):
-        raise RecordError(f"the image is a {type(image).__name__}, not a path, bytes or base64")
+        raise RecordError(f"the image is not a path, bytes or base64: it is of type {type(image).__name__}")
     if isinstance(image, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", image):
-        raise RecordError(f"the image is a URL ({image[:80]}): download it first, with img2dataset for example")
+        raise RecordError(f"the image is a URL: {image[:80]}, download it first, with img2dataset for example")
     return image
 
 
@@ -220,7 +224,7 @@ def _embedded(image: str | bytes, limit: int) -> bytes:
         try:
             image = base64.b64decode("".join(encoded.split()), validate=True)
         except ValueError as error:
-            raise RecordError(f"the image is not valid base64 ({error})") from None
+            raise RecordError(f"the image is not valid base64: {error}") from None
     check_size(len(image), limit, "the image")
     return image
 
@@ -229,20 +233,20 @@ def _fetch_inside(path: str, folder: Path, options: Options) -> bytes:
     try:
         target, home = os.path.realpath(os.path.join(folder, path)), os.path.realpath(folder)
     except ValueError as error:
-        raise RecordError(f"the image's path cannot be used ({error})") from None
+        raise RecordError(f"the image's path cannot be used: {error}") from None
     if not options.allow_outside and os.path.commonpath((target, home)) != home:
-        raise RecordError(f"the image's path ({path[:80]}) leads out of {folder}: allow it with --allow-outside if you trust the source")
+        raise RecordError(f"the image's path leads out of the source's folder: {path[:80]}, allow it with --allow-outside if you trust it")
     return fetch(Path(target), options.max_image_bytes)
 
 
 def key_in(value: Any, column: str) -> str:
     """The key that a column gives. Raises `RecordError` if it gives none."""
     if value is None or value == "":
-        raise RecordError(f"no key in column '{column}'")
+        raise RecordError(f"no key: column '{column}' is empty")
     if isinstance(value, bool) or not isinstance(value, str | int):
-        raise RecordError(f"the key in column '{column}' is a {type(value).__name__}, not a text or an integer")
+        raise RecordError(f"the key is not a text or an integer: column '{column}' is of type {type(value).__name__}")
     if not _is_unicode(key := str(value)):
-        raise RecordError(f"the key in column '{column}' is not UTF-8")
+        raise RecordError(f"not UTF-8: the key in column '{column}'")
     return key
 
 

@@ -58,14 +58,14 @@ def _read_rows(file: Path, options: Options, parse: Callable[[_Lines], Iterator[
             except StopIteration:
                 break
             except csv.Error as error:
-                yield _rejected(file, number, f"lines {number} to {lines.number}: {error}: is a quote left open or not doubled?")
+                yield _rejected(file, number, f"not CSV: {error} in lines {number} to {lines.number}, is a quote left open or not doubled?")
                 continue
             if not any(row):
                 continue
             if any(map(_not_utf8, row)):
                 yield _rejected(file, number, _ENCODING)
             elif len(row) != len(header):
-                yield _rejected(file, number, f"the row has {len(row)} fields, the first line names {len(header)}")
+                yield _rejected(file, number, f"wrong number of fields: the row has {len(row)}, the first line names {len(header)}")
             else:
                 yield row_to_pair(dict(zip(header, row, strict=True)), chosen, file, number, options)
         if lines.trouble:
@@ -106,9 +106,12 @@ def _objects(file: Path, lines: _Lines) -> Iterator[tuple[int, dict[str, Any] | 
         try:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
-            yield number, _rejected(file, number, f"not JSON ({error})")
+            yield number, _rejected(file, number, f"not JSON: {error}")
             continue
-        yield number, value if isinstance(value, dict) else _rejected(file, number, f"a {type(value).__name__}, not a JSON object")
+        yield (
+            number,
+            value if isinstance(value, dict) else _rejected(file, number, f"not a JSON object: it is of type {type(value).__name__}"),
+        )
 
 
 class _Lines:
@@ -126,10 +129,12 @@ class _Lines:
             try:
                 line = self.text.readline(self.limit)
             except _UNREADABLE as error:
-                self.trouble = f"damaged or cut off after line {self.number} ({error}): what came before is used"
+                self.trouble = f"damaged or cut off: what came before line {self.number + 1} is used ({error})"
                 return
             if len(line) == self.limit:
-                self.trouble = f"line {self.number + 1} is longer than {self.limit:,} characters: what came before is used"
+                self.trouble = (
+                    f"larger than the limit: line {self.number + 1} has more than {self.limit:,} characters, what came before is used"
+                )
                 return
             if not line:
                 return
@@ -151,7 +156,7 @@ def _open_text(file: Path) -> IO[str]:
     return cast("IO[str]", opener(file, "rt", encoding="utf-8-sig", errors="surrogateescape", newline=""))
 
 
-_ENCODING = "not UTF-8, which is expected: convert the file, with iconv -f latin1 -t utf-8 for example"
+_ENCODING = "not UTF-8: convert the file, with iconv -f latin1 -t utf-8 for example"
 
 
 def _not_utf8(text: str) -> bool:

@@ -71,7 +71,7 @@ def _samples(file: Path, options: Options) -> Iterator[_Sample | Rejected]:
                     yield complete
                 sample.add(member, suffix, shard, options)
             except _DAMAGED as error:
-                reason = f"the shard is damaged or cut off here ({error}): what came before is used"
+                reason = f"damaged or cut off: what came before is used ({error})"
     # At a cut, the last sample counts as whole if it has the files that the one before it had.
     if sample.names and (not reason or sorted(sample.names) == sorted(before)):
         yield sample
@@ -126,12 +126,12 @@ class _Sample:
             if self.problem:
                 raise RecordError(self.problem)
             if self.image is None:
-                raise RecordError(f"no image (its files: {', '.join(self.names)})")
+                raise RecordError(f"no image: its files are {', '.join(self.names)}")
             fields = self._fields()
             asked = options.columns.captions
             for name in (*asked, *([options.columns.key] if options.columns.key else [])):
                 if name not in fields and name not in self.names:
-                    message = f"no field '{name}' in the json of '{key}'; there are: {', '.join(fields) or 'none'}"
+                    message = f"no field '{name}': the json of '{key}' has {', '.join(fields) or 'none'}"
                     raise UnknownColumn(f"{file}: {message}") if first else RecordError(message)
             # A title is a caption only where nothing calls itself one.
             captions = asked or default_captions({"caption", "captions"} & fields.keys() if self.text else fields)
@@ -149,11 +149,11 @@ class _Sample:
         try:
             value = json.loads(self.json.decode("utf-8-sig"))
         except UnicodeDecodeError:
-            raise RecordError(f"{self.key}.json is not UTF-8") from None
+            raise RecordError(f"not UTF-8: {self.key}.json") from None
         except (ValueError, RecursionError) as error:
-            raise RecordError(f"{self.key}.json is not JSON ({error})") from None
+            raise RecordError(f"not JSON: {self.key}.json ({error})") from None
         if not isinstance(value, dict):
-            raise RecordError(f"{self.key}.json holds a {type(value).__name__}, not an object")
+            raise RecordError(f"not a JSON object: {self.key}.json is of type {type(value).__name__}")
         return value
 
 
