@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -64,7 +63,7 @@ class Report:
     unique_tags: int = 0
     quarantined: list[Rejected] = field(default_factory=list)
     """The first `SHOWN`."""
-    reasons: Counter[str] = field(default_factory=Counter)
+    reasons: dict[str, int] = field(default_factory=dict)
     """How many were quarantined for what, without the particulars."""
     quarantine: str = ""
     """File that lists every quarantined pair, JSON Lines; empty if there is none."""
@@ -290,7 +289,8 @@ class _Quarantine:
             self._file = self._exit.enter_context(self._path.open("w", encoding="utf-8"))
         record: Mapping[str, Any] = {"key": rejected.key, "reason": rejected.reason, "origin": rejected.origin}
         self._file.write(json.dumps(record, ensure_ascii=True) + "\n")
-        self._report.reasons[rejected.reason.split(":")[0]] += 1
+        reason = rejected.reason.split(":")[0]
+        self._report.reasons[reason] = self._report.reasons.get(reason, 0) + 1
         if len(self._report.quarantined) < SHOWN:
             self._report.quarantined.append(rejected)
         log.info("quarantined %s: %s", rejected.key, rejected.reason)

@@ -83,7 +83,7 @@ def ingest(
             progress=progress,
         )
     if as_json:
-        click.echo(json.dumps({**asdict(report), "quarantined": [asdict(r) for r in report.quarantined]}))
+        click.echo(json.dumps(asdict(report)))
     else:
         _print_report(report)
 
@@ -215,8 +215,8 @@ def _print_report(report: Report) -> None:
     s = report.seconds
     click.echo(f"{report.store}@{report.version}: {report.entries} entries, {report.tags} tags, {report.unique_tags} unique tags")
     click.echo(f"read {report.pairs} pairs: {report.added} added, {report.unchanged} unchanged, {sum(report.reasons.values())} quarantined")
-    for reason, count in report.reasons.most_common(10):
-        example = next(r for r in report.quarantined if r.reason.startswith(reason)) if report.quarantined else None
+    for reason, count in sorted(report.reasons.items(), key=lambda item: -item[1])[:10]:
+        example = next((r for r in report.quarantined if r.reason.startswith(reason)), None)
         click.echo(f"  {count} x {reason}" + (f", for example {example.key}: {example.reason}" if example else ""))
     if report.quarantine:
         click.echo(f"  all of them: {report.quarantine}")

@@ -27,7 +27,9 @@ def test_vectors_survive_the_wire_as_they_are(dtype: type, rng: np.random.Genera
     np.testing.assert_array_equal(back, vectors)
 
 
-@pytest.mark.parametrize(("data", "dimension", "dtype"), [(b"123", 1, 1), (b"", 0, 1), (b"1234", 0, 1), (b"12345678", 2, 99), (b"12", 2, 2)])
+@pytest.mark.parametrize(
+    ("data", "dimension", "dtype"), [(b"123", 1, 1), (b"", 0, 1), (b"1234", 0, 1), (b"12345678", 2, 99), (b"12", 2, 2)]
+)
 def test_bytes_that_are_no_vectors_are_refused(data: bytes, dimension: int, dtype: int) -> None:
     with pytest.raises(BadVector):
         convert.vectors_from_proto(pb.Vectors(data=data, dimension=dimension, dtype=dtype))

@@ -12,10 +12,10 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
-from pictures import picture, write_shapes
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
+from pictures import picture, write_shapes
 from tagstore import errors
 from tagstore.catalog import Catalog
 from tagstore.client import connect

@@ -36,7 +36,9 @@ def put(root: Path, drafts: list[Draft], vectors: np.ndarray, name: str = "toy")
         writer.append(drafts, vectors)
         while texts := writer.new_tags(limit=3):
             writer.embed_tags(np.eye(D, dtype=np.float32)[: len(texts)])
-        return writer.commit(operation="ingest", source="test", miner={"name": "none"}, indexer=lambda snapshot, directory: {"kind": "none"})
+        return writer.commit(
+            operation="ingest", source="test", miner={"name": "none"}, indexer=lambda snapshot, directory: {"kind": "none"}
+        )
 
 
 def test_what_is_committed_is_read_back(tmp_path: Path, rng: np.random.Generator) -> None:

@@ -1,0 +1,164 @@
+"""Ingest: every good pair gets in, every bad one is quarantined with its reason, and the same source twice is the same store."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pictures import picture, write_shapes
+from tagstore.builder import ingest
+from tagstore.client import connect
+from tagstore.errors import FingerprintMismatch, InvalidInput, NotFound
+from tagstore.store import Store, store_names
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_shapes(tmp_path / "shapes")
+
+
+def test_a_folder_becomes_a_store(source: Path, tmp_path: Path, mini) -> None:
+    stages: dict[str, int] = {}
+    report = ingest(
+        str(source),
+        root=tmp_path / "root",
+        store="s",
+        encoder=mini,
+        progress=lambda stage, n: stages.update({stage: stages.get(stage, 0) + n}),
+    )
+    assert (report.version, report.pairs, report.added, report.entries, report.quarantined) == (1, 18, 18, 18, [])
+    assert report.tags >= 18 * 3
+    assert stages == {"pairs": 18, "tags": report.unique_tags}
+    assert set(report.seconds) == {"load", "read", "decode", "store", "embed", "mine", "embed tags", "index", "total"}
+    snapshot = Store(tmp_path / "root", "s").snapshot()
+    entry = next(e for e in snapshot.entries() if e.key == "red-circle")
+    assert entry.captions == ("A red circle on a white table in Paris.",)
+    texts = dict(zip((t.tag_id for t in entry.tags), snapshot.tags([t.tag_id for t in entry.tags]), strict=True))
+    for tag in entry.tags:
+        [(caption, start, end), *_] = tag.mentions
+        assert entry.captions[caption][start:end].lower().startswith(texts[tag.tag_id][0].lower().split()[0])
+    np.testing.assert_allclose(
+        snapshot.vectors(np.array([entry.entry_id])), mini.encode_images([_image(picture("red", "circle"))]), atol=1e-3
+    )
+    assert snapshot.version.miner["name"] == "rules"
+    assert snapshot.version.fingerprint == mini.fingerprint
+
+
+def test_the_same_source_again_changes_nothing(source: Path, tmp_path: Path, mini) -> None:
+    ingest(str(source), root=tmp_path, store="s", encoder=mini)
+    again = ingest(str(source), root=tmp_path, store="s", encoder=mini)
+    assert (again.version, again.added, again.unchanged, again.entries) == (1, 0, 18, 18)
+
+
+def test_a_changed_pair_replaces_its_entry(source: Path, tmp_path: Path, mini) -> None:
+    ingest(str(source), root=tmp_path, store="s", encoder=mini)
+    (source / "red-circle.txt").write_text("A tomato.")
+    report = ingest(str(source), root=tmp_path, store="s", encoder=mini)
+    assert (report.version, report.added, report.unchanged, report.entries) == (2, 1, 17, 18)
+    with connect(f"file://{tmp_path}/s") as now:
+        [answer] = now.retrieve([picture("red", "circle")], k=1)
+        assert [t.tag for t in answer] == ["tomato"]
+
+
+def test_another_miner_mines_everything_again(source: Path, tmp_path: Path, mini) -> None:
+    ingest(str(source), root=tmp_path, store="s", encoder=mini, miner="none")
+    assert Store(tmp_path, "s").snapshot().version.tags == 0
+    report = ingest(str(source), root=tmp_path, store="s", encoder=mini, miner="rules")
+    assert (report.version, report.added, report.entries) == (2, 18, 18)
+    assert report.tags > 0
+
+
+def test_bad_pairs_are_quarantined_and_the_good_ones_get_in(source: Path, tmp_path: Path, mini) -> None:
+    def bad(name: str, data: bytes, caption: str | None = "A caption.") -> None:
+        (source / name).write_bytes(data)
+        if caption is not None:
+            (source / name).with_suffix(".txt").write_text(caption)
+
+    good = picture("red", "square", size=64)
+    bad("corrupt.png", b"\x89PNG\r\n\x1a\n" + bytes(100))
+    bad("truncated.png", good[: len(good) // 2])
+    bad("zero.jpg", b"")
+    bad("text.jpg", b"just text")
+    bad("empty-caption.png", good, "")
+    bad("blank-caption.png", good, " \n\t\n")
+    bad("no-caption.png", good, None)
+    bad("emoji.png", good, "\U0001f600\U0001f680 \U0001f468‍\U0001f469‍\U0001f467")
+    bad("chinese.png", good, "一只红色的狗在草地上奔跑")
+    bad("long.png", good, "a red square " * 800)
+    report = ingest(str(source), root=tmp_path / "root", store="s", encoder=mini)
+    quarantined = {r.key: r.reason for r in report.quarantined}
+    assert set(quarantined) == {"corrupt", "truncated", "zero", "text", "empty-caption", "blank-caption", "no-caption"}
+    assert all(len(reason) > 8 for reason in quarantined.values())
+    assert report.pairs == 28
+    assert report.entries == 21
+    assert {"emoji", "chinese", "long"} <= {e.key for e in Store(tmp_path / "root", "s").snapshot().entries()}
+    lines = [json.loads(line) for line in Path(report.quarantine).read_text().splitlines()]
+    assert {line["key"]: line["reason"] for line in lines} == quarantined
+    assert sum(report.reasons.values()) == 7
+
+
+def test_a_duplicate_key_keeps_the_first(tmp_path: Path, mini) -> None:
+    (tmp_path / "red.png").write_bytes(picture("red", "circle"))
+    (tmp_path / "blue.png").write_bytes(picture("blue", "circle"))
+    rows = ["id,image,caption", "1,red.png,A red circle.", "1,blue.png,A blue circle.", "2,blue.png,A blue circle."]
+    (tmp_path / "items.csv").write_text("\n".join(rows))
+    report = ingest(str(tmp_path / "items.csv"), root=tmp_path / "root", store="s", encoder=mini)
+    assert (report.entries, [r.key for r in report.quarantined]) == (2, ["1"])
+    assert "duplicate key" in report.quarantined[0].reason
+    assert {e.key: e.captions[0] for e in Store(tmp_path / "root", "s").snapshot().entries()}["1"] == "A red circle."
+
+
+def test_a_source_of_which_nothing_can_be_used_makes_no_version(tmp_path: Path, mini) -> None:
+    folder = tmp_path / "bad"
+    folder.mkdir()
+    (folder / "a.jpg").write_bytes(b"no image")
+    (folder / "a.txt").write_text("A caption.")
+    with pytest.raises(InvalidInput, match="none of the 1 pairs"):
+        ingest(str(folder), root=tmp_path / "root", store="s", encoder=mini)
+    with pytest.raises(NotFound):
+        Store(tmp_path / "root", "s").snapshot()
+
+
+def test_a_source_that_cannot_be_read_leaves_nothing_on_disk(tmp_path: Path, mini) -> None:
+    (tmp_path / "empty").mkdir()
+    for source in ("empty", "missing", "missing-{0..3}.tar"):
+        with pytest.raises((InvalidInput, NotFound)):
+            ingest(str(tmp_path / source), root=tmp_path / "root", store="s", encoder=mini)
+    with pytest.raises(InvalidInput, match="no name for a store"):
+        ingest(str(tmp_path), root=tmp_path / "root", store="../s", encoder=mini)
+    assert store_names(tmp_path / "root") == []
+
+
+def test_an_ingest_with_another_encoder_is_refused(source: Path, tmp_path: Path, mini) -> None:
+    ingest(str(source), root=tmp_path, store="s", encoder=mini)
+    with pytest.raises(FingerprintMismatch, match=mini.fingerprint.digest):
+        ingest(str(source), root=tmp_path, store="s", encoder="RN50/random", device="cpu")
+
+
+def test_an_ingest_that_dies_leaves_the_version_before_and_can_be_run_again(source: Path, tmp_path: Path, mini, monkeypatch) -> None:
+    ingest(str(source), root=tmp_path, store="s", encoder=mini)
+    (source / "new.png").write_bytes(picture("black", "square"))
+    (source / "new.txt").write_text("A black square.")
+
+    class Interrupted(BaseException):
+        pass
+
+    def die(*_: object) -> None:
+        raise Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tagstore.faiss_index.build", die)
+        with pytest.raises(Interrupted):
+            ingest(str(source), root=tmp_path, store="s", encoder=mini)
+    assert Store(tmp_path, "s").snapshot().version.number == 1
+    report = ingest(str(source), root=tmp_path, store="s", encoder=mini)
+    assert (report.version, report.added, report.entries) == (2, 1, 19)
+
+
+def _image(data: bytes):
+    from tagstore.images import decode
+
+    return decode(data)
