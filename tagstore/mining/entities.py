@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from tagstore.mining import lexicon as lx
+from tagstore.mining.nouns import singular
 from tagstore.mining.parse import Parse
+from tagstore.mining.things import CONFIDENCE
 
 LABELS = frozenset({"PERSON", "FAC", "ORG", "GPE", "LOC", "PRODUCT", "EVENT", "WORK_OF_ART", "NORP"})
 _TRIM = frozenset({"the", "a", "an", "'s", "'", '"', "no", "his", "her", "its", "this", "that"})
-CONFIDENCE = {"ner": 0.8, "capitals": 0.7}
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,61 +25,63 @@ class Name:
     confidence: float
 
 
-def names(p: Parse, doc: Any) -> Iterator[Name]:
-    """Entities in order of place, never two over the same word."""
-    taken: set[int] = set()
+def names(p: Parse, doc: Any, common: frozenset[str]) -> list[Name]:
+    """Proper names in order of place, never two over the same word; `common` is a dictionary of lower-case nouns."""
     found: list[Name] = []
     for entity in doc.ents:
-        if entity.label_ not in LABELS:
-            continue
-        first, last = p.word_of[entity.start], p.word_of[entity.end - 1]
-        while first <= last and p.low[first] in _TRIM:
-            first += 1
-        while first <= last and (p.low[last] in _TRIM or not p.low[last][-1].isalnum()):
-            last -= 1
-        while first <= last and not _capital(p, last):
-            last -= 1
-        while first <= last and not _capital(p, first):
-            first += 1
-        if first > last or not _is_name(p, first, last, entity.label_):
-            continue
-        found.append(Name(first, last, entity.label_, CONFIDENCE["ner"]))
-        taken.update(range(first, last + 1))
-    i = 1
-    while i < len(p):
-        last = i
-        if _missed(p, i) and i not in taken:
-            while last + 1 < len(p) and last + 1 not in taken and _missed(p, last + 1):
-                last += 1
-            found.append(Name(i, last, "", CONFIDENCE["capitals"]))
-        i = last + 1
-    yield from sorted(found, key=lambda name: name.first)
+        if entity.label_ in LABELS:
+            first, last = _trimmed(p, p.word_of[entity.start], p.word_of[entity.end - 1])
+            if first <= last and _is_name(p, first, last, entity.label_, common):
+                found.append(Name(first, last, entity.label_, CONFIDENCE["ner"]))
+    taken = {i for name in found for i in range(name.first, name.last + 1)}
+    words = [i for i in range(len(p)) if p.low[i].isalpha() and len(p.low[i]) > 3]
+    if 2 * sum(_capital(p, i) for i in words) <= len(words) + 2:  # where every word is capitalised, capitals say nothing
+        found.extend(_missed(p, taken, common))
+    return sorted(found, key=lambda name: name.first)
+
+
+def _trimmed(p: Parse, first: int, last: int) -> tuple[int, int]:
+    """Without articles, marks and lower-case words at either end."""
+    while first <= last and (p.low[first] in _TRIM or not _capital(p, first)):
+        first += 1
+    while first <= last and (p.low[last] in _TRIM or not _capital(p, last) or not p.low[last][-1].isalnum()):
+        last -= 1
+    return first, last
 
 
 def _capital(p: Parse, i: int) -> bool:
     return p.text[i][0].isupper()
 
 
-def _is_name(p: Parse, first: int, last: int, label: str) -> bool:
-    if label == "NORP" and p.tag[last] in ("JJ", "NNS", "NNP"):
+def _is_name(p: Parse, first: int, last: int, label: str, common: frozenset[str]) -> bool:
+    if label == "NORP" and p.tag[last] in ("JJ", "NNS", "NNP"):  # "Asian" describes, it names nothing
         return False
-    if first == last:
-        if p.low[first] in lx.COMMONS or p.low[first] in lx.COLOURS:
-            return False
-        if first == 0 and p.tag[first] not in ("NNP", "NNPS"):
-            return False
-        if first == 0 and p.text[first + 1 : first + 2] and p.dep[first] == "nsubj" and label == "PERSON":
-            return True
-    return True
+    if first < last:
+        return not _is_thing(p, first, last, common)
+    if p.low[first] in lx.COMMONS or p.low[first] in lx.COLOURS:
+        return False
+    return first > 0 or singular(p.low[0]) not in common  # a sentence begins with a capital whatever it says
 
 
-def _missed(p: Parse, i: int) -> bool:
-    """A capitalised proper noun inside a sentence."""
-    low = p.low[i]
-    return (
-        p.tag[i] in ("NNP", "NNPS")
-        and _capital(p, i)
-        and low not in lx.COMMONS
-        and len(low) > 1
-        and p.text[i - 1] not in (".", "!", "?", ":")
-    )
+def _is_thing(p: Parse, first: int, last: int, common: frozenset[str]) -> bool:
+    """ "a Mexican Restaurant", "white Dress Shirts": things that someone wrote with capitals."""
+    counted = first > 0 and (p.low[first - 1] in ("a", "an") or p.tag[first - 1] in ("JJ", "CD"))
+    return counted and p.dep[last] != "compound" and singular(p.low[last]) in common
+
+
+def _missed(p: Parse, taken: set[int], common: frozenset[str]) -> Iterator[Name]:
+    """Runs of capitalised proper nouns inside a sentence."""
+    i = 1
+    while i < len(p):
+        last = i
+        if _proper(p, i) and i not in taken:
+            while last + 1 < len(p) and last + 1 not in taken and _proper(p, last + 1):
+                last += 1
+            if last == i or not _is_thing(p, i, last, common):
+                yield Name(i, last, "", CONFIDENCE["capitals"])
+        i = last + 1
+
+
+def _proper(p: Parse, i: int) -> bool:
+    begins = p.text[i - 1] in (".", "!", "?", ":", '"')
+    return p.tag[i] in ("NNP", "NNPS") and _capital(p, i) and len(p.low[i]) > 1 and p.low[i] not in lx.COMMONS and not begins

