@@ -15,10 +15,3 @@ def test_generated_code_is_up_to_date(tmp_path: Path) -> None:
     for name in GENERATED:
         ours, fresh = (root / "tagstore_proto" / "v1" / name for root in (PROTOS, tmp_path))
         assert ours.read_text() == fresh.read_text(), f"{name} is out of date: run `make proto`"
-
-
-def test_every_field_and_method_of_the_proto_is_commented_or_plain() -> None:
-    lines = (PROTOS / "tagstore_proto/v1/tagstore.proto").read_text().splitlines()
-    for before, line in zip(lines, lines[1:], strict=False):
-        if line.strip().startswith("rpc "):
-            assert before.strip().startswith("//"), line

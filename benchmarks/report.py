@@ -1,0 +1,38 @@
+"""Where figures go: printed, and kept in benchmarks/results/ with the machine, the versions and the date they were taken on."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Sequence
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine(*packages: str) -> str:
+    """Processor, cores, Python and the packages that matter, in one line."""
+    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    versions = ", ".join(f"{p} {version(p)}" for p in packages)
+    return f"{model or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}, commit {commit}"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def write(theme: str, title: str, *parts: str, packages: Sequence[str] = ()) -> Path:
+    """Print a report and keep it as `results/THEME-DATE.md`."""
+    path = RESULTS / f"{theme}-{date.today().isoformat()}.md"
+    text = "\n\n".join([f"# {title}", f"{date.today().isoformat()}. {machine(*packages)}.", *parts]) + "\n"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    print(text)
+    print(f"written to {path}")
+    return path
