@@ -1,0 +1,274 @@
+"""The whole way in one go: captioned pictures -> `tagstore ingest` -> `tagstore serve` -> a client asks for the tags of unseen pictures.
+
+    make demo                 the pictures of Debian's tuxpaint-stamps-default
+    make demo DATA=path       anything that `tagstore ingest` can read
+
+Some pictures are held out, the others become the store. Ends with a table and one self-contained page, OUT/index.html.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import glob
+import json
+import random
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from PIL import Image
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import track
+from rich.table import Table
+
+from tagstore.client import connect
+from tagstore.errors import BadImage, InvalidInput, TagstoreError, Unavailable
+from tagstore.images import decode
+from tagstore.readers import Columns, read
+from tagstore.types import Pair, Retrieval, RetrievedTag, StoreInfo
+
+sys.path.insert(0, str(Path(__file__).parent))
+from fetch_stamps import PACKAGE, NoPictures, fetch
+
+HELD_OUT = 40
+STORE = "demo"
+TAGSTORE = (sys.executable, "-m", "tagstore.cli")
+SHOWN_TAGS = 10
+HUES = ("#8a6f9e", "#c9a227", "#5b8fb9", "#a3a38f", "#c4683a", "#2e7f79", "#b5838d", "#6d8b4f", "#3d405b", "#d98c5f")
+console = Console()
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A held-out picture and what the store answered."""
+
+    key: str
+    image: bytes
+    captions: tuple[str, ...]
+    retrieval: Retrieval
+
+
+def main() -> None:
+    options = _parser().parse_args()
+    out: Path = options.out
+    columns = Columns(options.image_column, tuple(options.caption_column), options.key_column)
+    try:
+        if options.data is None:
+            console.print(f"[dim]pictures of {PACKAGE}, kept in {out}/pictures[/dim]")
+        source = options.data or str(fetch(out / "pictures"))
+        asked, info, seconds = run(source, options.format, columns, out)
+    except (TagstoreError, NoPictures) as error:
+        sys.exit(f"error: {error}")
+    print_table(asked)
+    page = out / "index.html"
+    origin = f"Debian package {PACKAGE} (Tux Paint)" if options.data is None else options.data
+    page.write_text(render(asked, info, seconds, origin, lambda key: _picture(out / "train", key)), encoding="utf-8")
+    console.print(f"\n{summary(asked)}\nThe page: [bold]{page}[/bold]  ({page.stat().st_size / 1e6:.1f} MB, self-contained)")
+
+
+def run(source: str, format: str | None, columns: Columns, out: Path) -> tuple[list[Asked], StoreInfo, dict[str, float]]:
+    """Split, ingest, serve, ask. Returns the answers, what the store says of itself, and the seconds each stage took."""
+    seconds: dict[str, float] = {}
+    clock = time.perf_counter()
+    held_out = split(source, format, columns, out / "train", out / "heldout")
+    seconds["split"] = time.perf_counter() - clock
+    root = out / "stores"
+    shutil.rmtree(root, ignore_errors=True)
+    seconds |= ingest(out / "train", root)
+    clock = time.perf_counter()
+    with serving(root) as address:
+        seconds["start server"] = time.perf_counter() - clock
+        url = f"grpc://{address}/{STORE}"
+        console.print(f"[bold]$[/bold] python: connect({url!r}).retrieve(images, k=5)")
+        with connect(url) as tags:
+            clock = time.perf_counter()
+            answers = tags.retrieve([pair.image for pair in held_out], k=5)
+            seconds["ask"] = time.perf_counter() - clock
+            info = tags.info()
+    asked = [Asked(pair.key, pair.image, pair.captions, answer) for pair, answer in zip(held_out, answers, strict=True)]
+    # the surest first
+    return sorted(asked, key=lambda one: -max((n.similarity for n in one.retrieval.neighbours), default=0)), info, seconds
+
+
+def split(source: str, format: str | None, columns: Columns, train: Path, heldout: Path) -> list[Pair]:
+    """Write a source as two folders of pictures with .txt, `HELD_OUT` (or a tenth, if that is less) in the second; always the same ones.
+
+    A reservoir sample: one pass, and only the pictures held out are in memory.
+    """
+    for folder in (train, heldout):
+        shutil.rmtree(folder, ignore_errors=True)
+    chance = random.Random(0)
+    reservoir: list[Pair] = []
+    count = rejected = 0
+    for item in track(read(source, format=format, columns=columns), "reading", console=console, transient=True):
+        if not isinstance(item, Pair):
+            rejected += 1
+            continue
+        count += 1
+        place = len(reservoir) if len(reservoir) < HELD_OUT else chance.randrange(count)
+        if place >= HELD_OUT:
+            write(train, item)
+        elif place == len(reservoir):
+            reservoir.append(item)
+        else:
+            write(train, reservoir[place])
+            reservoir[place] = item
+    chance.shuffle(reservoir)
+    keep = min(HELD_OUT, max(1, count // 10))
+    for pair in reservoir[keep:]:
+        write(train, pair)
+    held_out = sorted((pair for pair in reservoir[:keep] if _decodes(pair)), key=lambda pair: pair.key)
+    if count < 2 or not held_out:
+        raise InvalidInput(f"{source}: the demo needs at least two captioned pictures, one to hold out and one to find; there are {count}")
+    for pair in held_out:
+        write(heldout, pair)
+    console.print(f"{count} pairs, {len(held_out)} of them held out" + (f"; {rejected} could not be used" if rejected else ""))
+    return held_out
+
+
+def write(folder: Path, pair: Pair) -> None:
+    """Put a pair into a folder source, under a name made of its key."""
+    name = re.sub(r"[^\w/-]+", "_", pair.key)[-60:].strip("/") or "picture"
+    signatures = {b"\x89PNG": ".png", b"RIFF": ".webp", b"GIF8": ".gif", b"II*\0": ".tif", b"MM\0*": ".tif"}
+    path, number = folder / (name + signatures.get(pair.image[:4], ".jpg")), 1
+    while path.with_suffix(".txt").exists():
+        number += 1
+        path = path.with_stem(f"{Path(name).name}-{number}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(pair.image)
+    path.with_suffix(".txt").write_text("\n".join(" ".join(caption.split()) for caption in pair.captions), encoding="utf-8")
+
+
+def ingest(source: Path, root: Path) -> dict[str, float]:
+    """`tagstore ingest`, as anybody would call it. Returns the seconds by stage."""
+    command = ("ingest", str(source), "--root", str(root), "--store", STORE)
+    console.print(f"[bold]$[/bold] tagstore {shlex.join(command)}", soft_wrap=True)
+    done = subprocess.run([*TAGSTORE, *command, "--json"], stdout=subprocess.PIPE, check=False)
+    if done.returncode:
+        raise TagstoreError("tagstore ingest failed; its reason is above")
+    report = json.loads(done.stdout)
+    console.print(f"{report['entries']} entries, {report['tags']} tags, {report['unique_tags']} unique tags")
+    return {stage: spent for stage, spent in report["seconds"].items() if stage != "total"}
+
+
+@contextmanager
+def serving(root: Path) -> Iterator[str]:
+    """`tagstore serve` on a free port, stopped at the end; gives HOST:PORT."""
+    command = ("serve", "--root", str(root), "--address", "127.0.0.1:0")
+    console.print(f"[bold]$[/bold] tagstore {shlex.join(command)}", soft_wrap=True)
+    with subprocess.Popen([*TAGSTORE, *command], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            address = process.stdout.readline().strip()
+            if not address:
+                raise Unavailable("tagstore serve did not start; its reason is above")
+            yield address
+        finally:
+            process.terminate()
+
+
+def print_table(asked: Sequence[Asked]) -> None:
+    """A row for each picture; tags that its own description names are green."""
+    table = Table("picture", "its own description", "retrieved tags · votes", box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for one in asked:
+        tags = [
+            f"[green]{escape(tag.tag)}·{tag.votes}[/green]" if named(tag, one.captions) else f"{escape(tag.tag)}[dim]·{tag.votes}[/dim]"
+            for tag in one.retrieval.tags[:5]
+        ]
+        table.add_row(escape(one.key.rpartition("/")[2]), escape(one.captions[0]), ", ".join(tags))
+    console.print(table)
+
+
+def named(tag: RetrievedTag, captions: Sequence[str]) -> bool:
+    """Whether the picture's own description has the words of the tag."""
+    pattern = rf"(?<!\w){re.escape(tag.tag)}(?!\w)"
+    return any(re.search(pattern, caption, re.IGNORECASE) for caption in captions)
+
+
+def summary(asked: Sequence[Asked]) -> str:
+    """What came of it, in a sentence."""
+    hits = sum(any(named(tag, one.captions) for tag in one.retrieval.tags) for one in asked)
+    return f"For {hits} of {len(asked)} unseen pictures, a retrieved tag is also in their own description."
+
+
+def render(asked: Sequence[Asked], info: StoreInfo, seconds: dict[str, float], origin: str, picture: Any) -> str:
+    """The page. `picture(key)` gives the bytes and the caption of an entry."""
+    thumbnails: dict[str, dict[str, str]] = {}
+
+    def neighbour(key: str) -> dict[str, str]:
+        if key not in thumbnails:
+            image, caption = picture(key)
+            thumbnails[key] = {"source": thumbnail(image, 176), "caption": caption}
+        return thumbnails[key]
+
+    cards = [
+        {
+            "key": one.key,
+            "captions": one.captions,
+            "source": thumbnail(one.image, 440),
+            "neighbours": [{"key": n.key, "similarity": n.similarity, **neighbour(n.key)} for n in one.retrieval.neighbours],
+            "tags": [{"tag": t, "named": named(t, one.captions)} for t in one.retrieval.tags],
+        }
+        for one in asked
+    ]
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    template = environment.get_template("demo.html.j2")
+    k = max((len(one.retrieval.neighbours) for one in asked), default=0)
+    return template.render(cards=cards, info=info, seconds=seconds, origin=origin, k=k, shown=SHOWN_TAGS, hues=HUES, summary=summary(asked))
+
+
+def thumbnail(data: bytes, side: int) -> str:
+    """A data URL of the picture, at most `side` pixels wide and high."""
+    image = decode(data)
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    buffer = BytesIO()
+    image.save(buffer, "WEBP", quality=78)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _picture(folder: Path, key: str) -> tuple[bytes, str]:
+    caption = folder / f"{key}.txt"
+    image = next(path for path in caption.parent.glob(f"{glob.escape(caption.stem)}.*") if path != caption)
+    return image.read_bytes(), caption.read_text(encoding="utf-8").partition("\n")[0]
+
+
+def _decodes(pair: Pair) -> bool:
+    try:
+        decode(pair.image)
+    except BadImage as error:
+        console.print(f"{escape(pair.key)}: {escape(str(error))}")
+        return False
+    return True
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Show what a tag store answers for pictures it has never seen.")
+    parser.add_argument("--data", metavar="SOURCE", help=f"anything that `tagstore ingest` can read; default: the pictures of {PACKAGE}")
+    parser.add_argument("--out", type=Path, default=Path(".demo"), help="folder for pictures, store and page (default: .demo)")
+    parser.add_argument("--format", help="of SOURCE, where it can't be found by looking")
+    parser.add_argument("--image-column")
+    parser.add_argument("--caption-column", action="append", default=[])
+    parser.add_argument("--key-column")
+    return parser
+
+
+if __name__ == "__main__":
+    main()
