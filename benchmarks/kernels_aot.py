@@ -1,0 +1,222 @@
+"""Compile every kernel variant ahead of time, without a GPU, and print what each takes: registers, shared memory, spills.
+
+    python benchmarks/kernels_aot.py                      # the whole table, for sm_80, sm_90 and sm_100
+    python benchmarks/kernels_aot.py --arch 90 --only backward
+    python benchmarks/kernels_aot.py --markdown > table.md
+
+A kernel that compiles here for an H100 compiles there: the compiler is the same, and it never looks at the device. Registers and
+spills are read from the machine code with the disassembler that Triton's wheel carries. Exits with 1 if a variant spills more
+than its limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ARCHES = (80, 90, 100)
+
+_SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel with everything that is fixed at compile time."""
+
+    kernel: str
+    dtype: str
+    dim: int
+    flags: frozenset[str] = frozenset()
+    group: int = 1
+    rows: int = 15
+    """Queries of an average (image, key/value head): decides the default blocks."""
+    block: tuple[int, int, int, int] | None = None
+    """(block_m, block_n, warps, stages); the default of the kernel if None."""
+
+    @property
+    def spill_limit(self) -> int:
+        """Bytes of stack it may take: none. Except float32 beyond D = 128, where exact products without tensor cores hold whole
+        rows of both operands in registers: right, and slow, and nobody trains in it."""
+        return 512 if self.dtype == "fp32" and self.dim > 128 else 0
+
+    def __str__(self) -> str:
+        return f"{self.kernel} {self.dtype} D{self.dim} G{self.group} {'+'.join(sorted(self.flags)) or 'plain'}"
+
+
+@dataclass
+class Result:
+    """What the compiler made of a variant for one architecture."""
+
+    variant: Variant
+    arch: int
+    config: str = ""
+    registers: int = 0
+    stack: int = 0
+    shared: int = 0
+    spills: int = 0
+    """LDL and STL instructions in the machine code."""
+    products: dict[str, int] = field(default_factory=dict)
+    """Tensor core instructions by name."""
+
+    @property
+    def row(self) -> tuple[str, ...]:
+        products = " ".join(f"{name} x{count}" for name, count in self.products.items()) or "FMA"
+        v = self.variant
+        flags = "+".join(sorted(v.flags)) or "-"
+        numbers = (str(self.registers), str(self.shared), str(self.stack), str(self.spills))
+        return (f"sm_{self.arch}", v.kernel, v.dtype, str(v.dim), str(v.group), flags, self.config, *numbers, products)
+
+
+HEADINGS = ("arch", "kernel", "dtype", "D", "G", "flags", "blocks", "registers", "shared B", "stack B", "LDL+STL", "products")
+
+
+def variants(every: bool = True) -> list[Variant]:
+    """All variants, or (`every=False`) one of each kernel and of each dtype, for a quick check."""
+    full = frozenset({"weights", "bias", "mask"})
+    found = []
+    attention = ("forward", "backward")
+    if every:
+        for kernel in attention:
+            for dtype in ("bf16", "fp16"):
+                found += [Variant(kernel, dtype, dim, flags) for dim in (24, 64, 80, 128, 256) for flags in (frozenset(), full)]
+            found += [Variant(kernel, "fp32", dim, full) for dim in (24, 64, 128, 256)]
+            found += [Variant(kernel, "bf16", dim, frozenset({"weights"}), group=4, rows=60) for dim in (64, 128)]
+        found += [Variant(kernel, dtype, dim, full) for kernel in ("maps", "dbias") for dtype in ("bf16", "fp32") for dim in (64, 128, 256)]
+    else:
+        for kernel in attention:
+            found += [Variant(kernel, "bf16", dim, full) for dim in (64, 128, 256)] + [Variant(kernel, "fp32", 64, full)]
+        found += [Variant(kernel, "bf16", 64, full) for kernel in ("maps", "dbias")]
+    return found
+
+
+def _kernel(variant: Variant) -> tuple[Any, dict[str, Any], tuple[int, int, int, int]]:
+    """The function, its compile-time constants, and its blocks."""
+    import torch
+    from tuna_kernels.tag_attention import backward, forward, tuning
+
+    dtype = getattr(torch, _SHORT[variant.dtype])
+    functions = {
+        "forward": (forward.forward_kernel, tuning.forward_default),
+        "maps": (forward.maps_kernel, tuning.forward_default),
+        "backward": (backward.backward_kernel, tuning.backward_default),
+        "dbias": (backward.dbias_kernel, lambda dim, dtype, rows, bias: tuning.bias_default(dim, dtype)),
+    }
+    function, default = functions[variant.kernel]
+    config = default(variant.dim, dtype, variant.rows, "bias" in variant.flags)
+    block = variant.block or (config.block_m, config.block_n, config.warps, config.stages)
+    constants = {
+        "D": variant.dim, "G": variant.group, "PRECISION": "ieee", "BLOCK_M": block[0], "BLOCK_N": block[1],
+        "BLOCK_D": max(16, 1 << (variant.dim - 1).bit_length()),
+        **{f"HAS_{flag.upper()}": flag in variant.flags for flag in ("weights", "bias", "mask")},
+    }  # fmt: skip
+    return function, constants, block
+
+
+def _signature(function: Any, constants: dict[str, Any], variant: Variant) -> tuple[dict[str, str], dict[str, Any], dict[Any, Any]]:
+    """Types of the arguments as a launch with aligned tensors has them; absent pointers and unit strides are constants."""
+    kinds = {"cu_tags": "*i32", "lse": "*fp32", "dweights": "*fp32", "mask": "*i1", "scale": "fp32", "weights": "*fp32"}
+    integers = {"total", "patches", "kv_heads", "heads", "groups", "blocks", "batch", "patches_each"}
+    signature, fixed, attributes = {}, {}, {}
+    for i, name in enumerate(function.arg_names):
+        optional = {"weights": "weights", "dweights": "weights", "bias": "bias", "mask": "mask", "dbias": "bias"}.get(name)
+        if name in constants:
+            signature[name], fixed[name] = "constexpr", constants[name]
+        elif optional and optional not in variant.flags:
+            signature[name], fixed[name] = "constexpr", None
+        elif name in ("stride_bp", "stride_mp"):
+            signature[name], fixed[name] = "constexpr", 1
+        elif name.startswith("stride_") or name in integers:
+            signature[name] = "i32"
+            if name.startswith("stride_"):
+                attributes[(i,)] = [["tt.divisibility", 8 if variant.dim % 16 else 16]]
+        else:
+            signature[name] = kinds.get(name, f"*{variant.dtype}")
+            if signature[name].startswith("*"):
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    return signature, fixed, attributes
+
+
+def compile_variant(variant: Variant, arch: int) -> Result:
+    """Compile one variant for one architecture and read its machine code."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    function, constants, block = _kernel(variant)
+    signature, fixed, attributes = _signature(function, constants, variant)
+    source = ASTSource(fn=function, signature=signature, constexprs=fixed, attrs=attributes)
+    compiled = triton.compile(
+        source, target=GPUTarget("cuda", arch, 32), options={"num_warps": block[2], "num_stages": block[3]}
+    )
+    result = Result(variant, arch, config=f"{block[0]}x{block[1]} w{block[2]} s{block[3]}", shared=compiled.metadata.shared)
+    _read_machine_code(compiled.asm["cubin"], result)
+    return result
+
+
+def _read_machine_code(cubin: bytes, result: Result) -> None:
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        tool = knobs.nvidia.cuobjdump.path
+        usage = subprocess.run([tool, "--dump-resource-usage", str(path)], capture_output=True, text=True, check=True).stdout
+        code = subprocess.run([tool, "--dump-sass", str(path)], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"no resource usage in the output of {tool}: {usage!r}")
+    result.registers, result.stack = int(found[1]), int(found[2])
+    result.spills = len(re.findall(r"\b(?:LDL|STL)\b", code))
+    for name in ("HGMMA", "UTCHMMA", "HMMA"):
+        if count := len(re.findall(rf"\b{name}\b", code)):
+            result.products[name] = count
+
+
+def compile_all(todo: list[tuple[Variant, int]], workers: int) -> list[Result]:
+    """Compile in parallel processes; the results are in the order of `todo`."""
+    if os.environ.get("TRITON_INTERPRET", "0") != "0":
+        raise RuntimeError("TRITON_INTERPRET is set: kernels would be interpreted, not compiled. Unset it for this script.")
+    with ProcessPoolExecutor(workers) as pool:
+        return list(pool.map(compile_variant, *zip(*todo, strict=True)))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", type=int, action="append", choices=ARCHES, help="compute capability times ten; may be repeated")
+    parser.add_argument("--only", default="", help="a part of a variant's name, such as 'backward bf16'")
+    parser.add_argument("--quick", action="store_true", help="one variant of each kernel and dtype")
+    parser.add_argument("--markdown", action="store_true")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    options = parser.parse_args()
+
+    import torch
+    import triton
+
+    chosen = [v for v in variants(not options.quick) if options.only in str(v)]
+    if not chosen:
+        parser.error(f"no variant's name holds {options.only!r}")
+    results = compile_all([(v, arch) for arch in options.arch or ARCHES for v in chosen], options.workers)
+    rows = [HEADINGS, *(r.row for r in results)]
+    print(f"torch {torch.__version__}, triton {triton.__version__}\n")
+    if options.markdown:
+        rows.insert(1, tuple("---" for _ in HEADINGS))
+        print("\n".join(f"| {' | '.join(row)} |" for row in rows))
+    else:
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        print("\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows))
+    spilled = [r for r in results if r.stack > r.variant.spill_limit]
+    for r in spilled:
+        print(f"spills: {r.variant} on sm_{r.arch}: {r.stack} bytes of stack, limit {r.variant.spill_limit}", file=sys.stderr)
+    return 1 if spilled else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

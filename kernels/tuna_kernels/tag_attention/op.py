@@ -1,0 +1,223 @@
+"""The operator: checks at the door, the choice of implementation, and the registration with torch (autograd, fake tensors)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from ..backend import choose
+from . import reference
+
+
+@overload
+def tag_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_tags: Tensor, *, scale: float | None = ..., weights: Tensor | None = ...,
+    bias: Tensor | None = ..., patch_mask: Tensor | None = ..., impl: str = ..., max_tags: int | None = ...,
+    return_attention: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def tag_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_tags: Tensor, *, scale: float | None = ..., weights: Tensor | None = ...,
+    bias: Tensor | None = ..., patch_mask: Tensor | None = ..., impl: str = ..., max_tags: int | None = ...,
+    return_attention: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+def tag_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_tags: Tensor,
+    *,
+    scale: float | None = None,
+    weights: Tensor | None = None,
+    bias: Tensor | None = None,
+    patch_mask: Tensor | None = None,
+    impl: str = "auto",
+    max_tags: int | None = None,
+    return_attention: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Every tag attends over the patches of its own image: `out[t] = weights[t] * softmax(scale * q[t] k[b]^T + bias[t]) v[b]`.
+
+    The cross-attention of TUNA's image-aware tag encoder (arXiv 2406.10839, section 3). Differentiable in q, k, v, weights, bias.
+
+    Args:
+        q: `[T, H, D]`, the tags of all images one after the other; D from 16 to 256.
+        k, v: `[B, P, Hkv, D]` patches, in the dtype of q; H is a multiple of Hkv (grouped-query attention).
+        cu_tags: int32 `[B + 1]`: image b owns the tags `cu_tags[b]:cu_tags[b + 1]`; `cu_tags[0] == 0`, `cu_tags[B] == T`. Images
+            without tags are fine. Its values are checked on the CPU only: on a GPU that would wait for the device.
+        scale: factor of the logits; `D ** -0.5` if None.
+        weights: `[T]`, multiplied into the output (the `multiply` couplings of `tag_weights`).
+        bias: `[T, P]`, `[T, 1, P]` or `[T, H, P]`, added to the logits, such as a prior over patches. A bias that is the same for
+            all patches of a tag changes nothing here (softmax cancels it): log-weights belong where tags are *keys*.
+        patch_mask: bool `[B, P]`, True where a patch may be seen. A tag that may see nothing gets zeros, and zero gradients.
+        impl: "auto", "triton" or "reference"; see `tuna_kernels.backend`.
+        max_tags: an upper bound of the tags of one image, if known. Only the reference uses it, to avoid a host sync.
+        return_attention: also return the attention `[T, H, P]` (before `weights`), without gradient, for looking at.
+
+    Returns:
+        `[T, H, D]` in the dtype of q, contiguous; with `return_attention` a pair.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit together.
+        RuntimeError: `impl="triton"` cannot be had; the message says why.
+    """
+    _check(q, k, v, cu_tags, weights, bias, patch_mask)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if not choose(impl, "tag_attention", q):
+        out, attention = reference.tag_attention(
+            q, k, v, cu_tags, scale=scale, weights=weights, bias=bias, patch_mask=patch_mask, max_tags=max_tags
+        )
+        return (out, attention.detach()) if return_attention else out
+    if not 16 <= q.shape[-1] <= 256:
+        raise ValueError(f"tag_attention: the kernels take a head dimension D from 16 to 256, got {q.shape[-1]}; impl='reference' takes any")
+    q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
+    weights = None if weights is None else weights.contiguous()
+    cu_tags = cu_tags.contiguous()
+    out, lse = torch.ops.tuna_kernels.tag_attention_forward(q, k, v, cu_tags, scale, weights, bias, patch_mask)
+    if not return_attention:
+        return out  # type: ignore[no-any-return]
+    with torch.no_grad():
+        return out, torch.ops.tuna_kernels.tag_attention_maps(q, k, cu_tags, lse, scale, bias, patch_mask)
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    """The kernels take any strides but the last one's: a row of a head is read in one piece."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def check_cu_tags(op: str, cu_tags: Tensor, total: int) -> None:
+    """Refuse offsets that are not a rising int32 `[B + 1]` from 0 to `total`; the values only where reading them is free."""
+    if cu_tags.ndim != 1 or cu_tags.numel() < 1 or cu_tags.dtype != torch.int32:
+        raise ValueError(f"{op}: cu_tags must be int32 [B + 1], got {_shape(cu_tags)}")
+    if cu_tags.device.type == "cpu" and not torch.compiler.is_compiling():
+        if int(cu_tags[0]) != 0 or int(cu_tags[-1]) != total:
+            raise ValueError(f"{op}: cu_tags must run from 0 to {total} (the tags there are), got {int(cu_tags[0])} to {int(cu_tags[-1])}")
+        if bool((cu_tags[1:] < cu_tags[:-1]).any()):
+            raise ValueError(f"{op}: cu_tags must not fall, got {cu_tags.tolist()}")
+
+
+def _shape(x: Tensor) -> str:
+    return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, cu_tags: Tensor, weights: Tensor | None, bias: Tensor | None, mask: Tensor | None) -> None:
+    if q.ndim != 3 or k.ndim != 4 or k.shape != v.shape or k.shape[-1] != q.shape[-1]:
+        raise ValueError(f"tag_attention: expected q [T, H, D] and k, v [B, P, Hkv, D], got q {_shape(q)}, k {_shape(k)}, v {_shape(v)}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"tag_attention: q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    (total, heads, _), (batch, patches, kv_heads, _) = q.shape, k.shape
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"tag_attention: the {heads} heads of q must be a multiple of the {kv_heads} heads of k and v")
+    check_cu_tags("tag_attention", cu_tags, total)
+    if cu_tags.numel() != batch + 1:
+        raise ValueError(f"tag_attention: cu_tags must have {batch + 1} values for the {batch} images of k, got {cu_tags.numel()}")
+    if weights is not None and weights.shape != (total,):
+        raise ValueError(f"tag_attention: weights must be [{total}], one for each tag, got {_shape(weights)}")
+    if bias is not None:
+        if bias.ndim == 1:
+            raise ValueError(
+                f"tag_attention: a bias {_shape(bias)} that is the same for all patches changes nothing under softmax; "
+                "give [T, P] or [T, H, P], or use the log-weights where tags are keys"
+            )
+        if bias.shape not in ((total, patches), (total, 1, patches), (total, heads, patches)):
+            raise ValueError(f"tag_attention: bias must be {[total, patches]} or [{total}, 1 or {heads}, {patches}], got {_shape(bias)}")
+    if mask is not None and (mask.shape != (batch, patches) or mask.dtype != torch.bool):
+        raise ValueError(f"tag_attention: patch_mask must be bool {[batch, patches]}, got {_shape(mask)}")
+    for name, other in (("k", k), ("v", v), ("cu_tags", cu_tags), ("weights", weights), ("bias", bias), ("patch_mask", mask)):
+        if other is not None and other.device != q.device:
+            raise ValueError(f"tag_attention: q is on {q.device} and {name} on {other.device}: move them to one device")
+
+
+@torch.library.custom_op("tuna_kernels::tag_attention_forward", mutates_args=())
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_tags: Tensor, scale: float, weights: Tensor | None, bias: Tensor | None, patch_mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    from .forward import forward
+
+    return forward(q, k, v, cu_tags, scale, weights, bias, patch_mask)
+
+
+@_forward.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, cu_tags: Tensor, scale: float, weights: Tensor | None, bias: Tensor | None, patch_mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
+
+
+@torch.library.custom_op("tuna_kernels::tag_attention_maps", mutates_args=())
+def _maps(
+    q: Tensor, k: Tensor, cu_tags: Tensor, lse: Tensor, scale: float, bias: Tensor | None, patch_mask: Tensor | None
+) -> Tensor:
+    from .forward import attention_maps
+
+    return attention_maps(q, k, cu_tags, lse, scale, bias, patch_mask)
+
+
+@_maps.register_fake
+def _(q: Tensor, k: Tensor, cu_tags: Tensor, lse: Tensor, scale: float, bias: Tensor | None, patch_mask: Tensor | None) -> Tensor:
+    return q.new_empty((q.shape[0], q.shape[1], k.shape[1]))
+
+
+@torch.library.custom_op("tuna_kernels::tag_attention_backward", mutates_args=())
+def _backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_tags: Tensor, out: Tensor, lse: Tensor, scale: float,
+    weights: Tensor | None, bias: Tensor | None, patch_mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    from .backward import backward
+
+    dq, dk, dv, dweights = backward(dout, q, k, v, cu_tags, out, lse, scale, weights, bias, patch_mask)
+    return dq, dk, dv, q.new_empty(0) if dweights is None else dweights
+
+
+@_backward.register_fake
+def _(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_tags: Tensor, out: Tensor, lse: Tensor, scale: float,
+    weights: Tensor | None, bias: Tensor | None, patch_mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dweights = q.new_empty(0) if weights is None else weights.new_empty(weights.shape)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dweights
+
+
+@torch.library.custom_op("tuna_kernels::tag_attention_bias_gradient", mutates_args=())
+def _bias_gradient(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_tags: Tensor, out: Tensor, lse: Tensor, scale: float,
+    weights: Tensor | None, bias: Tensor, patch_mask: Tensor | None,
+) -> Tensor:  # fmt: skip
+    from .backward import bias_gradient
+
+    return bias_gradient(dout, q, k, v, cu_tags, out, lse, scale, weights, bias, patch_mask)
+
+
+@_bias_gradient.register_fake
+def _(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_tags: Tensor, out: Tensor, lse: Tensor, scale: float,
+    weights: Tensor | None, bias: Tensor, patch_mask: Tensor | None,
+) -> Tensor:  # fmt: skip
+    return bias.new_empty(bias.shape)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, cu_tags, scale, weights, bias, patch_mask = inputs
+    out, lse = output
+    ctx.save_for_backward(q, k, v, cu_tags, out, lse, weights, bias, patch_mask)
+    ctx.scale = scale
+
+
+def _gradients(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, cu_tags, out, lse, weights, bias, patch_mask = ctx.saved_tensors
+    dout = _unit_stride(dout)
+    need_weights, need_bias = ctx.needs_input_grad[5:7]
+    dq = dk = dv = dweights = dbias = None
+    if any(ctx.needs_input_grad[:3]) or need_weights:
+        dq, dk, dv, dweights = torch.ops.tuna_kernels.tag_attention_backward(
+            dout, q, k, v, cu_tags, out, lse, ctx.scale, weights, bias, patch_mask
+        )
+    if need_bias:
+        dbias = torch.ops.tuna_kernels.tag_attention_bias_gradient(
+            dout, q, k, v, cu_tags, out, lse, ctx.scale, weights, bias, patch_mask
+        )
+    return dq, dk, dv, None, None, dweights if need_weights else None, dbias, None
+
+
+_forward.register_autograd(_gradients, setup_context=_setup)
