@@ -16,6 +16,9 @@ GROUP = "tagstore.miners"
 
 SHIPPED = {
     "rules": "tagstore.mining.rules:RuleMiner",
+    "metadata": "tagstore.mining.metadata:MetadataMiner",
+    "keywords": "tagstore.mining.keywords:KeywordMiner",
+    "factual": "tagstore.mining.factual:FactualMiner",
     "none": "tagstore.mining.compose:NoMiner",
 }
 

@@ -42,10 +42,10 @@ class Parse:
             for j in range(first[i], i + 1):
                 self.word_of[j] = word
 
-        self.text = [self.source[idx[first[i]] : ends[i]] for i in last]
-        self.low = [t.lower() for t in self.text]
-        self.start = [idx[first[i]] for i in last]
-        self.end = [ends[i] for i in last]
+        self.text: list[str] = [self.source[idx[first[i]] : ends[i]] for i in last]
+        self.low: list[str] = [t.lower() for t in self.text]
+        self.start: list[int] = [idx[first[i]] for i in last]
+        self.end: list[int] = [ends[i] for i in last]
         self.tag: list[str] = []
         self.dep: list[str] = []
         self.head: list[int] = []

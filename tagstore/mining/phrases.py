@@ -101,10 +101,12 @@ def _describes(p: Parse, a: int) -> bool:
 
 
 def _conjuncts(p: Parse, a: int, before: int) -> Iterator[int]:
-    for k in p.kids[a]:
-        if p.dep[k] == "conj" and k < before:
-            yield k
-            yield from _conjuncts(p, k, before)
+    waiting = [a]
+    while waiting:
+        for k in p.kids[waiting.pop(0)]:
+            if p.dep[k] == "conj" and k < before:
+                waiting.append(k)
+                yield k
 
 
 def _prefix(p: Parse, a: int) -> int:
