@@ -74,7 +74,7 @@ def main() -> None:
     print_table(asked)
     page = out / "index.html"
     origin = f"Debian package {PACKAGE} (Tux Paint)" if options.data is None else options.data
-    page.write_text(render(asked, info, seconds, origin, lambda key: _picture(out / "train", key)), encoding="utf-8")
+    page.write_text(render(asked, info, seconds, origin, lambda key: picture(out / "train", key)), encoding="utf-8")
     console.print(f"\n{summary(asked)}\nThe page: [bold]{page}[/bold]  ({page.stat().st_size / 1e6:.1f} MB, self-contained)")
 
 
@@ -244,7 +244,8 @@ def thumbnail(data: bytes, side: int) -> str:
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _picture(folder: Path, key: str) -> tuple[bytes, str]:
+def picture(folder: Path, key: str) -> tuple[bytes, str]:
+    """The image and first caption of an entry that was read from `folder`."""
     caption = folder / f"{key}.txt"
     image = next(path for path in caption.parent.glob(f"{glob.escape(caption.stem)}.*") if path != caption)
     return image.read_bytes(), caption.read_text(encoding="utf-8").partition("\n")[0]
