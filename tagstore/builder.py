@@ -2,7 +2,8 @@
 
     read ─▶ decode + hash (threads) ─▶ admit ─▶ embed ─▶ mine ─▶ append ... ─▶ embed new tags ─▶ index ─▶ commit
 
-One batch is decoded while the one before it is embedded; nothing else is in memory, whatever the length of the source.
+One batch is decoded while the one before it is embedded; nothing else is in memory, whatever the length of the source. Every
+append says how far the source was consumed, so an ingest that was cut off is taken up where it stopped.
 """
 
 from __future__ import annotations
@@ -14,24 +15,24 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tagstore import faiss_index
 from tagstore.encoder import Encoder, load_encoder
-from tagstore.errors import BadImage, FingerprintMismatch, InvalidInput
+from tagstore.errors import BadImage, FingerprintMismatch, InvalidInput, NotFound
 from tagstore.images import decode, perceptual_hash
 from tagstore.mining import Miner, load_miner, merge
 from tagstore.readers import Columns, read
-from tagstore.store import Store, check_name, store_names
+from tagstore.store import Store, check_name
 from tagstore.types import Pair, Rejected
-from tagstore.writer import Draft, Writer
+from tagstore.writer import Draft, Progress, Sync, Writer
 
 log = logging.getLogger(__name__)
 
@@ -39,9 +40,9 @@ BATCH = 256
 BATCH_BYTES = 128 << 20
 """A batch of huge photographs ends early, so that memory stays what it is with small ones."""
 SHOWN = 1000
-"""Quarantined pairs that a report holds; the file it names has them all."""
+"""Quarantined pairs that a report holds; the version has them all."""
 
-Progress = Callable[[str, int], None]
+Advance = Callable[[str, int], None]
 """Called with the name of a stage and how many pairs (or tags) it has done since."""
 
 
@@ -65,17 +66,16 @@ class Report:
     """The first `SHOWN`."""
     reasons: dict[str, int] = field(default_factory=dict)
     """How many were quarantined for what, without the particulars."""
-    quarantine: str = ""
-    """File that lists every quarantined pair, JSON Lines; empty if there is none."""
+    resumed: int = 0
+    """Pairs that an earlier run, cut off, had already done."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall time of the pipeline by what it was spent on or waiting for, and "total"."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
+    draft: Draft
     pair: Pair
-    sha256: bytes
-    perceptual_hash: int
     pixels: NDArray[np.uint8]
 
 
@@ -89,9 +89,12 @@ def ingest(
     encoder: str | Encoder | None = None,
     miner: str | Miner = "rules",
     device: str = "auto",
-    progress: Progress = lambda stage, done: None,
+    sync: Sync = "full",
+    progress: Advance = lambda stage, done: None,
 ) -> Report:
     """Read a source into a store, which is made if it isn't there, and commit the result as its next version.
+
+    If an ingest of the same source, encoder and miner was cut off before, its work is kept as far as the source still reads the same.
 
     Args:
         source: file, folder, glob or brace pattern; see `readers`.
@@ -102,6 +105,7 @@ def ingest(
         encoder: spec or encoder; the store's own if not given, `mini` for a new store.
         miner: spec or miner.
         device: for an encoder given by spec.
+        sync: `full`: what an append has taken survives a power cut at once; `batch`: at the commit. The version does in both.
         progress: called as work is done.
 
     Raises:
@@ -111,94 +115,125 @@ def ingest(
     """
     check_name(store)
     clock = _Clock()
-    pairs = _peeked(read(source, format=format, columns=columns))
+
+    def pairs() -> Iterator[Pair | Rejected]:
+        return _peeked(read(source, format=format, columns=columns))
+
+    found = pairs()
     with clock("load"):
         if not isinstance(encoder, Encoder):
             encoder = _encoder_for(root, store, encoder, device)
         if isinstance(miner, str):
             miner = load_miner(miner)
-    identity = {"name": miner.name, "version": miner.version, "settings": dict(miner.settings)}
+    about = {"name": miner.name, "version": miner.version, "settings": dict(miner.settings)}
+    where = {"path": os.path.abspath(source), "format": format, "columns": asdict(columns)}
+    same = json.dumps([where, about, encoder.fingerprint.digest], sort_keys=True)
+    identity = hashlib.sha256(same.encode()).hexdigest()
 
-    with Writer(root, store, encoder.fingerprint) as writer, ThreadPoolExecutor(os.cpu_count(), "decode") as pool:
-        report = Report(store, writer.parent.number if writer.parent else 0)
-        same_miner = writer.parent is not None and writer.parent.miner == identity
-        with _Quarantine(writer.directory, report) as quarantine:
-            for batch in _prepared(pairs, encoder, pool, clock, report):
-                drafts: list[tuple[Draft, _Prepared]] = []
-                for item in batch:
-                    if isinstance(item, Rejected):
-                        quarantine.add(item)
-                    else:
-                        drafts.append((_draft(item), item))
-                with clock("store"):
-                    admitted, rejected, unchanged = writer.admit([draft for draft, _ in drafts], same_miner=same_miner)
-                for refused in rejected:
-                    quarantine.add(refused)
-                report.unchanged += unchanged
-                kept = {id(draft) for draft in admitted}
-                _append(writer, [(draft, item) for draft, item in drafts if id(draft) in kept], encoder, miner, clock)
-                report.added += len(admitted)
-                progress("pairs", len(batch))
-            if not report.added and not writer.parent:
-                raise InvalidInput(f"none of the {report.pairs} pairs of {source} can be used; the first: {_line(report.quarantined)}")
-            if report.added:
-                _embed_tags(writer, encoder, clock, progress)
-                with clock("index"):
-                    version = writer.commit(operation="ingest", source=source, miner=identity, indexer=faiss_index.build)
-                report.version = version.number
-            quarantine.settle(report.version)
+    with Writer(root, store, encoder.fingerprint, resume=identity, sync=sync) as writer:
+        reached = writer.progress
+        with clock("read"):
+            resumes = reached is not None and _consume(found, reached)
+        if resumes:
+            return _Run(where, about, encoder, miner, writer, reached or Progress(identity), clock, progress).finish(found)
+    # a fresh start, or another source than the one that was cut off: what that one staged is swept away
+    with Writer(root, store, encoder.fingerprint, sync=sync) as writer:
+        return _Run(where, about, encoder, miner, writer, Progress(identity), clock, progress).finish(pairs() if reached else found)
+
+
+class _Run:
+    """One ingest under way."""
+
+    def __init__(
+        self,
+        source: Mapping[str, Any],
+        about: Mapping[str, Any],
+        encoder: Encoder,
+        miner: Miner,
+        writer: Writer,
+        progress: Progress,
+        clock: _Clock,
+        advance: Advance,
+    ) -> None:
+        self.source, self.about, self.encoder, self.miner = source, about, encoder, miner
+        self.writer, self.progress, self.clock, self.advance = writer, progress, clock, advance
+        self.same_miner = writer.parent is not None and writer.parent.miner == about
+        self.report = Report(writer.name, writer.parent.number if writer.parent else 0, resumed=progress.pairs)
+
+    def finish(self, pairs: Iterator[Pair | Rejected]) -> Report:
+        """Consume the pairs, commit, and say what was done."""
+        writer, report, progress = self.writer, self.report, self.progress
+        for refused in writer.refused():
+            self._note(refused)
+        with ThreadPoolExecutor(os.cpu_count(), "decode") as pool:
+            for batch in self._batches(pairs, pool):
+                self._take(batch)
+        report.pairs, report.added, report.unchanged = progress.pairs, progress.added, progress.unchanged
+        if not report.added and not writer.parent:
+            first = f"{r.key}: {r.reason}" if (r := next(iter(report.quarantined), None)) else "the source is empty"
+            raise InvalidInput(f"none of the {report.pairs} pairs of {self.source['path']} can be used; the first: {first}")
+        if report.added:
+            while texts := writer.new_tags(limit=4096):
+                with self.clock("embed tags"):
+                    vectors = self.encoder.encode_texts(texts)
+                with self.clock("store"):
+                    writer.embed_tags(vectors)
+                self.advance("tags", len(texts))
+            with self.clock("commit"):
+                version = writer.commit(operation="ingest", source=self.source, miner=self.about, indexer=faiss_index.extend)
+            report.version = version.number
         if writer.parent:
             report.entries, report.tags, report.unique_tags = writer.parent.entries, writer.parent.tags, writer.parent.unique_tags
-    report.seconds = clock.seconds()
-    return report
+        report.seconds = self.clock.seconds()
+        return report
 
+    def _take(self, batch: list[tuple[bytes, _Prepared | Rejected]]) -> None:
+        rejected = [item for _, item in batch if isinstance(item, Rejected)]
+        good = [item for _, item in batch if isinstance(item, _Prepared)]
+        with self.clock("store"):
+            admitted, duplicates, unchanged = self.writer.admit([item.draft for item in good], same_miner=self.same_miner)
+        rejected += duplicates
+        kept = {id(draft) for draft in admitted}
+        good = [item for item in good if id(item.draft) in kept]
+        vectors, mined = None, []
+        if good:
+            with self.clock("embed"):
+                vectors = self.encoder.encode_images(np.stack([item.pixels for item in good]))
+            with self.clock("mine"):
+                mined = [merge(tags) for tags in self.miner.mine(item.pair for item in good)]
+        progress = self.progress
+        progress.pairs += len(batch)
+        progress.added += len(good)
+        progress.unchanged += unchanged
+        progress.digest = _digest(progress.digest, (digest for digest, _ in batch))
+        with self.clock("store"):
+            drafts = [replace(item.draft, tags=tags) for item, tags in zip(good, mined, strict=True)]
+            self.writer.append(drafts, vectors, rejected=rejected, progress=progress)
+        for refused in rejected:
+            self._note(refused)
+        self.advance("pairs", len(batch))
 
-def _append(writer: Writer, drafts: list[tuple[Draft, _Prepared]], encoder: Encoder, miner: Miner, clock: _Clock) -> None:
-    if not drafts:
-        return
-    with clock("embed"):
-        vectors = encoder.encode_images(np.stack([item.pixels for _, item in drafts]))
-    with clock("mine"):
-        mined = [merge(tags) for tags in miner.mine(item.pair for _, item in drafts)]
-    with clock("store"):
-        tagged = [
-            Draft(d.key, d.sha256, d.perceptual_hash, d.captions, tags, d.metadata, d.origin)
-            for (d, _), tags in zip(drafts, mined, strict=True)
-        ]
-        writer.append(tagged, vectors)
+    def _note(self, refused: Rejected) -> None:
+        report = self.report
+        reason = refused.reason.split(":")[0]
+        report.reasons[reason] = report.reasons.get(reason, 0) + 1
+        if len(report.quarantined) < SHOWN:
+            report.quarantined.append(refused)
+        log.info("quarantined %s: %s", refused.key, refused.reason)
 
+    def _batches(self, pairs: Iterator[Pair | Rejected], pool: ThreadPoolExecutor) -> Iterator[list[tuple[bytes, _Prepared | Rejected]]]:
+        """Batches in order, the next one in the making while the caller works on one."""
 
-def _embed_tags(writer: Writer, encoder: Encoder, clock: _Clock, progress: Progress) -> None:
-    while texts := writer.new_tags(limit=4096):
-        with clock("embed tags"):
-            vectors = encoder.encode_texts(texts)
-        with clock("store"):
-            writer.embed_tags(vectors)
-        progress("tags", len(texts))
+        def submit() -> list[Future[tuple[bytes, _Prepared | Rejected]]]:
+            with self.clock("read"):
+                return [pool.submit(_prepare, item, self.encoder) for item in _some(pairs)]
 
-
-def _draft(item: _Prepared) -> Draft:
-    pair = item.pair
-    return Draft(pair.key, item.sha256, item.perceptual_hash, pair.captions, (), pair.metadata, pair.origin)
-
-
-def _prepared(
-    pairs: Iterator[Pair | Rejected], encoder: Encoder, pool: ThreadPoolExecutor, clock: _Clock, report: Report
-) -> Iterator[list[_Prepared | Rejected]]:
-    """Batches in order, the next one in the making while the caller works on one."""
-
-    def submit() -> list[Future[_Prepared | Rejected]]:
-        with clock("read"):
-            batch = list(_some(pairs))
-        report.pairs += len(batch)
-        return [pool.submit(_prepare, item, encoder) for item in batch]
-
-    ahead = submit()
-    while ahead:
-        current, ahead = ahead, submit()
-        with clock("decode"):
-            batch = [future.result() for future in current]
-        yield batch
+        ahead = submit()
+        while ahead:
+            current, ahead = ahead, submit()
+            with self.clock("decode"):
+                batch = [future.result() for future in current]
+            yield batch
 
 
 def _some(pairs: Iterator[Pair | Rejected]) -> Iterator[Pair | Rejected]:
@@ -210,28 +245,55 @@ def _some(pairs: Iterator[Pair | Rejected]) -> Iterator[Pair | Rejected]:
             return
 
 
-def _prepare(item: Pair | Rejected, encoder: Encoder) -> _Prepared | Rejected:
+def _prepare(item: Pair | Rejected, encoder: Encoder) -> tuple[bytes, _Prepared | Rejected]:
+    """What identifies an item of the source, and what became of it."""
     if isinstance(item, Rejected):
-        return item
+        return _item_digest(item), item
     try:
         image = decode(item.image)
     except BadImage as error:
-        return Rejected(item.key, str(error), item.origin)
-    return _Prepared(
-        # the encoded bytes are done with: a batch in waiting holds pixels at the tower's size, not photographs
-        Pair(item.key, b"", item.captions, item.metadata, item.origin),
+        return _item_digest(item), Rejected(item.key, str(error), item.origin)
+    draft = Draft(
+        item.key,
         hashlib.sha256(item.image).digest(),
         perceptual_hash(image),
-        encoder.prepare(image),
+        item.captions,
+        metadata=item.metadata,
+        origin=item.origin,
     )
+    # the encoded bytes are done with: a batch in waiting holds pixels at the tower's size, not photographs
+    return _item_digest(item), _Prepared(draft, replace(item, image=b""), encoder.prepare(image))
+
+
+def _item_digest(item: Pair | Rejected) -> bytes:
+    if isinstance(item, Rejected):
+        about = [item.key, item.reason]
+    else:
+        about = [item.key, hashlib.sha256(item.image).hexdigest(), *item.captions, json.dumps(dict(item.metadata), sort_keys=True)]
+    return hashlib.sha256(json.dumps(about).encode()).digest()
+
+
+def _digest(before: str, items: Iterable[bytes]) -> str:
+    return hashlib.sha256(before.encode() + b"".join(items)).hexdigest()
+
+
+def _consume(pairs: Iterator[Pair | Rejected], reached: Progress) -> bool:
+    """Skip what an interrupted run did, batch by batch as it did; false if the source reads differently now."""
+    done, digest = 0, ""
+    while done < reached.pairs:
+        batch = list(_some(pairs))
+        if not batch:
+            return False
+        done += len(batch)
+        digest = _digest(digest, map(_item_digest, batch))
+    return done == reached.pairs and digest == reached.digest
 
 
 def _encoder_for(root: str | Path, store: str, spec: str | None, device: str) -> Encoder:
-    stored = None
-    if store in store_names(root):
-        opened = Store(root, store)
-        if opened.state()["current"]:
-            stored = opened.snapshot().version.fingerprint
+    try:
+        stored = Store(root, store).snapshot().version.fingerprint
+    except NotFound:
+        stored = None
     encoder = load_encoder(spec or (stored.model if stored else "mini"), device=device)
     if stored and encoder.fingerprint.digest != stored.digest:
         raise FingerprintMismatch.between(store, stored, encoder.fingerprint)
@@ -243,10 +305,6 @@ def _peeked(items: Iterable[Pair | Rejected]) -> Iterator[Pair | Rejected]:
     iterator = iter(items)
     first = next(iterator, None)
     return iter(()) if first is None else chain([first], iterator)
-
-
-def _line(rejected: list[Rejected]) -> str:
-    return f"{rejected[0].key}: {rejected[0].reason}" if rejected else "the source is empty"
 
 
 class _Clock:
@@ -267,38 +325,3 @@ class _Clock:
     def seconds(self) -> dict[str, float]:
         total = time.perf_counter() - self._start
         return {**{stage: round(spent, 3) for stage, spent in self._spent.items()}, "total": round(total, 3)}
-
-
-class _Quarantine:
-    """Rejected pairs: all of them in a file beside the store, the first in the report."""
-
-    def __init__(self, directory: Path, report: Report) -> None:
-        self._path, self._report = directory / "quarantine.tmp", report
-        self._exit = ExitStack()
-        self._file: TextIO | None = None
-
-    def __enter__(self) -> _Quarantine:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._exit.close()
-        self._path.unlink(missing_ok=True)
-
-    def add(self, rejected: Rejected) -> None:
-        if self._file is None:
-            self._file = self._exit.enter_context(self._path.open("w", encoding="utf-8"))
-        record: Mapping[str, Any] = {"key": rejected.key, "reason": rejected.reason, "origin": rejected.origin}
-        self._file.write(json.dumps(record, ensure_ascii=True) + "\n")
-        reason = rejected.reason.split(":")[0]
-        self._report.reasons[reason] = self._report.reasons.get(reason, 0) + 1
-        if len(self._report.quarantined) < SHOWN:
-            self._report.quarantined.append(rejected)
-        log.info("quarantined %s: %s", rejected.key, rejected.reason)
-
-    def settle(self, version: int) -> None:
-        """Keep the file under the version's number."""
-        if self._file is not None:
-            self._file.close()
-            kept = self._path.with_name(f"quarantine-{version:08d}.jsonl")
-            self._path.replace(kept)
-            self._report.quarantine = str(kept)

@@ -19,7 +19,7 @@ except ModuleNotFoundError:
 from tagstore.errors import InvalidInput, TagstoreError
 
 if TYPE_CHECKING:
-    from tagstore.builder import Progress, Report
+    from tagstore.builder import Advance, Report
     from tagstore.types import Retrieval, StoreInfo
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs instead of a table for people.")
@@ -218,8 +218,6 @@ def _print_report(report: Report) -> None:
     for reason, count in sorted(report.reasons.items(), key=lambda item: -item[1])[:10]:
         example = next((r for r in report.quarantined if r.reason.startswith(reason)), None)
         click.echo(f"  {count} x {reason}" + (f", for example {example.key}: {example.reason}" if example else ""))
-    if report.quarantine:
-        click.echo(f"  all of them: {report.quarantine}")
     click.echo("seconds: " + ", ".join(f"{stage} {spent:.1f}" for stage, spent in s.items()))
 
 
@@ -244,7 +242,7 @@ def _table(columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
 
 
 @contextmanager
-def _progress(source: str) -> Iterator[Progress]:
+def _progress(source: str) -> Iterator[Advance]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tagstore.errors import BadVector
-from tagstore.types import KINDS, Fingerprint, Neighbour, Retrieval, RetrievedTag, StoreInfo, TagInfo
+from tagstore.types import KINDS, Fingerprint, Kind, Neighbour, Retrieval, RetrievedTag, StoreInfo, TagInfo
 from tagstore_proto.v1 import tagstore_pb2 as pb
 
-_DTYPES = {pb.DTYPE_UNSPECIFIED: np.dtype("<f4"), pb.DTYPE_FLOAT32: np.dtype("<f4"), pb.DTYPE_FLOAT16: np.dtype("<f2")}
+_TO_WIRE: dict[Kind, pb.Kind] = {kind: pb.Kind.Value(f"KIND_{kind.upper()}") for kind in KINDS}
+_FROM_WIRE: dict[int, Kind] = {number: kind for kind, number in _TO_WIRE.items()}
+_DTYPES: dict[int, np.dtype[Any]] = {
+    pb.DTYPE_UNSPECIFIED: np.dtype("<f4"),
+    pb.DTYPE_FLOAT32: np.dtype("<f4"),
+    pb.DTYPE_FLOAT16: np.dtype("<f2"),
+}
 
 
 def vectors_to_proto(vectors: NDArray[np.floating]) -> pb.Vectors:
@@ -41,7 +48,7 @@ def retrieval_to_proto(retrieval: Retrieval) -> pb.Retrieval:
             pb.RetrievedTag(
                 tag_id=t.tag_id,
                 tag=t.tag,
-                kind=KINDS.index(t.kind) + 1,
+                kind=_TO_WIRE[t.kind],
                 similarity=t.similarity,
                 relevance=t.relevance,
                 neighbours=[position[i] for i in t.neighbours],
@@ -70,7 +77,7 @@ def _tags_from_proto(message: pb.Retrieval) -> Iterator[RetrievedTag]:
         yield RetrievedTag(
             tag_id=t.tag_id,
             tag=t.tag,
-            kind=KINDS[t.kind - 1],
+            kind=_FROM_WIRE[t.kind],
             similarity=t.similarity,
             votes=len(t.neighbours),
             relevance=t.relevance,
@@ -79,13 +86,13 @@ def _tags_from_proto(message: pb.Retrieval) -> Iterator[RetrievedTag]:
 
 
 def tags_to_proto(tags: Iterable[TagInfo]) -> list[pb.TagInfo]:
-    return [pb.TagInfo(tag_id=t.tag_id, text=t.text, kind=KINDS.index(t.kind) + 1, count=t.count) for t in tags]
+    return [pb.TagInfo(tag_id=t.tag_id, text=t.text, kind=_TO_WIRE[t.kind], count=t.count) for t in tags]
 
 
 def tags_from_proto(response: pb.GetTagsResponse) -> list[TagInfo]:
     embeddings = vectors_from_proto(response.embeddings).astype(np.float32) if response.HasField("embeddings") else None
     return [
-        TagInfo(t.tag_id, t.text, KINDS[t.kind - 1], t.count, None if embeddings is None else embeddings[i])
+        TagInfo(t.tag_id, t.text, _FROM_WIRE[t.kind], t.count, None if embeddings is None else embeddings[i])
         for i, t in enumerate(response.tags)
     ]
 

@@ -1,4 +1,13 @@
-"""LMDB environments: opened once a process, never across a fork, with the writer's lock beside them."""
+"""LMDB environments of a store: opened once a process, never across a fork, with the writer's lock beside them.
+
+    ROOT/NAME/CURRENT          which generation of the database is the store's, one line
+    ROOT/NAME/db-000001/       that generation: an LMDB environment
+    ROOT/NAME/index/           derived files
+    ROOT/NAME/writer.lock      held by the process that writes
+
+A generation is replaced as a whole when a store is compacted: the new one is written beside it, `CURRENT` is renamed over,
+and readers of the old one keep it, unlinked, until they let go.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +28,7 @@ MAP_SIZE = int(os.environ.get("TAGSTORE_MAP_SIZE", 1 << 40))
 MAX_READERS = 2048
 
 _lock = Lock()
-_open: dict[tuple[int, str], Any] = {}
+_open: dict[str, Any] = {}
 
 
 def _close_inherited() -> None:
@@ -33,6 +42,54 @@ def _close_inherited() -> None:
 os.register_at_fork(after_in_child=_close_inherited)
 
 
+def generation(store: Path) -> Path:
+    """The directory of a store's current database. Raises `NotFound` if there is no store."""
+    try:
+        return store / (store / "CURRENT").read_text().strip()
+    except (FileNotFoundError, NotADirectoryError):
+        raise NotFound(f"no store at {store}") from None
+
+
+def new_generation(store: Path) -> Path:
+    """The directory that comes after the current one, made anew."""
+    number = int(generation(store).name.removeprefix("db-")) + 1 if (store / "CURRENT").exists() else 1
+    path = store / f"db-{number:06d}"
+    sweep(store)
+    path.mkdir()
+    return path
+
+
+def switch(store: Path, to: Path) -> None:
+    """Make a generation the current one: durable and atomic."""
+    temporary = store / "CURRENT.tmp"
+    with temporary.open("w") as file:
+        file.write(to.name + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(store / "CURRENT")
+    sync_directory(store)
+
+
+def sweep(store: Path) -> None:
+    """Remove generations that are not the current one: leftovers of an interrupted or a finished compaction."""
+    current = generation(store).name if (store / "CURRENT").exists() else ""
+    for path in store.glob("db-*"):
+        if path.name != current:
+            forget(path)
+            for file in path.iterdir():
+                file.unlink()
+            path.rmdir()
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames and new names in a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def environment(directory: Path, *, create: bool = False) -> Any:
     """The process's one `lmdb.Environment` of a directory.
 
@@ -40,37 +97,36 @@ def environment(directory: Path, *, create: bool = False) -> Any:
     """
     path = os.path.realpath(directory)
     with _lock:
-        env = _open.get((os.getpid(), path))
+        env = _open.get(path)
         if env is None:
             if not create and not os.path.exists(os.path.join(path, "data.mdb")):
-                raise NotFound(f"no store at {path}")
+                raise NotFound(f"no database at {path}")
             try:
-                env = lmdb.open(path, map_size=MAP_SIZE, max_readers=MAX_READERS, max_dbs=16, create=create)
+                # metasync=False: a commit syncs the data; `env.sync(True)` after it makes the commit itself durable
+                env = lmdb.open(path, map_size=MAP_SIZE, max_readers=MAX_READERS, max_dbs=16, create=create, metasync=False)
             except (lmdb.InvalidError, lmdb.CorruptedError, lmdb.VersionMismatchError) as error:
                 raise Damaged(f"{path}/data.mdb is not a readable LMDB database: {error}. Restore it from a copy.") from error
             env.reader_check()
-            _open[os.getpid(), path] = env
+            _open[path] = env
         return env
 
 
 def forget(directory: Path) -> None:
-    """Close the process's environment of a directory, if it is open; nothing may be reading from it."""
+    """Drop the process's hold of an environment; it is closed when the last one who reads from it lets go."""
     with _lock:
-        env = _open.pop((os.getpid(), os.path.realpath(directory)), None)
-    if env is not None:
-        env.close()
+        _open.pop(os.path.realpath(directory), None)
 
 
 @contextmanager
-def writer_lock(directory: Path) -> Iterator[None]:
+def writer_lock(store: Path) -> Iterator[None]:
     """Hold the right to write to a store. Raises `Busy`, naming the process that has it."""
-    with (directory / "writer.lock").open("a+") as file:
+    with (store / "writer.lock").open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             holder = file.read().strip() or "unknown"
-            raise Busy(f"store '{directory.name}' is being written by process {holder}: wait for it to end, then try again") from None
+            raise Busy(f"store '{store.name}' is being written by process {holder}: wait for it to end, then try again") from None
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()

@@ -1,18 +1,19 @@
 """A store on disk: one LMDB environment that holds everything that is true of it.
 
-    meta      "state" -> JSON: format, name, current version
-    versions  number  -> JSON of a `Version`
-    entries   entry_id -> record (`records.py`)
-    keys      key -> entry_ids that ever had it, ascending
-    vectors   entry_id // 256  -> rows of float16
-    tags      tag_id -> record;     tag_ids: kind + canonical form -> tag_id
-    embeddings  tag_id // 256  -> rows of float16
-    pages     page_id -> 64 KiB of a version's arrays: which entries live (bits), how many carry each tag (int32)
+    meta        "state" -> JSON: format, current version, high-water marks;  "ingest" -> JSON: how far an unfinished ingest got
+    versions    number  -> JSON of a `Version`
+    entries     entry_id -> record (`records.py`)
+    keys        key -> entry_ids that ever had it, ascending
+    vectors     (space, entry_id // 256) -> rows of float16
+    tags        tag_id -> record;    tag_ids: kind + canonical form -> tag_id
+    embeddings  (space, tag_id // 256) -> rows of float16
+    pages       page_id -> 64 KiB of a version's arrays: which entries live (bits), how many carry each tag (int32)
+    quarantine  (version, n) -> JSON of a rejected pair
 
 Entries, tags and vectors are only ever appended. A version says which of them are its own; it becomes visible when the one
 transaction that writes its record commits, and that is the only commit point of a store. Whatever was appended behind the
-last version is invisible and is swept away by the next writer. All numbers used as keys are big endian, so LMDB keeps them
-in order.
+last version is invisible, and is taken up again or swept away by the next writer. A space is one encoder's vectors. All
+numbers used as keys are big endian, so that LMDB keeps them in order.
 """
 
 from __future__ import annotations
@@ -31,18 +32,28 @@ import lmdb
 import numpy as np
 from numpy.typing import NDArray
 
-from tagstore.environment import environment
+from tagstore.environment import environment, generation
 from tagstore.errors import Damaged, InvalidInput, NotFound
 from tagstore.records import decode_entry, decode_hot, decode_tag
-from tagstore.types import Entry, Fingerprint, Kind, StoreInfo, Vectors
+from tagstore.types import Entry, Fingerprint, Kind, Rejected, StoreInfo, Vectors
 
-FORMAT = 1
+FORMAT = 2
 ROWS = 256  # rows of a block of vectors: 256 KiB at 512-d float16
 PAGE = 1 << 16  # bytes of a page of a version's arrays
+SPACE = 48  # a block's key is space << 48 | block
 
-DATABASES = ("meta", "versions", "entries", "keys", "vectors", "tags", "tag_ids", "embeddings", "pages")
+DATABASES = ("meta", "versions", "entries", "keys", "vectors", "tags", "tag_ids", "embeddings", "pages", "quarantine", "takedowns")
 U64 = Struct(">Q")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """A checksum over a run of records, as they were when a version was committed."""
+
+    first: int
+    end: int
+    sha256: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,28 +65,44 @@ class Version:
     created: str
     """UTC, ISO 8601."""
     operation: str
-    """What made it: "ingest"."""
-    source: str
+    """What made it: "ingest", "delete", "rollback to 3" ..."""
+    source: Mapping[str, Any]
+    """Of an ingest: path, format and columns."""
     entries: int
     tags: int
     unique_tags: int
     next_entry_id: int
     next_tag_id: int
+    space: int
     fingerprint: Fingerprint
     miner: Mapping[str, Any]
     """Identity and settings of the miner."""
-    index: Mapping[str, Any]
-    """Kind, parameters and file of the index."""
     pages: Mapping[str, list[int]] = field(default_factory=dict)
     """Page ids of the arrays "live" and "counts"."""
+    index: Mapping[str, Any] = field(default_factory=dict)
+    """Kind and parameters of the index, and its files with their checksums."""
+    ranges: Mapping[str, list[Range]] = field(default_factory=dict)
+    """Checksums of "entries", "vectors", "tags" and "embeddings"; of "live" and "counts", one over the whole."""
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), ensure_ascii=False)
+        """JSON with a checksum of its own."""
+        body = json.dumps(asdict(self), ensure_ascii=False, sort_keys=True)
+        return json.dumps({"version": body, "sha256": sha256(body.encode()).hexdigest()})
 
     @classmethod
     def from_json(cls, data: bytes | str) -> Version:
-        value = json.loads(data)
-        return cls(**{**value, "fingerprint": Fingerprint(**value["fingerprint"])})
+        """Raises `Damaged` if the record is not what was written."""
+        try:
+            outer = json.loads(data)
+            body = outer["version"]
+            if sha256(body.encode()).hexdigest() != outer["sha256"]:
+                raise Damaged("a version's record does not fit its checksum: run `tagstore verify`, restore the store from a copy")
+            value = json.loads(body)
+        except (ValueError, TypeError, KeyError) as error:
+            raise Damaged(f"a version's record cannot be read: {error}") from error
+        value["fingerprint"] = Fingerprint(**value["fingerprint"])
+        value["ranges"] = {name: [Range(**r) for r in ranges] for name, ranges in value["ranges"].items()}
+        return cls(**value)
 
 
 class Store:
@@ -84,11 +111,16 @@ class Store:
     def __init__(self, root: str | Path, name: str) -> None:
         self.name = check_name(name)
         self.directory = Path(root) / name
-        try:
-            self.env = environment(self.directory)
-        except NotFound:
-            there = ", ".join(store_names(root)) or "none"
-            raise NotFound(f"no store '{name}'; those there are: {there}") from None
+        for attempt in range(3):
+            try:
+                self.generation = generation(self.directory)
+                self.env = environment(self.generation)
+                break
+            except NotFound:
+                # between reading CURRENT and opening what it names, a compaction may have ended
+                if attempt == 2 or not (self.directory / "CURRENT").exists():
+                    there = ", ".join(store_names(root)) or "none"
+                    raise NotFound(f"no store '{name}'; those there are: {there}") from None
         self.db = open_databases(self.env)
         state = self.state()
         if state["format"] != FORMAT:
@@ -102,6 +134,13 @@ class Store:
         if data is None:
             raise NotFound(f"store '{self.name}' was created but nothing was ever committed to it: run `tagstore ingest` again")
         return dict(json.loads(data))
+
+    def is_current(self) -> bool:
+        """Whether this is still the store's database; false once a compaction has replaced it."""
+        try:
+            return generation(self.directory) == self.generation
+        except NotFound:
+            return False
 
     def versions(self) -> list[Version]:
         """All versions, oldest first."""
@@ -139,12 +178,20 @@ class Snapshot:
                 raise NotFound(f"version {self.version.number} of store '{self.store.name}' has no entry {entry_id}")
             return decode_entry(entry_id, data)
 
-    def entries(self) -> Iterator[Entry]:
-        """All entries in order of their ids; memory does not grow with their number."""
-        for chunk in np.array_split(ids := self.live(), max(1, len(ids) // 1024)):
+    def entries(self, ids: NDArray[np.int64] | None = None) -> Iterator[Entry]:
+        """Entries of this version in order of their ids, or those of `ids`; memory does not grow with their number."""
+        ids = self.live() if ids is None else ids
+        for start in range(0, len(ids), 1024):
             with self.store.env.begin() as txn:
-                found = [(int(i), txn.get(U64.pack(int(i)), db=self.store.db["entries"])) for i in chunk]
+                found = [(i, txn.get(U64.pack(i), db=self.store.db["entries"])) for i in ids[start : start + 1024].tolist()]
             yield from (decode_entry(i, data) for i, data in found)
+
+    def find(self, key: str) -> int | None:
+        """Id of the entry that has a key in this version."""
+        with self.store.env.begin() as txn:
+            ids = unpack_ids(txn.get(key_of(key), db=self.store.db["keys"]) or b"")
+        live = self.live_mask() if ids else np.zeros(0, bool)
+        return next((i for i in reversed(ids) if i < len(live) and live[i]), None)
 
     def keys_and_tags(self, entry_ids: Iterable[int]) -> list[tuple[str, list[int]]]:
         """Key and tag ids of each entry: all that a query needs of it."""
@@ -163,18 +210,28 @@ class Snapshot:
                 found.append(decode_tag(data))
             return found
 
+    def live_mask(self) -> NDArray[np.bool_]:
+        """Which entry ids live in this version: `[next_entry_id]` bool."""
+        bits = np.unpackbits(self.array("live", np.uint8), count=self.version.next_entry_id, bitorder="little")
+        return bits.view(bool)
+
     def live(self) -> NDArray[np.int64]:
         """Ids of the entries of this version, ascending: `[entries]` int64."""
-        bits = np.unpackbits(self.array("live", np.uint8), count=self.version.next_entry_id, bitorder="little")
-        return np.flatnonzero(bits).astype(np.int64)
+        return np.flatnonzero(self.live_mask()).astype(np.int64)
 
     def counts(self) -> NDArray[np.int32]:
         """How many entries of this version carry each tag: `[next_tag_id]` int32."""
-        return self.array("counts", np.int32)[: self.version.next_tag_id]
+        counts = np.zeros(self.version.next_tag_id, np.int32)
+        stored = self.array("counts", np.int32)
+        counts[: len(stored)] = stored  # a rollback shares the pages of a version that knew fewer tags
+        return counts
 
     def array(self, name: str, dtype: Any) -> NDArray[Any]:
+        """An array of this version, as it is stored. Raises `Damaged` if a page of it is gone."""
         with self.store.env.begin() as txn:
             pages = [txn.get(U64.pack(i), db=self.store.db["pages"]) for i in self.version.pages[name]]
+        if None in pages:
+            raise Damaged(f"version {self.version.number} of store '{self.store.name}' has lost a page of its array '{name}'")
         return np.frombuffer(b"".join(pages), dtype)
 
     def vectors(self, ids: NDArray[np.int64]) -> Vectors:
@@ -185,24 +242,42 @@ class Snapshot:
         """Text embeddings of some tags, `[len(ids), D]` float32."""
         return self._gather("embeddings", ids)
 
-    def vector_blocks(self, ids: NDArray[np.int64]) -> Iterator[Vectors]:
-        """Image vectors of ascending ids in pieces of at most 64 Ki rows."""
+    def vector_blocks(self, ids: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], Vectors]]:
+        """Ascending ids and their image vectors in pieces of at most 64 Ki rows."""
         for start in range(0, len(ids), 1 << 16):
-            yield self._gather("vectors", ids[start : start + (1 << 16)])
+            piece = ids[start : start + (1 << 16)]
+            yield piece, self._gather("vectors", piece)
 
     def _gather(self, db: str, ids: NDArray[np.int64]) -> Vectors:
         out = np.empty((len(ids), self.dimension), np.float32)
         blocks = ids // ROWS
         with self.store.env.begin(buffers=True) as txn:
-            for block in np.unique(blocks):
-                rows = _rows(txn.get(U64.pack(int(block)), db=self.store.db[db]), self.dimension)
+            for block in np.unique(blocks).tolist():
+                data = txn.get(block_key(self.version.space, block), db=self.store.db[db])
                 where = blocks == block
-                out[where] = rows[ids[where] % ROWS]
+                offsets = ids[where] % ROWS
+                if data is None or len(data) < (int(offsets.max()) + 1) * self.dimension * 2:
+                    raise Damaged(f"store '{self.store.name}' has lost rows of block {block} of its {db}")
+                out[where] = np.frombuffer(data, np.float16).reshape(-1, self.dimension)[offsets]
         return out
+
+    def quarantine(self) -> Iterator[Rejected]:
+        """The pairs that were refused when this version was made."""
+        first = U64.pack(self.version.number)
+        with self.store.env.begin() as txn, txn.cursor(self.store.db["quarantine"]) as cursor:
+            if cursor.set_range(first):
+                for key, value in cursor:
+                    if not key.startswith(first):
+                        return
+                    yield Rejected(**json.loads(value))
 
     def info(self) -> StoreInfo:
         v = self.version
-        return StoreInfo(self.store.name, v.number, v.entries, v.tags, v.unique_tags, v.fingerprint, v.index, v.created)
+        index = {k: val for k, val in v.index.items() if k != "files"} | {
+            "files": len(v.index.get("files", [])),
+            "bytes": sum(f["bytes"] for f in v.index.get("files", [])),
+        }
+        return StoreInfo(self.store.name, v.number, v.entries, v.tags, v.unique_tags, v.fingerprint, index, v.created)
 
 
 def check_name(name: str) -> str:
@@ -214,7 +289,7 @@ def check_name(name: str) -> str:
 
 def store_names(root: str | Path) -> list[str]:
     """Names of the stores under a directory, sorted."""
-    return sorted(path.parent.name for path in Path(root).glob("*/data.mdb") if _NAME.fullmatch(path.parent.name))
+    return sorted(path.parent.name for path in Path(root).glob("*/CURRENT") if _NAME.fullmatch(path.parent.name))
 
 
 def open_databases(env: Any, *, create: bool = False) -> dict[str, Any]:
@@ -225,10 +300,14 @@ def open_databases(env: Any, *, create: bool = False) -> dict[str, Any]:
         raise NotFound(f"{env.path()}/data.mdb holds no tag store, or its first ingest did not finish: ingest into it again") from None
 
 
+def block_key(space: int, block: int) -> bytes:
+    return U64.pack(space << SPACE | block)
+
+
 def key_of(key: str) -> bytes:
     """How a key stands in `keys`: LMDB takes 511 bytes, a longer one stands by its hash."""
     data = key.encode("utf-8", "replace")
-    return data if len(data) <= 480 else b"\xff" + sha256(data).digest()
+    return data if 0 < len(data) <= 480 else b"\xff" + sha256(data).digest()
 
 
 def tag_key(kind_index: int, canonical: str) -> bytes:
@@ -236,9 +315,10 @@ def tag_key(kind_index: int, canonical: str) -> bytes:
     return bytes([kind_index]) + key_of(canonical)
 
 
+def unpack_ids(data: bytes) -> list[int]:
+    """The ids behind a key."""
+    return [U64.unpack_from(data, at)[0] for at in range(0, len(data), 8)]
+
+
 def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _rows(data: Any, dimension: int) -> NDArray[np.float16]:
-    return np.frombuffer(data, np.float16).reshape(-1, dimension)

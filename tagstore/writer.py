@@ -3,25 +3,44 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tagstore.environment import environment, writer_lock
-from tagstore.errors import FingerprintMismatch
+from tagstore.checks import ranges_of
+from tagstore.environment import environment, generation, new_generation, switch, sync_directory, writer_lock
+from tagstore.errors import FingerprintMismatch, InvalidInput, NotFound
 from tagstore.mining import MergedTag
 from tagstore.records import decode_entry, decode_tag, encode_entry, encode_tag
-from tagstore.store import FORMAT, PAGE, ROWS, U64, Snapshot, Store, Version, check_name, key_of, now, open_databases, tag_key
+from tagstore.store import (
+    FORMAT,
+    PAGE,
+    ROWS,
+    U64,
+    Snapshot,
+    Store,
+    Version,
+    block_key,
+    check_name,
+    key_of,
+    now,
+    open_databases,
+    tag_key,
+    unpack_ids,
+)
 from tagstore.types import KINDS, Entry, EntryTag, Fingerprint, Rejected, Vectors
 
-Indexer = Callable[[Snapshot, Path], Mapping[str, Any]]
-"""Builds and syncs the index of a version that is about to be committed, and says what it built."""
+Indexer = Callable[[Snapshot, Version | None, Path], Mapping[str, Any]]
+"""Builds and syncs the index of a version that is about to be committed, given its parent, and says what it built."""
+
+Sync = Literal["full", "batch"]
+"""When appends reach the disk: `full`, each before it returns; `batch`, all of them at the commit. A commit is durable either way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,24 +56,75 @@ class Draft:
     origin: str = ""
 
 
+@dataclass(slots=True)
+class Progress:
+    """How far an unfinished ingest got: written with every append, read by the ingest that takes it up again."""
+
+    identity: str
+    """What makes two ingests the same: source, miner, encoder, options."""
+    pairs: int = 0
+    """Consumed from the source, in its order."""
+    digest: str = ""
+    """Running sha256 over them."""
+    added: int = 0
+    unchanged: int = 0
+    rejected: int = 0
+    next_entry_id: int = 0
+    next_tag_id: int = 0
+
+
 class Writer:
     """The one writer of a store, as a context manager.
 
-    Raises `Busy` if another process writes, `FingerprintMismatch` if the store holds vectors of another encoder. Leaving
-    the context without `commit` leaves the store at the version it had.
+    Leaving the context without a commit leaves the store at the version it had.
+
+    Args:
+        fingerprint: of the encoder that makes the vectors; None for work that brings none (delete, rollback).
+        new_space: accept another encoder than the store's: the caller gives every entry a new vector.
+        resume: identity of an ingest; what one of the same identity staged before it was cut off is kept, see `progress`.
+
+    Raises:
+        Busy: another process writes.
+        FingerprintMismatch: the store holds vectors of another encoder.
+        NotFound: no store, and no fingerprint to make one with.
     """
 
-    def __init__(self, root: str | Path, name: str, fingerprint: Fingerprint) -> None:
+    def __init__(
+        self,
+        root: str | Path,
+        name: str,
+        fingerprint: Fingerprint | None = None,
+        *,
+        new_space: bool = False,
+        resume: str = "",
+        sync: Sync = "full",
+    ) -> None:
+        if sync not in ("full", "batch"):
+            raise InvalidInput(f"sync is '{sync}': it is 'full' or 'batch'")
         self.directory = Path(root) / check_name(name)
         self.name = name
-        self.fingerprint = fingerprint
+        self._given = fingerprint
+        self._new_space = new_space
+        self._resume = resume
+        self._sync = sync
         self._exit = ExitStack()
+        self._next_page = 0
+        self._spaces: dict[int, tuple[str, int]] = {}
+        """Digest of the fingerprint of each space, and how many tags are embedded in it."""
 
     def __enter__(self) -> Writer:
+        if self._given is None:
+            Store(self.directory.parent, self.name)
         self.directory.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             stack.enter_context(writer_lock(self.directory))
-            self.env = environment(self.directory, create=True)
+            if not (self.directory / "CURRENT").exists():
+                fresh = new_generation(self.directory)
+                open_databases(environment(fresh, create=True), create=True)
+                environment(fresh).sync(True)
+                switch(self.directory, fresh)
+                sync_directory(self.directory.parent)
+            self.env = environment(generation(self.directory))
             self.db = open_databases(self.env, create=True)
             self._begin()
             self._exit = stack.pop_all()
@@ -62,11 +132,6 @@ class Writer:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._exit.close()
-
-    @property
-    def staged(self) -> int:
-        """How many entries were appended since the last commit."""
-        return self.next_entry_id - self.first_entry_id
 
     def admit(self, drafts: Sequence[Draft], *, same_miner: bool) -> tuple[list[Draft], list[Rejected], int]:
         """Sort drafts into those to append, those whose key came before in this ingest, and the number already stored unchanged."""
@@ -86,137 +151,247 @@ class Writer:
                 seen.add(draft.key)
         return admitted, rejected, unchanged
 
-    def append(self, drafts: Sequence[Draft], vectors: Vectors) -> None:
-        """Stage entries with their unit vectors `[len(drafts), D]`; a key that the store has is replaced."""
+    def append(
+        self, drafts: Sequence[Draft], vectors: Vectors | None, *, rejected: Sequence[Rejected] = (), progress: Progress | None = None
+    ) -> None:
+        """Stage entries with their unit vectors `[len(drafts), D]`, and the pairs refused on the way, in one transaction.
+
+        A key that the store has is replaced. `progress` is completed with the ids reached and kept with them.
+        """
         first = self.next_entry_id
         self._reserve(len(drafts))
         with self.env.begin(write=True) as txn:
             for entry_id, draft in enumerate(drafts, first):
                 old = self._live_id(txn, draft.key)
                 if old is not None:
-                    self._bury(txn, old)
+                    self._set_live(txn, old, False)
                 ids = [self._tag_id(txn, tag) for tag in draft.tags]
-                entry = Entry(
-                    entry_id,
-                    draft.key,
-                    draft.sha256,
-                    draft.perceptual_hash,
-                    draft.captions,
-                    tuple(EntryTag(i, tag.score, tag.provenance) for i, tag in zip(ids, draft.tags, strict=True)),
-                    draft.metadata,
-                    draft.origin,
-                )
+                tags = tuple(EntryTag(i, tag.score, tag.provenance) for i, tag in zip(ids, draft.tags, strict=True))
+                entry = Entry(entry_id, draft.key, draft.sha256, draft.perceptual_hash, draft.captions, tags, draft.metadata, draft.origin)
                 txn.put(U64.pack(entry_id), encode_entry(entry), db=self.db["entries"], append=True)
                 key = key_of(draft.key)
                 txn.put(key, (txn.get(key, db=self.db["keys"]) or b"") + U64.pack(entry_id), db=self.db["keys"])
                 self._live[entry_id] = True
                 self._count(ids, 1)
-            self._put_rows(txn, "vectors", first, vectors)
-        self.next_entry_id += len(drafts)
+            if drafts:
+                assert vectors is not None
+                self._put_rows(txn, "vectors", first, vectors)
+            self.next_entry_id += len(drafts)
+            number = U64.pack(self._number())
+            for refused in rejected:
+                txn.put(number + U64.pack(self._refused), json.dumps(asdict(refused)).encode(), db=self.db["quarantine"])
+                self._refused += 1
+            if progress is not None:
+                progress.next_entry_id, progress.next_tag_id, progress.rejected = self.next_entry_id, self.next_tag_id, self._refused
+                txn.put(b"ingest", json.dumps(asdict(progress)).encode(), db=self.db["meta"])
+        self._flush()
+
+    def refused(self) -> list[Rejected]:
+        """The pairs refused so far by the ingest that is taken up again."""
+        number = U64.pack(self._number())
+        with self.env.begin() as txn:
+            found = (txn.get(number + U64.pack(i), db=self.db["quarantine"]) for i in range(self._refused))
+            return [Rejected(**json.loads(data)) for data in found if data]
+
+    def delete(self, entry_ids: Sequence[int]) -> int:
+        """Stage the end of entries; returns how many of them lived."""
+        ended = 0
+        with self.env.begin() as txn:
+            for entry_id in entry_ids:
+                if 0 <= entry_id < self.next_entry_id and self._live[entry_id]:
+                    self._set_live(txn, entry_id, False)
+                    ended += 1
+        return ended
+
+    def put_vectors(self, ids: Sequence[int], vectors: Vectors) -> None:
+        """Stage vectors of a new space for entries that the store has, in any order."""
+        with self.env.begin(write=True) as txn:
+            for entry_id, vector in zip(ids, vectors, strict=True):
+                self._put_rows(txn, "vectors", entry_id, vector[None], keep_tail=True)
+        self._flush()
 
     def new_tags(self, *, limit: int) -> list[str]:
-        """Texts of up to `limit` staged tags that have no embedding yet, in order of their ids."""
+        """Texts of up to `limit` tags that have no embedding in this space yet, in order of their ids."""
         with self.env.begin() as txn:
             ids = range(self._embedded, min(self.next_tag_id, self._embedded + limit))
-            return [decode_tag(txn.get(U64.pack(i), db=self.db["tags"]))[0] for i in ids]
+            return [decode_tag(data)[0] if (data := txn.get(U64.pack(i), db=self.db["tags"])) else "" for i in ids]
 
     def embed_tags(self, embeddings: Vectors) -> None:
         """Stage the text embeddings of the next tags, `[n, D]` unit rows, in the order of `new_tags`."""
         with self.env.begin(write=True) as txn:
             self._put_rows(txn, "embeddings", self._embedded, embeddings)
         self._embedded += len(embeddings)
+        self._flush()
 
-    def commit(self, *, operation: str, source: str, miner: Mapping[str, Any], indexer: Indexer) -> Version:
+    def commit(
+        self, *, operation: str, source: Mapping[str, Any] | None = None, miner: Mapping[str, Any] | None = None, indexer: Indexer
+    ) -> Version:
         """Make what was staged the next version: durable and visible when this returns, not at all if it raises."""
-        if self._embedded != self.next_tag_id:
+        if self._embedded < self.next_tag_id:
             raise ValueError(f"{self.next_tag_id - self._embedded} tags have no embedding")
-        live = self._live[: self.next_entry_id]
-        counts = self._counts[: self.next_tag_id]
+        live, counts = self._live[: self.next_entry_id], self._counts[: self.next_tag_id]
+        bits = np.packbits(live, bitorder="little")
         with self.env.begin(write=True) as txn:
-            pages = {
-                "live": self._put_pages(txn, "live", np.packbits(live, bitorder="little")),
-                "counts": self._put_pages(txn, "counts", counts),
-            }
+            pages = {"live": self._put_pages(txn, "live", bits), "counts": self._put_pages(txn, "counts", counts)}
         version = Version(
-            number=(self.parent.number if self.parent else 0) + 1,
+            number=self._number(),
             parent=self.parent.number if self.parent else 0,
             created=now(),
             operation=operation,
-            source=source,
+            source=source or {},
             entries=int(live.sum()),
             tags=int(counts.sum(dtype=np.int64)),
             unique_tags=int(np.count_nonzero(counts)),
             next_entry_id=self.next_entry_id,
             next_tag_id=self.next_tag_id,
+            space=self.space,
             fingerprint=self.fingerprint,
-            miner=miner,
-            index={},
+            miner=miner if miner is not None else (self.parent.miner if self.parent else {}),
             pages=pages,
+            ranges=ranges_of(
+                self.store, self.parent, self.space, self.next_entry_id, self.next_tag_id, self.fingerprint.dimension, bits, counts
+            ),
         )
-        index = indexer(Snapshot(self.store, version), self.directory / "index")
-        version = Version.from_json(json.dumps({**json.loads(version.to_json()), "index": dict(index)}))
+        self._spaces[self.space] = (self.fingerprint.digest, self._embedded)
+        return self._publish(replace(version, index=indexer(Snapshot(self.store, version), self.parent, self.directory / "index")))
+
+    def rollback(self, number: int) -> Version:
+        """Commit a version that holds what version `number` held. Raises `NotFound`."""
+        old = self.store.snapshot(number).version
+        version = replace(
+            old,
+            number=self._number(),
+            parent=self.parent.number if self.parent else 0,
+            created=now(),
+            operation=f"rollback to {number}",
+            source={},
+            next_entry_id=self.next_entry_id,
+            next_tag_id=self.next_tag_id,
+        )
+        return self._publish(version)
+
+    def _publish(self, version: Version) -> Version:
         with self.env.begin(write=True) as txn:
             txn.put(U64.pack(version.number), version.to_json().encode(), db=self.db["versions"], overwrite=False)
-            self._put_state(txn, current=version.number, next_page=self._next_page)
+            self._put_state(txn, version.number, version.next_entry_id, version.next_tag_id)
+            txn.delete(b"ingest", db=self.db["meta"])
+        self.env.sync(True)
         self._begin()
         return version
 
     def _begin(self) -> None:
-        """Start from the current version, without what an interrupted writer left behind it."""
+        """Start from the current version; keep what an ingest of the same identity staged, sweep what any other left."""
         with self.env.begin(write=True) as txn:
             if txn.get(b"state", db=self.db["meta"]) is None:
-                self._put_state(txn, current=0, next_page=0)
+                self._next_page, self._spaces = 0, {}
+                self._put_state(txn, 0, 0, 0)
         self.store = Store(self.directory.parent, self.name)
         state = self.store.state()
-        self.parent: Version | None = self.store.snapshot().version if state["current"] else None
-        if self.parent and self.parent.fingerprint.digest != self.fingerprint.digest:
-            raise FingerprintMismatch.between(self.name, self.parent.fingerprint, self.fingerprint)
-        self.first_entry_id = self.next_entry_id = self.parent.next_entry_id if self.parent else 0
-        self.next_tag_id = self._embedded = self.parent.next_tag_id if self.parent else 0
-        self._next_page: int = state["next_page"]
+        self._next_page = state["next_page"]
+        self._spaces = {int(k): (d, n) for k, (d, n) in state["spaces"].items()}
+        self.parent: Version | None = self.store.snapshot(state["current"]).version if state["current"] else None
+        self._choose_space()
+        self.first_entry_id: int = state["next_entry_id"]
+        self.next_entry_id = self.first_entry_id
+        self.next_tag_id: int = state["next_tag_id"]
+        self._embedded = min(self._spaces.get(self.space, ("", 0))[1], self.next_tag_id)
+        self._refused = 0
         self._live = np.zeros(self.next_entry_id, bool)
         self._counts = np.zeros(self.next_tag_id, np.int32)
         if self.parent:
             snapshot = Snapshot(self.store, self.parent)
-            self._live[snapshot.live()] = True
-            self._counts[:] = snapshot.counts()
+            mask, counts = snapshot.live_mask(), snapshot.counts()
+            self._live[: len(mask)] = mask
+            self._counts[: len(counts)] = counts
+        self.progress = self._resumable()
         self._sweep()
+        if self.progress:
+            self._restore(self.progress)
+
+    def _choose_space(self) -> None:
+        given = self._given
+        if given is None:
+            if self.parent is None:
+                raise NotFound(f"store '{self.name}' has no version yet")
+            given = self.parent.fingerprint
+        self.fingerprint = given
+        same = self.parent is None or self.parent.fingerprint.digest == given.digest
+        if not same and not self._new_space:
+            assert self.parent is not None
+            raise FingerprintMismatch.between(self.name, self.parent.fingerprint, given)
+        if self.parent is not None and same:
+            self.space = self.parent.space
+        else:
+            # never a space that a version has: its vectors are that version's
+            self.space = max((v.space for v in self.store.versions()), default=-1) + 1
+            self._spaces.pop(self.space, None)
+
+    def _resumable(self) -> Progress | None:
+        with self.env.begin() as txn:
+            data = txn.get(b"ingest", db=self.db["meta"])
+        progress = Progress(**json.loads(data)) if data else None
+        return progress if progress and progress.identity == self._resume else None
+
+    def _restore(self, progress: Progress) -> None:
+        """Count in what was staged before, as `append` did."""
+        self._reserve(progress.next_entry_id - self.next_entry_id)
+        self._counts = np.concatenate([self._counts, np.zeros(progress.next_tag_id - len(self._counts), np.int32)])
+        with self.env.begin() as txn:
+            for entry_id in range(self.first_entry_id, progress.next_entry_id):
+                entry = decode_entry(entry_id, txn.get(U64.pack(entry_id), db=self.db["entries"]))
+                old = self._live_id(txn, entry.key)
+                if old is not None:
+                    self._set_live(txn, old, False)
+                self._live[entry_id] = True
+                self._count([tag.tag_id for tag in entry.tags], 1)
+        self.next_entry_id, self.next_tag_id, self._refused = progress.next_entry_id, progress.next_tag_id, progress.rejected
 
     def _sweep(self) -> None:
+        keep = self.progress
+        first_entry = keep.next_entry_id if keep else self.next_entry_id
+        first_tag = keep.next_tag_id if keep else self.next_tag_id
         with self.env.begin(write=True) as txn:
-            for entry_id, data in self._beyond(txn, "entries", self.next_entry_id):
+            for entry_id, data in self._beyond(txn, "entries", first_entry):
                 key = key_of(decode_entry(entry_id, data).key)
-                ids = _unpack(txn.get(key, db=self.db["keys"]) or b"")
-                kept = b"".join(U64.pack(i) for i in ids if i < self.next_entry_id)
+                kept = b"".join(U64.pack(i) for i in unpack_ids(txn.get(key, db=self.db["keys"]) or b"") if i < first_entry)
                 if kept:
                     txn.put(key, kept, db=self.db["keys"])
                 else:
                     txn.delete(key, db=self.db["keys"])
                 txn.delete(U64.pack(entry_id), db=self.db["entries"])
-            for tag_id, data in self._beyond(txn, "tags", self.next_tag_id):
+            for tag_id, data in self._beyond(txn, "tags", first_tag):
                 _, kind, canonical = decode_tag(data)
                 txn.delete(tag_key(KINDS.index(kind), canonical), db=self.db["tag_ids"])
                 txn.delete(U64.pack(tag_id), db=self.db["tags"])
             for page_id, _ in self._beyond(txn, "pages", self._next_page):
                 txn.delete(U64.pack(page_id), db=self.db["pages"])
-        kept_files = {version.index.get("file") for version in self.store.versions()}
+            number, refused = U64.pack(self._number()), U64.pack(keep.rejected if keep else 0)
+            with txn.cursor(self.db["quarantine"]) as cursor:
+                if cursor.set_range(number + refused):
+                    while cursor.delete():
+                        pass
+            if not keep:
+                txn.delete(b"ingest", db=self.db["meta"])
+        kept_files = {f["file"] for version in self.store.versions() for f in version.index.get("files", [])}
         for path in (self.directory / "index").glob("*"):
             if path.name not in kept_files:
                 path.unlink()
 
-    def _beyond(self, txn: Any, db: str, first: int) -> Iterable[tuple[int, bytes]]:
+    def _beyond(self, txn: Any, db: str, first: int) -> Iterator[tuple[int, bytes]]:
+        """Records from an id on, in pieces, so that they can be deleted on the way."""
         with txn.cursor(self.db[db]) as cursor:
-            found = cursor.set_range(U64.pack(first))
-            return [(U64.unpack(key)[0], value) for key, value in cursor] if found else []
+            while cursor.set_range(U64.pack(first)):
+                key, value = cursor.item()
+                yield U64.unpack(key)[0], value
 
     def _live_id(self, txn: Any, key: str) -> int | None:
-        ids = _unpack(txn.get(key_of(key), db=self.db["keys"]) or b"")
-        return next((i for i in reversed(ids) if self._live[i]), None)
+        ids = unpack_ids(txn.get(key_of(key), db=self.db["keys"]) or b"")
+        return next((i for i in reversed(ids) if i < len(self._live) and self._live[i]), None)
 
-    def _bury(self, txn: Any, entry_id: int) -> None:
+    def _set_live(self, txn: Any, entry_id: int, live: bool) -> None:
         entry = decode_entry(entry_id, txn.get(U64.pack(entry_id), db=self.db["entries"]))
-        self._live[entry_id] = False
-        self._count([tag.tag_id for tag in entry.tags], -1)
+        self._live[entry_id] = live
+        self._count([tag.tag_id for tag in entry.tags], 1 if live else -1)
 
     def _count(self, tag_ids: list[int], by: int) -> None:
         if tag_ids:
@@ -239,15 +414,17 @@ class Writer:
         if self.next_entry_id + n > len(self._live):
             self._live = np.concatenate([self._live, np.zeros(max(4096, self.next_entry_id, n), bool)])
 
-    def _put_rows(self, txn: Any, db: str, first: int, rows: Vectors) -> None:
+    def _put_rows(self, txn: Any, db: str, first: int, rows: Vectors, *, keep_tail: bool = False) -> None:
         rows16 = np.ascontiguousarray(rows, np.float16)
+        width = rows16.shape[1] * 2
         at = 0
         while at < len(rows16):
             block, offset = divmod(first + at, ROWS)
             piece = rows16[at : at + ROWS - offset]
-            key = U64.pack(block)
-            before = (txn.get(key, db=self.db[db]) or b"")[: offset * rows16.shape[1] * 2]
-            txn.put(key, before + piece.tobytes(), db=self.db[db])
+            key = block_key(self.space, block)
+            old = txn.get(key, db=self.db[db]) or b""
+            tail = old[(offset + len(piece)) * width :] if keep_tail else b""
+            txn.put(key, old[: offset * width].ljust(offset * width, b"\0") + piece.tobytes() + tail, db=self.db[db])
             at += len(piece)
 
     def _put_pages(self, txn: Any, name: str, array: NDArray[Any]) -> list[int]:
@@ -265,14 +442,24 @@ class Writer:
                 self._next_page += 1
         return ids
 
-    def _put_state(self, txn: Any, *, current: int, next_page: int) -> None:
-        state = {"format": FORMAT, "name": self.name, "current": current, "next_page": next_page}
+    def _put_state(self, txn: Any, current: int, next_entry_id: int, next_tag_id: int) -> None:
+        state = {
+            "format": FORMAT,
+            "current": current,
+            "next_page": self._next_page,
+            "next_entry_id": next_entry_id,
+            "next_tag_id": next_tag_id,
+            "spaces": self._spaces,
+        }
         txn.put(b"state", json.dumps(state).encode(), db=self.db["meta"])
+
+    def _number(self) -> int:
+        return self.parent.number + 1 if self.parent else 1
+
+    def _flush(self) -> None:
+        if self._sync == "full":
+            self.env.sync(True)
 
 
 def _same(draft: Draft, entry: Entry) -> bool:
     return (draft.sha256, draft.captions, dict(draft.metadata)) == (entry.sha256, entry.captions, dict(entry.metadata))
-
-
-def _unpack(data: bytes) -> list[int]:
-    return [U64.unpack_from(data, at)[0] for at in range(0, len(data), 8)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +31,7 @@ def test_a_folder_becomes_a_store(source: Path, tmp_path: Path, mini) -> None:
     assert (report.version, report.pairs, report.added, report.entries, report.quarantined) == (1, 18, 18, 18, [])
     assert report.tags >= 18 * 3
     assert stages == {"pairs": 18, "tags": report.unique_tags}
-    assert set(report.seconds) == {"load", "read", "decode", "store", "embed", "mine", "embed tags", "index", "total"}
+    assert set(report.seconds) == {"load", "read", "decode", "store", "embed", "mine", "embed tags", "commit", "total"}
     snapshot = Store(tmp_path / "root", "s").snapshot()
     entry = next(e for e in snapshot.entries() if e.key == "red-circle")
     assert entry.captions == ("A red circle on a white table in Paris.",)
@@ -95,8 +94,7 @@ def test_bad_pairs_are_quarantined_and_the_good_ones_get_in(source: Path, tmp_pa
     assert report.pairs == 28
     assert report.entries == 21
     assert {"emoji", "chinese", "long"} <= {e.key for e in Store(tmp_path / "root", "s").snapshot().entries()}
-    lines = [json.loads(line) for line in Path(report.quarantine).read_text().splitlines()]
-    assert {line["key"]: line["reason"] for line in lines} == quarantined
+    assert list(Store(tmp_path / "root", "s").snapshot().quarantine()) == report.quarantined
     assert sum(report.reasons.values()) == 7
 
 
@@ -150,7 +148,7 @@ def test_an_ingest_that_dies_leaves_the_version_before_and_can_be_run_again(sour
         raise Interrupted
 
     with monkeypatch.context() as patch:
-        patch.setattr("tagstore.faiss_index.build", die)
+        patch.setattr("tagstore.faiss_index.extend", die)
         with pytest.raises(Interrupted):
             ingest(str(source), root=tmp_path, store="s", encoder=mini)
     assert Store(tmp_path, "s").snapshot().version.number == 1

@@ -31,7 +31,7 @@ def make(root: Path, vectors: np.ndarray, tags: list[list[str]], name: str = "to
         texts = writer.new_tags(limit=1 << 20)
         embeddings = np.random.default_rng(1).standard_normal((len(texts), D), dtype=np.float32)
         writer.embed_tags(embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True))
-        writer.commit(operation="ingest", source="", miner={}, indexer=faiss_index.build)
+        writer.commit(operation="ingest", miner={}, indexer=faiss_index.extend)
     return Engine(Store(root, name).snapshot())
 
 
@@ -155,8 +155,8 @@ def test_tags_are_paged_and_counted(engine: Engine) -> None:
 def test_an_index_of_other_contents_or_none_is_refused(tmp_path: Path, rng: np.random.Generator) -> None:
     make(tmp_path, clustered(rng, 60), [[]] * 60, "a")
     other = make(tmp_path, clustered(rng, 50), [[]] * 50, "b")
-    file = tmp_path / "a" / "index" / "00000001.faiss"
-    file.write_bytes((tmp_path / "b" / "index" / other.version.index["file"]).read_bytes())
+    [file] = (tmp_path / "a" / "index").iterdir()
+    file.write_bytes((tmp_path / "b" / "index" / other.version.index["files"][0]["file"]).read_bytes())
     with pytest.raises(Damaged, match="holds 50 vectors"):
         FaissIndex(Store(tmp_path, "a").snapshot())
     file.write_bytes(b"IxSQ")

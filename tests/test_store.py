@@ -36,9 +36,7 @@ def put(root: Path, drafts: list[Draft], vectors: np.ndarray, name: str = "toy")
         writer.append(drafts, vectors)
         while texts := writer.new_tags(limit=3):
             writer.embed_tags(np.eye(D, dtype=np.float32)[: len(texts)])
-        return writer.commit(
-            operation="ingest", source="test", miner={"name": "none"}, indexer=lambda snapshot, directory: {"kind": "none"}
-        )
+        return writer.commit(operation="ingest", miner={"name": "none"}, indexer=lambda s, p, d: {"kind": "none", "files": []})
 
 
 def test_what_is_committed_is_read_back(tmp_path: Path, rng: np.random.Generator) -> None:
@@ -75,18 +73,20 @@ def test_vectors_cross_blocks(tmp_path: Path, rng: np.random.Generator) -> None:
         for start in range(0, len(vectors), 100):
             part = vectors[start : start + 100]
             writer.append([draft(f"{start + i}") for i in range(len(part))], part)
-        writer.commit(operation="ingest", source="", miner={}, indexer=lambda s, d: {})
+        writer.commit(operation="ingest", miner={}, indexer=lambda s, p, d: {})
     snapshot = Store(tmp_path, "toy").snapshot()
     ids = rng.permutation(len(vectors))
     np.testing.assert_array_equal(snapshot.vectors(ids), vectors[ids].astype(np.float16))
-    np.testing.assert_array_equal(np.concatenate(list(snapshot.vector_blocks(snapshot.live()))), vectors.astype(np.float16))
+    [(piece, block)] = snapshot.vector_blocks(snapshot.live())
+    np.testing.assert_array_equal(piece, np.arange(len(vectors)))
+    np.testing.assert_array_equal(block, vectors.astype(np.float16))
 
 
 def test_versions_share_the_pages_that_did_not_change(tmp_path: Path, rng: np.random.Generator) -> None:
     put(tmp_path, [draft("a", "dog")], unit(rng, 1))
     put(tmp_path, [draft("b", "dog")], unit(rng, 1))
     with Writer(tmp_path, "toy", FINGERPRINT) as writer:
-        again = writer.commit(operation="ingest", source="", miner={}, indexer=lambda s, d: {})
+        again = writer.commit(operation="ingest", miner={}, indexer=lambda s, p, d: {})
     assert again.pages == Store(tmp_path, "toy").snapshot(2).version.pages
 
 
@@ -209,15 +209,20 @@ def test_a_store_whose_first_ingest_never_finished_says_so(tmp_path: Path) -> No
 
 def test_a_file_that_is_no_database_is_named(tmp_path: Path) -> None:
     (tmp_path / "toy").mkdir()
-    (tmp_path / "toy" / "data.mdb").write_bytes(b"not LMDB" * 2000)
+    (tmp_path / "toy" / "CURRENT").write_text("db-000001\n")
+    (tmp_path / "toy" / "db-000001").mkdir()
+    (tmp_path / "toy" / "db-000001" / "data.mdb").write_bytes(b"not LMDB" * 2000)
     with pytest.raises(Damaged, match=r"data\.mdb"):
         Store(tmp_path, "toy")
 
 
-def test_a_version_is_plain_json(tmp_path: Path, rng: np.random.Generator) -> None:
+def test_the_record_of_a_version_is_json_with_a_checksum(tmp_path: Path, rng: np.random.Generator) -> None:
     version = put(tmp_path, [draft("a")], unit(rng, 1))
-    assert json.loads(version.to_json())["fingerprint"]["model"] == "toy"
+    record = json.loads(version.to_json())
+    assert json.loads(record["version"])["fingerprint"]["model"] == "toy"
     assert type(version).from_json(version.to_json()) == version
+    with pytest.raises(Damaged, match="checksum"):
+        type(version).from_json(version.to_json().replace("toy", "tog"))
 
 
 def test_a_forked_child_opens_the_store_for_itself(tmp_path: Path, rng: np.random.Generator) -> None:

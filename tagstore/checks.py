@@ -1,0 +1,55 @@
+"""Checksums over what a version consists of: taken at its commit, compared by `verify`."""
+
+from __future__ import annotations
+
+from hashlib import sha256
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tagstore.store import ROWS, U64, Range, Store, Version, block_key
+
+
+def ranges_of(
+    store: Store,
+    parent: Version | None,
+    space: int,
+    next_entry_id: int,
+    next_tag_id: int,
+    dimension: int,
+    live: NDArray[np.uint8],
+    counts: NDArray[np.int32],
+) -> dict[str, list[Range]]:
+    """The parent's checksums and those of what came since, of a version that is about to be committed."""
+    old = parent.ranges if parent else {}
+    same_space = parent is not None and parent.space == space
+    found: dict[str, list[Range]] = {}
+    ends = {"entries": next_entry_id, "vectors": next_entry_id, "tags": next_tag_id, "embeddings": next_tag_id}
+    for name, end in ends.items():
+        ranges = list(old.get(name, [])) if same_space or name in ("entries", "tags") else []
+        first = ranges[-1].end if ranges else 0
+        if first < end:
+            ranges.append(Range(first, end, checksum(store, name, space, first, end, dimension)))
+        found[name] = ranges
+    found["live"] = [Range(0, next_entry_id, sha256(live.tobytes()).hexdigest())]
+    found["counts"] = [Range(0, next_tag_id, sha256(counts.tobytes()).hexdigest())]
+    return found
+
+
+def checksum(store: Store, name: str, space: int, first: int, end: int, dimension: int) -> str:
+    """sha256 over the records of a range, as they stand: id and bytes of entries and tags, rows of vectors and embeddings."""
+    digest = sha256()
+    with store.env.begin(buffers=True) as txn, txn.cursor(store.db[name]) as cursor:
+        if name in ("entries", "tags"):
+            found = cursor.set_range(U64.pack(first))
+            for key, value in cursor if found else ():
+                if U64.unpack(key)[0] >= end:
+                    break
+                digest.update(key)
+                digest.update(value)
+        else:
+            width = dimension * 2
+            for block in range(first // ROWS, -(-end // ROWS)):
+                data = txn.get(block_key(space, block), db=store.db[name]) or b""
+                digest.update(data[max(0, first - block * ROWS) * width : (end - block * ROWS) * width])
+    return digest.hexdigest()
