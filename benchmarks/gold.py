@@ -16,6 +16,7 @@ from tagstore.mining.nouns import singular
 
 GOLD = Path(__file__).parent / "gold"
 KINDS = ("object", "attribute", "entity")
+PLURALS = ("objects", "attributes", "entities")
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,7 @@ def captions(data: Path, wanted: set[str]) -> dict[tuple[str, str], list[str]]:
 
 def lines(path: Path) -> Iterator[dict]:
     """Rows of a (gzipped) JSON lines file."""
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
-    with opened as file:
+    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
         yield from map(json.loads, file)
 
 
@@ -80,9 +80,6 @@ def load(part: str, data: Path) -> list[Label]:
     return labels
 
 
-PLURALS = ("objects", "attributes", "entities")
-
-
 def errors(label: Label, tags: Iterable[tuple[str, str]]) -> tuple[Counter[tuple[str, str]], list[str]]:
     """Counts of (kind, "tp" | "fp" | "fn") for `(kind, text)` tags of one caption, and the errors in words."""
     counts: Counter[tuple[str, str]] = Counter()
@@ -101,6 +98,11 @@ def errors(label: Label, tags: Iterable[tuple[str, str]]) -> tuple[Counter[tuple
                 counts[kind, "fp"] += 1
                 wrong.append(f"+{kind[0]}:{text}")
     return counts, wrong
+
+
+def asked(counts: Counter[tuple[str, str]], kind: str) -> bool:
+    """Whether there is anything to score: labels or tags of a kind."""
+    return any(counts[kind, what] for what in ("tp", "fp", "fn"))
 
 
 def prf(counts: Counter[tuple[str, str]], kind: str) -> tuple[float, float, float]:

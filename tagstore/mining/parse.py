@@ -10,6 +10,7 @@ from tagstore.errors import MissingExtra
 
 NOUNS = frozenset({"NN", "NNS", "NNP", "NNPS"})
 _HYPHENS = frozenset({"-", "--"})
+_HALF = 2**63  # heads come as signed distances in unsigned numbers
 
 
 class Parse:
@@ -18,47 +19,35 @@ class Parse:
     __slots__ = ("dep", "end", "head", "kids", "low", "source", "start", "tag", "text", "word_of")
 
     def __init__(self, doc: Any) -> None:
-        tokens = list(doc)
+        from spacy.attrs import DEP, HEAD, IDX, TAG
+
         self.source: str = doc.text
-        idx: list[int] = [t.idx for t in tokens]
-        texts: list[str] = [t.text for t in tokens]
-        tags: list[str] = [t.tag_ for t in tokens]
-        deps: list[str] = [t.dep_ for t in tokens]
-        heads: list[int] = [t.head.i for t in tokens]
+        strings = doc.vocab.strings
+        texts: list[str] = [t.text for t in doc]
+        n = len(texts)
+        idx, tags, deps, leaps = doc.to_array([IDX, TAG, DEP, HEAD]).T.tolist() if n else ([], [], [], [])
+        heads = [i + (leap if leap < _HALF else leap - 2 * _HALF) for i, leap in enumerate(leaps)]
         ends = [i + len(t) for i, t in zip(idx, texts, strict=True)]
-        n = len(tokens)
 
-        # "blue-illuminated" comes as three tokens: one word here, led by its last part, as its syntax is
-        first = list(range(n))
-        for i in range(1, n - 1):
-            if (
-                texts[i] in _HYPHENS
-                and idx[i] == ends[i - 1]
-                and idx[i + 1] == ends[i]
-                and texts[i + 1][:1].isalnum()
-                and texts[i - 1][-1:].isalnum()
-            ):
-                first[i] = first[i - 1]
-                first[i + 1] = first[i]
-        last = [i for i in range(n) if i + 1 == n or first[i + 1] != first[i]]
-        self.word_of = [0] * n
-        for word, i in enumerate(last):
-            for j in range(first[i], i + 1):
-                self.word_of[j] = word
+        first = last = list(range(n))
+        self.word_of: list[int] = last
+        if not _HYPHENS.isdisjoint(texts):
+            first = _joined(texts, idx, ends)
+            last = [i for i in range(n) if i + 1 == n or first[i + 1] != first[i]]
+            self.word_of = [word for word, i in enumerate(last) for _ in range(first[i], i + 1)]
+        # the part of a word whose head lies outside says what the whole depends on
+        word_of = self.word_of
+        leads = (
+            last if first is last else [next((j for j in range(i, first[i] - 1, -1) if word_of[heads[j]] != word_of[i]), i) for i in last]
+        )
 
-        self.text: list[str] = [self.source[idx[first[i]] : ends[i]] for i in last]
+        self.text: list[str] = texts if first is last else [self.source[idx[first[i]] : ends[i]] for i in last]
         self.low: list[str] = [t.lower() for t in self.text]
-        self.start: list[int] = [idx[first[i]] for i in last]
-        self.end: list[int] = [ends[i] for i in last]
-        self.tag: list[str] = []
-        self.dep: list[str] = []
-        self.head: list[int] = []
-        for word, i in enumerate(last):
-            # the part whose head lies outside says what the whole depends on
-            lead = next((j for j in range(i, first[i] - 1, -1) if self.word_of[heads[j]] != word), i)
-            self.tag.append(tags[i])
-            self.dep.append(deps[lead])
-            self.head.append(self.word_of[heads[lead]])
+        self.start: list[int] = idx if first is last else [idx[first[i]] for i in last]
+        self.end: list[int] = ends if first is last else [ends[i] for i in last]
+        self.tag: list[str] = [strings[tags[i]] for i in last]
+        self.dep: list[str] = [strings[deps[j]] for j in leads]
+        self.head: list[int] = [word_of[heads[j]] for j in leads]
         self.kids: list[list[int]] = [[] for _ in last]
         for word, head in enumerate(self.head):
             if head != word:
@@ -74,6 +63,16 @@ class Parse:
     def child(self, i: int, dep: str) -> int:
         """The first dependent of word `i` with that relation, or -1."""
         return next((k for k in self.kids[i] if self.dep[k] == dep), -1)
+
+
+def _joined(texts: list[str], idx: list[int], ends: list[int]) -> list[int]:
+    """For each token the first token of its word: "blue-illuminated" comes as three tokens, and is one word led by its last part."""
+    first = list(range(len(texts)))
+    for i in range(1, len(texts) - 1):
+        close = idx[i] == ends[i - 1] and idx[i + 1] == ends[i]
+        if close and texts[i] in _HYPHENS and texts[i + 1][0].isalnum() and texts[i - 1][-1].isalnum():
+            first[i] = first[i + 1] = first[i - 1]
+    return first
 
 
 def load_pipeline(entities: bool = True) -> Any:

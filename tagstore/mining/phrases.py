@@ -13,6 +13,9 @@ _COPULAS = frozenset(
     {"is", "are", "was", "were", "be", "being", "been", "'s", "'re", "looks", "look", "looking", "seems", "seem", "appears", "appear"}
 )
 _AGES = frozenset({"year", "years", "month", "months"})
+_HOLDERS = lx.CONTAINERS | lx.PARTITIVES
+_LOOKS = lx.COLOURS | lx.ADJECTIVES
+_SAYS_NOTHING = lx.PREDICATES | lx.VAGUE
 _MODIFIERS = frozenset({"amod", "compound", "nmod", "nummod", "det", "dep", "poss"})
 
 
@@ -23,7 +26,7 @@ def phrases(p: Parse, named: frozenset[int]) -> Iterator[Found]:
             continue
         thing = thing_at(p, i, named)
         inner = content(p, i)
-        phrase = inner >= 0 and p.low[i] in lx.CONTAINERS | lx.PARTITIVES and inner not in named and not negated(p, inner)
+        phrase = inner >= 0 and p.low[i] in _HOLDERS and inner not in named and not negated(p, inner)
         if not (inner >= 0 and p.low[i] in lx.MEASURES) and visible(p, thing):
             yield from _thing(p, thing)
         if phrase:
@@ -72,7 +75,7 @@ def _attributes(p: Parse, thing: Thing) -> Iterator[tuple[int, int, str]]:
     if thing.head + 1 < len(p) and acts(p, thing.head + 1):  # "a red scarf smiles": what hangs on the verb is the scarf's
         queue += [k for k in p.kids[thing.head + 1] if k < thing.first and p.dep[k] == "amod"]
     # "a green white engine", "a white metal fence": the first word may hang on the second
-    queue += [k for a in queue if p.low[a] in lx.COLOURS | lx.ADJECTIVES for k in p.kids[a] if p.dep[k] == "amod"]
+    queue += [k for a in queue if p.low[a] in _LOOKS for k in p.kids[a] if p.dep[k] == "amod"]
     # "a red pair of scissors"
     queue += [k for measure in measures(p, thing.head) for k in p.kids[measure] if p.low[k] in lx.COLOURS]
     seen: set[int] = set()
@@ -155,5 +158,5 @@ def _predicates(p: Parse, thing: Thing) -> Iterator[tuple[int, int, str]]:
             if p.dep[k] == "acomp" and k > verb:
                 for a in (k, *_conjuncts(p, k, len(p))):
                     denied = any(p.dep[x] == "neg" for x in p.kids[a])
-                    if p.tag[a] in ("JJ", "VBN", "NN") and p.low[a].isalpha() and p.low[a] not in lx.PREDICATES | lx.VAGUE and not denied:
+                    if p.tag[a] in ("JJ", "VBN", "NN") and p.low[a].isalpha() and p.low[a] not in _SAYS_NOTHING and not denied:
                         yield a, a, "predicate"

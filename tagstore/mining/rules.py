@@ -120,6 +120,8 @@ class RuleMiner:
 
 def _english(text: str) -> bool:
     """Whether most letters are Latin ones: the parser reads nothing else."""
+    if text.isascii():
+        return any(map(str.isalpha, text))
     letters = [character for character in text if character.isalpha()]
     return bool(letters) and 2 * sum(character < "\u0250" for character in letters) > len(letters)
 

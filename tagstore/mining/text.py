@@ -7,13 +7,17 @@ import unicodedata
 from dataclasses import dataclass
 from html import unescape
 
-# Anything that makes a caption more than plain words: only then the slow way is taken.
-_SUSPICIOUS = re.compile(
-    r"[^\x20-\x7e]|[&#@_<>|\\*~`]|  |^\s|\s$|://|www\.|\.(?:jpe?g|png|gif|com|net|org)\b|\bISO\b|\bf/|\dmm\b|"
-    r"\b(?:stock|royalty|copyright|credit|courtesy|photos?|photographs?|photographed|pictures?|images?|shot|view|"
-    r"close|closeup|snapshot|illustration|drawing|painting|portrait|vector|wallpaper|download|getty)\b",
-    re.IGNORECASE,
-)
+# What makes a caption more than plain words; only then the slow way is taken.
+_ODD = re.compile(r"[^\x20-\x7e]|[&#@_<>|\\*~`]|  |^ | $|://|www\.|\.[jpgtwb]\w{2,3}\b|\d(?:mm|s)\b|\b[fF]/")
+_ODD_WORDS = frozenset(
+    {
+        "stock", "royalty", "copyright", "credit", "courtesy", "photo", "photos", "photograph", "photographs", "photographed",
+        "picture", "pictures", "pic", "pics", "image", "images", "shot", "shots", "taken", "view", "views", "close", "close-up",
+        "closeup", "snapshot", "snapshots", "photography", "illustration", "illustrations", "drawing", "drawings", "painting",
+        "paintings", "portrait", "portraits", "getty", "shutterstock", "istock", "istockphoto", "alamy", "dreamstime", "adobe", "iso",
+        "canon", "nikon", "(c)", "royalty-free", "stock-photo", "rights-managed",
+    }
+)  # fmt: skip
 _ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")
 _PLAIN = {"‘": "'", "’": "'", "‛": "'", "“": '"', "”": '"', "„": '"', "–": "-", "—": " - ", "‐": "-", "‑": "-", "…": "..."}
 
@@ -73,7 +77,7 @@ def clean(caption: str, max_chars: int) -> Clean:
     one, and a caption that shouts is lowered.
     """
     caption = caption[:max_chars]
-    if not _SUSPICIOUS.search(caption):
+    if not _ODD.search(caption) and _ODD_WORDS.isdisjoint(caption.lower().replace(":", " ").split()):
         return Clean(_unshouted(caption))
     chars, starts, ends = _characters(caption)
     text = "".join(chars)
@@ -124,7 +128,6 @@ def _plain(c: str) -> str:
 
 
 def _unshouted(text: str) -> str:
-    letters = [c for c in text if c.isalpha()]
-    if len(letters) > 12 and text.count(" ") >= 3 and all(c.isupper() for c in letters) and len(text.lower()) == len(text):
+    if text.isupper() and text.count(" ") >= 3 and sum(map(str.isalpha, text)) > 12 and len(text.lower()) == len(text):
         return text.lower()
     return text

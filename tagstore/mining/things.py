@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from tagstore.mining import lexicon as lx
 from tagstore.mining.nouns import singular
@@ -29,8 +29,7 @@ _ONE = frozenset({"a", "an", "another", "this", "that", "each", "one"})
 _TAKING = frozenset({"take", "taking", "takes", "taken", "took", "get", "getting", "pose", "posing", "snapping"})
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
+class Found(NamedTuple):
     """A tag before it is one: offsets are those of the cleaned caption."""
 
     text: str
@@ -42,8 +41,7 @@ class Found:
     label: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Thing:
+class Thing(NamedTuple):
     """A noun with the words that belong to its name: words `first` to `head`, both included."""
 
     first: int

@@ -35,7 +35,9 @@ class Title:
     """The words of a title: `text`, `low`, `start`, `end`."""
 
     def __init__(self, source: str) -> None:
-        matches = list(_WORD.finditer(source))
+        words = source.split()
+        capitals = sum(not word[0].islower() for word in words)
+        matches = list(_WORD.finditer(source)) if 2 * capitals > len(words) > 2 else []
         self.text = [m.group() for m in matches]
         self.low = [m.group().lower().replace("’", "'") for m in matches]
         self.start = [m.start() for m in matches]
