@@ -24,7 +24,8 @@ from typing import Any
 
 ARCHES = (80, 90, 100)
 
-_SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+COUPLINGS = ("multiply_max", "multiply", "log_bias", "drop")
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,11 @@ class Variant:
 
     @property
     def spill_limit(self) -> int:
-        """Bytes of stack it may take: none. Except float32 beyond D = 128, where exact products without tensor cores hold whole
-        rows of both operands in registers: right, and slow, and nobody trains in it."""
-        return 512 if self.dtype == "fp32" and self.dim > 128 else 0
+        """Bytes of stack it may take: 16, because ptxas may park a few values outside of the loops to reach the next step of
+        occupancy. Float32 beyond D = 128 takes more: exact products without tensor cores hold whole rows of both operands in
+        registers. That is right, and slow, and nobody trains in it."""
+        wide = self.dim > 128 and self.kernel in ("forward", "maps", "backward", "dbias")
+        return 512 if self.dtype == "fp32" and wide else 16
 
     def __str__(self) -> str:
         return f"{self.kernel} {self.dtype} D{self.dim} G{self.group} {'+'.join(sorted(self.flags)) or 'plain'}"
@@ -90,7 +93,14 @@ def variants(every: bool = True) -> list[Variant]:
             found += [Variant(kernel, "fp32", dim, full) for dim in (24, 64, 128, 256)]
             found += [Variant(kernel, "bf16", dim, frozenset({"weights"}), group=4, rows=60) for dim in (64, 128)]
         found += [Variant(kernel, dtype, dim, full) for kernel in ("maps", "dbias") for dtype in ("bf16", "fp32") for dim in (64, 128, 256)]
+        for dtype in ("bf16", "fp32"):
+            found += [Variant("weights", dtype, 768, frozenset({coupling})) for coupling in COUPLINGS]
+            found += [Variant("weights_backward", dtype, 768, frozenset({coupling, "temperature"})) for coupling in COUPLINGS]
+            found += [Variant("weights_backward", dtype, 768, frozenset({"multiply", "scores", "temperature"}))]
+            found += [Variant(kernel, dtype, 768) for kernel in ("gather", "scatter")]
     else:
+        found += [Variant("weights", "bf16", 768, frozenset({"multiply"})), Variant("gather", "bf16", 768), Variant("scatter", "bf16", 768)]
+        found += [Variant("weights_backward", "bf16", 768, frozenset({"multiply_max", "temperature"}))]
         for kernel in attention:
             found += [Variant(kernel, "bf16", dim, full) for dim in (64, 128, 256)] + [Variant(kernel, "fp32", 64, full)]
         found += [Variant(kernel, "bf16", 64, full) for kernel in ("maps", "dbias")]
@@ -98,11 +108,27 @@ def variants(every: bool = True) -> list[Variant]:
 
 
 def _kernel(variant: Variant) -> tuple[Any, dict[str, Any], tuple[int, int, int, int]]:
-    """The function, its compile-time constants, and its blocks."""
+    """The function, its compile-time constants, and (block_m, block_n, warps, stages)."""
     import torch
-    from tuna_kernels.tag_attention import backward, forward, tuning
 
-    dtype = getattr(torch, _SHORT[variant.dtype])
+    from tuna_kernels.gather_tags import kernels as gather
+    from tuna_kernels.tag_attention import backward, forward, tuning
+    from tuna_kernels.tag_weights import kernels as weights
+
+    flags = variant.flags
+    if variant.kernel in ("gather", "scatter"):
+        block = (gather.BLOCK_R, gather.BLOCK_E, 2, 3)
+        return getattr(gather, f"{variant.kernel}_kernel"), {"BLOCK_R": block[0], "BLOCK_E": block[1]}, block
+    if variant.kernel.startswith("weights"):
+        block = (weights.BLOCK_T, weights.BLOCK_E, 4, 3)
+        constants = {
+            "BLOCK_T": block[0], "BLOCK_E": block[1], "COUPLING": next(c for c in COUPLINGS if c in flags),
+            "HAS_SCORES": "scores" in flags, "HAS_TEMPERATURE": "temperature" in flags,
+            "NEED_TAGS": "scores" not in flags, "NEED_IMAGES": "scores" not in flags,
+        }  # fmt: skip
+        return getattr(weights, f"{variant.kernel}_kernel"), constants, block
+
+    dtype = getattr(torch, _DTYPES[variant.dtype])
     functions = {
         "forward": (forward.forward_kernel, tuning.forward_default),
         "maps": (forward.maps_kernel, tuning.forward_default),
@@ -110,37 +136,55 @@ def _kernel(variant: Variant) -> tuple[Any, dict[str, Any], tuple[int, int, int,
         "dbias": (backward.dbias_kernel, lambda dim, dtype, rows, bias: tuning.bias_default(dim, dtype)),
     }
     function, default = functions[variant.kernel]
-    config = default(variant.dim, dtype, variant.rows, "bias" in variant.flags)
+    config = default(variant.dim, dtype, variant.rows, "bias" in flags)
     block = variant.block or (config.block_m, config.block_n, config.warps, config.stages)
     constants = {
         "D": variant.dim, "G": variant.group, "PRECISION": "ieee", "BLOCK_M": block[0], "BLOCK_N": block[1],
         "BLOCK_D": max(16, 1 << (variant.dim - 1).bit_length()),
-        **{f"HAS_{flag.upper()}": flag in variant.flags for flag in ("weights", "bias", "mask")},
+        **{f"HAS_{flag.upper()}": flag in flags for flag in ("weights", "bias", "mask")},
     }  # fmt: skip
     return function, constants, block
 
 
+_POINTERS = {
+    "cu_tags": "*i32", "mask": "*i1", "ids": "*i64", "order": "*i64",
+    **dict.fromkeys(("lse", "weights", "dweights", "cosine", "tag_norm", "image_norm", "temperature", "dtemperature", "grad"), "*fp32"),
+}  # fmt: skip
+_FLOATS = ("scale", "tau", "threshold")
+_INTEGERS = ("total", "patches", "kv_heads", "heads", "groups", "blocks", "batch", "patches_each", "rows", "columns")
+
+
+def _absent(name: str, variant: Variant) -> bool:
+    """Whether a pointer argument is None in this variant."""
+    if variant.kernel.startswith("weights"):
+        if name in ("tags", "images", "dtags", "dimages"):
+            return "scores" in variant.flags
+        return name.removeprefix("d") in ("scores", "temperature") and name.removeprefix("d") not in variant.flags
+    return name.removeprefix("d") in ("weights", "bias", "mask") and name.removeprefix("d") not in variant.flags
+
+
 def _signature(function: Any, constants: dict[str, Any], variant: Variant) -> tuple[dict[str, str], dict[str, Any], dict[Any, Any]]:
     """Types of the arguments as a launch with aligned tensors has them; absent pointers and unit strides are constants."""
-    kinds = {"cu_tags": "*i32", "lse": "*fp32", "dweights": "*fp32", "mask": "*i1", "scale": "fp32", "weights": "*fp32"}
-    integers = {"total", "patches", "kv_heads", "heads", "groups", "blocks", "batch", "patches_each"}
-    signature, fixed, attributes = {}, {}, {}
+    signature: dict[str, str] = {}
+    fixed: dict[str, Any] = {}
+    attributes: dict[Any, Any] = {}
     for i, name in enumerate(function.arg_names):
-        optional = {"weights": "weights", "dweights": "weights", "bias": "bias", "mask": "mask", "dbias": "bias"}.get(name)
         if name in constants:
             signature[name], fixed[name] = "constexpr", constants[name]
-        elif optional and optional not in variant.flags:
+        elif _absent(name, variant):
             signature[name], fixed[name] = "constexpr", None
         elif name in ("stride_bp", "stride_mp"):
             signature[name], fixed[name] = "constexpr", 1
-        elif name.startswith("stride_") or name in integers:
+        elif name in _FLOATS:
+            signature[name] = "fp32"
+        elif name in _INTEGERS:
             signature[name] = "i32"
-            if name.startswith("stride_"):
-                attributes[(i,)] = [["tt.divisibility", 8 if variant.dim % 16 else 16]]
+        elif name.startswith("stride_"):
+            signature[name] = "i32"
+            attributes[(i,)] = [["tt.divisibility", 8 if variant.dim % 16 else 16]]
         else:
-            signature[name] = kinds.get(name, f"*{variant.dtype}")
-            if signature[name].startswith("*"):
-                attributes[(i,)] = [["tt.divisibility", 16]]
+            signature[name] = _POINTERS.get(name, f"*{variant.dtype}")
+            attributes[(i,)] = [["tt.divisibility", 16]]
     return signature, fixed, attributes
 
 
@@ -153,9 +197,7 @@ def compile_variant(variant: Variant, arch: int) -> Result:
     function, constants, block = _kernel(variant)
     signature, fixed, attributes = _signature(function, constants, variant)
     source = ASTSource(fn=function, signature=signature, constexprs=fixed, attrs=attributes)
-    compiled = triton.compile(
-        source, target=GPUTarget("cuda", arch, 32), options={"num_warps": block[2], "num_stages": block[3]}
-    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": block[2], "num_stages": block[3]})
     result = Result(variant, arch, config=f"{block[0]}x{block[1]} w{block[2]} s{block[3]}", shared=compiled.metadata.shared)
     _read_machine_code(compiled.asm["cubin"], result)
     return result

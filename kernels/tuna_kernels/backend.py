@@ -46,9 +46,9 @@ def obstacle(tensor: Tensor) -> str | None:
     if tensor.device.type == "cuda":
         return None
     if not interpreting():
-        return f"the tensors are on '{tensor.device.type}': move them to a GPU, or set TRITON_INTERPRET=1 to run the kernels on the CPU, slowly"
+        return f"the tensors are on '{tensor.device.type}': move them to a GPU, or set TRITON_INTERPRET=1 (slow: for tests)"
     if tensor.dtype == torch.bfloat16:
-        return "Triton's interpreter computes bfloat16 wrongly (products of raw bits, truncated casts): use float16 or float32 there"
+        return "Triton's interpreter computes bfloat16 wrongly (products of raw bits, truncated casts): use float16 there"
     return None
 
 

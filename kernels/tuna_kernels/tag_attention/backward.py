@@ -5,6 +5,10 @@ of one (image, key/value head) are few: one program keeps all of them and their 
 finishes dk and dv of each patch block on the way.
 """
 
+# ruff: noqa: N803
+# mypy: disable-error-code="no-untyped-def"
+# Triton's own conventions: constants in capitals, and arguments whose types are those of the launch.
+
 from __future__ import annotations
 
 import torch

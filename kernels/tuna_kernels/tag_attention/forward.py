@@ -5,6 +5,10 @@ queries that share keys sit in one block, and grouped-query attention reads K an
 Logits are kept times log2(e), because exp2 is what the hardware has.
 """
 
+# ruff: noqa: N803
+# mypy: disable-error-code="no-untyped-def"
+# Triton's own conventions: constants in capitals, and arguments whose types are those of the launch.
+
 from __future__ import annotations
 
 import torch
@@ -161,7 +165,7 @@ def mask_strides(mask: Tensor | None) -> tuple[int, int]:
 def row_programs(total: int, group: int, batch: int, block_m: int) -> int:
     """Programs that share one image's row blocks: as many as an average image has blocks. Known without asking the GPU for the
     layout; an image with more blocks makes its programs loop."""
-    return max(1, triton.cdiv(total * group, batch * block_m))
+    return max(1, -(-total * group // (batch * block_m)))
 
 
 def forward(
@@ -194,9 +198,7 @@ def forward(
     return out, lse
 
 
-def attention_maps(
-    q: Tensor, k: Tensor, cu_tags: Tensor, lse: Tensor, scale: float, bias: Tensor | None, mask: Tensor | None
-) -> Tensor:
+def attention_maps(q: Tensor, k: Tensor, cu_tags: Tensor, lse: Tensor, scale: float, bias: Tensor | None, mask: Tensor | None) -> Tensor:
     """`[T, H, P]` in the dtype of q."""
     (total, heads, dim), (batch, patches, kv_heads, _) = q.shape, k.shape
     maps = torch.empty((total, heads, patches), dtype=q.dtype, device=q.device)

@@ -70,7 +70,9 @@ def tag_attention(
         )
         return (out, attention.detach()) if return_attention else out
     if not 16 <= q.shape[-1] <= 256:
-        raise ValueError(f"tag_attention: the kernels take a head dimension D from 16 to 256, got {q.shape[-1]}; impl='reference' takes any")
+        raise ValueError(
+            f"tag_attention: the kernels take a head dimension D from 16 to 256, got {q.shape[-1]}; impl='reference' takes any"
+        )
     q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
     weights = None if weights is None else weights.contiguous()
     cu_tags = cu_tags.contiguous()
@@ -146,9 +148,7 @@ def _(
 
 
 @torch.library.custom_op("tuna_kernels::tag_attention_maps", mutates_args=())
-def _maps(
-    q: Tensor, k: Tensor, cu_tags: Tensor, lse: Tensor, scale: float, bias: Tensor | None, patch_mask: Tensor | None
-) -> Tensor:
+def _maps(q: Tensor, k: Tensor, cu_tags: Tensor, lse: Tensor, scale: float, bias: Tensor | None, patch_mask: Tensor | None) -> Tensor:
     from .forward import attention_maps
 
     return attention_maps(q, k, cu_tags, lse, scale, bias, patch_mask)
@@ -214,9 +214,7 @@ def _gradients(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ..
             dout, q, k, v, cu_tags, out, lse, ctx.scale, weights, bias, patch_mask
         )
     if need_bias:
-        dbias = torch.ops.tuna_kernels.tag_attention_bias_gradient(
-            dout, q, k, v, cu_tags, out, lse, ctx.scale, weights, bias, patch_mask
-        )
+        dbias = torch.ops.tuna_kernels.tag_attention_bias_gradient(dout, q, k, v, cu_tags, out, lse, ctx.scale, weights, bias, patch_mask)
     return dq, dk, dv, None, None, dweights if need_weights else None, dbias, None
 
 

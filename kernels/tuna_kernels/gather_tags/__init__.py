@@ -1,0 +1,5 @@
+"""Embeddings of a batch's tags, with a deterministic backward."""
+
+from .op import gather_tags
+
+__all__ = ["gather_tags"]

@@ -1,0 +1,166 @@
+"""Which implementation runs, and how block sizes are chosen and kept."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ragged import Case, inputs
+from tuna_kernels import backend, gather_tags
+from tuna_kernels.tag_attention import tuning
+from tuna_kernels.tag_attention.tuning import Config
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run `code` in a fresh interpreter without the variables of this one."""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PATH": "/usr/bin:/bin", **environment})
+
+
+def test_works_without_triton() -> None:
+    code = """
+import sys, importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "triton" else find(name, *rest)
+sys.modules["triton"] = None
+import torch
+from tuna_kernels import tag_attention
+q, kv, cu = torch.ones(2, 1, 16), torch.ones(1, 3, 1, 16), torch.tensor([0, 2]).int()
+print(tag_attention(q, kv, kv, cu).sum().item())
+try:
+    tag_attention(q, kv, kv, cu, impl="triton")
+except RuntimeError as error:
+    print(error)
+"""
+    done = python(code)
+    assert done.stdout.splitlines() == [
+        "32.0",
+        "tag_attention: impl='triton' was asked for, but the package triton is not installed: install it (it comes with torch's CUDA "
+        "wheels); impl='reference' runs anywhere",
+    ], done.stderr
+
+
+def test_import_is_light() -> None:
+    done = python("import sys, tuna_kernels; print(sorted({'triton', 'numpy', 'transformers'} & set(sys.modules) - {'numpy'}))")
+    assert done.stdout == "[]\n", done.stderr
+
+
+def test_triton_is_never_swapped_for_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    table, ids = torch.ones(3, 2), torch.tensor([0])
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(RuntimeError, match="on 'cpu': move them to a GPU, or set TRITON_INTERPRET=1"):
+        gather_tags(table, ids, impl="triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(RuntimeError, match="not float64"):
+        gather_tags(table.double(), ids, impl="triton")
+    with pytest.raises(RuntimeError, match="interpreter computes bfloat16 wrongly"):
+        gather_tags(table.bfloat16(), ids, impl="triton")
+
+
+def test_interpreter_set_too_late_is_said() -> None:
+    code = """
+import os, torch, triton
+os.environ["TRITON_INTERPRET"] = "1"
+from tuna_kernels import gather_tags
+gather_tags(torch.ones(3, 2), torch.tensor([0]), impl="triton")
+"""
+    assert "set it in the environment of the process, before the first import" in python(code).stderr
+
+
+def test_auto_says_once_what_it_chose(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_said", set())
+    with caplog.at_level(logging.INFO, logger="tuna_kernels"):
+        for _ in range(3):
+            gather_tags(torch.ones(3, 2), torch.tensor([0]))
+        gather_tags(torch.ones(3, 2).double(), torch.tensor([0]))
+    said = [record.message for record in caplog.records]
+    assert len(said) == 2
+    assert all(message.startswith("gather_tags: impl='auto' uses the torch reference, because") for message in said)
+
+
+def test_tf32_follows_torch() -> None:
+    assert backend.dot_precision(torch.float32) == "ieee"
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert backend.dot_precision(torch.float32) == "tf32"
+        assert backend.dot_precision(torch.float16) == "ieee"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.fixture
+def searching(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Config]:
+    """A device where a search may run, with the GPU's clock replaced by a rule: the more warps, the faster."""
+    timed: list[Config] = []
+    monkeypatch.setenv("TUNA_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(tuning, "searching", lambda device: True)
+    monkeypatch.setattr(tuning, "_device_key", lambda device: "Some-GPU")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(tuning, "_time", lambda config, launch: timed.append(config) or 1 / config.warps)
+    monkeypatch.setattr(tuning, "_known", {})
+    monkeypatch.setattr(tuning, "_loaded", set())
+    return timed
+
+
+def test_search_runs_once_and_is_kept(searching: list[Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    default, better = Config(16, 64, 2, 2), Config(32, 64, 4, 2)
+    device = torch.device("cpu")
+
+    def pick(key: str) -> Config:
+        return tuning.pick(key, device, default, [default, better], lambda config: None)
+
+    assert pick("a") == pick("a") == better
+    assert searching == [default, better]
+    (file,) = tmp_path.iterdir()
+    assert json.loads(file.read_text()) == {"a": {"block_m": 32, "block_n": 64, "warps": 4, "stages": 2}}
+    # another process: known from disk
+    monkeypatch.setattr(tuning, "_known", {})
+    monkeypatch.setattr(tuning, "_loaded", set())
+    assert pick("a") == better
+    assert len(searching) == 2
+    # a damaged file is measured anew, and mended
+    file.write_text("{")
+    monkeypatch.setattr(tuning, "_known", {})
+    monkeypatch.setattr(tuning, "_loaded", set())
+    assert pick("a") == better
+    assert len(searching) == 4
+    assert "a" in json.loads(file.read_text())
+
+
+def test_no_search_while_a_graph_is_captured(searching: list[Config], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    default = Config(16, 64, 2, 2)
+    assert tuning.pick("b", torch.device("cpu"), default, [Config(32, 64, 4, 2)], lambda config: None) == default
+    assert not searching
+
+
+def test_fixed_choice_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(tuning, "interpreting", lambda: False)
+    assert tuning.searching(gpu)
+    assert not tuning.searching(torch.device("cpu"))
+    monkeypatch.setenv("TUNA_AUTOTUNE", "0")
+    assert not tuning.searching(gpu)
+    monkeypatch.delenv("TUNA_AUTOTUNE")
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert not tuning.searching(gpu)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_the_batch_is_not_part_of_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tuna_kernels.tag_attention import forward
+
+    keys = []
+    monkeypatch.setattr(forward, "pick", lambda key, device, default, candidates, launch: keys.append(key) or default)
+    monkeypatch.setattr(backend, "check_interpreter", lambda: None)
+    for counts in ((3, 4), (3, 4, 3, 4), (30, 40)):
+        grads, rest, _ = inputs(Case(counts, 9, 1, 1, 16, torch.float16, ""))
+        forward.forward(*grads.values(), rest["cu_tags"], 0.25, None, None, None)
+    assert keys[0] == keys[1] != keys[2]
