@@ -9,6 +9,8 @@ export UV_FIND_LINKS := $(PIP_FIND_LINKS)
 endif
 # idle OpenMP threads must sleep, not spin: on few cores FAISS and torch take the time from each other
 export OMP_WAIT_POLICY := PASSIVE
+# without bytecode every process compiles thousands of modules again: torch and its company load twice as long
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: setup demo test lint proto clean
 setup: .venv/.ready

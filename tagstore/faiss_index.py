@@ -118,7 +118,7 @@ def open_file(path: Path, rows: int, dimension: int) -> Any:
     try:
         index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
     except RuntimeError as error:
-        raise Damaged(f"the index file {path} cannot be read ({str(error).splitlines()[0]}): run `tagstore repair`") from error
+        raise Damaged(f"the index file {path} cannot be read: it is missing, cut off or no FAISS index. Run `tagstore repair`") from error
     if index.ntotal != rows or index.d != dimension:
         raise Damaged(
             f"the index file {path} holds {index.ntotal} vectors of {index.d} dimensions instead of {rows} of {dimension}: "

@@ -1,0 +1,223 @@
+"""What a data team does to a store that is there: delete, roll back, compare, embed again, drop and bring back.
+
+Everything that changes a store commits a version; nothing here touches one that was committed.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tagstore import faiss_index
+from tagstore.encoder import Encoder, load_encoder
+from tagstore.environment import forget, generation, writer_lock
+from tagstore.errors import AlreadyExists, BadImage, InvalidInput, NotFound
+from tagstore.images import decode
+from tagstore.readers import Columns, read
+from tagstore.store import Snapshot, Store, Version, check_name
+from tagstore.types import Entry, Kind, Rejected
+from tagstore.writer import Writer
+
+DROPPED = ".dropped"
+UNDO_DAYS = 7.0
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Which entries are meant: those that fit any one of these."""
+
+    keys: Sequence[str] = ()
+    sha256: Sequence[str] = ()
+    """Of encoded images, hex."""
+    near: Sequence[tuple[int, int]] = ()
+    """(perceptual hash, bits it may differ by) pairs."""
+    where: Mapping[str, str] = field(default_factory=dict)
+    """Metadata fields and their values as text; all must fit."""
+
+    def find(self, snapshot: Snapshot) -> Iterator[Entry]:
+        """The entries of a version that are meant. By key alone it is a look-up, else a pass over all entries."""
+        if not (self.keys or self.sha256 or self.near or self.where):
+            raise InvalidInput("nothing is selected: say which entries, by key, sha256, perceptual hash or metadata")
+        if not (self.sha256 or self.near or self.where):
+            ids = [i for key in self.keys if (i := snapshot.find(key)) is not None]
+            yield from snapshot.entries(np.array(sorted(set(ids)), np.int64))
+            return
+        keys, digests = set(self.keys), {bytes.fromhex(h) for h in self.sha256}
+        for entry in snapshot.entries():
+            if (
+                entry.key in keys
+                or entry.sha256 in digests
+                or any((entry.perceptual_hash ^ h).bit_count() <= bits for h, bits in self.near)
+                or (self.where and all(str(entry.metadata.get(name)) == value for name, value in self.where.items()))
+            ):
+                yield entry
+
+
+def delete(root: str | Path, store: str, selection: Selection) -> tuple[Version, list[str]]:
+    """Commit a version without the selected entries; returns it and their keys. Raises `NotFound` if nothing fits."""
+    with Writer(root, store) as writer:
+        found = list(selection.find(writer.store.snapshot()))
+        if not found:
+            raise NotFound(f"no entry of store '{store}' fits: nothing was deleted")
+        writer.delete([entry.entry_id for entry in found])
+        _embed_rest(writer)
+        return writer.commit(operation="delete", indexer=faiss_index.extend), [entry.key for entry in found]
+
+
+def rollback(root: str | Path, store: str, version: int) -> Version:
+    """Commit a version that holds what an old one held. Takes the time of one small transaction, whatever the store's size."""
+    with Writer(root, store) as writer:
+        return writer.rollback(version)
+
+
+@dataclass(frozen=True, slots=True)
+class Diff:
+    """What lies between two versions."""
+
+    before: int
+    after: int
+    added: list[str]
+    """Keys."""
+    removed: list[str]
+    changed: list[str]
+    """Keys whose entry is another."""
+    tags: list[tuple[str, Kind, int, int]]
+    """(text, kind, count before, count after) where they differ; new tags have 0 before, vanished ones 0 after."""
+
+
+def diff(root: str | Path, store: str, before: int, after: int) -> Diff:
+    """Entries and tags that differ between two versions. Memory grows with the difference, not with the store."""
+    opened = Store(root, store)
+    old, new = opened.snapshot(before), opened.snapshot(after)
+    old_ids, new_ids = old.live(), new.live()
+    gone = {e.key for e in old.entries(np.setdiff1d(old_ids, new_ids))}
+    come = {e.key for e in new.entries(np.setdiff1d(new_ids, old_ids))}
+    old_counts, new_counts = old.counts(), new.counts()
+    n = max(len(old_counts), len(new_counts))
+    counts = np.stack([np.pad(c, (0, n - len(c))) for c in (old_counts, new_counts)])
+    ids = np.flatnonzero(counts[0] != counts[1])
+    named = (new if len(new_counts) == n else old).tags(ids.tolist())
+    return Diff(
+        before,
+        after,
+        added=sorted(come - gone),
+        removed=sorted(gone - come),
+        changed=sorted(come & gone),
+        tags=[(text, kind, int(counts[0, i]), int(counts[1, i])) for i, (text, kind, _) in zip(ids.tolist(), named, strict=True)],
+    )
+
+
+def reembed(
+    root: str | Path,
+    store: str,
+    encoder: str | Encoder,
+    *,
+    sources: Sequence[str] = (),
+    device: str = "auto",
+) -> Version:
+    """Commit a version whose vectors come from another encoder, made from the original images.
+
+    The version before it is served until then. Images are read again from where the store's ingests read them, or from `sources`; every
+    entry must be found there, by key and with the bytes it had. Raises `InvalidInput` if one is not.
+    """
+    if not isinstance(encoder, Encoder):
+        encoder = load_encoder(encoder, device=device)
+    with Writer(root, store, encoder.fingerprint, new_space=True) as writer:
+        parent = writer.store.snapshot()
+        if parent.version.fingerprint.digest == encoder.fingerprint.digest:
+            raise InvalidInput(f"store '{store}' already holds vectors of {encoder.fingerprint}")
+        missing = parent.live_mask().copy()
+        for path, format, columns in _sources(parent.store, sources):
+            batch: list[tuple[int, NDArray[np.uint8]]] = []
+            for pair in read(path, format=format, columns=columns):
+                if isinstance(pair, Rejected):
+                    continue
+                entry_id = parent.find(pair.key)
+                if entry_id is None or not missing[entry_id] or parent.entry(entry_id).sha256 != sha256(pair.image).digest():
+                    continue
+                try:
+                    batch.append((entry_id, encoder.prepare(decode(pair.image))))
+                except BadImage:
+                    continue
+                missing[entry_id] = False
+                if len(batch) == 256:
+                    _put(writer, encoder, batch)
+                    batch = []
+            _put(writer, encoder, batch)
+        if missing.any():
+            first = parent.entry(int(np.flatnonzero(missing)[0]))
+            raise InvalidInput(
+                f"{int(missing.sum())} of {parent.version.entries} entries of store '{store}' have no image in the sources, the first: "
+                f"{first.key} (read from {first.origin}). Give the sources that have them"
+            )
+        while texts := writer.new_tags(limit=4096):
+            writer.embed_tags(encoder.encode_texts(texts))
+        return writer.commit(operation="reembed", indexer=faiss_index.extend)
+
+
+def rename(root: str | Path, store: str, to: str) -> None:
+    """Give a store another name. Servers find it under the new one at the next request."""
+    source, target = _directory(root, store), Path(root) / check_name(to)
+    if target.exists():
+        raise AlreadyExists(f"there is a store '{to}' already: choose another name, or drop it first")
+    with writer_lock(source):
+        forget(generation(source))
+        source.rename(target)
+
+
+def drop(root: str | Path, store: str) -> float:
+    """Take a store away; `undrop` brings it back for `UNDO_DAYS` days, which are returned. Older ones are removed for good."""
+    source = _directory(root, store)
+    bin_ = Path(root) / DROPPED
+    with writer_lock(source):
+        forget(generation(source))
+        bin_.mkdir(exist_ok=True)
+        source.rename(bin_ / f"{store}@{int(time.time())}")
+    for old in bin_.iterdir():
+        if int(old.name.rpartition("@")[2]) < time.time() - UNDO_DAYS * 86400:
+            shutil.rmtree(old)
+    return UNDO_DAYS
+
+
+def undrop(root: str | Path, store: str) -> None:
+    """Bring back what was dropped last under a name."""
+    found = sorted((Path(root) / DROPPED).glob(f"{check_name(store)}@*"), key=lambda p: int(p.name.rpartition("@")[2]))
+    if not found:
+        raise NotFound(f"no dropped store '{store}' under {root}: it was never dropped, or more than {UNDO_DAYS:g} days ago")
+    target = Path(root) / store
+    if target.exists():
+        raise AlreadyExists(f"there is a store '{store}' again: rename that one first")
+    found[-1].rename(target)
+
+
+def _directory(root: str | Path, store: str) -> Path:
+    return Store(root, store).directory
+
+
+def _embed_rest(writer: Writer) -> None:
+    """After a rollback to another encoder some tags may lack an embedding in its space."""
+    while texts := writer.new_tags(limit=4096):
+        writer.embed_tags(load_encoder(writer.fingerprint.model).encode_texts(texts))
+
+
+def _sources(store: Store, given: Sequence[str]) -> Iterator[tuple[str, str | None, Columns]]:
+    if given:
+        yield from ((path, None, Columns()) for path in given)
+        return
+    for version in reversed(store.versions()):
+        if version.source:
+            columns = version.source["columns"]
+            caption = columns["caption"] if isinstance(columns["caption"], str) else tuple(columns["caption"])
+            yield version.source["path"], version.source["format"], Columns(columns["image"], caption, columns["key"])
+
+
+def _put(writer: Writer, encoder: Encoder, batch: list[tuple[int, NDArray[np.uint8]]]) -> None:
+    if batch:
+        writer.put_vectors([i for i, _ in batch], encoder.encode_images(np.stack([pixels for _, pixels in batch])))

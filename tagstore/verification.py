@@ -1,0 +1,242 @@
+"""Whether a store is what it was when it was committed, and the making anew of all that is derived.
+
+`verify` reads in a process of its own: a database file that was tampered with can bring down whoever maps it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import faiss
+import numpy as np
+
+from tagstore import faiss_index
+from tagstore.checks import checksum
+from tagstore.environment import generation
+from tagstore.errors import Damaged, TagstoreError
+from tagstore.records import decode_entry, decode_tag
+from tagstore.store import U64, Snapshot, Store, Version, key_of, tag_key, unpack_ids
+from tagstore.types import KINDS
+from tagstore.writer import Writer
+
+SAMPLE = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something that is not as it was committed."""
+
+    file: str
+    what: str
+    derived: bool
+    """Whether `repair` can make it anew."""
+
+
+def verify(root: str | Path, store: str, *, full: bool = False) -> list[Problem]:
+    """Everything wrong with a store, nothing if it is sound.
+
+    Checks every checksum of every version, that look-up tables and records agree, that counts are what the entries say, and that the index
+    holds the stored vectors: of a sample of `SAMPLE` entries a version, or of all if `full`.
+
+    Raises `NotFound` if there is no such store.
+    """
+    database = str(generation(Path(root) / store) / "data.mdb")
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    child = context.Process(target=_send_problems, args=(theirs, str(root), store, full))
+    child.start()
+    theirs.close()
+    problems: list[Problem] = []
+    done = False
+    try:
+        while not done:
+            item = ours.recv()
+            if item is None:
+                done = True
+            else:
+                problems.append(item)
+    except EOFError:
+        pass
+    child.join()
+    if not done:
+        problems.append(Problem(database, f"reading it brought the reader down (exit code {child.exitcode})", False))
+    return problems
+
+
+def repair(root: str | Path, store: str) -> list[str]:
+    """Make anew what is derived and wrong: look-up tables and index files. Returns what was done.
+
+    Raises:
+        Damaged: something that is not derived is wrong; nothing was changed.
+    """
+    problems = verify(root, store)
+    fatal = [p for p in problems if not p.derived]
+    if fatal:
+        raise Damaged(
+            f"{len(fatal)} problems can't be repaired, the first: {fatal[0].file}: {fatal[0].what}. "
+            "Restore the store from a bundle or a copy"
+        )
+    done: list[str] = []
+    if any("data.mdb" in p.file for p in problems):
+        with Writer(root, store) as writer:
+            _rebuild_lookups(writer)
+        done.append("rebuilt the look-up tables of keys and tags")
+    if any(p.file.endswith(".faiss") for p in problems):
+        with Writer(root, store) as writer:
+            bad = {Path(p.file).name for p in problems}
+            for version in writer.store.versions():
+                if bad & {f["file"] for f in version.index.get("files", [])}:
+                    snapshot = Snapshot(writer.store, version)
+                    index = faiss_index.extend(snapshot, None, writer.directory / "index", whole=True)
+                    with writer.env.begin(write=True) as txn:
+                        txn.put(U64.pack(version.number), replace(version, index=index).to_json().encode(), db=writer.db["versions"])
+                    writer.env.sync(True)
+                    done.append(f"rebuilt the index of version {version.number}")
+        with Writer(root, store):
+            pass  # sweeps the files that no version names any more
+    return done
+
+
+def _rebuild_lookups(writer: Writer) -> None:
+    with writer.env.begin(write=True) as txn:
+        for name in ("keys", "tag_ids"):
+            txn.drop(writer.db[name], delete=False)
+        with txn.cursor(writer.db["entries"]) as cursor:
+            for entry_id, data in cursor:
+                key = key_of(decode_entry(U64.unpack(entry_id)[0], data).key)
+                txn.put(key, (txn.get(key, db=writer.db["keys"]) or b"") + entry_id, db=writer.db["keys"])
+        with txn.cursor(writer.db["tags"]) as cursor:
+            for tag_id, data in cursor:
+                _, kind, canonical = decode_tag(data)
+                txn.put(tag_key(KINDS.index(kind), canonical), tag_id, db=writer.db["tag_ids"])
+    writer.env.sync(True)
+
+
+def _send_problems(pipe: Connection, root: str, name: str, full: bool) -> None:
+    try:
+        for problem in _problems(root, name, full):
+            pipe.send(problem)
+    except TagstoreError as error:
+        pipe.send(Problem(str(generation(Path(root) / name) / "data.mdb"), str(error), False))
+    except Exception as error:  # noqa: BLE001  whatever damage does to the reader is the finding
+        pipe.send(Problem(str(generation(Path(root) / name) / "data.mdb"), f"cannot be read: {type(error).__name__}: {error}", False))
+    pipe.send(None)
+
+
+def _problems(root: str, name: str, full: bool) -> Iterator[Problem]:
+    store = Store(root, name)
+    database = str(store.generation / "data.mdb")
+    versions = store.versions()
+    state = store.state()
+    numbers = [v.number for v in versions]
+    if state["current"] not in (numbers[-1:] or [0]):
+        yield Problem(database, f"its state names version {state['current']}, its versions are {numbers}", False)
+    bad_files: dict[str, bool] = {}
+    seen_ranges: set[object] = set()
+    for version in versions:
+        snapshot = Snapshot(store, version)
+        yield from _ranges(snapshot, database, seen_ranges)
+        yield from _counts(snapshot, database)
+        yield from _files(snapshot, bad_files)
+        yield from _agreement(snapshot, full, bad_files)
+    if versions:
+        yield from _lookups(store, versions[-1], database)
+
+
+def _ranges(snapshot: Snapshot, database: str, seen: set[object]) -> Iterator[Problem]:
+    version = snapshot.version
+    for name, ranges in version.ranges.items():
+        for r in ranges:
+            if name in ("live", "counts"):
+                found = hashlib.sha256(snapshot.array(name, np.uint8).tobytes()).hexdigest()
+            elif (mark := (name, version.space if name in ("vectors", "embeddings") else None, r)) in seen:
+                continue
+            else:
+                seen.add(mark)
+                found = checksum(snapshot.store, name, version.space, r.first, r.end, snapshot.dimension)
+            if found != r.sha256:
+                yield Problem(database, f"{name} {r.first} to {r.end - 1} are not what version {version.number} committed", False)
+
+
+def _counts(snapshot: Snapshot, database: str) -> Iterator[Problem]:
+    version, counts = snapshot.version, np.zeros(snapshot.version.next_tag_id, np.int32)
+    entries = 0
+    for entry in snapshot.entries():
+        ids = [tag.tag_id for tag in entry.tags]
+        if ids and max(ids) >= len(counts):
+            yield Problem(database, f"entry {entry.entry_id} of version {version.number} carries tag {max(ids)}, which is not there", False)
+            return
+        counts[ids] += 1
+        entries += 1
+    if entries != version.entries:
+        yield Problem(database, f"version {version.number} has {entries} entries, its record says {version.entries}", False)
+    if not np.array_equal(counts, snapshot.counts()):
+        yield Problem(database, f"the tag counts of version {version.number} are not those of its entries", False)
+    carried = np.flatnonzero(counts)
+    snapshot.tags(carried.tolist())  # raises for a tag that is not there
+
+
+def _files(snapshot: Snapshot, bad: dict[str, bool]) -> Iterator[Problem]:
+    """Problems of files that were not looked at before; `bad` is told of every one."""
+    for about in snapshot.version.index["files"]:
+        if about["file"] in bad:
+            continue
+        path = snapshot.store.directory / "index" / about["file"]
+        what = _wrong_with(path, about["bytes"], about["sha256"])
+        bad[about["file"]] = what is not None
+        if what:
+            yield Problem(str(path), what, True)
+
+
+def _wrong_with(path: Path, size: int, digest: str) -> str | None:
+    try:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+            length = file.tell()
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    if length != size:
+        return f"is {length} bytes long instead of {size}"
+    return None if found == digest else "does not fit its checksum"
+
+
+def _agreement(snapshot: Snapshot, full: bool, bad: dict[str, bool]) -> Iterator[Problem]:
+    """The index holds, under every id, the stored vector."""
+    live = snapshot.live()
+    for about in snapshot.version.index["files"]:
+        if bad[about["file"]]:
+            continue
+        path = snapshot.store.directory / "index" / about["file"]
+        index = faiss_index.open_file(path, about["rows"], snapshot.dimension)
+        ids = faiss.vector_to_array(index.id_map)
+        rows = np.arange(len(ids)) if full else np.unique(np.linspace(0, len(ids) - 1, SAMPLE).astype(np.int64))
+        rows = rows[np.isin(ids[rows], live)]
+        codes = faiss.downcast_index(index.index)
+        for start in range(0, len(rows), 1 << 15):
+            some = rows[start : start + (1 << 15)]
+            held = np.stack([codes.reconstruct(int(row)) for row in some])
+            wrong = np.flatnonzero((held != snapshot.vectors(ids[some])).any(axis=1))
+            if len(wrong):
+                yield Problem(str(path), f"holds another vector for entry {ids[some[wrong[0]]]} than the store ({len(wrong)} such)", True)
+                break
+        if not np.isin(live[(live >= about["first"]) & (live < about["end"])], ids).all():
+            yield Problem(str(path), "lacks entries of its run", True)
+
+
+def _lookups(store: Store, version: Version, database: str) -> Iterator[Problem]:
+    with store.env.begin() as txn:
+        for entry in Snapshot(store, version).entries():
+            if entry.entry_id not in unpack_ids(txn.get(key_of(entry.key), db=store.db["keys"]) or b""):
+                yield Problem(database, f"the table of keys does not lead to entry {entry.entry_id} ({entry.key})", True)
+                break
+        with txn.cursor(store.db["tags"]) as cursor:
+            for tag_id, data in cursor:
+                _, kind, canonical = decode_tag(data)
+                if txn.get(tag_key(KINDS.index(kind), canonical), db=store.db["tag_ids"]) != tag_id:
+                    yield Problem(database, f"the table of tags does not lead to tag {U64.unpack(tag_id)[0]}", True)
+                    break

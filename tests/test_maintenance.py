@@ -1,0 +1,177 @@
+"""Deleting, rolling back, comparing, dropping; verify finds what is wrong and repair mends what is derived."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pictures import picture, write_shapes
+from tagstore.builder import ingest
+from tagstore.client import connect
+from tagstore.errors import AlreadyExists, Damaged, InvalidInput, NotFound
+from tagstore.images import decode, perceptual_hash
+from tagstore.maintenance import Selection, delete, diff, drop, reembed, rename, rollback, undrop
+from tagstore.store import Store, store_names
+from tagstore.verification import repair, verify
+
+
+@pytest.fixture
+def root(tmp_path: Path, mini) -> Path:
+    ingest(str(write_shapes(tmp_path / "shapes")), root=tmp_path / "root", store="s", encoder=mini)
+    return tmp_path / "root"
+
+
+def keys(root: Path, version: int | None = None) -> set[str]:
+    return {e.key for e in Store(root, "s").snapshot(version).entries()}
+
+
+def test_a_deleted_entry_is_gone_from_every_answer_at_once(root: Path) -> None:
+    with connect(f"file://{root}/s") as source, connect(f"file://{root}/s@1") as old:
+        assert source.retrieve([picture("red", "circle")], k=1)[0].neighbours[0].key == "red-circle"
+        version, deleted = delete(root, "s", Selection(keys=["red-circle", "not there"]))
+        assert (version.number, version.entries, deleted) == (2, 17, ["red-circle"])
+        [answer] = source.retrieve([picture("red", "circle")], k=18)
+        assert "red-circle" not in {n.key for n in answer.neighbours}
+        assert len(answer.neighbours) == 17
+        assert "red circle" not in {t.tag for t in answer}
+        assert old.retrieve([picture("red", "circle")], k=1)[0].neighbours[0].key == "red-circle"
+
+
+def test_entries_are_selected_by_image_hash_and_metadata(root: Path, tmp_path: Path, mini) -> None:
+    snapshot = Store(root, "s").snapshot()
+    entry = snapshot.entry(snapshot.find("blue-square"))
+    near = perceptual_hash(decode(picture("blue", "square")))
+    assert [e.key for e in Selection(sha256=[entry.sha256.hex()]).find(snapshot)] == ["blue-square"]
+    assert "blue-square" in {e.key for e in Selection(near=[(near, 2)]).find(snapshot)}
+    with pytest.raises(InvalidInput, match="nothing is selected"):
+        list(Selection().find(snapshot))
+    with pytest.raises(NotFound, match="nothing was deleted"):
+        delete(root, "s", Selection(where={"colour": "blue"}))
+    (tmp_path / "shapes" / "more.jsonl").write_text('{"image": "red-circle.png", "caption": "A dot.", "key": "dot", "colour": "red"}\n')
+    ingest(str(tmp_path / "shapes" / "more.jsonl"), root=root, store="s", encoder=mini)
+    assert delete(root, "s", Selection(where={"colour": "red"}))[1] == ["dot"]
+
+
+def test_rollback_brings_back_what_was_and_ids_are_never_used_again(root: Path, tmp_path: Path, mini) -> None:
+    delete(root, "s", Selection(keys=["red-circle"]))
+    (tmp_path / "shapes" / "new.png").write_bytes(picture("black", "circle"))
+    (tmp_path / "shapes" / "new.txt").write_text("A black hole.")
+    ingest(str(tmp_path / "shapes"), root=root, store="s", encoder=mini)
+    third = Store(root, "s").snapshot().version
+    version = rollback(root, "s", 1)
+    assert (version.number, version.parent, version.entries, version.operation) == (4, 3, 18, "rollback to 1")
+    assert version.next_entry_id == third.next_entry_id
+    with connect(f"file://{root}/s") as now, connect(f"file://{root}/s@1") as first:
+        ours, theirs = (s.retrieve([picture("red", "circle")], k=18)[0] for s in (now, first))
+        assert (ours.neighbours, ours.tags) == (theirs.neighbours, theirs.tags)
+    report = ingest(str(tmp_path / "shapes"), root=root, store="s", encoder=mini)
+    assert (report.version, report.added, report.entries) == (5, 1, 19)
+    assert Store(root, "s").snapshot().find("new") >= third.next_entry_id
+    assert verify(root, "s", full=True) == []
+    with pytest.raises(NotFound, match="no version 99"):
+        rollback(root, "s", 99)
+
+
+def test_diff_says_what_lies_between(root: Path, tmp_path: Path, mini) -> None:
+    (tmp_path / "shapes" / "new.png").write_bytes(picture("black", "circle"))
+    (tmp_path / "shapes" / "new.txt").write_text("A black hole.")
+    (tmp_path / "shapes" / "red-circle.txt").write_text("A tomato.")
+    ingest(str(tmp_path / "shapes"), root=root, store="s", encoder=mini)
+    delete(root, "s", Selection(keys=["blue-square"]))
+    d = diff(root, "s", 1, 3)
+    assert (d.added, d.removed, d.changed) == (["new"], ["blue-square"], ["red-circle"])
+    changes = {text: (before, after) for text, _, before, after in d.tags}
+    assert changes["tomato"] == (0, 1)
+    assert changes["red circle"] == (1, 0)
+    assert changes["circle"] == (6, 5)
+    back = diff(root, "s", 3, 1)
+    assert (back.added, back.removed, back.changed) == (d.removed, d.added, d.changed)
+    assert {text: (a, b) for text, _, b, a in back.tags} == changes
+
+
+def test_reembedding_makes_a_version_of_another_encoder(root: Path, tmp_path: Path, mini) -> None:
+    from tagstore.encoder import load_encoder
+
+    other = load_encoder("RN50/random", device="cpu")
+    version = reembed(root, "s", other)
+    assert (version.number, version.fingerprint.digest, version.entries) == (2, other.fingerprint.digest, 18)
+    ids = Store(root, "s").snapshot().live()
+    expected = other.encode_images([decode(picture(*e.key.split("-"))) for e in Store(root, "s").snapshot().entries()])
+    np.testing.assert_allclose(Store(root, "s").snapshot().vectors(ids), expected, atol=2e-3)
+    assert verify(root, "s", full=True) == []
+    rollback(root, "s", 1)
+    (tmp_path / "shapes" / "red-circle.txt").write_text("A tomato.")
+    assert ingest(str(tmp_path / "shapes"), root=root, store="s", encoder=mini).version == 4
+    assert verify(root, "s", full=True) == []
+    (tmp_path / "shapes" / "red-circle.png").unlink()
+    with pytest.raises(InvalidInput, match=r"1 of 18 entries.*red-circle"):
+        reembed(root, "s", other)
+    assert Store(root, "s").snapshot().version.number == 4
+
+
+def test_a_store_is_renamed_dropped_and_brought_back(root: Path) -> None:
+    rename(root, "s", "t")
+    assert store_names(root) == ["t"]
+    drop(root, "t")
+    assert store_names(root) == []
+    undrop(root, "t")
+    assert store_names(root) == ["t"]
+    rename(root, "t", "s")
+    assert len(keys(root)) == 18
+    with pytest.raises(NotFound, match="no dropped store"):
+        undrop(root, "s")
+    with pytest.raises(AlreadyExists):
+        rename(root, "s", "s")
+    with pytest.raises(InvalidInput):
+        rename(root, "s", "../s")
+
+
+def test_a_sound_store_verifies(root: Path) -> None:
+    delete(root, "s", Selection(keys=["red-circle"]))
+    assert verify(root, "s") == verify(root, "s", full=True) == []
+    with pytest.raises(NotFound):
+        verify(root, "nope")
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "swap"])
+def test_a_damaged_index_file_is_named_and_mended(root: Path, tmp_path: Path, mini, damage: str) -> None:
+    (tmp_path / "shapes" / "new.png").write_bytes(picture("black", "circle"))
+    (tmp_path / "shapes" / "new.txt").write_text("A black hole.")
+    ingest(str(tmp_path / "shapes"), root=root, store="s", encoder=mini)
+    with connect(f"file://{root}/s") as source:
+        expected = source.retrieve([picture("black", "circle")])
+    first, second = sorted((root / "s" / "index").iterdir())
+    data = bytearray(first.read_bytes())
+    if damage == "flip":
+        data[len(data) // 2] ^= 1
+        first.write_bytes(data)
+    elif damage == "truncate":
+        first.write_bytes(data[:-100])
+    elif damage == "remove":
+        first.unlink()
+    else:
+        other = second.read_bytes()
+        second.write_bytes(data)
+        first.write_bytes(other)
+    assert first.name in {Path(p.file).name for p in verify(root, "s")}
+    assert repair(root, "s")
+    assert verify(root, "s", full=True) == []
+    with connect(f"file://{root}/s") as source:
+        assert source.retrieve([picture("black", "circle")]) == expected
+
+
+def test_a_damaged_record_is_found_and_not_papered_over(root: Path) -> None:
+    database = root / "s" / "db-000001" / "data.mdb"
+    data = bytearray(database.read_bytes())
+    at = data.index(b"A red circle on a white table in Paris.")
+    data[at + 3] ^= 1
+    from tagstore.environment import environment, forget
+
+    environment(database.parent).close()
+    forget(database.parent)
+    database.write_bytes(data)
+    assert any("data.mdb" in p.file and "entries" in p.what for p in verify(root, "s"))
+    with pytest.raises(Damaged, match="can't be repaired"):
+        repair(root, "s")
