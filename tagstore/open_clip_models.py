@@ -6,10 +6,10 @@ chooses weights on its own: a model that would come out random is refused, unles
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 from tagstore.errors import InvalidInput, NotFound, Unavailable
@@ -51,6 +51,7 @@ def _mini() -> Source:
 
 def _local(spec: str) -> Source:
     import open_clip
+    from safetensors import SafetensorError
 
     directory = Path(spec.removeprefix(LOCAL))
     config = directory / "open_clip_config.json"
@@ -62,7 +63,7 @@ def _local(spec: str) -> Source:
     try:
         model = open_clip.create_model(spec, require_pretrained=True)
         tokenizer = open_clip.get_tokenizer(spec)
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, UnpicklingError, SafetensorError) as error:
         raise InvalidInput(f"{directory} is no model that open_clip can load: {_first_line(error)}") from error
     return Source(model, tokenizer, model.state_dict().items())
 

