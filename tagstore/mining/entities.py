@@ -37,7 +37,20 @@ def names(p: Parse, doc: Any, common: frozenset[str]) -> list[Name]:
     words = [i for i in range(len(p)) if p.low[i].isalpha() and len(p.low[i]) > 3]
     if 2 * sum(_capital(p, i) for i in words) <= len(words) + 2:  # where every word is capitalised, capitals say nothing
         found.extend(_missed(p, taken, common))
-    return sorted(found, key=lambda name: name.first)
+    return _united(p, sorted(found, key=lambda name: name.first))
+
+
+def _united(p: Parse, found: list[Name]) -> list[Name]:
+    """ "Dr." and "Seuss", "Joe" and "Cafe" of "Joe's Cafe" are one name each."""
+    united: list[Name] = []
+    for name in found:
+        before = united[-1] if united else None
+        if before and p.low[before.last + 1 : name.first] in ([], ["'s"]):
+            label = name.label or before.label
+            united[-1] = Name(before.first, name.last, label, max(before.confidence, name.confidence))
+        else:
+            united.append(name)
+    return united
 
 
 def _trimmed(p: Parse, first: int, last: int) -> tuple[int, int]:
@@ -58,7 +71,7 @@ def _is_name(p: Parse, first: int, last: int, label: str, common: frozenset[str]
         return False
     if first < last:
         return not _is_thing(p, first, last, common)
-    if p.low[first] in lx.COMMONS or p.low[first] in lx.COLOURS:
+    if singular(p.low[first]) in lx.COMMONS or p.low[first] in lx.COLOURS:
         return False
     return first > 0 or singular(p.low[0]) not in common  # a sentence begins with a capital whatever it says
 
@@ -77,11 +90,12 @@ def _missed(p: Parse, taken: set[int], common: frozenset[str]) -> Iterator[Name]
         if _proper(p, i) and i not in taken:
             while last + 1 < len(p) and last + 1 not in taken and _proper(p, last + 1):
                 last += 1
-            if last == i or not _is_thing(p, i, last, common):
+            counted = last == i and p.tag[i - 1] in ("CD", "JJ") and singular(p.low[i]) in common  # "Four Musicians"
+            if not counted and not (last > i and _is_thing(p, i, last, common)):
                 yield Name(i, last, "", CONFIDENCE["capitals"])
         i = last + 1
 
 
 def _proper(p: Parse, i: int) -> bool:
     begins = p.text[i - 1] in (".", "!", "?", ":", '"')
-    return p.tag[i] in ("NNP", "NNPS") and _capital(p, i) and len(p.low[i]) > 1 and p.low[i] not in lx.COMMONS and not begins
+    return p.tag[i] in ("NNP", "NNPS") and _capital(p, i) and len(p.low[i]) > 1 and singular(p.low[i]) not in lx.COMMONS and not begins

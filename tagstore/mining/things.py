@@ -28,6 +28,8 @@ _LACK = frozenset({"without", "minus", "sans", "except", "lacking", "lack", "lac
 _ONE = frozenset({"a", "an", "another", "this", "that", "each", "one"})
 _TAKING = frozenset({"take", "taking", "takes", "taken", "took", "get", "getting", "pose", "posing", "snapping"})
 
+_SHOWING = frozenset({"shows", "show", "showing", "depicts", "depicting", "features", "captures"})
+
 
 class Found(NamedTuple):
     """A tag before it is one: offsets are those of the cleaned caption."""
@@ -54,6 +56,8 @@ def is_head(p: Parse, i: int) -> bool:
     """Whether word `i` is a noun that is not the first part of another noun's name."""
     if not p.is_noun(i) or len(p.low[i]) < 2 or not p.low[i][0].isalpha() or acts(p, i):
         return False
+    if i + 1 < len(p) and p.is_noun(i + 1) and f"{p.low[i]} {p.low[i + 1]}" in lx.LEXICAL:
+        return False
     head, dep = p.head[i], p.dep[i]
     if dep in ("compound", "nmod", "amod") and head > i and p.is_noun(head) and not (head == i + 1 and acts(p, head)):
         return False
@@ -72,6 +76,9 @@ def acts(p: Parse, i: int) -> bool:
     if low not in lx.VERBS_S or p.tag[i] != "NNS":
         return False
     if any(p.low[k] in _ONE and p.dep[k] == "det" for k in p.kids[i]):  # "a ... smiles" is no plural
+        return True
+    compound = any(p.dep[k] == "compound" and k == i - 1 for k in p.kids[i])
+    if compound and low in lx.VERBS_ONLY and i + 1 < len(p) and p.tag[i + 1] in ("IN", "DT", "RP", "PRP$", "RB"):
         return True
     return p.dep[i] not in ("pobj", "dobj") and not any(p.dep[k] in ("amod", "nummod", "compound", "det", "poss") for k in p.kids[i])
 
@@ -128,8 +135,9 @@ def visible(p: Parse, thing: Thing) -> bool:
         return thing.first < i
     if low in lx.PICTURES:
         taken = p.dep[i] == "dobj" and p.low[p.head[i]] in _TAKING
+        shows = p.dep[i] == "nsubj" and (content(p, i) >= 0 or p.low[p.head[i]] in _SHOWING)
         pointed = p.dep[i] == "pobj" and any(p.low[k] in ("this", "the") for k in p.kids[i])
-        return not (taken or pointed or p.dep[i] in ("ROOT", "attr") or (p.dep[i] == "nsubj" and content(p, i) >= 0))
+        return not (taken or pointed or shows or p.dep[i] in ("ROOT", "attr"))
     return True
 
 

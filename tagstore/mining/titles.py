@@ -50,7 +50,8 @@ class Title:
 
     def _looks(self) -> bool:
         content = [w for w in self.text if w.lower() not in _LINKS | _STOP]
-        if len(content) < 3 or any(low in _SENTENCE for low in self.low):
+        made_for = any(low in lx.GENDERS and self.text[i][0].isupper() for i, low in enumerate(self.low[1:4], 1))
+        if len(content) < 3 or (not made_for and any(low in _SENTENCE for low in self.low)):
             return False
         if sum(not w[0].islower() for w in content) < 0.8 * len(content):
             return False
@@ -114,7 +115,7 @@ def title_phrases(t: Title) -> Iterator[Found]:
         words = " ".join(t.low[i : last + 1])
         if low in lx.GENDERS:
             words = _NATURAL.get(low.removesuffix("'s").removesuffix("'"), low.removesuffix("'s").removesuffix("'"))
-        described = last > i or t._marks(i)
+        described = last > i or (t._marks(i) and t.low[i + 1 : i + 2] != ["up"])
         part = _part(t, last, first)
         if described and low not in lx.PARTS and words not in seen:
             if part and low not in lx.GENDERS:
