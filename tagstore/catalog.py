@@ -42,6 +42,10 @@ class Catalog:
         """The engine of a version, 0 for the current one. Raises `NotFound`, `InvalidInput` for a name that can't be one."""
         with self._lock:
             opened = self._stores.get(store)
+            if opened is not None and not opened.is_current():
+                # compacted, dropped or renamed: requests in flight keep what they hold
+                self._engines = {key: engine for key, engine in self._engines.items() if key[0] != store}
+                opened = None
             if opened is None:
                 opened = self._stores[store] = Store(self.root, store)
             number = version or opened.state()["current"]

@@ -165,8 +165,10 @@ class LocalSource(_Source):
 
     def vocabulary(self, *, embeddings: bool = False) -> Iterator[TagInfo]:
         engine = self._opened().engine(self._store, self._version)
-        for first in range(0, engine.version.next_tag_id, 1000):
-            yield from engine.tags(first=first, limit=1000, embeddings=embeddings)
+        first = 0
+        while page := engine.tags(first=first, limit=1000, embeddings=embeddings):
+            yield from page
+            first = page[-1].tag_id + 1
 
     def info(self) -> StoreInfo:
         return self._opened().engine(self._store, self._version).info()

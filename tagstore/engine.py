@@ -65,7 +65,7 @@ class Engine:
 
     def tags(self, tag_ids: Sequence[int] = (), *, first: int = 0, limit: int = 1000, embeddings: bool = False) -> list[TagInfo]:
         """Tags by id, or, without ids, up to `limit` tags from id `first` on. Raises `NotFound`."""
-        ids = np.array(tag_ids or range(min(first, self.version.next_tag_id), min(first + limit, self.version.next_tag_id)), np.int64)
+        ids = np.array(tag_ids or self.snapshot.vocabulary(first, limit), np.int64)
         found = self.snapshot.tags(ids.tolist())
         counts = self.snapshot.counts()
         rows: Iterable[NDArray[np.float32] | None] = self.snapshot.embeddings(ids) if embeddings else [None] * len(ids)

@@ -1,8 +1,7 @@
 """LMDB environments of a store: opened once a process, never across a fork, with the writer's lock beside them.
 
     ROOT/NAME/CURRENT          which generation of the database is the store's, one line
-    ROOT/NAME/db-000001/       that generation: an LMDB environment
-    ROOT/NAME/index/           derived files
+    ROOT/NAME/db-000001/       that generation: an LMDB environment, and index/ with the files derived from it
     ROOT/NAME/writer.lock      held by the process that writes
 
 A generation is replaced as a whole when a store is compacted: the new one is written beside it, `CURRENT` is renamed over,
@@ -13,6 +12,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -76,9 +76,7 @@ def sweep(store: Path) -> None:
     for path in store.glob("db-*"):
         if path.name != current:
             forget(path)
-            for file in path.iterdir():
-                file.unlink()
-            path.rmdir()
+            shutil.rmtree(path)
 
 
 def sync_directory(path: Path) -> None:

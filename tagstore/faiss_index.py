@@ -84,7 +84,7 @@ class FaissIndex:
         self._parts: list[tuple[Any, Any]] = []
         covered = 0
         for about in self._about["files"]:
-            part = open_file(snapshot.store.directory / "index" / about["file"], about["rows"], snapshot.dimension)
+            part = open_file(snapshot.store.index_directory / about["file"], about["rows"], snapshot.dimension)
             alive = int(np.count_nonzero(mask[about["first"] : about["end"]]))
             # the selector reads our bits: they must live as long as it does
             selector = faiss.IDSelectorBitmap(self._bits) if alive < about["rows"] else None

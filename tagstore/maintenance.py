@@ -5,6 +5,7 @@ Everything that changes a store commits a version; nothing here touches one that
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,21 +44,29 @@ class Selection:
 
     def find(self, snapshot: Snapshot) -> Iterator[Entry]:
         """The entries of a version that are meant. By key alone it is a look-up, else a pass over all entries."""
+        self.check()
+        if self.sha256 or self.near or self.where:
+            yield from (entry for entry in snapshot.entries() if self.fits(entry))
+        else:
+            ids = {i for key in self.keys if (i := snapshot.find(key)) is not None}
+            yield from snapshot.entries(np.array(sorted(ids), np.int64))
+
+    def check(self) -> None:
+        """Raises `InvalidInput` if nothing is selected, or a hash is none."""
         if not (self.keys or self.sha256 or self.near or self.where):
             raise InvalidInput("nothing is selected: say which entries, by key, sha256, perceptual hash or metadata")
-        if not (self.sha256 or self.near or self.where):
-            ids = [i for key in self.keys if (i := snapshot.find(key)) is not None]
-            yield from snapshot.entries(np.array(sorted(set(ids)), np.int64))
-            return
-        keys, digests = set(self.keys), {bytes.fromhex(h) for h in self.sha256}
-        for entry in snapshot.entries():
-            if (
-                entry.key in keys
-                or entry.sha256 in digests
-                or any((entry.perceptual_hash ^ h).bit_count() <= bits for h, bits in self.near)
-                or (self.where and all(str(entry.metadata.get(name)) == value for name, value in self.where.items()))
-            ):
-                yield entry
+        for digest in self.sha256:
+            if not re.fullmatch(r"[0-9a-fA-F]{64}", digest):
+                raise InvalidInput(f"'{digest}' is no sha256: 64 hexadecimal digits")
+
+    def fits(self, entry: Entry) -> bool:
+        """Whether an entry is meant."""
+        return (
+            entry.key in self.keys
+            or entry.sha256.hex() in (digest.lower() for digest in self.sha256)
+            or any((entry.perceptual_hash ^ h).bit_count() <= bits for h, bits in self.near)
+            or bool(self.where and all(str(entry.metadata.get(name)) == value for name, value in self.where.items()))
+        )
 
 
 def delete(root: str | Path, store: str, selection: Selection) -> tuple[Version, list[str]]:

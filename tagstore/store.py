@@ -121,12 +121,28 @@ class Store:
                 if attempt == 2 or not (self.directory / "CURRENT").exists():
                     there = ", ".join(store_names(root)) or "none"
                     raise NotFound(f"no store '{name}'; those there are: {there}") from None
+        self._open()
+
+    @classmethod
+    def of_generation(cls, name: str, directory: Path, path: Path) -> Store:
+        """A store in a generation that may not be the current one."""
+        store = cls.__new__(cls)
+        store.name, store.directory, store.generation, store.env = name, directory, path, environment(path)
+        store._open()
+        return store
+
+    def _open(self) -> None:
         self.db = open_databases(self.env)
         state = self.state()
         if state["format"] != FORMAT:
             raise Damaged(
-                f"store '{name}' has on-disk format {state['format']}, this release reads {FORMAT}: use the release that wrote it"
+                f"store '{self.name}' has on-disk format {state['format']}, this release reads {FORMAT}: use the release that wrote it"
             )
+
+    @property
+    def index_directory(self) -> Path:
+        """Where the index files of this generation are."""
+        return self.generation / "index"
 
     def state(self) -> dict[str, Any]:
         with self.env.begin() as txn:
@@ -209,6 +225,11 @@ class Snapshot:
                     raise NotFound(f"store '{self.store.name}' has no tag {i} in version {self.version.number}")
                 found.append(decode_tag(data))
             return found
+
+    def vocabulary(self, first: int = 0, limit: int | None = None) -> list[int]:
+        """Ids of the tags that entries of this version carry, ascending, from id `first` on."""
+        ids = np.flatnonzero(self.counts())
+        return [int(i) for i in ids[np.searchsorted(ids, first) :][:limit]]
 
     def live_mask(self) -> NDArray[np.bool_]:
         """Which entry ids live in this version: `[next_entry_id]` bool."""

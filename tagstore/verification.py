@@ -92,7 +92,7 @@ def repair(root: str | Path, store: str) -> list[str]:
             for version in writer.store.versions():
                 if bad & {f["file"] for f in version.index.get("files", [])}:
                     snapshot = Snapshot(writer.store, version)
-                    index = faiss_index.extend(snapshot, None, writer.directory / "index", whole=True)
+                    index = faiss_index.extend(snapshot, None, writer.store.index_directory, whole=True)
                     with writer.env.begin(write=True) as txn:
                         txn.put(U64.pack(version.number), replace(version, index=index).to_json().encode(), db=writer.db["versions"])
                     writer.env.sync(True)
@@ -186,7 +186,7 @@ def _files(snapshot: Snapshot, bad: dict[str, bool]) -> Iterator[Problem]:
     for about in snapshot.version.index["files"]:
         if about["file"] in bad:
             continue
-        path = snapshot.store.directory / "index" / about["file"]
+        path = snapshot.store.index_directory / about["file"]
         what = _wrong_with(path, about["bytes"], about["sha256"])
         bad[about["file"]] = what is not None
         if what:
@@ -211,7 +211,7 @@ def _agreement(snapshot: Snapshot, full: bool, bad: dict[str, bool]) -> Iterator
     for about in snapshot.version.index["files"]:
         if bad[about["file"]]:
             continue
-        path = snapshot.store.directory / "index" / about["file"]
+        path = snapshot.store.index_directory / about["file"]
         index = faiss_index.open_file(path, about["rows"], snapshot.dimension)
         ids = faiss.vector_to_array(index.id_map)
         rows = np.arange(len(ids)) if full else np.unique(np.linspace(0, len(ids) - 1, SAMPLE).astype(np.int64))

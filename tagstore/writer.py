@@ -124,9 +124,7 @@ class Writer:
                 environment(fresh).sync(True)
                 switch(self.directory, fresh)
                 sync_directory(self.directory.parent)
-            self.env = environment(generation(self.directory))
-            self.db = open_databases(self.env, create=True)
-            self._begin()
+            self.reopen()
             self._exit = stack.pop_all()
         return self
 
@@ -186,6 +184,22 @@ class Writer:
                 txn.put(b"ingest", json.dumps(asdict(progress)).encode(), db=self.db["meta"])
         self._flush()
 
+    @property
+    def live(self) -> NDArray[np.bool_]:
+        """Which entry ids live, what was staged included: `[next_entry_id]` bool."""
+        return self._live[: self.next_entry_id]
+
+    @property
+    def counts(self) -> NDArray[np.int32]:
+        """How many entries carry each tag, what was staged included: `[next_tag_id]` int32."""
+        return self._counts[: self.next_tag_id]
+
+    def reopen(self) -> None:
+        """Go on in the generation that is current now."""
+        self.env = environment(generation(self.directory))
+        self.db = open_databases(self.env, create=True)
+        self._begin()
+
     def refused(self) -> list[Rejected]:
         """The pairs refused so far by the ingest that is taken up again."""
         number = U64.pack(self._number())
@@ -229,7 +243,7 @@ class Writer:
         """Make what was staged the next version: durable and visible when this returns, not at all if it raises."""
         if self._embedded < self.next_tag_id:
             raise ValueError(f"{self.next_tag_id - self._embedded} tags have no embedding")
-        live, counts = self._live[: self.next_entry_id], self._counts[: self.next_tag_id]
+        live, counts = self.live, self.counts
         bits = np.packbits(live, bitorder="little")
         with self.env.begin(write=True) as txn:
             pages = {"live": self._put_pages(txn, "live", bits), "counts": self._put_pages(txn, "counts", counts)}
@@ -253,7 +267,7 @@ class Writer:
             ),
         )
         self._spaces[self.space] = (self.fingerprint.digest, self._embedded)
-        return self._publish(replace(version, index=indexer(Snapshot(self.store, version), self.parent, self.directory / "index")))
+        return self._publish(replace(version, index=indexer(Snapshot(self.store, version), self.parent, self.store.index_directory)))
 
     def rollback(self, number: int) -> Version:
         """Commit a version that holds what version `number` held. Raises `NotFound`."""
@@ -373,7 +387,7 @@ class Writer:
             if not keep:
                 txn.delete(b"ingest", db=self.db["meta"])
         kept_files = {f["file"] for version in self.store.versions() for f in version.index.get("files", [])}
-        for path in (self.directory / "index").glob("*"):
+        for path in self.store.index_directory.glob("*"):
             if path.name not in kept_files:
                 path.unlink()
 

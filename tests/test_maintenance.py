@@ -142,7 +142,7 @@ def test_a_damaged_index_file_is_named_and_mended(root: Path, tmp_path: Path, mi
     ingest(str(tmp_path / "shapes"), root=root, store="s", encoder=mini)
     with connect(f"file://{root}/s") as source:
         expected = source.retrieve([picture("black", "circle")])
-    first, second = sorted((root / "s" / "index").iterdir())
+    first, second = sorted((root / "s" / "db-000001" / "index").iterdir())
     data = bytearray(first.read_bytes())
     if damage == "flip":
         data[len(data) // 2] ^= 1
