@@ -191,7 +191,7 @@ def dbias_kernel(
     for r in range(block * BLOCK_M, tags, blocks * BLOCK_M):
         b_db = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for head in range(group * shared, group * shared + shared):
-            o_tag, o_head, o_row, m_r, b_q, b_g, b_delta, b_lse, b_w = load_rows(
+            o_tag, o_head, _, m_r, b_q, b_g, b_delta, b_lse, b_w = load_rows(
                 q, dout, out, lse, weights, r, tags, start, head, heads, stride_qt, stride_qh, stride_gt, stride_gh,
                 D, 1, HAS_WEIGHTS, BLOCK_M, BLOCK_D,
             )  # fmt: skip
