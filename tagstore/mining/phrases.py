@@ -15,6 +15,7 @@ _COPULAS = frozenset(
 _AGES = frozenset({"year", "years", "month", "months"})
 _HOLDERS = lx.CONTAINERS | lx.PARTITIVES
 _LOOKS = lx.COLOURS | lx.ADJECTIVES
+_BETWEEN = _LOOKS | lx.SHADES
 _SAYS_NOTHING = lx.PREDICATES | lx.VAGUE
 _MODIFIERS = frozenset({"amod", "compound", "nmod", "nummod", "det", "dep", "poss"})
 
@@ -85,7 +86,7 @@ def _attributes(p: Parse, thing: Thing) -> Iterator[tuple[int, int, str]]:
         for a in (k, *_conjuncts(p, k, thing.first)):
             shade = p.low[a] in lx.SHADES and a + 1 < thing.first and p.low[a + 1] in lx.COLOURS
             first = _prefix(p, a)
-            if a not in seen and first >= 0 and not shade and _describes(p, a):
+            if a not in seen and first >= 0 and not shade and _describes(p, a) and _touches(p, a, thing.first):
                 seen.add(a)
                 yield first, a, "participle" if p.tag[a] in ("VBN", "VBG") else "attribute"
     for first, last, pattern in (*_participles(p, thing), *_predicates(p, thing)):
@@ -101,6 +102,16 @@ def _describes(p: Parse, a: int) -> bool:
     if low in lx.COLOURS or (low in lx.ADJECTIVES and dep in ("amod", "compound", "nmod")):
         return True
     return tag in ("JJ", "JJR", "JJS", "VBN", "VBG", "VBD") or (dep == "amod" and tag == "RB" and not low.endswith("ly"))
+
+
+def _touches(p: Parse, a: int, before: int) -> bool:
+    """Whether no other thing or action stands between the attribute at word `a` and the name that begins at `before`."""
+    if p.tag[a] == "VBG" and a > 0 and p.is_noun(a - 1):  # "a man in uniform holding rifles"
+        return False
+    return p.low[p.head[a]] in lx.MEASURES or not any(
+        (p.is_noun(j) and p.low[j] not in _BETWEEN and not j < p.head[j] < before) or p.tag[j] in ("VBZ", "VBP", "IN")
+        for j in range(a + 1, before)
+    )
 
 
 def _conjuncts(p: Parse, a: int, before: int) -> Iterator[int]:

@@ -25,6 +25,11 @@ _PICTURE = (
     r"(?:pictures?|pics?|photos?|photographs?|photography|images?|snapshots?|shots?|views?|close[- ]?ups?|portraits?|illustrations?|"
     r"drawings?|paintings?)"
 )
+_KIND_OF = (
+    r"(?:black[- ]and[- ]white|b&w|colou?r(?:ed|ful)?|sepia|close[- ]?up|up[- ]close|aerial|overhead|blurry|blurred|beautiful|great|nice|"
+    r"good|pretty|cute|old|vintage|antique|digital|wide|panoramic|side|front|rear|top|low|high|angle|night|candid|professional|dark|"
+    r"small|large|big|interesting|strange|artistic|partial|full|clear|detailed|single|couple|set|series|of|group|an?|time[- ]lapse|stock)"
+)
 _BOILERPLATE = re.compile(
     "|".join(
         (
@@ -48,7 +53,9 @@ _BOILERPLATE = re.compile(
     re.IGNORECASE,
 )
 _LEAD = re.compile(
-    r"\s*(?:(?:this|here|it|there) (?:is|'s|are)\s+)?(?:(?:an?|the|this|some|two)\s+)?(?:[\w-]+\s+){0,3}?"
+    r"\s*(?:(?:this|here|it|there)\s?(?:is|'s|are)\s+)?(?:(?:an?|the|this|some|two|several)\s+)?(?:"
+    + _KIND_OF
+    + r"\s+){0,3}?"
     + _PICTURE
     + r"\s+(?:of|showing|depicting|with)\s+",
     re.IGNORECASE,

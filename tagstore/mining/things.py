@@ -100,11 +100,14 @@ def _belongs(p: Parse, j: int, after: int, head: int) -> bool:
         return True
     if not j < p.head[j] <= head or low in lx.COLOURS or low in lx.ADJECTIVES or not low[0].isalnum():
         return False
+    named = low in lx.GERUNDS or singular(low) in lx.THINGS_ING
+    if low.endswith("ing") and not named and j > 0 and p.is_noun(j - 1):  # "soldiers in uniform holding rifles"
+        return False
     if p.dep[j] in ("compound", "nmod") and (p.is_noun(j) or p.tag[j] == "VBG"):
         return not (p.tag[j] == "VBG" and singular(p.low[head]) in lx.ANIMATE)
     if p.dep[j] == "amod" and p.tag[j] == "VBG":
         return low in lx.GERUNDS and singular(p.low[head]) not in lx.ANIMATE
-    return p.dep[j] == "amod" and p.tag[j] in ("NN", "NNP") and low.isalpha()
+    return p.dep[j] == "amod" and p.tag[j] in ("NN", "NNP") and low.isalpha() and (named or not low.endswith("ing"))
 
 
 def content(p: Parse, i: int) -> int:
