@@ -57,9 +57,16 @@ def _write(snapshot: Snapshot, ids: NDArray[np.int64], first: int, directory: Pa
     directory.mkdir(exist_ok=True)
     path = directory / f"{snapshot.version.number:08d}-{first:012d}-{snapshot.version.next_entry_id:012d}.faiss"
     temporary = path.with_suffix(".tmp")
-    faiss.write_index(index, str(temporary))
-    with temporary.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    with temporary.open("wb") as file:
+
+        def write(piece: bytes) -> int:
+            digest.update(piece)
+            return file.write(piece)
+
+        # not by file name: FAISS takes no notice of a disk that is full when it closes its file
+        faiss.write_index(index, faiss.PyCallbackIOWriter(write, 1 << 20))
+        file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
     sync_directory(directory)
@@ -69,7 +76,7 @@ def _write(snapshot: Snapshot, ids: NDArray[np.int64], first: int, directory: Pa
         "end": snapshot.version.next_entry_id,
         "rows": len(ids),
         "bytes": path.stat().st_size,
-        "sha256": digest,
+        "sha256": digest.hexdigest(),
     }
 
 
