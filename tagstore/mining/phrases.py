@@ -76,7 +76,7 @@ def _attributes(p: Parse, thing: Thing) -> Iterator[tuple[int, int, str]]:
     if thing.head + 1 < len(p) and acts(p, thing.head + 1):  # "a red scarf smiles": what hangs on the verb is the scarf's
         queue += [k for k in p.kids[thing.head + 1] if k < thing.first and p.dep[k] == "amod"]
     # "a green white engine", "a white metal fence": the first word may hang on the second
-    queue += [k for a in queue if p.low[a] in _LOOKS for k in p.kids[a] if p.dep[k] == "amod"]
+    queue += [k for a in queue if p.low[a] in _LOOKS or p.tag[a] == "JJ" for k in p.kids[a] if p.dep[k] == "amod"]
     # "a red pair of scissors"
     queue += [k for measure in measures(p, thing.head) for k in p.kids[measure] if p.low[k] in lx.COLOURS]
     seen: set[int] = set()
@@ -84,7 +84,8 @@ def _attributes(p: Parse, thing: Thing) -> Iterator[tuple[int, int, str]]:
         if p.dep[k] not in _MODIFIERS or not _describes(p, k):
             continue
         for a in (k, *_conjuncts(p, k, thing.first)):
-            shade = p.low[a] in lx.SHADES and a + 1 < thing.first and p.low[a + 1] in lx.COLOURS
+            after = p.low[a + 1] if a + 1 < thing.first else ""  # "light blue", "bald headed": the first is no attribute of its own
+            shade = (p.low[a] in lx.SHADES and after in lx.COLOURS) or (after in lx.BARE and p.head[a] >= a + 1)
             first = _prefix(p, a)
             if a not in seen and first >= 0 and not shade and _describes(p, a) and _touches(p, a, thing.first):
                 seen.add(a)
@@ -109,7 +110,7 @@ def _touches(p: Parse, a: int, before: int) -> bool:
     if p.tag[a] == "VBG" and a > 0 and p.is_noun(a - 1):  # "a man in uniform holding rifles"
         return False
     return p.low[p.head[a]] in lx.MEASURES or not any(
-        (p.is_noun(j) and p.low[j] not in _BETWEEN and not j < p.head[j] < before) or p.tag[j] in ("VBZ", "VBP", "IN")
+        (p.tag[j] in ("NN", "NNS") and p.low[j] not in _BETWEEN and not j < p.head[j] < before) or p.tag[j] in ("VBZ", "VBP", "IN")
         for j in range(a + 1, before)
     )
 
@@ -133,7 +134,7 @@ def _prefix(p: Parse, a: int) -> int:
         shade = p.low[a] in lx.COLOURS and p.low[j] in lx.SHADES and p.head[j] >= a
         affixed = first == a and p.low[a] in lx.AFFIXED and p.head[j] >= a and p.tag[j] in ("JJ", "NN", "NNS", "NNP", "RB", "CD", "VBN")
         noun = p.head[j] == a and p.dep[j] in ("npadvmod", "compound", "nmod") and p.is_noun(j)
-        name = p.head[j] == a and p.tag[a][:2] == "JJ" and p.text[j][0].isupper() and p.text[a][0].isupper()  # "Middle Eastern"
+        name = p.head[j] == a and p.tag[a][:2] == "JJ" and j > 0 and p.text[j][0].isupper() and p.text[a][0].isupper()  # "Middle Eastern"
         if not (shade or affixed or noun or name):
             break
         first = j

@@ -56,7 +56,7 @@ def is_head(p: Parse, i: int) -> bool:
     """Whether word `i` is a noun that is not the first part of another noun's name."""
     if not p.is_noun(i) or len(p.low[i]) < 2 or not p.low[i][0].isalpha() or acts(p, i):
         return False
-    if i + 1 < len(p) and p.is_noun(i + 1) and f"{p.low[i]} {p.low[i + 1]}" in lx.LEXICAL:
+    if i + 1 < len(p) and p.is_noun(i + 1) and (f"{p.low[i]} {p.low[i + 1]}" in lx.LEXICAL or p.low[i] in lx.ADJECTIVES):
         return False
     head, dep = p.head[i], p.dep[i]
     if dep in ("compound", "nmod", "amod") and head > i and p.is_noun(head) and not (head == i + 1 and acts(p, head)):
@@ -98,7 +98,11 @@ def _belongs(p: Parse, j: int, after: int, head: int) -> bool:
     low = p.low[j]
     if f"{low} {p.low[after]}" in lx.LEXICAL:
         return True
-    if not j < p.head[j] <= head or low in lx.COLOURS or low in lx.ADJECTIVES or not low[0].isalnum():
+    if not j < p.head[j] <= head:
+        return False
+    if j > 0 and f"{p.low[j - 1]} {low}" in lx.LEXICAL:  # "german shepherd dog"
+        return True
+    if low in lx.COLOURS or low in lx.ADJECTIVES or not low[0].isalnum():
         return False
     named = low in lx.GERUNDS or singular(low) in lx.THINGS_ING
     if low.endswith("ing") and not named and j > 0 and p.is_noun(j - 1):  # "soldiers in uniform holding rifles"
