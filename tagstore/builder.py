@@ -86,6 +86,7 @@ def ingest(
     store: str,
     format: str | None = None,
     columns: Columns = Columns(),  # noqa: B008  frozen
+    allow_outside: bool = False,
     encoder: str | Encoder | None = None,
     miner: str | Miner = "rules",
     device: str = "auto",
@@ -102,6 +103,7 @@ def ingest(
         store: name of the store.
         format: of the source; found by looking if not given.
         columns: names of the source's columns, where they aren't the usual ones.
+        allow_outside: follow image paths that lead out of the source's folder.
         encoder: spec or encoder; the store's own if not given, `mini` for a new store.
         miner: spec or miner.
         device: for an encoder given by spec.
@@ -117,7 +119,7 @@ def ingest(
     clock = _Clock()
 
     def pairs() -> Iterator[Pair | Rejected]:
-        return _peeked(read(source, format=format, columns=columns))
+        return _peeked(read(source, format=format, columns=columns, allow_outside=allow_outside))
 
     found = pairs()
     with clock("load"):
@@ -126,7 +128,7 @@ def ingest(
         if isinstance(miner, str):
             miner = load_miner(miner)
     about = {"name": miner.name, "version": miner.version, "settings": dict(miner.settings)}
-    where = {"path": os.path.abspath(source), "format": format, "columns": asdict(columns)}
+    where = {"path": os.path.abspath(source), "format": format, "columns": asdict(columns), "allow_outside": allow_outside}
     same = json.dumps([where, about, encoder.fingerprint.digest], sort_keys=True)
     identity = hashlib.sha256(same.encode()).hexdigest()
 

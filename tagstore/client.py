@@ -31,6 +31,7 @@ Image = bytes | str | os.PathLike[str]
 DEFAULT_TIMEOUT = 30.0
 MAX_MESSAGE = 64 << 20
 _BATCH_BYTES = 16 << 20
+_BATCH_IMAGES = 32
 _BATCH_ROWS = 256
 _URL = re.compile(r"(?P<scheme>[a-z]+)://(?P<place>.*?)(?:/(?P<store>[^/@]+)(?:@(?P<version>\d+))?)?/?")
 
@@ -317,7 +318,7 @@ def _batches(images: Sequence[Image], vectors: NDArray[np.floating] | None) -> I
     size = 0
     for image in images:
         data = _read(image)
-        if batch and (size + len(data) > _BATCH_BYTES or len(batch) == _BATCH_ROWS):
+        if batch and (size + len(data) > _BATCH_BYTES or len(batch) == _BATCH_IMAGES):
             yield batch, None
             batch, size = [], 0
         batch.append(data)

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -143,9 +144,9 @@ def reembed(
         if parent.version.fingerprint.digest == encoder.fingerprint.digest:
             raise InvalidInput(f"store '{store}' already holds vectors of {encoder.fingerprint}")
         missing = parent.live_mask().copy()
-        for path, format, columns in _sources(parent.store, sources):
+        for path, options in _sources(parent.store, sources):
             batch: list[tuple[int, NDArray[np.uint8]]] = []
-            for pair in read(path, format=format, columns=columns):
+            for pair in read(path, **options):
                 if isinstance(pair, Rejected):
                     continue
                 entry_id = parent.find(pair.key)
@@ -216,15 +217,16 @@ def _embed_rest(writer: Writer) -> None:
         writer.embed_tags(load_encoder(writer.fingerprint.model).encode_texts(texts))
 
 
-def _sources(store: Store, given: Sequence[str]) -> Iterator[tuple[str, str | None, Columns]]:
+def _sources(store: Store, given: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     if given:
-        yield from ((path, None, Columns()) for path in given)
+        yield from ((path, {}) for path in given)
         return
     for version in reversed(store.versions()):
         if version.source:
             columns = version.source["columns"]
             caption = columns["caption"] if isinstance(columns["caption"], str) else tuple(columns["caption"])
-            yield version.source["path"], version.source["format"], Columns(columns["image"], caption, columns["key"])
+            options = {k: version.source[k] for k in ("format", "allow_outside")}
+            yield version.source["path"], {**options, "columns": Columns(columns["image"], caption, columns["key"])}
 
 
 def _put(writer: Writer, encoder: Encoder, batch: list[tuple[int, NDArray[np.uint8]]]) -> None:

@@ -132,6 +132,39 @@ def test_an_error_is_one_line_on_stderr_and_exit_code_1(capsys: pytest.CaptureFi
     assert "Traceback" not in err
 
 
+def test_a_store_is_kept_from_the_command_line(tmp_path: Path) -> None:
+    source = write_shapes(tmp_path / "shapes")
+    (source / "bad.png").write_bytes(b"no image")
+    (source / "bad.txt").write_text("A caption.")
+    url = f"file://{tmp_path}/root/s"
+    run("ingest", str(source), "--root", str(tmp_path / "root"), "--store", "s", "--device", "cpu")
+    assert json.loads(run("quarantine", url).stdout)["key"] == "bad"
+    assert json.loads(run("delete", url, "--key", "red-circle", "--json").stdout)["deleted"] == ["red-circle"]
+    assert "deleted" in run("delete", url, "--near", str(source / "blue-square.png"), "--distance", "0").stdout
+    versions = json.loads(run("versions", url, "--json").stdout)
+    assert [v["operation"] for v in versions] == ["ingest", "delete", "delete"]
+    assert "red-circle" in run("diff", url, "1", "3").stdout
+    assert "red-circle" in json.loads(run("diff", url, "1", "3", "--json").stdout)["removed"]
+    assert "red circle" in run("vocab", url, "--against", "1").stdout
+    assert "white table" in run("vocab", url).stdout
+    assert "holds what s@1 held: 18 entries" in run("rollback", url, "1").stdout
+    assert "s is sound" in run("verify", url).stdout
+    assert "nothing to repair" in run("repair", url).stdout
+    assert "18 entries" in run("compact", url, "--keep", "1").stdout
+    assert run("prove-absent", url, "--key", "red-circle").exit_code == 1
+    assert "took down 1 entries" in run("delete", url, "--key", "red-circle", "--purge", "--reason", "asked for").stdout
+    gone = run("prove-absent", url, "--key", "red-circle", "--image", str(source / "red-circle.png"))
+    assert (gone.exit_code, gone.stdout) == (0, "nothing of it is in any file or record\n")
+    assert json.loads(run("takedowns", url, "--json").stdout)[0]["reason"] == "asked for"
+    run("rename", url, "t")
+    run("drop", url.removesuffix("s") + "t")
+    assert "t is back" in run("undrop", url.removesuffix("s") + "t").stdout
+    with pytest.raises(TagstoreError, match="where the store is"):
+        run("versions", "grpc://127.0.0.1:1/s")
+    with pytest.raises(TagstoreError, match="--reason"):
+        run("delete", url.removesuffix("s") + "t", "--key", "x", "--purge")
+
+
 def test_the_readme_names_every_command() -> None:
     text = README.read_text()
     for name in cli.commands:

@@ -106,8 +106,8 @@ def test_a_closed_source_opens_again(server_address: str) -> None:
 
 def test_many_images_become_several_requests_from_one_version(server_address: str) -> None:
     with connect(f"grpc://{server_address}/shapes") as source:
-        answers = source.retrieve([picture("red", "circle", size=32)] * 300, k=2)
-    assert len(answers) == 300
+        answers = source.retrieve([picture("red", "circle", size=32)] * 70, k=2)
+    assert len(answers) == 70
     assert {a.version for a in answers} == {1}
 
 

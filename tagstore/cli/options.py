@@ -1,0 +1,20 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import click
+
+from tagstore.client import parse
+from tagstore.errors import InvalidInput
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs instead of a table for people.")
+root = click.option("--root", required=True, metavar="DIR", help="Directory of the stores.")
+device = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N.")
+
+
+def local(url: str) -> tuple[str, str, int | None]:
+    """(root, store, version or None) of a file:// URL. Raises `InvalidInput` for a server's: its stores are changed where they are."""
+    scheme, place, store, version = parse(url)
+    if scheme != "file":
+        raise InvalidInput(f"{url} is a server's: run this where the store is, with file://DIR/{store}")
+    return place, store, version or None

@@ -1,0 +1,112 @@
+"""ingest, reembed, mine: what makes versions and tags."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import click
+
+from tagstore.cli import options, output
+
+
+@click.command()
+@click.argument("source")
+@options.root
+@click.option("--store", required=True, metavar="NAME", help="Store to add to; it is made if it isn't there.")
+@click.option("--format", "format_", metavar="F", help="folder, csv, tsv, jsonl, parquet or webdataset; found by looking if not given.")
+@click.option("--encoder", metavar="E", help="mini, NAME/PRETRAINED or local-dir:PATH; the store's own, or mini, if not given.")
+@click.option("--miner", default="rules", show_default=True, metavar="M", help="What makes tags of captions; none for none.")
+@click.option("--image-column", metavar="C", help="Column with the image or its path.")
+@click.option("--caption-column", metavar="C", multiple=True, help="Column with captions; may be given several times.")
+@click.option("--key-column", metavar="C", help="Column with the unique key.")
+@click.option("--allow-outside", is_flag=True, help="Follow image paths that lead out of the source's folder.")
+@click.option("--sync", type=click.Choice(["full", "batch"]), default="full", show_default=True, help="When work reaches the disk.")
+@options.device
+@options.as_json
+def ingest(
+    source: str,
+    root: str,
+    store: str,
+    format_: str | None,
+    encoder: str | None,
+    miner: str,
+    image_column: str | None,
+    caption_column: tuple[str, ...],
+    key_column: str | None,
+    allow_outside: bool,
+    sync: Any,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Make a version of a store out of SOURCE.
+
+    SOURCE is a folder of images with same-name .txt files, a CSV, TSV, JSON Lines or Parquet file, or WebDataset .tar shards; globs and
+    brace patterns are understood (quote them). A pair that can't be used is quarantined with its reason, the rest goes on. An ingest that
+    was cut off goes on where it stopped when it is run again.
+    """
+    from tagstore.builder import ingest as run
+    from tagstore.readers import Columns
+
+    with output.progress() as progress:
+        report = run(
+            source,
+            root=root,
+            store=store,
+            format=format_,
+            columns=Columns(image=image_column, caption=caption_column, key=key_column),
+            allow_outside=allow_outside,
+            encoder=encoder,
+            miner=miner,
+            device=device,
+            sync=sync,
+            progress=progress,
+        )
+    if as_json:
+        click.echo(json.dumps(asdict(report)))
+    else:
+        output.print_report(report)
+
+
+@click.command()
+@click.argument("url")
+@click.option("--encoder", required=True, metavar="E", help="mini, NAME/PRETRAINED or local-dir:PATH.")
+@click.option("--source", "sources", multiple=True, metavar="SRC", help="Where the images are, if not where they were ingested from.")
+@options.device
+def reembed(url: str, encoder: str, sources: tuple[str, ...], device: str) -> None:
+    """Make a version with another encoder's vectors, from the original images; the old one is served until then."""
+    from tagstore.maintenance import reembed as run
+
+    root, store, _ = options.local(url)
+    version = run(root, store, encoder, sources=sources, device=device)
+    click.echo(f"{store}@{version.number}: {version.entries} entries, vectors of {version.fingerprint}")
+
+
+@click.command()
+@click.argument("file", type=click.File("r", encoding="utf-8", errors="replace"))
+@click.option("--miner", default="rules", show_default=True, metavar="M", help="What makes tags of captions.")
+@options.as_json
+def mine(file: Any, miner: str, as_json: bool) -> None:
+    """Tags of captions: one caption a line of FILE, or of standard input for -."""
+    from tagstore.mining import mine as run
+
+    captions: list[str] = []
+
+    def lines() -> Iterator[str]:
+        for line in file:
+            captions.append(line.rstrip("\r\n"))
+            yield captions[-1]
+
+    # tags come in order, a batch behind the captions that were read for them
+    for tags in run(lines(), miner):
+        caption = captions.pop(0)
+        if as_json:
+            found = [{"text": t.text, "kind": t.kind, "span": list(t.span), "score": round(t.score, 3)} for t in tags]
+            click.echo(json.dumps({"caption": caption, "tags": found}, ensure_ascii=False))
+        else:
+            click.echo(f"{caption}\n    " + (", ".join(f"{t.text} ({t.kind})" for t in tags) or "no tags"))
+
+
+COMMANDS = (ingest, reembed, mine)
