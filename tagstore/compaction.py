@@ -44,7 +44,7 @@ def compact(root: str | Path, store: str, *, keep: int | None = None) -> Version
     with Writer(root, store) as writer:
         kept = writer.store.versions()
         if keep is not None:
-            kept = kept[len(kept) - (keep - 1) :]
+            kept = kept[max(0, len(kept) - (keep - 1)) :]
         return _Rewrite(writer, kept, "compact").run()
 
 
