@@ -61,6 +61,7 @@ def new_generation(store: Path) -> Path:
 
 def switch(store: Path, to: Path) -> None:
     """Make a generation the current one: durable and atomic."""
+    sync_directory(to)
     temporary = store / "CURRENT.tmp"
     with temporary.open("w") as file:
         file.write(to.name + "\n")
@@ -72,6 +73,7 @@ def switch(store: Path, to: Path) -> None:
 
 def sweep(store: Path) -> None:
     """Remove generations that are not the current one: leftovers of an interrupted or a finished compaction."""
+    (store / "CURRENT.tmp").unlink(missing_ok=True)
     current = generation(store).name if (store / "CURRENT").exists() else ""
     for path in store.glob("db-*"):
         if path.name != current:

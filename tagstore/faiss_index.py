@@ -54,7 +54,9 @@ def _write(snapshot: Snapshot, ids: NDArray[np.int64], first: int, directory: Pa
     index = faiss.IndexIDMap(codes)
     for piece, vectors in snapshot.vector_blocks(ids):
         index.add_with_ids(vectors, piece)
-    directory.mkdir(exist_ok=True)
+    if not directory.exists():
+        directory.mkdir()
+        sync_directory(directory.parent)
     path = directory / f"{snapshot.version.number:08d}-{first:012d}-{snapshot.version.next_entry_id:012d}.faiss"
     temporary = path.with_suffix(".tmp")
     digest = hashlib.sha256()

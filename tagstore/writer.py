@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tagstore.checks import ranges_of
-from tagstore.environment import environment, generation, new_generation, switch, sync_directory, writer_lock
+from tagstore.environment import environment, generation, new_generation, sweep, switch, sync_directory, writer_lock
 from tagstore.errors import FingerprintMismatch, InvalidInput, NotFound
 from tagstore.mining import MergedTag
 from tagstore.records import decode_entry, decode_tag, encode_entry, encode_tag
@@ -124,6 +124,7 @@ class Writer:
                 environment(fresh).sync(True)
                 switch(self.directory, fresh)
                 sync_directory(self.directory.parent)
+            sweep(self.directory)
             self.reopen()
             self._exit = stack.pop_all()
         return self
