@@ -25,10 +25,12 @@ from tagstore.types import Vectors
 ABOUT = {"kind": "flat", "codes": "float16", "metric": "inner product"}
 MERGE = 2
 """A file is merged with what follows it unless it has more than this many times the rows."""
+MAX_ROWS = 1 << 20
+"""Of a file, which is built in memory: 1 GiB at 512 dimensions, whatever the size of the store."""
 
 
 def extend(snapshot: Snapshot, parent: Version | None, directory: Path, *, whole: bool = False) -> Mapping[str, Any]:
-    """The index of a version that is about to be committed: the parent's files and one more, or, if `whole`, a single file.
+    """The index of a version that is about to be committed: the parent's files and what came since, or, if `whole`, all anew.
 
     Files are synced to disk before this returns; none that a version names is ever changed.
     """
@@ -37,19 +39,23 @@ def extend(snapshot: Snapshot, parent: Version | None, directory: Path, *, whole
     live = snapshot.live()
     first = files[-1]["end"] if files else 0
     rows = int(np.count_nonzero(live >= first))
-    while files and files[-1]["rows"] <= MERGE * rows:
+    while files and files[-1]["rows"] <= MERGE * rows and files[-1]["rows"] + rows <= MAX_ROWS:
         first = files.pop()["first"]
         rows = int(np.count_nonzero(live >= first))
     # a file of which most rows are dead costs every search more than it gives
     while files and np.count_nonzero((live >= files[-1]["first"]) & (live < files[-1]["end"])) * 2 < files[-1]["rows"]:
         first = files.pop()["first"]
         rows = int(np.count_nonzero(live >= first))
-    if rows:
-        files.append(_write(snapshot, live[live >= first], first, directory))
+    new = live[live >= first]
+    for start in range(0, len(new), MAX_ROWS):
+        ids = new[start : start + MAX_ROWS]
+        end = int(new[start + MAX_ROWS]) if start + MAX_ROWS < len(new) else snapshot.version.next_entry_id
+        files.append(_write(snapshot, ids, first, end, directory))
+        first = end
     return {**ABOUT, "files": files}
 
 
-def _write(snapshot: Snapshot, ids: NDArray[np.int64], first: int, directory: Path) -> dict[str, Any]:
+def _write(snapshot: Snapshot, ids: NDArray[np.int64], first: int, end: int, directory: Path) -> dict[str, Any]:
     codes = faiss.IndexScalarQuantizer(snapshot.dimension, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
     index = faiss.IndexIDMap(codes)
     for piece, vectors in snapshot.vector_blocks(ids):
@@ -57,7 +63,7 @@ def _write(snapshot: Snapshot, ids: NDArray[np.int64], first: int, directory: Pa
     if not directory.exists():
         directory.mkdir()
         sync_directory(directory.parent)
-    path = directory / f"{snapshot.version.number:08d}-{first:012d}-{snapshot.version.next_entry_id:012d}.faiss"
+    path = directory / f"{snapshot.version.number:08d}-{first:012d}-{end:012d}.faiss"
     temporary = path.with_suffix(".tmp")
     digest = hashlib.sha256()
     with temporary.open("wb") as file:
@@ -75,7 +81,7 @@ def _write(snapshot: Snapshot, ids: NDArray[np.int64], first: int, directory: Pa
     return {
         "file": path.name,
         "first": first,
-        "end": snapshot.version.next_entry_id,
+        "end": end,
         "rows": len(ids),
         "bytes": path.stat().st_size,
         "sha256": digest.hexdigest(),

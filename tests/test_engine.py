@@ -165,3 +165,13 @@ def test_an_index_of_other_contents_or_none_is_refused(tmp_path: Path, rng: np.r
     file.unlink()
     with pytest.raises(Damaged, match="cannot be read"):
         FaissIndex(Store(tmp_path, "a").snapshot())
+
+
+def test_a_large_index_is_several_files_that_answer_as_one(tmp_path: Path, rng: np.random.Generator, monkeypatch) -> None:
+    vectors = clustered(rng, 300)
+    one = make(tmp_path, vectors, [[]] * 300, "one")
+    monkeypatch.setattr(faiss_index, "MAX_ROWS", 64)
+    many = make(tmp_path, vectors, [[]] * 300, "many")
+    assert [f["rows"] for f in many.version.index["files"]] == [64, 64, 64, 64, 44]
+    queries = clustered(rng, 40)
+    assert [a.neighbours for a in many.retrieve(queries, k=9)] == [a.neighbours for a in one.retrieve(queries, k=9)]
