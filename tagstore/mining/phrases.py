@@ -29,12 +29,12 @@ def phrases(p: Parse, named: frozenset[int]) -> Iterator[Found]:
         inner = content(p, i)
         phrase = inner >= 0 and p.low[i] in _HOLDERS and inner not in named and not negated(p, inner)
         if not (inner >= 0 and p.low[i] in lx.MEASURES) and visible(p, thing):
-            yield from _thing(p, thing)
+            yield from _thing(p, thing, named)
         if phrase:
             yield _phrase(p, thing, thing_at(p, inner, named))
 
 
-def _thing(p: Parse, thing: Thing) -> Iterator[Found]:
+def _thing(p: Parse, thing: Thing, named: frozenset[int]) -> Iterator[Found]:
     counted = _count(p, thing.head)
     # where a count says the number, the object itself is shown in the singular: "two dogs", "dog"
     shown = thing.folded if counted >= 0 else thing.text
@@ -42,6 +42,8 @@ def _thing(p: Parse, thing: Thing) -> Iterator[Found]:
     if counted >= 0:
         yield _joined(p, thing, counted, counted, "count", _DIGITS.get(p.low[counted], p.low[counted]))
     for first, last, pattern in _attributes(p, thing):
+        if last in named:
+            continue
         yield _joined(p, thing, first, last, pattern, " ".join(p.low[first : last + 1]))
 
 

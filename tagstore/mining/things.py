@@ -9,7 +9,7 @@ from tagstore.mining.nouns import singular
 from tagstore.mining.parse import Parse
 from tagstore.types import Kind
 
-# How sure a pattern is: its precision on the captions that the rules were developed on, rounded down.
+# How sure a pattern is: a judgement, not a probability; the order is that of how often a pattern misleads on captions.
 CONFIDENCE = {
     "object": 0.95,
     "phrase": 0.9,
@@ -56,8 +56,10 @@ def is_head(p: Parse, i: int) -> bool:
     """Whether word `i` is a noun that is not the first part of another noun's name."""
     if not p.is_noun(i) or len(p.low[i]) < 2 or not p.low[i][0].isalpha() or acts(p, i):
         return False
-    if i + 1 < len(p) and p.is_noun(i + 1) and (f"{p.low[i]} {p.low[i + 1]}" in lx.LEXICAL or p.low[i] in lx.ADJECTIVES):
-        return False
+    if i + 1 < len(p) and p.is_noun(i + 1):
+        pair = f"{p.low[i]} {p.low[i + 1]}" in lx.LEXICAL or p.low[i] in lx.ADJECTIVES
+        if pair or (i > 0 and p.head[i] == i + 1 and f"{p.low[i - 1]} {p.low[i]}" in lx.LEXICAL):  # "hot dog stand"
+            return False
     head, dep = p.head[i], p.dep[i]
     if dep in ("compound", "nmod", "amod") and head > i and p.is_noun(head) and not (head == i + 1 and acts(p, head)):
         return False
@@ -73,10 +75,12 @@ def acts(p: Parse, i: int) -> bool:
         return singular(low) not in lx.THINGS_ING
     if "ing-" in low:
         return True
-    if low not in lx.VERBS_S or p.tag[i] != "NNS":
+    if p.tag[i] != "NNS" or not (low in lx.VERBS_S or low in lx.VERBS_AFTER_A):
         return False
     if any(p.low[k] in _ONE and p.dep[k] == "det" for k in p.kids[i]):  # "a ... smiles" is no plural
         return True
+    if low not in lx.VERBS_S:
+        return False
     compound = any(p.dep[k] == "compound" and k == i - 1 for k in p.kids[i])
     if compound and low in lx.VERBS_ONLY and i + 1 < len(p) and p.tag[i + 1] in ("IN", "DT", "RP", "PRP$", "RB"):
         return True
@@ -150,13 +154,15 @@ def visible(p: Parse, thing: Thing) -> bool:
 
 def negated(p: Parse, i: int) -> bool:
     """Whether the caption says that the thing at word `i` is not there."""
+    own = False  # "no cars and a bench": a determiner of its own ends the reach of "no", though not of "without"
     for _ in range(4):
-        if any(p.low[k] in _NEGATIONS for k in p.kids[i] if k < i and p.dep[k] in ("det", "neg", "preconj", "advmod", "cc")):
+        if not own and any(p.low[k] in _NEGATIONS for k in p.kids[i] if k < i and p.dep[k] in ("det", "neg", "preconj", "advmod", "cc")):
             return True
         head, dep = p.head[i], p.dep[i]
         if head == i:
             return False
         if dep == "conj":
+            own = own or any(p.dep[k] in ("det", "nummod", "poss") for k in p.kids[i])
             i = head
             continue
         if p.low[head] in _LACK:
