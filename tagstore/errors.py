@@ -8,6 +8,7 @@
     ├── AlreadyExists         a store or key of that name is there
     ├── FingerprintMismatch   vectors of another encoder
     ├── Busy                  another writer holds the store
+    ├── WriteFailed           the disk is full, read-only or broken; what was committed stays
     ├── Damaged               what is on disk contradicts itself
     ├── MissingExtra          an optional part of the package is not installed
     └── Unavailable           the server cannot be reached, or did not answer in time
@@ -56,6 +57,10 @@ class FingerprintMismatch(TagstoreError):
 
 class Busy(TagstoreError):
     """Another writer holds the store."""
+
+
+class WriteFailed(TagstoreError, OSError):
+    """The disk is full, read-only or broken; what was committed before stays."""
 
 
 class Damaged(TagstoreError):

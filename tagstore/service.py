@@ -24,6 +24,7 @@ STATUS: tuple[tuple[type[errors.TagstoreError], grpc.StatusCode], ...] = (
     (errors.AlreadyExists, grpc.StatusCode.ALREADY_EXISTS),
     (errors.FingerprintMismatch, grpc.StatusCode.FAILED_PRECONDITION),
     (errors.MissingExtra, grpc.StatusCode.FAILED_PRECONDITION),
+    (errors.WriteFailed, grpc.StatusCode.ABORTED),
     (errors.Busy, grpc.StatusCode.UNAVAILABLE),
     (errors.Unavailable, grpc.StatusCode.UNAVAILABLE),
     (errors.Damaged, grpc.StatusCode.DATA_LOSS),

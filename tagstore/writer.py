@@ -10,12 +10,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
+import lmdb
 import numpy as np
 from numpy.typing import NDArray
 
 from tagstore.checks import ranges_of
 from tagstore.environment import environment, generation, new_generation, sweep, switch, sync_directory, writer_lock
-from tagstore.errors import FingerprintMismatch, InvalidInput, NotFound
+from tagstore.errors import FingerprintMismatch, InvalidInput, NotFound, TagstoreError, WriteFailed
 from tagstore.mining import MergedTag
 from tagstore.records import decode_entry, decode_tag, encode_entry, encode_tag
 from tagstore.store import (
@@ -131,6 +132,10 @@ class Writer:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._exit.close()
+        if isinstance(error, lmdb.Error | OSError) and not isinstance(error, TagstoreError):
+            raise WriteFailed(
+                f"store '{self.name}' could not be written: {error}. It is at the version it had; free space or make it writable, then try again"
+            ) from error
 
     def admit(self, drafts: Sequence[Draft], *, same_miner: bool) -> tuple[list[Draft], list[Rejected], int]:
         """Sort drafts into those to append, those whose key came before in this ingest, and the number already stored unchanged."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tagstore.errors import Busy, Damaged, FingerprintMismatch, InvalidInput, NotFound
+from tagstore.errors import Busy, Damaged, FingerprintMismatch, InvalidInput, NotFound, WriteFailed
 from tagstore.mining import MergedTag
 from tagstore.store import ROWS, Store, check_name, store_names
 from tagstore.types import Fingerprint
@@ -223,6 +223,20 @@ def test_the_record_of_a_version_is_json_with_a_checksum(tmp_path: Path, rng: np
     assert type(version).from_json(version.to_json()) == version
     with pytest.raises(Damaged, match="checksum"):
         type(version).from_json(version.to_json().replace("toy", "tog"))
+
+
+def test_a_disk_that_fails_is_said_and_the_store_stays(tmp_path: Path, rng: np.random.Generator) -> None:
+    put(tmp_path, [draft("a")], unit(rng, 1))
+
+    def full(*_: object) -> dict[str, object]:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(WriteFailed, match=r"No space left.*version it had"), Writer(tmp_path, "toy", FINGERPRINT) as writer:
+        writer.append([draft("b")], unit(rng, 1))
+        while texts := writer.new_tags(limit=9):
+            writer.embed_tags(np.eye(D, dtype=np.float32)[: len(texts)])
+        writer.commit(operation="ingest", indexer=full)
+    assert put(tmp_path, [draft("b")], unit(rng, 1)).number == 2
 
 
 def test_a_forked_child_opens_the_store_for_itself(tmp_path: Path, rng: np.random.Generator) -> None:

@@ -37,6 +37,6 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         cli()
-    except TagstoreError as error:
+    except (TagstoreError, OSError) as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(1)
