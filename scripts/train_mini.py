@@ -181,6 +181,8 @@ class Joint(nn.Module):
             "logit_scale": self.logit_scale.detach(),
         }
         for name, layer in self.updates.items():
+            if not layer.up.any():  # heads only: --text-epochs 0
+                continue
             found |= {name + mini.UP: layer.up.detach(), name + mini.DOWN: layer.down.detach()}
         return {name: tensor.half().contiguous() for name, tensor in found.items()}
 
