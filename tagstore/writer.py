@@ -134,7 +134,8 @@ class Writer:
         self._exit.close()
         if isinstance(error, lmdb.Error | OSError) and not isinstance(error, TagstoreError):
             raise WriteFailed(
-                f"store '{self.name}' could not be written: {error}. It is at the version it had; free space or make it writable, then try again"
+                f"store '{self.name}' could not be written: {error}. It is at the version it had; "
+                "free space or make it writable, then try again"
             ) from error
 
     def admit(self, drafts: Sequence[Draft], *, same_miner: bool) -> tuple[list[Draft], list[Rejected], int]:

@@ -31,12 +31,12 @@ def draft(key: str, *tags: str, caption: str = "a caption") -> Draft:
     return Draft(key, key.encode().ljust(32, b"\0")[:32], 7, (caption,), merged, {"n": 1}, f"file of {key}")
 
 
-def put(root: Path, drafts: list[Draft], vectors: np.ndarray, name: str = "toy"):
-    with Writer(root, name, FINGERPRINT) as writer:
+def put(root: Path, drafts: list[Draft], vectors: np.ndarray, indexer=lambda s, p, d: {"kind": "none", "files": []}):
+    with Writer(root, "toy", FINGERPRINT) as writer:
         writer.append(drafts, vectors)
         while texts := writer.new_tags(limit=3):
             writer.embed_tags(np.eye(D, dtype=np.float32)[: len(texts)])
-        return writer.commit(operation="ingest", miner={"name": "none"}, indexer=lambda s, p, d: {"kind": "none", "files": []})
+        return writer.commit(operation="ingest", miner={"name": "none"}, indexer=indexer)
 
 
 def test_what_is_committed_is_read_back(tmp_path: Path, rng: np.random.Generator) -> None:
@@ -231,11 +231,8 @@ def test_a_disk_that_fails_is_said_and_the_store_stays(tmp_path: Path, rng: np.r
     def full(*_: object) -> dict[str, object]:
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(WriteFailed, match=r"No space left.*version it had"), Writer(tmp_path, "toy", FINGERPRINT) as writer:
-        writer.append([draft("b")], unit(rng, 1))
-        while texts := writer.new_tags(limit=9):
-            writer.embed_tags(np.eye(D, dtype=np.float32)[: len(texts)])
-        writer.commit(operation="ingest", indexer=full)
+    with pytest.raises(WriteFailed, match=r"No space left.*version it had"):
+        put(tmp_path, [draft("b")], unit(rng, 1), indexer=full)
     assert put(tmp_path, [draft("b")], unit(rng, 1)).number == 2
 
 
