@@ -14,7 +14,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -98,6 +98,9 @@ def environment(directory: Path, *, create: bool = False) -> Any:
     path = os.path.realpath(directory)
     with _lock:
         env = _open.get(path)
+        if env is not None and _failed(env):
+            env.close()
+            env = None
         if env is None:
             if not create and not os.path.exists(os.path.join(path, "data.mdb")):
                 raise NotFound(f"no database at {path}")
@@ -111,10 +114,26 @@ def environment(directory: Path, *, create: bool = False) -> Any:
         return env
 
 
+def _failed(env: Any) -> bool:
+    """Whether LMDB gave an environment up, as it does when the write of a meta page fails; opened again it is what was committed."""
+    try:
+        env.begin().abort()
+    except lmdb.PanicError:
+        return True
+    return False
+
+
 def forget(directory: Path) -> None:
     """Drop the process's hold of an environment; it is closed when the last one who reads from it lets go."""
     with _lock:
         _open.pop(os.path.realpath(directory), None)
+
+
+def _say(descriptor: int, holder: str) -> None:
+    """Name the holder of a lock. A full disk must not keep anyone from the lock: deleting and compacting make room."""
+    with suppress(OSError):
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, holder.encode())
 
 
 @contextmanager
@@ -127,10 +146,10 @@ def writer_lock(store: Path) -> Iterator[None]:
             file.seek(0)
             holder = file.read().strip() or "unknown"
             raise Busy(f"store '{store.name}' is being written by process {holder}: wait for it to end, then try again") from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+        _say(file.fileno(), str(os.getpid()))
         try:
             yield
         finally:
-            file.truncate(0)
+            _say(file.fileno(), "")
+            # a child forked meanwhile has the file open too: closing ours alone would leave the lock with it
+            fcntl.flock(file, fcntl.LOCK_UN)
