@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -226,9 +227,12 @@ class _Run:
     def _batches(self, pairs: Iterator[Pair | Rejected], pool: ThreadPoolExecutor) -> Iterator[list[tuple[bytes, _Prepared | Rejected]]]:
         """Batches in order, the next one in the making while the caller works on one."""
 
+        # an entry's origin is told from the source's folder on; the version says which that is
+        folder = os.path.join(os.path.dirname(re.split(r"[*?\[{]", self.source["path"])[0]), "")
+
         def submit() -> list[Future[tuple[bytes, _Prepared | Rejected]]]:
             with self.clock("read"):
-                return [pool.submit(_prepare, item, self.encoder) for item in _some(pairs)]
+                return [pool.submit(_prepare, item, self.encoder, folder) for item in _some(pairs)]
 
         ahead = submit()
         while ahead:
@@ -247,7 +251,7 @@ def _some(pairs: Iterator[Pair | Rejected]) -> Iterator[Pair | Rejected]:
             return
 
 
-def _prepare(item: Pair | Rejected, encoder: Encoder) -> tuple[bytes, _Prepared | Rejected]:
+def _prepare(item: Pair | Rejected, encoder: Encoder, folder: str) -> tuple[bytes, _Prepared | Rejected]:
     """What identifies an item of the source, and what became of it."""
     if isinstance(item, Rejected):
         return _item_digest(item), item
@@ -261,7 +265,7 @@ def _prepare(item: Pair | Rejected, encoder: Encoder) -> tuple[bytes, _Prepared 
         perceptual_hash(image),
         item.captions,
         metadata=item.metadata,
-        origin=item.origin,
+        origin=item.origin.removeprefix(folder),
     )
     # the encoded bytes are done with: a batch in waiting holds pixels at the tower's size, not photographs
     return _item_digest(item), _Prepared(draft, replace(item, image=b""), encoder.prepare(image))

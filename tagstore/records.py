@@ -6,7 +6,7 @@ Integers are LEB128 varints unless said otherwise; strings are UTF-8 behind thei
     sha256 (32 bytes) · perceptual hash (8, big endian)
     n captions · captions
     for each tag: score (1 byte, 0..255) · n mentions · for each: caption + 1, start, end - start
-    metadata (JSON, empty if there is none) · origin
+    metadata (JSON, empty if there is none) · origin, with a NUL where the key stands in it
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def encode_entry(entry: Entry) -> bytes:
             _put_int(out, start)
             _put_int(out, end - start)
     _put_text(out, _compact_json(entry.metadata) if entry.metadata else "")
-    _put_text(out, entry.origin)
+    origin = entry.origin.replace("\0", "")  # no path holds one
+    _put_text(out, origin.replace(entry.key, "\0", 1) if entry.key and "\0" not in entry.key else origin)
     return bytes(out)
 
 
@@ -66,6 +67,7 @@ def decode_entry(entry_id: int, data: bytes) -> Entry:
         tags.append(EntryTag(tag_id, score, tuple(mentions)))
     metadata, at = _get_text(data, at)
     origin, at = _get_text(data, at)
+    origin = origin.replace("\0", key) if "\0" not in key else origin
     return Entry(
         entry_id, key, bytes(sha256), perceptual_hash, tuple(captions), tuple(tags), json.loads(metadata) if metadata else {}, origin
     )
