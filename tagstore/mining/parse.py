@@ -18,10 +18,10 @@ class Parse:
 
     __slots__ = ("dep", "end", "head", "kids", "low", "source", "start", "tag", "text", "word_of")
 
-    def __init__(self, doc: Any) -> None:
+    def __init__(self, doc: Any, source: str) -> None:
         from spacy.attrs import DEP, HEAD, IDX, TAG
 
-        self.source: str = doc.text
+        self.source = source  # the text of the doc, which the doc itself would have to put together again
         strings = doc.vocab.strings
         texts: list[str] = [t.text for t in doc]
         n = len(texts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tagstore.mining import lexicon as lx
-from tagstore.mining.parse import Parse
+from tagstore.mining.parse import NOUNS, Parse
 from tagstore.mining.things import CONFIDENCE, Found, Thing, acts, content, is_head, measures, negated, thing_at, visible
 
 _DIGITS = {"2": "two", "3": "three", "4": "four", "5": "five", "6": "six", "7": "seven", "8": "eight", "9": "nine", "10": "ten"}
@@ -22,8 +22,8 @@ _MODIFIERS = frozenset({"amod", "compound", "nmod", "nummod", "det", "dep", "pos
 
 def phrases(p: Parse, named: frozenset[int]) -> Iterator[Found]:
     """Objects and attributes of a caption; `named` are the words of its entities, which are no objects."""
-    for i in range(len(p)):
-        if i in named or not is_head(p, i) or negated(p, i):
+    for i, tag in enumerate(p.tag):
+        if tag not in NOUNS or i in named or not is_head(p, i) or negated(p, i):
             continue
         thing = thing_at(p, i, named)
         inner = content(p, i)

@@ -99,13 +99,13 @@ class RuleMiner:
         return done
 
     def _tags(self, doc: Any, c: Clean, common: frozenset[str]) -> Iterator[Tag]:
-        p = Parse(doc)
+        p = Parse(doc, c.text)
         found = []
         named: set[int] = set()
         for name in names(p, doc, common) if self._entities else ():
             named.update(range(name.first, name.last + 1))
             start, end = p.start[name.first], p.end[name.last]
-            text = doc.text[start:end]
+            text = c.text[start:end]
             found.append(Found(text, "entity", start, end, name.confidence, text.casefold(), name.label))
         found.extend(phrases(p, frozenset(named)))
         if self._relations:
