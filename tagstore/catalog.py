@@ -45,6 +45,7 @@ class Catalog:
             if opened is not None and not opened.is_current():
                 # compacted, dropped or renamed: requests in flight keep what they hold
                 self._engines = {key: engine for key, engine in self._engines.items() if key[0] != store}
+                del self._stores[store]
                 opened = None
             if opened is None:
                 opened = self._stores[store] = Store(self.root, store)

@@ -1,7 +1,7 @@
 """LMDB environments of a store: opened once a process, never across a fork, with the writer's lock beside them.
 
     ROOT/NAME/CURRENT          which generation of the database is the store's, one line
-    ROOT/NAME/db-000001/       that generation: an LMDB environment, and index/ with the files derived from it
+    ROOT/NAME/db-NUMBER-HEX/   that generation: an LMDB environment, and index/ with the files derived from it
     ROOT/NAME/writer.lock      held by the process that writes
 
 A generation is replaced as a whole when a store is compacted: the new one is written beside it, `CURRENT` is renamed over,
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -52,8 +53,9 @@ def generation(store: Path) -> Path:
 
 def new_generation(store: Path) -> Path:
     """The directory that comes after the current one, made anew."""
-    number = int(generation(store).name.removeprefix("db-")) + 1 if (store / "CURRENT").exists() else 1
-    path = store / f"db-{number:06d}"
+    number = int(generation(store).name.split("-")[1]) + 1 if (store / "CURRENT").exists() else 1
+    # a name that was never used: whoever holds a store that was dropped and made again must not take one for the other
+    path = store / f"db-{number:06d}-{secrets.token_hex(4)}"
     sweep(store)
     path.mkdir()
     return path

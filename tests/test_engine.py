@@ -155,8 +155,8 @@ def test_tags_are_paged_and_counted(engine: Engine) -> None:
 def test_an_index_of_other_contents_or_none_is_refused(tmp_path: Path, rng: np.random.Generator) -> None:
     make(tmp_path, clustered(rng, 60), [[]] * 60, "a")
     other = make(tmp_path, clustered(rng, 50), [[]] * 50, "b")
-    [file] = (tmp_path / "a" / "db-000001" / "index").iterdir()
-    file.write_bytes((tmp_path / "b" / "db-000001" / "index" / other.version.index["files"][0]["file"]).read_bytes())
+    [file] = Store(tmp_path, "a").index_directory.iterdir()
+    file.write_bytes((Store(tmp_path, "b").index_directory / other.version.index["files"][0]["file"]).read_bytes())
     with pytest.raises(Damaged, match="holds 50 vectors"):
         FaissIndex(Store(tmp_path, "a").snapshot())
     file.write_bytes(b"IxSQ")

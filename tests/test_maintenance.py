@@ -128,6 +128,20 @@ def test_a_store_is_renamed_dropped_and_brought_back(root: Path) -> None:
         rename(root, "s", "../s")
 
 
+def test_a_store_dropped_and_made_again_is_not_taken_for_the_old_one(root: Path, tmp_path: Path, mini) -> None:
+    with connect(f"file://{root}/s") as source:
+        assert source.info().entries == 18
+        drop(root, "s")
+        with pytest.raises(NotFound):
+            source.info()
+        (tmp_path / "one").mkdir()
+        (tmp_path / "one" / "a.png").write_bytes(picture("red", "circle"))
+        (tmp_path / "one" / "a.txt").write_text("A dot.")
+        ingest(str(tmp_path / "one"), root=root, store="s", encoder=mini)
+        assert source.info().entries == 1
+        assert source.retrieve([picture("red", "circle")])[0].neighbours[0].key == "a"
+
+
 def test_a_sound_store_verifies(root: Path) -> None:
     delete(root, "s", Selection(keys=["red-circle"]))
     assert verify(root, "s") == verify(root, "s", full=True) == []
@@ -142,7 +156,7 @@ def test_a_damaged_index_file_is_named_and_mended(root: Path, tmp_path: Path, mi
     ingest(str(tmp_path / "shapes"), root=root, store="s", encoder=mini)
     with connect(f"file://{root}/s") as source:
         expected = source.retrieve([picture("black", "circle")])
-    first, second = sorted((root / "s" / "db-000001" / "index").iterdir())
+    first, second = sorted(Store(root, "s").index_directory.iterdir())
     data = bytearray(first.read_bytes())
     if damage == "flip":
         data[len(data) // 2] ^= 1
@@ -163,7 +177,7 @@ def test_a_damaged_index_file_is_named_and_mended(root: Path, tmp_path: Path, mi
 
 
 def test_a_damaged_record_is_found_and_not_papered_over(root: Path) -> None:
-    database = root / "s" / "db-000001" / "data.mdb"
+    database = Store(root, "s").generation / "data.mdb"
     data = bytearray(database.read_bytes())
     at = data.index(b"A red circle on a white table in Paris.")
     data[at + 3] ^= 1

@@ -94,8 +94,8 @@ def test_what_was_not_committed_is_gone_for_the_next_writer(tmp_path: Path, rng:
     put(tmp_path, [draft("a", "dog")], unit(rng, 1))
     with Writer(tmp_path, "toy", FINGERPRINT) as writer:
         writer.append([draft("a", "cat"), draft("lost", "whale")], unit(rng, 2))
-    (tmp_path / "toy" / "db-000001" / "index").mkdir()
-    orphan = tmp_path / "toy" / "db-000001" / "index" / "00000002.tmp"
+    orphan = Store(tmp_path, "toy").index_directory / "00000002.tmp"
+    orphan.parent.mkdir()
     orphan.write_bytes(b"half an index")
     assert Store(tmp_path, "toy").snapshot().version.entries == 1
     put(tmp_path, [draft("b", "owl")], unit(rng, 1))
