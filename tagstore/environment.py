@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -44,11 +45,14 @@ os.register_at_fork(after_in_child=_close_inherited)
 
 
 def generation(store: Path) -> Path:
-    """The directory of a store's current database. Raises `NotFound` if there is no store."""
+    """The directory of a store's current database. Raises `NotFound` if there is no store, `Damaged` if its `CURRENT` names none."""
     try:
-        return store / (store / "CURRENT").read_text().strip()
+        name = (store / "CURRENT").read_bytes().decode("ascii", "replace").strip()
     except (FileNotFoundError, NotADirectoryError):
         raise NotFound(f"no store at {store}") from None
+    if not re.fullmatch(r"db-[0-9a-f-]+", name):
+        raise Damaged(f"{store}/CURRENT holds {name[:40]!r}: write into it the name of the db-... directory beside it")
+    return store / name
 
 
 def new_generation(store: Path) -> Path:
@@ -74,10 +78,18 @@ def switch(store: Path, to: Path) -> None:
 
 
 def sweep(store: Path) -> None:
-    """Remove generations that are not the current one: leftovers of an interrupted or a finished compaction."""
+    """Remove generations that are not the current one: leftovers of an interrupted or a finished compaction.
+
+    Raises `Damaged` if `CURRENT` names none of those that are there.
+    """
     (store / "CURRENT.tmp").unlink(missing_ok=True)
     current = generation(store).name if (store / "CURRENT").exists() else ""
-    for path in store.glob("db-*"):
+    found = list(store.glob("db-*"))
+    # never take data away because the one line that names it was lost
+    if found and (current not in [path.name for path in found] if current else any((path / "index").exists() for path in found)):
+        names = ", ".join(path.name for path in found)
+        raise Damaged(f"{store}/CURRENT names {current or 'nothing'}, there is {names}: write into it which of them is the store's")
+    for path in found:
         if path.name != current:
             forget(path)
             shutil.rmtree(path)

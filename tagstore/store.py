@@ -117,10 +117,12 @@ class Store:
                 self.env = environment(self.generation)
                 break
             except NotFound:
-                # between reading CURRENT and opening what it names, a compaction may have ended
-                if attempt == 2 or not (self.directory / "CURRENT").exists():
+                if not (self.directory / "CURRENT").exists():
                     there = ", ".join(store_names(root)) or "none"
                     raise NotFound(f"no store '{name}'; those there are: {there}") from None
+                # between reading CURRENT and opening what it names, a compaction may have ended
+                if attempt == 2:
+                    raise Damaged(f"{self.directory}/CURRENT names {self.generation.name}, which is not there") from None
         self._open()
 
     @classmethod

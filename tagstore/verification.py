@@ -45,7 +45,10 @@ def verify(root: str | Path, store: str, *, full: bool = False) -> list[Problem]
 
     Raises `NotFound` if there is no such store.
     """
-    database = str(generation(Path(root) / store) / "data.mdb")
+    try:
+        database = str(generation(Path(root) / store) / "data.mdb")
+    except Damaged as error:
+        return [Problem(str(Path(root) / store / "CURRENT"), str(error), False)]
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
     child = context.Process(target=_send_problems, args=(theirs, str(root), store, full))
