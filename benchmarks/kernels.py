@@ -83,8 +83,8 @@ class Problem:
         """What must move at least: forward, backward."""
         total, element = sum(self.counts), self.q.element_size()
         tags, patches = total * self.heads * self.dim * element, self.k.numel() * element
-        lse = total * self.heads * 4
-        return 2 * patches + 2 * tags + lse, 4 * patches + 4 * tags + lse
+        stats = 2 * total * self.heads * 4
+        return 2 * patches + 2 * tags + stats, 4 * patches + 4 * tags + stats
 
     @property
     def flops(self) -> tuple[int, int]:
@@ -416,14 +416,15 @@ def time_small_operators(device: str, dry: bool) -> list[str]:
 def roofline(bandwidth: float, rate: float) -> list[str]:
     """What must move and be computed, counted, and the time no kernel can beat at these rates. Needs no GPU.
 
-    Issued: products with the rows rounded up to the default blocks, which the tensor cores compute anyway.
+    Issued: GFLOP with the rows rounded up to the default blocks, which the tensor cores compute anyway; beside it, rounded up to
+    128 rows an image, FlashAttention's block.
     """
     from tuna_kernels.tag_attention.tuning import backward_default, forward_default
 
     lines = [
         f"At {bandwidth / 1e12:g} TB/s and {rate / 1e12:g} TFLOP/s (bf16); the ridge is at {rate / bandwidth:.0f} FLOP a byte.", "",
-        "| B | H x D | T | pass | MB | GFLOP | issued GFLOP | issued FLOP a byte | floor us: bytes | issued FLOP |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| B | H x D | T | pass | MB | GFLOP | issued | padded to 128 rows | issued FLOP a byte | floor us: bytes | issued FLOP |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]  # fmt: skip
     for (heads, dim), batch in product([(16, 64), (8, 128)], (1, 8, 64, 256)):
         counts = ragged(batch)
@@ -433,16 +434,15 @@ def roofline(bandwidth: float, rate: float) -> list[str]:
             ("forward", "backward"), p.bytes, p.flops,
             (forward_default(dim, torch.bfloat16, rows).block_m, backward_default(dim, torch.bfloat16, rows).block_m), strict=True,
         ):  # fmt: skip
-            issued = work * sum(-(-max(n, 1) // block) * block for n in counts) / sum(counts)
-            lines.append(
-                f"| {batch} | {heads} x {dim} | {sum(counts)} | {name} | {move / 1e6:.2f} | {work / 1e9:.2f} | {issued / 1e9:.2f} | "
-                f"{issued / move:.0f} | {1e6 * move / bandwidth:.1f} | {1e6 * issued / rate:.1f} |"
-            )
+            issued, padded = (work * sum(-(-max(n, 1) // m) * m for n in counts) / sum(counts) for m in (block, 128))
+            numbers = [f"{x / 1e9:.2f}" for x in (work, issued, padded)]
+            numbers += [f"{issued / move:.0f}", f"{1e6 * move / bandwidth:.1f}", f"{1e6 * issued / rate:.1f}"]
+            lines.append(f"| {batch} | {heads} x {dim} | {sum(counts)} | {name} | {move / 1e6:.2f} | {' | '.join(numbers)} |")
     return lines
 
 
 def memory(dry: bool) -> list[str]:
-    """What training keeps beyond inputs, output and lse, and what the backward needs for a moment."""
+    """What training keeps beyond inputs, output and row statistics, and what the backward needs for a moment."""
     p = Problem([3] if dry else ragged(64), 33 if dry else 576, 16, 64, torch.bfloat16, "cuda")
     leaves = [x.detach().requires_grad_() for x in (p.q, p.k, p.v)]
     torch.autograd.grad(tag_attention(*leaves, p.cu, impl="triton"), leaves, p.dout)
@@ -453,10 +453,10 @@ def memory(dry: bool) -> list[str]:
     torch.cuda.reset_peak_memory_stats()
     grads = torch.autograd.grad(out, leaves, p.dout)
     peak = torch.cuda.max_memory_allocated() - before - kept
-    need = out.numel() * out.element_size() + 4 * out.shape[0] * out.shape[1]
+    need = out.numel() * out.element_size() + 8 * out.shape[0] * out.shape[1]
     gradients = sum(x.numel() * x.element_size() for x in grads)
     return [
-        f"Kept by the forward: {kept / 1e6:.2f} MB, of which output and lse {need / 1e6:.2f} MB. "
+        f"Kept by the forward: {kept / 1e6:.2f} MB, of which output and row statistics {need / 1e6:.2f} MB. "
         f"Peak of the backward: {peak / 1e6:.2f} MB, of which gradients {gradients / 1e6:.2f} MB."
     ]
 

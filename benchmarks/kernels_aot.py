@@ -2,6 +2,7 @@
 
     python benchmarks/kernels_aot.py                      # the whole table, for sm_80, sm_90 and sm_100
     python benchmarks/kernels_aot.py --arch 90 --only backward
+    python benchmarks/kernels_aot.py --candidates         # the block sizes that the search on a GPU tries
     python benchmarks/kernels_aot.py --markdown > table.md
 
 A kernel that compiles here for an H100 compiles there: the compiler is the same, and it never looks at the device. Registers and
@@ -86,6 +87,13 @@ def variants(every: bool = True) -> list[Variant]:
     full = frozenset({"weights", "bias", "mask"})
     found = []
     attention = ("forward", "backward")
+    ones = frozenset({"ones"})
+    found += [Variant(kernel, "bf16", 64, full | ones) for kernel in (*attention, "maps", "dbias")]
+    found += [Variant(kernel, "bf16", 768, ones) for kernel in ("gather", "scatter")]
+    found += [
+        Variant("weights", "bf16", 768, ones | {"drop"}),
+        Variant("weights_backward", "bf16", 768, ones | {"log_bias", "temperature"}),
+    ]
     if every:
         for kernel in attention:
             for dtype in ("bf16", "fp16"):
@@ -105,6 +113,21 @@ def variants(every: bool = True) -> list[Variant]:
             found += [Variant(kernel, "bf16", dim, full) for dim in (64, 128, 256)] + [Variant(kernel, "fp32", 64, full)]
         found += [Variant(kernel, "bf16", 64, full) for kernel in ("maps", "dbias")]
     return found
+
+
+def candidates() -> list[Variant]:
+    """What the search on a GPU tries. Spills are its own affair: the clock decides."""
+    import torch
+
+    from tuna_kernels.tag_attention import tuning
+
+    search = {"forward": tuning.forward_candidates, "backward": tuning.backward_candidates}
+    return [
+        Variant(kernel, "bf16", dim, frozenset({"weights"}), block=(c.block_m, c.block_n, c.warps, c.stages))
+        for kernel, found in search.items()
+        for dim in (64, 128, 256)
+        for c in found(dim, torch.bfloat16, 15, False)
+    ]
 
 
 def _kernel(variant: Variant) -> tuple[Any, dict[str, Any], tuple[int, int, int, int]]:
@@ -148,7 +171,7 @@ def _kernel(variant: Variant) -> tuple[Any, dict[str, Any], tuple[int, int, int,
 
 _POINTERS = {
     "cu_tags": "*i32", "mask": "*i1", "ids": "*i64", "order": "*i64",
-    **dict.fromkeys(("lse", "weights", "dweights", "cosine", "tag_norm", "image_norm", "temperature", "dtemperature", "grad"), "*fp32"),
+    **dict.fromkeys(("stats", "weights", "dweights", "cosine", "tag_norm", "image_norm", "temperature", "dtemperature", "grad"), "*fp32"),
 }  # fmt: skip
 _FLOATS = ("scale", "tau", "threshold")
 _INTEGERS = ("total", "patches", "kv_heads", "heads", "groups", "blocks", "batch", "patches_each", "rows", "columns")
@@ -177,6 +200,9 @@ def _signature(function: Any, constants: dict[str, Any], variant: Variant) -> tu
             signature[name], fixed[name] = "constexpr", 1
         elif name in _FLOATS:
             signature[name] = "fp32"
+        elif name in _INTEGERS and "ones" in variant.flags:
+            # what Triton makes of an integer argument that is 1
+            signature[name], fixed[name] = "constexpr", 1
         elif name in _INTEGERS:
             signature[name] = "i32"
         elif name.startswith("stride_"):
@@ -235,6 +261,7 @@ def main() -> int:
     parser.add_argument("--arch", type=int, action="append", choices=ARCHES, help="compute capability times ten; may be repeated")
     parser.add_argument("--only", default="", help="a part of a variant's name, such as 'backward bf16'")
     parser.add_argument("--quick", action="store_true", help="one variant of each kernel and dtype")
+    parser.add_argument("--candidates", action="store_true", help="what the search on a GPU tries, instead of the defaults")
     parser.add_argument("--markdown", action="store_true")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
@@ -242,7 +269,7 @@ def main() -> int:
     import torch
     import triton
 
-    chosen = [v for v in variants(not options.quick) if options.only in str(v)]
+    chosen = [v for v in (candidates() if options.candidates else variants(not options.quick)) if options.only in str(v)]
     if not chosen:
         parser.error(f"no variant's name holds {options.only!r}")
     results = compile_all([(v, arch) for arch in options.arch or ARCHES for v in chosen], options.workers)
@@ -254,7 +281,7 @@ def main() -> int:
     else:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         print("\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows))
-    spilled = [r for r in results if r.stack > r.variant.spill_limit]
+    spilled = [r for r in results if not options.candidates and r.stack > r.variant.spill_limit]
     for r in spilled:
         print(f"spills: {r.variant} on sm_{r.arch}: {r.stack} bytes of stack, limit {r.variant.spill_limit}", file=sys.stderr)
     return 1 if spilled else 0

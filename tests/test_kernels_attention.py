@@ -168,8 +168,8 @@ def test_splitting_the_patches_changes_little(splits: int) -> None:
     case = Case((3, 40), 257, 2, 1, 24, HALF, "w")
     grads, rest, dout = inputs(case)
     q, k, v, weights, cu_tags = *grads.values(), rest["cu_tags"]
-    out, lse = forward(q, k, v, cu_tags, 0.2, weights, None, None)
-    found = backward(dout, q, k, v, cu_tags, out, lse, 0.2, weights, None, None, splits=splits)
+    out, stats = forward(q, k, v, cu_tags, 0.2, weights, None, None)
+    found = backward(dout, q, k, v, cu_tags, out, stats, 0.2, weights, None, None, splits=splits)
     scaled = partial(reference, scale=0.2)
     exact = with_gradients(scaled, in_float64(grads), rest, dout.double())
     kernels = {"out": out, **dict(zip(("dq", "dk", "dv", "dweights"), found, strict=True))}

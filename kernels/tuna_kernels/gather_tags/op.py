@@ -51,7 +51,8 @@ def gather_tags(table: Tensor, ids: Tensor, *, impl: str = "auto") -> Tensor:
 def _forward(table: Tensor, ids: Tensor) -> Tensor:
     from .kernels import gather
 
-    return gather(table, ids)
+    with torch.cuda.device_of(ids):
+        return gather(table, ids)
 
 
 @_forward.register_fake
@@ -63,7 +64,8 @@ def _(table: Tensor, ids: Tensor) -> Tensor:
 def _backward(dout: Tensor, ids: Tensor, rows: int) -> Tensor:
     from .kernels import scatter
 
-    return scatter(dout, ids, rows, dout.dtype)
+    with torch.cuda.device_of(ids):
+        return scatter(dout, ids, rows, dout.dtype)
 
 
 @_backward.register_fake

@@ -17,34 +17,33 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backend import check_interpreter, dot_precision
-from .forward import bias_strides, load_tile, logits_tile, mask_strides, place, row_programs, split_rows
+from .forward import LOG2E, bias_strides, load_stats, load_tile, logits_tile, mask_strides, place, row_programs, split_rows
 from .tuning import Config, backward_candidates, backward_default, bias_default, pick, tuning_key
 
 
 @triton.jit
 def load_rows(
-    q, dout, out, lse, weights, r, rows, start, head, kv_heads,
+    q, dout, out, stats, weights, r, rows, start, head, total, kv_heads,
     stride_qt, stride_qh, stride_gt, stride_gh,
     D: tl.constexpr, G: tl.constexpr, HAS_WEIGHTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """q, dout, lse, delta = rowsum(dout * out) and weight of a block of rows."""
+    """q, dout, delta = rowsum(dout * out), largest logit, 1 / sum and weight of a block of rows."""
     o_tag, o_head, m_r = split_rows(r, rows, start, head, G, BLOCK_M)
     o_row = o_tag * (kv_heads * G) + o_head
     b_q = load_tile(q, o_tag * stride_qt + o_head * stride_qh, 1, m_r, D, BLOCK_D)
     b_g = load_tile(dout, o_tag * stride_gt + o_head * stride_gh, 1, m_r, D, BLOCK_D)
     b_o = load_tile(out, o_row, D, m_r, D, BLOCK_D)
     b_delta = tl.sum(b_g.to(tl.float32) * b_o.to(tl.float32), 1)
-    # +inf: a row that does not exist has no attention, and so no gradient
-    b_lse = tl.load(lse + o_row, mask=m_r, other=float("inf"))
+    b_m, b_r = load_stats(stats, o_row, m_r, total, kv_heads * G)
     b_w = tl.full([BLOCK_M], 1.0, tl.float32)
     if HAS_WEIGHTS:
         b_w = tl.load(weights + o_tag, mask=m_r, other=0.0).to(tl.float32)
-    return o_tag, o_head, o_row, m_r, b_q, b_g, b_delta, b_lse, b_w
+    return o_tag, o_head, o_row, m_r, b_q, b_g, b_delta, b_m, b_r, b_w
 
 
 @triton.jit
 def gradient_tile(
-    b_q, b_g, b_k, b_v, b_lse, b_delta, b_w,
+    b_q, b_g, b_k, b_v, b_delta, b_m, b_r, b_w,
     bias, o_tag, o_head, m_r, mask, o_p, m_p, stride_bt, stride_bh, stride_bp, stride_mp, scale,
     HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -53,7 +52,7 @@ def gradient_tile(
         b_q, b_k, bias, o_tag, o_head, m_r, mask, o_p, m_p, stride_bt, stride_bh, stride_bp, stride_mp, scale,
         HAS_BIAS, HAS_MASK, PRECISION,
     )  # fmt: skip
-    b_a = tl.exp2(b_s - b_lse[:, None])
+    b_a = tl.exp2((b_s - b_m[:, None]) * LOG2E) * b_r[:, None]
     b_da = tl.dot(b_g, tl.trans(b_v), input_precision=PRECISION)
     b_ds = b_a * (b_w[:, None] * b_da - b_delta[:, None])
     return b_a, b_da, b_ds
@@ -61,7 +60,7 @@ def gradient_tile(
 
 @triton.jit
 def backward_kernel(
-    q, k, v, weights, bias, mask, cu_tags, out, lse, dout, dq, dk, dv, dweights,
+    q, k, v, weights, bias, mask, cu_tags, out, stats, dout, dq, dk, dv, dweights,
     stride_qt, stride_qh, stride_kb, stride_kp, stride_kh, stride_vb, stride_vp, stride_vh, stride_gt, stride_gh,
     stride_bt, stride_bh, stride_bp, stride_mb, stride_mp,
     scale, total, patches, kv_heads, batch, patches_each,
@@ -93,8 +92,8 @@ def backward_kernel(
     m_d = (o_d < D)[None, :]
 
     if rows <= BLOCK_M:
-        o_tag, o_head, o_row, m_r, b_q, b_g, b_delta, b_lse, b_w = load_rows(
-            q, dout, out, lse, weights, 0, rows, start, head, kv_heads, stride_qt, stride_qh, stride_gt, stride_gh,
+        o_tag, o_head, o_row, m_r, b_q, b_g, b_delta, b_m, b_r, b_w = load_rows(
+            q, dout, out, stats, weights, 0, rows, start, head, total, kv_heads, stride_qt, stride_qh, stride_gt, stride_gh,
             D, G, HAS_WEIGHTS, BLOCK_M, BLOCK_D,
         )  # fmt: skip
         b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -105,7 +104,7 @@ def backward_kernel(
             b_k = load_tile(p_k, o_p, stride_kp, m_p, D, BLOCK_D)
             b_v = load_tile(p_v, o_p, stride_vp, m_p, D, BLOCK_D)
             b_a, b_da, b_ds = gradient_tile(
-                b_q, b_g, b_k, b_v, b_lse, b_delta, b_w, bias, o_tag, o_head, m_r, mask, o_p, m_p,
+                b_q, b_g, b_k, b_v, b_delta, b_m, b_r, b_w, bias, o_tag, o_head, m_r, mask, o_p, m_p,
                 stride_bt, stride_bh, stride_bp, stride_mp, scale, HAS_BIAS, HAS_MASK, PRECISION,
             )  # fmt: skip
             if HAS_WEIGHTS:
@@ -125,8 +124,8 @@ def backward_kernel(
         # more rows than one block holds: dq row block by row block, then dk and dv patch block by patch block;
         # num_stages=1 keeps this rare branch from taking the registers of the usual one
         for r in range(0, rows, BLOCK_M):
-            o_tag, o_head, o_row, m_r, b_q, b_g, b_delta, b_lse, b_w = load_rows(
-                q, dout, out, lse, weights, r, rows, start, head, kv_heads, stride_qt, stride_qh, stride_gt, stride_gh,
+            o_tag, o_head, o_row, m_r, b_q, b_g, b_delta, b_m, b_r, b_w = load_rows(
+                q, dout, out, stats, weights, r, rows, start, head, total, kv_heads, stride_qt, stride_qh, stride_gt, stride_gh,
                 D, G, HAS_WEIGHTS, BLOCK_M, BLOCK_D,
             )  # fmt: skip
             b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -137,7 +136,7 @@ def backward_kernel(
                 b_k = load_tile(p_k, o_p, stride_kp, m_p, D, BLOCK_D)
                 b_v = load_tile(p_v, o_p, stride_vp, m_p, D, BLOCK_D)
                 b_a, b_da, b_ds = gradient_tile(
-                    b_q, b_g, b_k, b_v, b_lse, b_delta, b_w, bias, o_tag, o_head, m_r, mask, o_p, m_p,
+                    b_q, b_g, b_k, b_v, b_delta, b_m, b_r, b_w, bias, o_tag, o_head, m_r, mask, o_p, m_p,
                     stride_bt, stride_bh, stride_bp, stride_mp, scale, HAS_BIAS, HAS_MASK, PRECISION,
                 )  # fmt: skip
                 if HAS_WEIGHTS:
@@ -154,12 +153,12 @@ def backward_kernel(
             b_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
             b_dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
             for r in tl.range(0, rows, BLOCK_M, num_stages=1):
-                o_tag, o_head, o_row, m_r, b_q, b_g, b_delta, b_lse, b_w = load_rows(
-                    q, dout, out, lse, weights, r, rows, start, head, kv_heads, stride_qt, stride_qh, stride_gt, stride_gh,
+                o_tag, o_head, o_row, m_r, b_q, b_g, b_delta, b_m, b_r, b_w = load_rows(
+                    q, dout, out, stats, weights, r, rows, start, head, total, kv_heads, stride_qt, stride_qh, stride_gt, stride_gh,
                     D, G, HAS_WEIGHTS, BLOCK_M, BLOCK_D,
                 )  # fmt: skip
                 b_a, b_da, b_ds = gradient_tile(
-                    b_q, b_g, b_k, b_v, b_lse, b_delta, b_w, bias, o_tag, o_head, m_r, mask, o_p, m_p,
+                    b_q, b_g, b_k, b_v, b_delta, b_m, b_r, b_w, bias, o_tag, o_head, m_r, mask, o_p, m_p,
                     stride_bt, stride_bh, stride_bp, stride_mp, scale, HAS_BIAS, HAS_MASK, PRECISION,
                 )  # fmt: skip
                 if HAS_WEIGHTS:
@@ -173,7 +172,7 @@ def backward_kernel(
 
 @triton.jit
 def dbias_kernel(
-    q, k, v, weights, bias, mask, cu_tags, out, lse, dout, dbias,
+    q, k, v, weights, bias, mask, cu_tags, out, stats, dout, dbias,
     stride_qt, stride_qh, stride_kb, stride_kp, stride_kh, stride_vb, stride_vp, stride_vh, stride_gt, stride_gh,
     stride_bt, stride_bh, stride_bp, stride_mb, stride_mp,
     scale, total, patches, heads, groups, blocks,
@@ -191,15 +190,15 @@ def dbias_kernel(
     for r in range(block * BLOCK_M, tags, blocks * BLOCK_M):
         b_db = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for head in range(group * shared, group * shared + shared):
-            o_tag, o_head, _, m_r, b_q, b_g, b_delta, b_lse, b_w = load_rows(
-                q, dout, out, lse, weights, r, tags, start, head, heads, stride_qt, stride_qh, stride_gt, stride_gh,
+            o_tag, o_head, _, m_r, b_q, b_g, b_delta, b_m, b_r, b_w = load_rows(
+                q, dout, out, stats, weights, r, tags, start, head, total, heads, stride_qt, stride_qh, stride_gt, stride_gh,
                 D, 1, HAS_WEIGHTS, BLOCK_M, BLOCK_D,
             )  # fmt: skip
             kv = tl.cast(head // G, tl.int64)
             b_k = load_tile(k + image * stride_kb + kv * stride_kh, o_p, stride_kp, m_p, D, BLOCK_D)
             b_v = load_tile(v + image * stride_vb + kv * stride_vh, o_p, stride_vp, m_p, D, BLOCK_D)
             _, _, b_ds = gradient_tile(
-                b_q, b_g, b_k, b_v, b_lse, b_delta, b_w, bias, o_tag, o_head, m_r, mask, o_p, m_p,
+                b_q, b_g, b_k, b_v, b_delta, b_m, b_r, b_w, bias, o_tag, o_head, m_r, mask, o_p, m_p,
                 stride_bt, stride_bh, stride_bp, stride_mp, scale, True, HAS_MASK, PRECISION,
             )  # fmt: skip
             b_db += b_ds
@@ -217,7 +216,7 @@ def patch_splits(batch: int, kv_heads: int, patches: int, block_n: int, device: 
 
 
 def backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_tags: Tensor, out: Tensor, lse: Tensor, scale: float,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_tags: Tensor, out: Tensor, stats: Tensor, scale: float,
     weights: Tensor | None, bias: Tensor | None, mask: Tensor | None, splits: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """`(dq, dk, dv, dweights)`; dweights is None without weights. `splits` is chosen by `patch_splits` unless given."""
@@ -238,7 +237,7 @@ def backward(
     def launch(config: Config) -> None:
         each = triton.cdiv(triton.cdiv(patches, splits), config.block_n) * config.block_n
         backward_kernel[(batch * kv_heads * splits,)](
-            q, k, v, weights, bias, mask, cu_tags, out, lse, dout, dq, dk, dv, dweights,
+            q, k, v, weights, bias, mask, cu_tags, out, stats, dout, dq, dk, dv, dweights,
             q.stride(0), q.stride(1), *k.stride()[:3], *v.stride()[:3], dout.stride(0), dout.stride(1),
             *bias_strides(bias), *mask_strides(mask), scale, total, patches, kv_heads, batch, each,
             D=dim, G=group, HAS_WEIGHTS=weights is not None, HAS_BIAS=bias is not None, HAS_MASK=mask is not None,
@@ -255,7 +254,7 @@ def backward(
 
 
 def bias_gradient(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_tags: Tensor, out: Tensor, lse: Tensor, scale: float,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_tags: Tensor, out: Tensor, stats: Tensor, scale: float,
     weights: Tensor | None, bias: Tensor, mask: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """dbias in the shape and dtype of bias. A launch of its own that reads everything again: few train a bias, and all
@@ -268,7 +267,7 @@ def bias_gradient(
     config = bias_default(dim, q.dtype)
     blocks = row_programs(total, 1, batch, config.block_m)
     dbias_kernel[(batch * groups * blocks, triton.cdiv(patches, config.block_n))](
-        q, k, v, weights, bias, mask, cu_tags, out, lse, dout, dbias,
+        q, k, v, weights, bias, mask, cu_tags, out, stats, dout, dbias,
         q.stride(0), q.stride(1), *k.stride()[:3], *v.stride()[:3], dout.stride(0), dout.stride(1),
         *bias_strides(bias), *mask_strides(mask), scale, total, patches, heads, groups, blocks,
         D=dim, G=heads // kv_heads, HAS_WEIGHTS=weights is not None, HAS_MASK=mask is not None,

@@ -76,11 +76,11 @@ def tag_attention(
     q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
     weights = None if weights is None else weights.contiguous()
     cu_tags = cu_tags.contiguous()
-    out, lse = torch.ops.tuna_kernels.tag_attention_forward(q, k, v, cu_tags, scale, weights, bias, patch_mask)
+    out, stats = torch.ops.tuna_kernels.tag_attention_forward(q, k, v, cu_tags, scale, weights, bias, patch_mask)
     if not return_attention:
         return out  # type: ignore[no-any-return]
     with torch.no_grad():
-        return out, torch.ops.tuna_kernels.tag_attention_maps(q, k, cu_tags, lse, scale, bias, patch_mask)
+        return out, torch.ops.tuna_kernels.tag_attention_maps(q, k, cu_tags, stats, scale, bias, patch_mask)
 
 
 def _unit_stride(x: Tensor) -> Tensor:
@@ -131,48 +131,54 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_tags: Tensor, weights: Tensor | N
             raise ValueError(f"tag_attention: q is on {q.device} and {name} on {other.device}: move them to one device")
 
 
+# device_of: Triton launches on the current device, which need not be the tensors'
+
+
 @torch.library.custom_op("tuna_kernels::tag_attention_forward", mutates_args=())
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, cu_tags: Tensor, scale: float, weights: Tensor | None, bias: Tensor | None, patch_mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     from .forward import forward
 
-    return forward(q, k, v, cu_tags, scale, weights, bias, patch_mask)
+    with torch.cuda.device_of(q):
+        return forward(q, k, v, cu_tags, scale, weights, bias, patch_mask)
 
 
 @_forward.register_fake
 def _(
     q: Tensor, k: Tensor, v: Tensor, cu_tags: Tensor, scale: float, weights: Tensor | None, bias: Tensor | None, patch_mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
+    return q.new_empty(q.shape), q.new_empty((2, *q.shape[:2]), dtype=torch.float32)
 
 
 @torch.library.custom_op("tuna_kernels::tag_attention_maps", mutates_args=())
-def _maps(q: Tensor, k: Tensor, cu_tags: Tensor, lse: Tensor, scale: float, bias: Tensor | None, patch_mask: Tensor | None) -> Tensor:
+def _maps(q: Tensor, k: Tensor, cu_tags: Tensor, stats: Tensor, scale: float, bias: Tensor | None, patch_mask: Tensor | None) -> Tensor:
     from .forward import attention_maps
 
-    return attention_maps(q, k, cu_tags, lse, scale, bias, patch_mask)
+    with torch.cuda.device_of(q):
+        return attention_maps(q, k, cu_tags, stats, scale, bias, patch_mask)
 
 
 @_maps.register_fake
-def _(q: Tensor, k: Tensor, cu_tags: Tensor, lse: Tensor, scale: float, bias: Tensor | None, patch_mask: Tensor | None) -> Tensor:
+def _(q: Tensor, k: Tensor, cu_tags: Tensor, stats: Tensor, scale: float, bias: Tensor | None, patch_mask: Tensor | None) -> Tensor:
     return q.new_empty((q.shape[0], q.shape[1], k.shape[1]))
 
 
 @torch.library.custom_op("tuna_kernels::tag_attention_backward", mutates_args=())
 def _backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_tags: Tensor, out: Tensor, lse: Tensor, scale: float,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_tags: Tensor, out: Tensor, stats: Tensor, scale: float,
     weights: Tensor | None, bias: Tensor | None, patch_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     from .backward import backward
 
-    dq, dk, dv, dweights = backward(dout, q, k, v, cu_tags, out, lse, scale, weights, bias, patch_mask)
-    return dq, dk, dv, q.new_empty(0) if dweights is None else dweights
+    with torch.cuda.device_of(q):
+        dq, dk, dv, dweights = backward(dout, q, k, v, cu_tags, out, stats, scale, weights, bias, patch_mask)
+        return dq, dk, dv, q.new_empty(0) if dweights is None else dweights
 
 
 @_backward.register_fake
 def _(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_tags: Tensor, out: Tensor, lse: Tensor, scale: float,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_tags: Tensor, out: Tensor, stats: Tensor, scale: float,
     weights: Tensor | None, bias: Tensor | None, patch_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dweights = q.new_empty(0) if weights is None else weights.new_empty(weights.shape)
@@ -181,17 +187,18 @@ def _(
 
 @torch.library.custom_op("tuna_kernels::tag_attention_bias_gradient", mutates_args=())
 def _bias_gradient(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_tags: Tensor, out: Tensor, lse: Tensor, scale: float,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_tags: Tensor, out: Tensor, stats: Tensor, scale: float,
     weights: Tensor | None, bias: Tensor, patch_mask: Tensor | None,
 ) -> Tensor:  # fmt: skip
     from .backward import bias_gradient
 
-    return bias_gradient(dout, q, k, v, cu_tags, out, lse, scale, weights, bias, patch_mask)
+    with torch.cuda.device_of(q):
+        return bias_gradient(dout, q, k, v, cu_tags, out, stats, scale, weights, bias, patch_mask)
 
 
 @_bias_gradient.register_fake
 def _(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_tags: Tensor, out: Tensor, lse: Tensor, scale: float,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_tags: Tensor, out: Tensor, stats: Tensor, scale: float,
     weights: Tensor | None, bias: Tensor, patch_mask: Tensor | None,
 ) -> Tensor:  # fmt: skip
     return bias.new_empty(bias.shape)
@@ -199,22 +206,22 @@ def _(
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, cu_tags, scale, weights, bias, patch_mask = inputs
-    out, lse = output
-    ctx.save_for_backward(q, k, v, cu_tags, out, lse, weights, bias, patch_mask)
+    out, stats = output
+    ctx.save_for_backward(q, k, v, cu_tags, out, stats, weights, bias, patch_mask)
     ctx.scale = scale
 
 
-def _gradients(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, v, cu_tags, out, lse, weights, bias, patch_mask = ctx.saved_tensors
+def _gradients(ctx: Any, dout: Tensor, _dstats: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, cu_tags, out, stats, weights, bias, patch_mask = ctx.saved_tensors
     dout = _unit_stride(dout)
     need_weights, need_bias = ctx.needs_input_grad[5:7]
     dq = dk = dv = dweights = dbias = None
     if any(ctx.needs_input_grad[:3]) or need_weights:
         dq, dk, dv, dweights = torch.ops.tuna_kernels.tag_attention_backward(
-            dout, q, k, v, cu_tags, out, lse, ctx.scale, weights, bias, patch_mask
+            dout, q, k, v, cu_tags, out, stats, ctx.scale, weights, bias, patch_mask
         )
     if need_bias:
-        dbias = torch.ops.tuna_kernels.tag_attention_bias_gradient(dout, q, k, v, cu_tags, out, lse, ctx.scale, weights, bias, patch_mask)
+        dbias = torch.ops.tuna_kernels.tag_attention_bias_gradient(dout, q, k, v, cu_tags, out, stats, ctx.scale, weights, bias, patch_mask)
     return dq, dk, dv, None, None, dweights if need_weights else None, dbias, None
 
 

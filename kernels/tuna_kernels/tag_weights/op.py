@@ -131,7 +131,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     from .kernels import forward
 
-    return forward(tags, images, scores, temperature, cu_tags, tau, threshold, coupling)
+    with torch.cuda.device_of(cu_tags):
+        return forward(tags, images, scores, temperature, cu_tags, tau, threshold, coupling)
 
 
 @_forward.register_fake
@@ -153,12 +154,13 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     from .kernels import backward
 
-    found = backward(
-        grad, tags, images, scores, temperature, cu_tags, cosine, tag_norm, image_norm, tau, threshold, coupling, need_tags, need_images
-    )
-    # an operator returns tensors: an empty one stands for none
-    dtags, dimages, dscores, dtau = (grad.new_empty(0) if x is None else x for x in found)
-    return dtags, dimages, dscores, dtau
+    with torch.cuda.device_of(cu_tags):
+        found = backward(
+            grad, tags, images, scores, temperature, cu_tags, cosine, tag_norm, image_norm, tau, threshold, coupling, need_tags, need_images
+        )
+        # an operator returns tensors: an empty one stands for none
+        dtags, dimages, dscores, dtau = (grad.new_empty(0) if x is None else x for x in found)
+        return dtags, dimages, dscores, dtau
 
 
 @_backward.register_fake
