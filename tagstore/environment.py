@@ -118,6 +118,7 @@ def environment(directory: Path, *, create: bool = False) -> Any:
         if env is None:
             if not create and not os.path.exists(os.path.join(path, "data.mdb")):
                 raise NotFound(f"no database at {path}")
+            _reserve(path)
             try:
                 # metasync=False: a commit syncs the data; `env.sync(True)` after it makes the commit itself durable
                 env = lmdb.open(path, map_size=MAP_SIZE, max_readers=MAX_READERS, max_dbs=16, create=create, metasync=False)
@@ -126,6 +127,20 @@ def environment(directory: Path, *, create: bool = False) -> Any:
             env.reader_check()
             _open[path] = env
         return env
+
+
+def _reserve(path: str) -> None:
+    """Give the table of readers its blocks: LMDB makes a file with holes and maps it, and on a full disk the first reader dies of SIGBUS.
+
+    Raises `OSError` if there is no room.
+    """
+    os.makedirs(path, exist_ok=True)
+    descriptor = os.open(os.path.join(path, "lock.mdb"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        if not os.fstat(descriptor).st_size:
+            os.posix_fallocate(descriptor, 0, 64 * MAX_READERS + 128)
+    finally:
+        os.close(descriptor)
 
 
 def _failed(env: Any) -> bool:

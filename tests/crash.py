@@ -1,0 +1,446 @@
+"""The crash harness: a child works on a store and dies at a random instant; what it had acknowledged must be there, whole.
+
+The parent draws the operations from a seed, hands them to the child one by one, and keeps a plain model of what was
+acknowledged. Ways to die: SIGKILL by the clock, SIGKILL at or within the n-th write, the power cut (writes that were not
+synced are lost at random), and a disk that is full or broken for a while (ENOSPC, EIO), after which the same process goes on.
+The last four come from `crash_shim.c`, which is compiled when a C compiler is there. After each, the store is opened,
+verified and compared with the model: the operation in flight may be there or not, nothing else may differ.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import random
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tagstore import faiss_index
+from tagstore.compaction import compact
+from tagstore.environment import forget
+from tagstore.errors import NotFound, TagstoreError
+from tagstore.maintenance import Selection
+from tagstore.mining import MergedTag
+from tagstore.store import Snapshot, Store
+from tagstore.types import Fingerprint, Vectors
+from tagstore.verification import _problems
+from tagstore.writer import Draft, Progress, Writer
+
+D = 8
+NAME = "toy"
+SPACES = {name: Fingerprint(name, name, {"size": [8, 8]}, False, True, D) for name in ("first", "second")}
+WAYS = ("clock", "KILL", "TORN", "POWER", "ENOSPC", "EIO")
+_MODES = {"KILL": 1, "TORN": 2, "ENOSPC": 3, "EIO": 3, "POWER": 4}
+
+Operation = dict[str, Any]
+
+
+# 1. What an entry holds: all of it follows from its key and a serial number.
+
+
+def unit(*seed: Any) -> Vectors:
+    """One unit vector `[D]` that depends on nothing but its seed, as float16 keeps it."""
+    rng = np.random.default_rng(list(sha256(repr(seed).encode()).digest()))
+    vector = rng.standard_normal(D).astype(np.float32)
+    return (vector / np.linalg.norm(vector)).astype(np.float16).astype(np.float32)
+
+
+def draft(key: str, serial: int) -> Draft:
+    texts = sorted({f"tag {serial % 7}", f"tag {serial % 31}", f"rare {serial // 3}"})
+    tags = tuple(MergedTag(t, "object", t, 1.0, 1, ((0, 0, 4),)) for t in texts)
+    digest = sha256(f"{serial}".encode()).digest()
+    return Draft(key, digest, serial, (f"picture {serial:08d}",), tags, {"serial": serial}, f"file {serial:08d}")
+
+
+def vectors_of(space: str, serials: list[int]) -> Vectors:
+    return np.stack([unit(space, serial) for serial in serials]) if serials else np.zeros((0, D), np.float32)
+
+
+# 2. The operations, as the child does them.
+
+
+def ingest(root: Path, operation: Operation) -> dict[str, Any]:
+    space = operation["space"]
+    with Writer(root, NAME, SPACES[space], resume=operation["identity"], sync=operation["sync"]) as writer:
+        progress = writer.progress or Progress(operation["identity"])
+        resumed, done = progress.pairs, 0
+        for batch in operation["batches"]:
+            done += len(batch)
+            if done <= resumed:
+                continue
+            admitted, rejected, unchanged = writer.admit([draft(key, serial) for key, serial in batch], same_miner=True)
+            progress.pairs += len(batch)
+            progress.added += len(admitted)
+            progress.unchanged += unchanged
+            writer.append(admitted, vectors_of(space, [d.perceptual_hash for d in admitted]), rejected=rejected, progress=progress)
+        if progress.added:
+            _embed_tags(writer, space)
+            writer.commit(operation="ingest", source={"identity": operation["identity"]}, miner={"name": "toy"}, indexer=faiss_index.extend)
+        return {"version": writer.parent.number if writer.parent else 0, "resumed": resumed}
+
+
+def delete(root: Path, operation: Operation) -> dict[str, Any]:
+    with Writer(root, NAME) as writer:
+        writer.delete([e.entry_id for e in Selection(keys=operation["keys"]).find(writer.store.snapshot())])
+        _embed_tags(writer, writer.fingerprint.model)
+        return {"version": writer.commit(operation="delete", indexer=faiss_index.extend).number}
+
+
+def reembed(root: Path, operation: Operation) -> dict[str, Any]:
+    space = operation["space"]
+    with Writer(root, NAME, SPACES[space], new_space=True) as writer:
+        entries = list(writer.store.snapshot().entries())
+        random.Random(len(entries)).shuffle(entries)
+        for start in range(0, len(entries), 16):
+            some = entries[start : start + 16]
+            writer.put_vectors([e.entry_id for e in some], vectors_of(space, [e.perceptual_hash for e in some]))
+        _embed_tags(writer, space)
+        return {"version": writer.commit(operation="reembed", indexer=faiss_index.extend).number}
+
+
+def _embed_tags(writer: Writer, space: str) -> None:
+    while texts := writer.new_tags(limit=16):
+        writer.embed_tags(np.stack([unit(space, text) for text in texts]))
+
+
+def rollback(root: Path, operation: Operation) -> dict[str, Any]:
+    with Writer(root, NAME) as writer:
+        return {"version": writer.rollback(operation["to"]).number}
+
+
+def shrink(root: Path, operation: Operation) -> dict[str, Any]:
+    return {"version": compact(root, NAME, keep=operation["keep"]).number}
+
+
+OPERATIONS = {"ingest": ingest, "delete": delete, "reembed": reembed, "rollback": rollback, "compact": shrink}
+
+
+def child() -> None:
+    """Do what comes in on standard input, one JSON line each, and acknowledge on standard output."""
+    print(json.dumps({"ready": True}), flush=True)
+    for line in sys.stdin:
+        message = json.loads(line)
+        if "arm" in message:
+            ctypes.CDLL(None).crash_arm(*(ctypes.c_long(value) for value in message["arm"]))
+            continue
+        try:
+            answer = OPERATIONS[message["operation"]](Path(message["root"]), message)
+        except Exception as error:  # noqa: BLE001  whatever a failed write becomes is the answer
+            answer = {"failed": f"{type(error).__name__}: {error}"}
+            if "LD_PRELOAD" in os.environ:
+                ctypes.CDLL(None).crash_disarm()
+        print(json.dumps(answer), flush=True)
+
+
+# 3. The model of a store.
+
+Content = dict[str, int]
+"""key -> serial"""
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a store must hold: the versions it keeps, each with its space and content."""
+
+    versions: dict[int, tuple[str, Content]] = field(default_factory=dict)
+
+    @property
+    def current(self) -> int:
+        return max(self.versions, default=0)
+
+    @property
+    def content(self) -> tuple[str, Content]:
+        return self.versions.get(self.current, ("first", {}))
+
+    def after(self, operation: Operation) -> Model:
+        """The model once an operation is done."""
+        space, content = self.content
+        new = dict(content)
+        keep = None
+        if operation["operation"] == "ingest":
+            taken: Content = {}
+            for key, serial in (item for batch in operation["batches"] for item in batch):
+                taken.setdefault(key, serial)
+            new.update(taken)
+            if new == content:
+                return self
+        elif operation["operation"] == "delete":
+            new = {key: serial for key, serial in content.items() if key not in operation["keys"]}
+        elif operation["operation"] == "reembed":
+            space = operation["space"]
+        elif operation["operation"] == "rollback":
+            space, new = self.versions[operation["to"]]
+        else:
+            keep = operation["keep"]
+        versions = {**self.versions, self.current + 1: (space, new)}
+        return Model({n: versions[n] for n in sorted(versions)[-keep if keep else 0 :]})
+
+
+def draw(rng: random.Random, model: Model, serial: Iterator[int]) -> Operation:
+    """The next operation."""
+    space, content = model.content
+    kind = rng.choices(["ingest", "delete", "rollback", "reembed", "compact"], [10, 3, 2, 1, 2])[0] if content else "ingest"
+    if kind == "delete":
+        return {"operation": "delete", "keys": rng.sample(sorted(content), min(len(content), rng.randint(1, 8)))}
+    if kind == "rollback":
+        return {"operation": "rollback", "to": rng.choice(sorted(model.versions))}
+    if kind == "reembed":
+        return {"operation": "reembed", "space": "second" if space == "first" else "first"}
+    if kind == "compact":
+        return {"operation": "compact", "keep": rng.choice([None, 1, 2, 5])}
+    batches = [[(f"key-{rng.randrange(400):05d}", next(serial)) for _ in range(rng.randint(1, 24))] for _ in range(rng.randint(1, 4))]
+    identity = f"source {next(serial)}"
+    return {"operation": "ingest", "space": space, "identity": identity, "batches": batches, "sync": rng.choice(["full", "batch"])}
+
+
+# 4. Looking at a store as it was left.
+
+
+def look(root: Path, *, close: bool) -> tuple[Model, list[str]]:
+    """What a store holds, and everything wrong with it; both empty if nothing was ever committed."""
+    try:
+        store = Store(root, NAME)
+        store.snapshot()
+    except NotFound:
+        return Model(), []
+    except TagstoreError as error:
+        return Model(), [f"cannot be opened: {error}"]
+    found, wrong = {}, [f"verify: {p.file}: {p.what}" for p in _problems(str(root), NAME, True)]
+    for version in store.versions():
+        snapshot = Snapshot(store, version)
+        entries = list(snapshot.entries())
+        space = version.fingerprint.model
+        found[version.number] = (space, {e.key: e.perceptual_hash for e in entries})
+        tags = snapshot.vocabulary()
+        texts = {i: text for i, (text, _, _) in zip(tags, snapshot.tags(tags), strict=True)}
+        for entry in entries:
+            expected = draft(entry.key, entry.perceptual_hash)
+            carried = sorted(texts[t.tag_id] for t in entry.tags)
+            same = (entry.sha256, entry.captions, dict(entry.metadata), entry.origin) == (
+                expected.sha256,
+                expected.captions,
+                expected.metadata,
+                expected.origin,
+            )
+            if not same or carried != [t.text for t in expected.tags] or snapshot.find(entry.key) != entry.entry_id:
+                wrong.append(f"version {version.number}: entry {entry.entry_id} is not what was put in")
+        ids = snapshot.live()
+        expected_vectors = vectors_of(space, [e.perceptual_hash for e in entries])
+        if not np.array_equal(snapshot.vectors(ids), expected_vectors):
+            wrong.append(f"version {version.number}: vectors are not those put in")
+        if tags and not np.array_equal(snapshot.embeddings(np.array(tags)), np.stack([unit(space, texts[i]) for i in tags])):
+            wrong.append(f"version {version.number}: tag embeddings are not those put in")
+        nearest = faiss_index.FaissIndex(snapshot).search(expected_vectors, 1) if entries else ids[:, None]
+        if not np.array_equal(nearest[:, 0], ids):
+            wrong.append(f"version {version.number}: the index does not find every entry by its own vector")
+    if close:
+        store.env.close()
+        forget(store.generation)
+    return Model(found), wrong
+
+
+def orphans(root: Path) -> list[str]:
+    """Files that no version needs, after the next writer has been there."""
+    with Writer(root, NAME, SPACES["first"], new_space=True) as writer:
+        store = writer.store
+        needed = {store.generation / "data.mdb", store.generation / "lock.mdb", root / NAME / "CURRENT", root / NAME / "writer.lock"}
+        needed |= {store.index_directory / f["file"] for v in store.versions() for f in v.index["files"]}
+        return [str(path) for path in (root / NAME).rglob("*") if path.is_file() and path not in needed]
+
+
+# 5. The rounds.
+
+
+@dataclass
+class Figures:
+    """What was counted."""
+
+    ends: Counter[str] = field(default_factory=Counter)
+    """Rounds by the way they ended."""
+    acknowledged: Counter[str] = field(default_factory=Counter)
+    """Operations by kind."""
+    in_flight: Counter[str] = field(default_factory=Counter)
+    """Operations cut off, by whether they were found committed."""
+    refused: Counter[str] = field(default_factory=Counter)
+    """Operations that raised under ENOSPC or EIO, by error."""
+    went_on: int = 0
+    """Operations acknowledged by a process in which one had failed before."""
+    resumed_pairs: int = 0
+    checks: int = 0
+    """Times that a store was opened, verified and compared."""
+    versions_compared: int = 0
+    orphans: int = 0
+    lost: list[str] = field(default_factory=list)
+    """Every difference between a store and what was acknowledged, and everything that `verify` says."""
+
+
+class _Child:
+    def __init__(self, shim: Path | None) -> None:
+        preload = {"LD_PRELOAD": str(shim)} if shim else {}
+        self.process = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, env={**os.environ, **preload}
+        )
+        self._buffer = b""
+
+    def send(self, message: Operation) -> None:
+        assert self.process.stdin
+        with suppress(BrokenPipeError):  # it died: `receive` will say so
+            self.process.stdin.write(json.dumps(message).encode() + b"\n")
+
+    def receive(self, seconds: float) -> dict[str, Any] | None:
+        """Its next answer; None if it died, or did not answer in time."""
+        assert self.process.stdout
+        end = time.monotonic() + seconds
+        while b"\n" not in self._buffer:
+            if not select.select([self.process.stdout], [], [], max(0.0, end - time.monotonic()))[0]:
+                return None
+            data = os.read(self.process.stdout.fileno(), 1 << 16)
+            if not data:
+                return None
+            self._buffer += data
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        return dict(json.loads(line))
+
+    def end(self) -> dict[str, Any] | None:
+        """SIGKILL; returns what it had said before it died."""
+        assert self.process.stdin
+        assert self.process.stdout
+        self.process.kill()
+        code = self.process.wait()
+        assert code == -signal.SIGKILL, f"the child ended by itself, with {code}"
+        last = self.receive(0.0)
+        self.process.stdin.close()
+        self.process.stdout.close()
+        return last
+
+
+class Harness:
+    """Rounds on stores under a directory, each until the child's death."""
+
+    def __init__(self, directory: Path, seed: int, *, ways: tuple[str, ...] = WAYS, rounds_per_store: int = 10) -> None:
+        self.directory, self.rng, self.rounds_per_store = directory, random.Random(seed), rounds_per_store
+        self.shim = build_shim(directory) if set(ways) & set(_MODES) else None
+        self.ways = tuple(way for way in ways if way not in _MODES or self.shim)
+        self.serial = iter(range(1, 1 << 40))
+        self.figures = Figures()
+        self._spare: _Child | None = None
+        self._new_store()
+
+    def _new_store(self) -> None:
+        self.root = self.directory / f"root-{next(self.serial)}"
+        self.model = Model()
+        self.interrupted: Operation | None = None
+
+    def run(self, rounds: int) -> Figures:
+        try:
+            for number in range(1, rounds + 1):
+                self._round()
+                if number % self.rounds_per_store == 0 or self.figures.lost:
+                    if self.model.versions:
+                        left = orphans(self.root)
+                        self.figures.orphans += len(left)
+                        self.figures.lost += [f"an orphan: {path}" for path in left]
+                        look(self.root, close=True)
+                    if self.figures.lost:
+                        break  # the store stays where it is, to be looked at
+                    shutil.rmtree(self.root, ignore_errors=True)
+                    self._new_store()
+        finally:
+            if self._spare:
+                self._spare.end()
+        return self.figures
+
+    def _round(self) -> None:
+        figures, way = self.figures, self.rng.choice(self.ways)
+        current, self._spare = self._spare or _Child(self.shim), None
+        assert current.receive(60), "the child did not start"
+        if way in _MODES:
+            current.send({"arm": self._arm(way)})
+        left = self.rng.uniform(0.0, 0.4) if way == "clock" else 30.0
+        end, failed, after_failure = time.monotonic() + left, False, self.rng.randint(1, 3)
+        while True:
+            # the user whose operation was cut off asks for it again, or for something else
+            again, self.interrupted = self.interrupted, None
+            operation = again if again and self.rng.random() < 0.6 else draw(self.rng, self.model, self.serial)
+            current.send({**operation, "root": str(self.root)})
+            answer = current.receive(end - time.monotonic())
+            if answer is None:
+                answer = current.end()
+                self._spare = _Child(self.shim)  # starts while the store is looked at
+                if answer is None:
+                    figures.ends[way] += 1
+                    self._resolve(operation, close=way == "POWER" or self.rng.random() < 0.5)
+                    return
+            if "failed" in answer:
+                kind = answer["failed"].partition(":")[0]
+                if failed or way not in ("ENOSPC", "EIO"):
+                    figures.lost.append(f"{operation['operation']} failed though the disk was sound: {answer['failed']}")
+                failed = True
+                figures.refused[f"{way}: {kind}"] += 1
+                self._resolve(operation, close=False)
+            else:
+                self.model = self.model.after(operation)
+                figures.acknowledged[operation["operation"]] += 1
+                figures.resumed_pairs += answer.get("resumed", 0)
+                figures.went_on += failed
+                after_failure -= failed
+                if answer["version"] != self.model.current:
+                    figures.lost.append(f"{operation['operation']} was acknowledged as {answer['version']}, not {self.model.current}")
+            if self._spare or figures.lost or not after_failure:
+                current.end() if not self._spare else None
+                self._spare = self._spare or _Child(self.shim)
+                figures.ends[way] += 1
+                self._resolve(None, close=self.rng.random() < 0.5)
+                return
+
+    def _arm(self, way: str) -> list[int]:
+        code = {"ENOSPC": errno.ENOSPC, "EIO": errno.EIO}.get(way, 0)
+        return [_MODES[way], self.rng.randrange(160), self.rng.choice([1, 1, 3, 10_000]), code, self.rng.randrange(1 << 30)]
+
+    def _resolve(self, operation: Operation | None, *, close: bool) -> None:
+        """Look at the store; it must be as acknowledged, with or without the operation in flight."""
+        found, wrong = look(self.root, close=close)
+        self.figures.checks += 1
+        self.figures.versions_compared += len(found.versions)
+        self.figures.lost += wrong
+        candidate = self.model.after(operation) if operation else self.model
+        if operation:
+            self.interrupted = operation
+            self.figures.in_flight["committed" if found == candidate != self.model else "not there"] += 1
+        if found not in (self.model, candidate):
+            self.figures.lost.append(f"the store holds {_brief(found)}, acknowledged is {_brief(self.model)}, in flight was {operation}")
+        self.model = found
+
+
+def _brief(model: Model) -> dict[int, tuple[str, int]]:
+    return {number: (space, len(content)) for number, (space, content) in model.versions.items()}
+
+
+def build_shim(directory: Path) -> Path | None:
+    """Compile the fault injection; None where there is no C compiler."""
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        return None
+    target = directory / "crash_shim.so"
+    source = Path(__file__).with_name("crash_shim.c")
+    subprocess.run([compiler, "-O1", "-shared", "-fPIC", "-o", target, source, "-ldl", "-lpthread"], check=True)
+    return target
+
+
+if __name__ == "__main__":
+    child()

@@ -1,0 +1,143 @@
+"""The store's first promise: whoever dies at whatever instant, what was acknowledged is there and whole."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import crash
+from pictures import COLOURS, SHAPES, picture
+from tagstore import builder
+from tagstore.encoder import Encoder
+from tagstore.store import Store
+from tagstore.types import Fingerprint
+from tagstore.verification import verify
+
+
+def test_nothing_acknowledged_is_lost_in_30_deaths(tmp_path: Path) -> None:
+    ways = crash.WAYS if shutil.which("cc") else ("clock",)
+    figures = crash.Harness(tmp_path, seed=20_240, ways=ways, rounds_per_store=10).run(30)
+    assert figures.lost == []
+    assert sum(figures.ends.values()) == figures.checks - sum(figures.refused.values()) == 30
+    assert sum(figures.acknowledged.values()) > 20
+    assert sum(figures.in_flight.values()) > 10
+
+
+@pytest.mark.skipif(not shutil.which("cc"), reason="needs a C compiler, to build what makes writes fail")
+def test_the_harness_notices_a_commit_that_was_not_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power cut takes what was not synced: with syncs that do nothing, the harness must find something lost."""
+    monkeypatch.setenv("CRASH_SYNC_NOTHING", "1")
+    figures = crash.Harness(tmp_path, seed=1, ways=("POWER",), rounds_per_store=30).run(30)
+    assert figures.lost
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_a_store_on_a_full_disk_goes_on_when_there_is_room_again(tmp_path: Path) -> None:
+    root = tmp_path / "disk"
+    root.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "none", root], capture_output=True, check=False).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        harness = crash.Harness(tmp_path, seed=3, ways=("clock",))
+        model, worker, failed, after = crash.Model(), crash._Child(None), 0, 0
+        assert worker.receive(60)
+        while after < 5:
+            operation = crash.draw(harness.rng, model, harness.serial)
+            worker.send({**operation, "root": str(root)})
+            answer = worker.receive(60)
+            assert answer is not None, f"{operation['operation']} brought the process down"
+            done = model.after(operation)
+            if "failed" in answer:
+                assert "No space left" in answer["failed"], answer
+                failed += 1
+                if failed == 8:
+                    subprocess.run(["mount", "-o", "remount,size=64m", root], check=True)
+                found, wrong = crash.look(root, close=False)
+                assert wrong == []
+                assert found in (model, done)
+                model = found
+            else:
+                model = done
+                after += failed >= 8
+        assert failed == 8
+        assert crash.look(root, close=True) == (model, [])
+        worker.end()
+    finally:
+        subprocess.run(["umount", "-l", root], check=True)
+
+
+class ToyEncoder(Encoder):
+    """Eight numbers of a picture's colours; a text's vector follows from its hash."""
+
+    def __init__(self) -> None:
+        self.fingerprint = Fingerprint("toy", "00", {"size": [8, 8]}, False, True, crash.D)
+        self.dimension, self.image_size, self.device, self.precision = crash.D, (8, 8), "cpu", "fp32"
+
+    def prepare(self, image):
+        return np.asarray(image)[::12, ::12]
+
+    def encode_images(self, images):
+        flat = np.stack(list(images)).reshape(len(images), -1)[:, 88:96].astype(np.float32) + 1
+        return flat / np.linalg.norm(flat, axis=1, keepdims=True)
+
+    def encode_texts(self, texts):
+        return np.stack([crash.unit("text", text) for text in texts])
+
+
+def _source(folder: Path) -> Path:
+    """200 rows over 18 pictures; one is no picture, one repeats a key."""
+    folder.mkdir()
+    (folder / "broken.png").write_bytes(b"no picture")
+    rows = ["key,image,caption"]
+    for i in range(200):
+        colour, shape = COLOURS[i % 6], SHAPES[i // 6 % 3]
+        (folder / f"{colour}-{shape}.png").write_bytes(picture(colour, shape))
+        rows.append(f"{i if i != 150 else 20},{'broken' if i == 70 else f'{colour}-{shape}'}.png,A {colour} {shape} number {i}.")
+    (folder / "items.csv").write_text("\n".join(rows))
+    return folder / "items.csv"
+
+
+def ingest_slowly(source: str, root: str) -> None:
+    """What the child of the test below does: an ingest in batches of 16 that says when one is done, and waits to be told to go on."""
+    builder.BATCH = 16
+
+    def said(stage: str, done: int) -> None:
+        print(stage, flush=True)
+        sys.stdin.readline()
+
+    builder.ingest(source, root=root, store="s", encoder=ToyEncoder(), miner="keywords", progress=said)
+
+
+def test_an_ingest_killed_again_and_again_ends_as_one_that_was_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(builder, "BATCH", 16)
+    source = _source(tmp_path / "source")
+    whole = builder.ingest(str(source), root=tmp_path / "whole", store="s", encoder=ToyEncoder(), miner="keywords")
+    command = [sys.executable, __file__, str(source), str(tmp_path / "cut")]
+    for batches in (1, 3, 6):  # of 13, and one more each time: a run starts where the one before was killed
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+            for _ in range(batches):
+                assert child.stdout.readline() == "pairs\n"
+                print(file=child.stdin, flush=True)
+            assert child.stdout.readline()
+            child.send_signal(signal.SIGKILL)
+    resumed = builder.ingest(str(source), root=tmp_path / "cut", store="s", encoder=ToyEncoder(), miner="keywords")
+    assert resumed.resumed >= 200 - 16
+    for name in ("pairs", "added", "unchanged", "entries", "tags", "unique_tags", "quarantined", "reasons"):
+        assert getattr(resumed, name) == getattr(whole, name), name
+    ours, theirs = (Store(tmp_path / root, "s").snapshot() for root in ("cut", "whole"))
+    assert ours.version.ranges == theirs.version.ranges  # checksums of entries, vectors, tags, embeddings, live, counts
+    assert list(ours.entries()) == list(theirs.entries())
+    assert list(ours.quarantine()) == list(theirs.quarantine())
+    assert [f["sha256"] for f in ours.version.index["files"]] == [f["sha256"] for f in theirs.version.index["files"]]
+    assert verify(tmp_path / "cut", "s", full=True) == []
+
+
+if __name__ == "__main__":
+    ingest_slowly(*sys.argv[1:])
