@@ -246,6 +246,22 @@ def test_torch_compile_takes_it_whole() -> None:
             assert torch.equal(ours[name], x), name
 
 
+def test_torch_compile_takes_the_reference_whole() -> None:
+    """Given `max_tags`, nothing in it depends on data."""
+    torch._dynamo.reset()
+    bounded = partial(reference, max_tags=8)
+    compiled = torch.compile(
+        lambda q, k, v, cu_tags, **kw: bounded(q, k, v, cu_tags, **kw), fullgraph=True, backend="aot_eager", dynamic=True
+    )
+    for counts in ((3, 0, 5), (1, 4, 8)):
+        grads, rest, dout = inputs(Case(counts, 33, 2, 1, 24, flags="wbm"))
+        ours, plain = (
+            with_gradients(op, grads, rest, dout) for op in (lambda q, k, v, cu_tags, **kw: compiled(q, k, v, cu_tags, **kw), reference)
+        )
+        for name, x in plain.items():
+            torch.testing.assert_close(ours[name], x, atol=1e-6, rtol=1e-5)
+
+
 def test_torch_library_rules() -> None:
     grads, rest, _ = inputs(Case((3, 0, 2), 17, 2, 1, 16, flags="wbm"))
     q, k, v, weights, bias = (x.requires_grad_() for x in grads.values())
@@ -300,6 +316,7 @@ def test_training_is_the_same() -> None:
         ({"bias": torch.zeros(5)}, "changes nothing under softmax"),
         ({"bias": torch.zeros(5, 3, 17)}, "bias must be"),
         ({"patch_mask": torch.ones(2, 17)}, "patch_mask must be bool"),
+        ({"max_tags": 2}, "an image has 3 tags, more than max_tags=2"),
         ({"impl": "cuda"}, "impl must be one of"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",

@@ -52,7 +52,8 @@ def tag_attention(
             all patches of a tag changes nothing here (softmax cancels it): log-weights belong where tags are *keys*.
         patch_mask: bool `[B, P]`, True where a patch may be seen. A tag that may see nothing gets zeros, and zero gradients.
         impl: "auto", "triton" or "reference"; see `tuna_kernels.backend`.
-        max_tags: an upper bound of the tags of one image, if known. Only the reference uses it, to avoid a host sync.
+        max_tags: an upper bound of the tags of one image, if known. Only the reference uses it: it saves a host sync, and lets
+            torch.compile take the reference whole.
         return_attention: also return the attention `[T, H, P]` (before `weights`), without gradient, for looking at.
 
     Returns:
@@ -63,6 +64,10 @@ def tag_attention(
         RuntimeError: `impl="triton"` cannot be had; the message says why.
     """
     _check(q, k, v, cu_tags, weights, bias, patch_mask)
+    if max_tags is not None and cu_tags.device.type == "cpu" and not torch.compiler.is_compiling():
+        most = reference.most_tags(cu_tags)
+        if most > max_tags:
+            raise ValueError(f"tag_attention: an image has {most} tags, more than max_tags={max_tags}")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if not choose(impl, "tag_attention", q):
         out, attention = reference.tag_attention(
