@@ -1,0 +1,163 @@
+"""A version of a store -> a bundle. What is written is read twice: once for the checksums that come first in the file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tagstore.bundles.archive import MAX_LINE, ArchiveWriter
+from tagstore.bundles.manifest import (
+    BATCH,
+    EMBEDDINGS,
+    ENTRIES,
+    MANIFEST,
+    SIGNATURE,
+    TAGS,
+    VECTORS,
+    BundleInfo,
+    check_rows,
+    to_json,
+)
+from tagstore.bundles.signature import Signer
+from tagstore.checks import checksum
+from tagstore.errors import Damaged, InvalidInput
+from tagstore.store import Snapshot, Store, Version
+from tagstore.types import Vectors
+
+
+def export(
+    root: str | Path,
+    store: str,
+    path: str | Path,
+    *,
+    version: int | None = None,
+    licence: str = "",
+    note: str = "",
+    key: str | Path | None = None,
+) -> BundleInfo:
+    """Write a version to a file, which appears whole or not at all; one of that name is replaced. Memory does not grow with the store.
+
+    Args:
+        root: directory of the stores.
+        store: name of the store.
+        path: the file to write.
+        version: number of the version; the current one if not given.
+        licence: under which the content may be used, for the manifest: an SPDX identifier, a text or a URL.
+        note: anything else that the manifest should say.
+        key: PEM file of an Ed25519 private key to sign with.
+
+    Raises:
+        NotFound: no such store, version or key, or no directory to write to.
+        InvalidInput: something of the version has no place in a bundle; the message says what.
+        Damaged: the store is not what was committed.
+        Busy: another process writes the same file.
+    """
+    snapshot = Store(root, store).snapshot(version)
+    signer = Signer(key) if key else None
+    _check_sound(snapshot)
+    info = _describe(snapshot, licence, note, signer.public if signer else "")
+    manifest = info.manifest()
+    with ArchiveWriter(path) as archive:
+        archive.put(MANIFEST, len(manifest), [manifest])
+        if signer:
+            signature = signer.sign(manifest)
+            archive.put(SIGNATURE, len(signature), [signature])
+        for name, pieces in _contents(snapshot).items():
+            archive.put(name, info.files[name]["bytes"], pieces)
+    return replace(info, sha256=archive.sha256)
+
+
+def _check_sound(snapshot: Snapshot) -> None:
+    """A bundle must not make records look right that are not what the version was committed with."""
+    version = snapshot.version
+    for name in ("entries", "vectors", "tags", "embeddings"):
+        for r in version.ranges[name]:
+            if checksum(snapshot.store, name, version.space, r.first, r.end, snapshot.dimension) != r.sha256:
+                raise Damaged(
+                    f"{name} {r.first} to {r.end - 1} of store '{snapshot.store.name}' are not what version {version.number} committed: "
+                    "run `tagstore verify`"
+                )
+
+
+def _describe(snapshot: Snapshot, licence: str, note: str, signer: str) -> BundleInfo:
+    files = {}
+    for name, pieces in _contents(snapshot).items():
+        digest, size = sha256(), 0
+        for piece in pieces:
+            digest.update(piece)
+            size += len(piece)
+        files[name] = {"bytes": size, "sha256": digest.hexdigest()}
+    version = snapshot.version
+    sources: list[Any] = []
+    bundles: list[Any] = []
+    for before in snapshot.store.versions():
+        if before.number <= version.number and before.source:
+            came = before.source.get("bundle", {"sources": [before.source], "bundles": []})
+            sources += [source for source in came["sources"] if source not in sources]
+            bundles += [bundle for bundle in came["bundles"] if bundle not in bundles]
+    same = {f.name: getattr(version, f.name) for f in fields(Version) if f.name in BundleInfo.__slots__}
+    return BundleInfo(
+        **same,
+        store=snapshot.store.name,
+        version=version.number,
+        licence=licence,
+        note=note,
+        sources=sources,
+        bundles=bundles,
+        signer=signer,
+        files=files,
+    )
+
+
+def _contents(snapshot: Snapshot) -> dict[str, Iterator[bytes]]:
+    """The pieces of every file."""
+    tag_ids, entry_ids = np.array(snapshot.vocabulary(), np.int64), snapshot.live()
+    return {
+        TAGS: _tag_lines(snapshot, tag_ids),
+        EMBEDDINGS: _rows(snapshot, EMBEDDINGS, snapshot.embeddings, tag_ids),
+        ENTRIES: _entry_lines(snapshot, entry_ids),
+        VECTORS: _rows(snapshot, VECTORS, snapshot.vectors, entry_ids),
+    }
+
+
+def _tag_lines(snapshot: Snapshot, ids: NDArray[np.int64]) -> Iterator[bytes]:
+    for start in range(0, len(ids), BATCH):
+        some = ids[start : start + BATCH].tolist()
+        for i, (text, kind, canonical) in zip(some, snapshot.tags(some), strict=True):
+            yield _line({"id": i, "text": text, "kind": kind, "canonical": canonical}, f"tag {i}")
+
+
+def _entry_lines(snapshot: Snapshot, ids: NDArray[np.int64]) -> Iterator[bytes]:
+    for entry in snapshot.entries(ids):
+        value = {
+            "id": entry.entry_id,
+            "key": entry.key,
+            "sha256": entry.sha256.hex(),
+            "perceptual_hash": f"{entry.perceptual_hash:016x}",
+            "captions": entry.captions,
+            "tags": [(tag.tag_id, round(tag.score * 255), tag.mentions) for tag in entry.tags],
+            "metadata": entry.metadata,
+            "origin": entry.origin,
+        }
+        yield _line(value, f"entry {entry.entry_id} ({entry.key[:100]})")
+
+
+def _line(value: dict[str, Any], what: str) -> bytes:
+    data = to_json(value, what) + b"\n"
+    if len(data) > MAX_LINE:
+        raise InvalidInput(f"{what} takes {len(data)} bytes in a bundle, {MAX_LINE} is the most")
+    return data
+
+
+def _rows(snapshot: Snapshot, name: str, gather: Callable[[NDArray[np.int64]], Vectors], ids: NDArray[np.int64]) -> Iterator[bytes]:
+    for start in range(0, len(ids), BATCH):
+        some = ids[start : start + BATCH]
+        rows = gather(some)
+        check_rows(rows, some, snapshot.version.fingerprint, name)
+        yield rows.astype("<f2").tobytes()  # exact: the store keeps float16

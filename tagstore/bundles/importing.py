@@ -1,0 +1,245 @@
+"""A bundle -> a new store. Nothing of a bundle is believed before it was checked, and nothing of it is seen before all of it was."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import asdict
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from tagstore import faiss_index
+from tagstore.bundles.archive import ArchiveReader, Member
+from tagstore.bundles.manifest import (
+    BATCH,
+    EMBEDDINGS,
+    ENTRIES,
+    ENTRY,
+    MANIFEST,
+    MAX_MANIFEST,
+    SIGNATURE,
+    TAG,
+    TAGS,
+    VECTORS,
+    BundleInfo,
+    fits,
+    from_json,
+)
+from tagstore.bundles.restorer import Restorer
+from tagstore.bundles.signature import BYTES, check, public_key
+from tagstore.environment import forget, sync_directory, writer_lock
+from tagstore.errors import AlreadyExists, Busy, Damaged, InvalidInput, NotFound
+from tagstore.readers import Columns
+from tagstore.records import encode_entry
+from tagstore.store import Store, Version, check_name
+from tagstore.types import Entry, EntryTag
+from tagstore.verification import verify
+
+IMPORTING = ".importing"
+BATCH_BYTES = 4 << 20
+
+T = TypeVar("T")
+
+
+def inspect(path: str | Path) -> BundleInfo:
+    """What the manifest of a bundle says; nothing behind it is read, and no signature is checked."""
+    with _opened(path) as archive:
+        return BundleInfo.from_manifest(archive.small(MANIFEST, MAX_MANIFEST))
+
+
+def import_(
+    root: str | Path,
+    path: str | Path,
+    *,
+    store: str | None = None,
+    key: str | Path | None = None,
+    max_bytes: int | None = None,
+) -> Version:
+    """Make a new store of a bundle; its one version has the number, the ids and the answers of the one that was exported.
+
+    The store is built in a hidden place, verified, and only then given its name, in one step. If it is cut off at any instant there is
+    nothing to be seen, and the next import into the same root removes what was left. One import into a root at a time.
+
+    Args:
+        root: directory of the stores; made if it isn't there.
+        path: the bundle.
+        store: name of the new store; the one it was exported from if not given.
+        key: PEM file of an Ed25519 public key: only a bundle that this key signed is taken.
+        max_bytes: refuse a bundle that unpacks to more.
+
+    Raises:
+        AlreadyExists: there is a store of that name.
+        InvalidInput: no bundle, one made against its rules, unsigned or signed by another where `key` demands a signature, or too large.
+        Damaged: bytes are missing or changed, or the signature is not that of the content.
+        NotFound: no bundle or key there.
+        Busy: another process imports into the same root.
+    """
+    root = Path(root)
+    demanded = public_key(key) if key else ""
+    with _opened(path) as archive:
+        manifest = archive.small(MANIFEST, MAX_MANIFEST)
+        info = BundleInfo.from_manifest(manifest)
+        _check_signature(archive, info, manifest, demanded)
+        name = check_name(store or info.store)
+        root.mkdir(parents=True, exist_ok=True)
+        _check_room(root, info, max_bytes)
+        with _workshop(root) as workshop:
+            if (root / name).exists():
+                raise AlreadyExists(f"there is a store '{name}' already: import under another name, or drop it first")
+            _build(workshop, name, archive, info, _source(path, info, manifest))
+            archive.end()
+            if problems := verify(workshop, name, full=True):
+                raise Damaged(f"the store made of {path} is not sound: {problems[0].what} ({len(problems)} problems); nothing was imported")
+            try:
+                (workshop / name).rename(root / name)
+            except OSError as error:
+                raise AlreadyExists(f"{root / name} has come up meanwhile: import under another name") from error
+            sync_directory(root)
+    return Store(root, name).snapshot().version
+
+
+def _build(workshop: Path, name: str, archive: ArchiveReader, info: BundleInfo, source: Mapping[str, Any]) -> None:
+    """The store of a bundle, complete, and closed again: LMDB must not have a file open that is about to get another path."""
+
+    def member(file: str) -> AbstractContextManager[Member]:
+        return archive.member(file, info.files[file]["bytes"], info.files[file]["sha256"])
+
+    with Restorer(workshop, name, info) as writer:
+        with member(TAGS) as file:
+            for tags in _batches((value, size) for value, size, _ in _records(file, TAG, info.next_tag_id)):
+                writer.put_tags(tags)
+            _check_count(TAGS, len(writer.tag_ids), info.unique_tags)
+        with member(EMBEDDINGS) as file:
+            writer.put_rows("embeddings", writer.tag_ids, file)
+        with member(ENTRIES) as file:
+            for entries in _batches(_entries(file, info.next_entry_id)):
+                writer.put_entries(entries)
+            _check_count(ENTRIES, len(writer.entry_ids), info.entries)
+            _check_count(f"tags in {ENTRIES}", int(writer.counts.sum(dtype=np.int64)), info.tags)
+            _check_count(f"different tags in {ENTRIES}", int(np.count_nonzero(writer.counts)), info.unique_tags)
+        with member(VECTORS) as file:
+            writer.put_rows("vectors", writer.entry_ids, file)
+        writer.commit(operation="import", source=source, miner=info.miner, indexer=faiss_index.extend)
+    _forget(workshop / name)
+    writer.env.close()
+
+
+def _entries(member: Member, end: int) -> Iterator[tuple[tuple[Entry, bytes], int]]:
+    for value, size, where in _records(member, ENTRY, end):
+        if any(last < first for _, _, mentions in value["tags"] for _, first, last in mentions):
+            raise InvalidInput(f"{where} has a tag that ends before it starts")
+        entry = Entry(
+            entry_id=value["id"],
+            key=value["key"],
+            sha256=bytes.fromhex(value["sha256"]),
+            perceptual_hash=int(value["perceptual_hash"], 16),
+            captions=tuple(value["captions"]),
+            tags=tuple(EntryTag(i, score / 255, tuple((c, s, e) for c, s, e in mentions)) for i, score, mentions in value["tags"]),
+            metadata=value["metadata"],
+            origin=value["origin"],
+        )
+        try:
+            record = encode_entry(entry)
+        except RecursionError:
+            raise InvalidInput(f"{where} has metadata that is nested too deeply") from None
+        yield (entry, record), size
+
+
+def _records(member: Member, shape: dict[str, Any], end: int) -> Iterator[tuple[dict[str, Any], int, str]]:
+    """Each line as (value, bytes, where it stands)."""
+    before = -1
+    for number, line in enumerate(member.lines(), 1):
+        where = f"{member.name}, line {number}"
+        value = from_json(line, where)
+        if not fits(value, shape):
+            raise InvalidInput(f"{where} has not the fields and types that it should have: {', '.join(shape)}")
+        if not before < value["id"] < end:
+            raise InvalidInput(f"{where} has id {value['id']} after {before}: ids ascend, and stay below {end}")
+        before = value["id"]
+        yield value, len(line), where
+
+
+def _batches(records: Iterable[tuple[T, int]]) -> Iterator[list[T]]:
+    batch: list[T] = []
+    held = 0
+    for record, size in records:
+        batch.append(record)
+        held += size
+        if len(batch) == BATCH or held > BATCH_BYTES:
+            yield batch
+            batch, held = [], 0
+    yield batch
+
+
+def _source(path: str | Path, info: BundleInfo, manifest: bytes) -> dict[str, Any]:
+    """What the version will say of where it came from. Paths that a bundle names are for people to read: nothing follows them."""
+    this = {name: getattr(info, name) for name in ("store", "version", "created", "licence", "note", "signer")}
+    this["manifest_sha256"] = sha256(manifest).hexdigest()
+    came = {"sources": list(info.sources), "bundles": [*info.bundles, this]}
+    return {"path": os.path.abspath(path), "format": "bundle", "columns": asdict(Columns()), "allow_outside": False, "bundle": came}
+
+
+def _check_count(what: str, found: int, said: int) -> None:
+    if found != said:
+        raise InvalidInput(f"{what}: there are {found}, {MANIFEST} says {said}")
+
+
+def _check_room(root: Path, info: BundleInfo, max_bytes: int | None) -> None:
+    size = sum(file["bytes"] for file in info.files.values())
+    if max_bytes is not None and size > max_bytes:
+        raise InvalidInput(f"the bundle unpacks to {size} bytes, {max_bytes} are allowed")
+    size += info.files[VECTORS]["bytes"]  # once more in the index
+    free = shutil.disk_usage(root).free
+    if size > free:
+        raise InvalidInput(f"the bundle needs {size} bytes in {root}, {free} are free")
+
+
+def _check_signature(archive: ArchiveReader, info: BundleInfo, manifest: bytes, demanded: str) -> None:
+    if demanded and not info.signer:
+        raise InvalidInput("the bundle is not signed, and a signature is demanded: get a signed one, or import without a key")
+    if demanded and demanded != info.signer:
+        raise InvalidInput(f"the bundle is signed by {info.signer}, the key demanded is {demanded}")
+    if info.signer:
+        check(manifest, archive.small(SIGNATURE, BYTES), info.signer)
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[ArchiveReader]:
+    try:
+        file = Path(path).open("rb")  # noqa: SIM115  closed below
+    except OSError as error:
+        raise NotFound(f"cannot read the bundle {path}: {error.strerror}") from error
+    with file:
+        yield ArchiveReader(file, str(path))
+
+
+@contextmanager
+def _workshop(root: Path) -> Iterator[Path]:
+    """A hidden directory under a root, held by this process alone; empty at first, and emptied at the end."""
+    workshop = root / IMPORTING
+    workshop.mkdir(exist_ok=True)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(writer_lock(workshop))
+        except Busy:
+            raise Busy(f"another import into {root} is under way: wait for it to end, then try again") from None
+        stack.callback(_empty, workshop)
+        _empty(workshop)
+        yield workshop
+
+
+def _empty(workshop: Path) -> None:
+    for left in workshop.iterdir():
+        if left.is_dir():
+            _forget(left)
+            shutil.rmtree(left)
+
+
+def _forget(store: Path) -> None:
+    for database in store.glob("db-*"):
+        forget(database)

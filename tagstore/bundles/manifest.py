@@ -1,0 +1,183 @@
+"""The manifest of a bundle, and the shapes and checks of the records that it vouches for."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tagstore.errors import InvalidInput
+from tagstore.types import KINDS, Fingerprint
+
+FORMAT = 1
+MANIFEST, SIGNATURE = "manifest.json", "manifest.sig"
+TAGS, EMBEDDINGS, ENTRIES, VECTORS = FILES = ("tags.jsonl", "embeddings.f16", "entries.jsonl", "vectors.f16")
+MAX_MANIFEST = 4 << 20
+BATCH = 4096
+"""Records or rows that are in memory at a time."""
+
+_SPARSE, _SLACK = 4096, 1 << 24
+"""Ids may reach so many times as far as there are records, and so much farther."""
+
+_WHOLE, _SMALL = range(1 << 62), range(1 << 31)
+_SHA256 = re.compile("[0-9a-f]{64}")
+TAG = {"id": _WHOLE, "text": str, "kind": re.compile("|".join(KINDS)), "canonical": re.compile(".+", re.DOTALL)}
+ENTRY = {
+    "id": _WHOLE,
+    "key": str,
+    "sha256": _SHA256,
+    "perceptual_hash": re.compile("[0-9a-f]{16}"),
+    "captions": [str],
+    "tags": [(_WHOLE, range(256), [(range(-1, 1 << 31), _SMALL, _SMALL)])],
+    "metadata": dict,
+    "origin": str,
+}
+_MANIFEST: dict[str, Any] = {
+    "store": str,
+    "version": range(1, 1 << 62),
+    "created": str,
+    "operation": str,
+    "entries": _WHOLE,
+    "tags": _WHOLE,
+    "unique_tags": _WHOLE,
+    "next_entry_id": _WHOLE,
+    "next_tag_id": _WHOLE,
+    "fingerprint": {
+        "model": str,
+        "weights": str,
+        "preprocess": dict,
+        "quick_gelu": bool,
+        "normalised": bool,
+        "dimension": range(1, 1 << 16),
+    },
+    "miner": dict,
+    "licence": str,
+    "note": str,
+    "sources": [dict],
+    "bundles": [dict],
+    "signer": re.compile("([0-9a-f]{64})?"),
+    "files": {name: {"bytes": _WHOLE, "sha256": _SHA256} for name in FILES},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class BundleInfo:
+    """What the manifest of a bundle says."""
+
+    store: str
+    """Name of the store that was exported; what follows up to `miner` is of its version."""
+    version: int
+    created: str
+    """When the version was committed: UTC, ISO 8601."""
+    operation: str
+    entries: int
+    tags: int
+    """Over all entries."""
+    unique_tags: int
+    next_entry_id: int
+    next_tag_id: int
+    fingerprint: Fingerprint
+    miner: Mapping[str, Any]
+    licence: str
+    """Under which the content may be used, as the exporter said."""
+    note: str
+    sources: Sequence[Mapping[str, Any]]
+    """Where the store's ingests read: path, format, columns."""
+    bundles: Sequence[Mapping[str, Any]]
+    """Those that the exported store was itself imported from, with their licences."""
+    signer: str
+    """Public key (32 bytes, hex) of whoever signed it, empty if nobody did. Only an import that demands a key proves it."""
+    files: Mapping[str, Mapping[str, Any]]
+    """"bytes" and "sha256" of each file."""
+    sha256: str = ""
+    """Of the bundle itself; empty where only its manifest was read."""
+
+    def manifest(self) -> bytes:
+        """The bytes of `manifest.json`: one form for one content. Raises `InvalidInput` for what `from_manifest` would refuse."""
+        self._check()
+        value = {name: value for name, value in asdict(self).items() if name != "sha256"}
+        data = to_json({"bundle": "tagstore", "format": FORMAT, **value}, MANIFEST)
+        if len(data) > MAX_MANIFEST:
+            raise InvalidInput(f"the manifest would have {len(data)} bytes, {MAX_MANIFEST} is the most: shorten licence or note")
+        return data
+
+    @classmethod
+    def from_manifest(cls, data: bytes) -> BundleInfo:
+        """Raises `InvalidInput`, naming what is wrong, for anything that can't be the manifest of a bundle."""
+        value = from_json(data, MANIFEST)
+        if type(value) is not dict or value.pop("bundle", None) != "tagstore":
+            raise InvalidInput(f"{MANIFEST} is not that of a bundle of tagstore")
+        if (found := value.pop("format", None)) != FORMAT:
+            raise InvalidInput(f"the bundle has format {found}, this release reads {FORMAT}: use the release that wrote it")
+        for name in sorted(value.keys() ^ _MANIFEST.keys()):
+            raise InvalidInput(f"{MANIFEST} {'lacks' if name in _MANIFEST else 'has the unknown field'} '{name[:100]}'")
+        for name, shape in _MANIFEST.items():
+            if not fits(value[name], shape):
+                raise InvalidInput(f"{MANIFEST}: '{name}' is not what it should be: {str(value[name])[:100]}")
+        info = cls(**{**value, "fingerprint": Fingerprint(**value["fingerprint"])})
+        info._check()
+        return info
+
+    def _check(self) -> None:
+        width = 2 * self.fingerprint.dimension
+        for ids, n, rows in (("next_entry_id", self.entries, VECTORS), ("next_tag_id", self.unique_tags, EMBEDDINGS)):
+            # whoever opens a version holds a bit or a count for every id there ever was: a small file must not ask for a lot of memory
+            if not n <= getattr(self, ids) <= n * _SPARSE + _SLACK:
+                raise InvalidInput(f"{MANIFEST}: '{ids}' is {getattr(self, ids)} for {n} records: out of all proportion")
+            if self.files[rows]["bytes"] != n * width:
+                raise InvalidInput(f"{MANIFEST}: '{rows}' has {self.files[rows]['bytes']} bytes, {n} rows have {n * width}")
+
+
+def check_rows(rows: NDArray[Any], ids: NDArray[np.int64], fingerprint: Fingerprint, name: str) -> None:
+    """Raises `InvalidInput` unless all rows `[n, D]` are vectors that an encoder of the fingerprint could have made."""
+    with np.errstate(invalid="ignore"):
+        norms = np.linalg.norm(rows.astype(np.float32), axis=1)
+    fine = np.abs(norms - 1) < 0.01 if fingerprint.normalised else np.isfinite(norms)
+    if not fine.all():
+        bad = int(np.flatnonzero(~fine)[0])
+        raise InvalidInput(f"{name}: the row of id {ids[bad]} has length {norms[bad]:g}, which no vector of {fingerprint} has")
+
+
+def fits(value: Any, shape: Any) -> bool:
+    """Whether a JSON value has a shape: a type, a range of integers, a pattern, [shape of all], (shape of each), {name: shape}."""
+    match shape:
+        case range():
+            return type(value) is int and value in shape
+        case re.Pattern():
+            return type(value) is str and shape.fullmatch(value) is not None
+        case list():
+            return type(value) is list and all(fits(item, shape[0]) for item in value)
+        case tuple():
+            return type(value) is list and len(value) == len(shape) and all(map(fits, value, shape))
+        case dict():
+            return type(value) is dict and value.keys() == shape.keys() and all(fits(value[name], s) for name, s in shape.items())
+        case _:
+            return type(value) is shape
+
+
+def to_json(value: Mapping[str, Any], what: str) -> bytes:
+    """The one form of a JSON value: UTF-8, sorted names, no spaces. Raises `InvalidInput` for NaN and infinity."""
+    try:
+        return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    except ValueError as error:
+        raise InvalidInput(f"{what} holds what JSON cannot: {error}") from error
+
+
+def from_json(data: bytes, what: str) -> Any:
+    """A JSON value of strict UTF-8. Raises `InvalidInput`."""
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is no JSON")
+
+    try:
+        value = json.loads(data.decode(), parse_constant=refuse)
+        if b"\\u" in data:
+            json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
+    except (ValueError, RecursionError) as error:
+        raise InvalidInput(f"{what} is no JSON that can be read: {str(error)[:200]}") from error
+    return value
