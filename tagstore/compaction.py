@@ -8,7 +8,6 @@ Until that step the old one is untouched and served; readers that hold it keep i
 from __future__ import annotations
 
 import getpass
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -23,7 +22,7 @@ from tagstore.checks import ranges_of
 from tagstore.environment import environment, new_generation, sweep, switch
 from tagstore.errors import Damaged, InvalidInput, NotFound
 from tagstore.maintenance import Selection
-from tagstore.records import decode_entry, decode_tag
+from tagstore.records import decode_entry, decode_tag, seal, unseal
 from tagstore.store import FORMAT, PAGE, ROWS, U64, Snapshot, Store, Version, block_key, key_of, now, open_databases, tag_key
 from tagstore.types import KINDS, Entry
 from tagstore.writer import Writer
@@ -116,7 +115,8 @@ def purge(root: str | Path, store: str, selection: Selection, *, reason: str, wh
             "has were searched for in every file and record of the store: none found",
         )
         with writer.env.begin(write=True) as txn:
-            txn.put(U64.pack(version.number), json.dumps(_fields(takedown)).encode(), db=writer.db["takedowns"])
+            key = U64.pack(version.number)
+            txn.put(key, seal(key, _fields(takedown)), db=writer.db["takedowns"])
         writer.env.sync(True)
         return takedown
 
@@ -125,7 +125,7 @@ def takedowns(root: str | Path, store: str) -> list[Takedown]:
     """All takedowns of a store, oldest first."""
     opened = Store(root, store)
     with opened.env.begin() as txn, txn.cursor(opened.db["takedowns"]) as cursor:
-        return [Takedown(**json.loads(value)) for _, value in cursor]
+        return [Takedown(**unseal(key, value)) for key, value in cursor]
 
 
 def prove_absent(
@@ -263,7 +263,7 @@ class _Rewrite:
         with self.old.env.begin() as source, self.env.begin(write=True) as target:
             with source.cursor(self.old.db["quarantine"]) as cursor:
                 for key, value in cursor:
-                    if key[:8] in numbers and json.loads(value)["key"] not in self.keys:
+                    if key[:8] in numbers and unseal(key, value)["key"] not in self.keys:
                         target.put(key, value, db=self.db["quarantine"])
             with source.cursor(self.old.db["takedowns"]) as cursor:
                 for key, value in cursor:
@@ -307,7 +307,7 @@ class _Rewrite:
         return ids
 
     def _put_state(self, txn: Any, state: dict[str, Any]) -> None:
-        txn.put(b"state", json.dumps(state).encode(), db=self.db["meta"])
+        txn.put(b"state", seal(b"state", state), db=self.db["meta"])
 
 
 def _all_entries(store: Store) -> Iterator[Entry]:

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from hashlib import sha256
 from typing import Any
 
+from tagstore.errors import Damaged
 from tagstore.types import KINDS, Entry, EntryTag, Kind
 
 
@@ -92,6 +94,20 @@ def decode_tag(data: bytes) -> tuple[str, Kind, str]:
     text, at = _get_text(data, 1)
     canonical, _ = _get_text(data, at)
     return text, KINDS[data[0]], canonical or text
+
+
+def seal(key: bytes, value: Mapping[str, Any]) -> bytes:
+    """A record that is JSON, for a key: sha256 (64 hexadecimal digits) over key and JSON, a space, the JSON."""
+    body = json.dumps(value, ensure_ascii=False, sort_keys=True).encode("utf-8", "replace")
+    return sha256(key + body).hexdigest().encode() + b" " + body
+
+
+def unseal(key: bytes, data: bytes) -> dict[str, Any]:
+    """What was sealed. Raises `Damaged` if the record, or the key it stands under, is not what was written."""
+    digest, _, body = data.partition(b" ")
+    if sha256(key + body).hexdigest().encode() != digest:
+        raise Damaged(f"the record under {key!r} does not fit its checksum: run `tagstore verify`, restore the store from a copy")
+    return dict(json.loads(body))
 
 
 def _put_int(out: bytearray, value: int) -> None:

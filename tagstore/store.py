@@ -34,10 +34,10 @@ from numpy.typing import NDArray
 
 from tagstore.environment import environment, generation
 from tagstore.errors import Damaged, InvalidInput, NotFound
-from tagstore.records import decode_entry, decode_hot, decode_tag
+from tagstore.records import decode_entry, decode_hot, decode_tag, unseal
 from tagstore.types import Entry, Fingerprint, Kind, Rejected, StoreInfo, Vectors
 
-FORMAT = 2
+FORMAT = 3
 ROWS = 256  # rows of a block of vectors: 256 KiB at 512-d float16
 PAGE = 1 << 16  # bytes of a page of a version's arrays
 SPACE = 48  # a block's key is space << 48 | block
@@ -151,7 +151,7 @@ class Store:
             data = txn.get(b"state", db=self.db["meta"])
         if data is None:
             raise NotFound(f"store '{self.name}' was created but nothing was ever committed to it: run `tagstore ingest` again")
-        return dict(json.loads(data))
+        return unseal(b"state", data)
 
     def is_current(self) -> bool:
         """Whether this is still the store's database; false once a compaction has replaced it."""
@@ -163,7 +163,11 @@ class Store:
     def versions(self) -> list[Version]:
         """All versions, oldest first."""
         with self.env.begin() as txn, txn.cursor(self.db["versions"]) as cursor:
-            return [Version.from_json(value) for _, value in cursor]
+            found = [(U64.unpack(key)[0], Version.from_json(value)) for key, value in cursor]
+        for number, version in found:
+            if number != version.number:
+                raise Damaged(f"the record of version {version.number} of store '{self.name}' stands under number {number}")
+        return [version for _, version in found]
 
     def snapshot(self, version: int | None = None) -> Snapshot:
         """A version to read from; the current one if none is named. Raises `NotFound`."""
@@ -292,7 +296,7 @@ class Snapshot:
                 for key, value in cursor:
                     if not key.startswith(first):
                         return
-                    yield Rejected(**json.loads(value))
+                    yield Rejected(**unseal(key, value))
 
     def info(self) -> StoreInfo:
         v = self.version

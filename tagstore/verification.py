@@ -14,13 +14,15 @@ from pathlib import Path
 
 import faiss
 import numpy as np
+from lmdb.verify import VerifyError
+from lmdb.verify import verify as verify_pages
 
 from tagstore import faiss_index
 from tagstore.checks import checksum
 from tagstore.environment import generation
 from tagstore.errors import Damaged, TagstoreError
-from tagstore.records import decode_entry, decode_tag
-from tagstore.store import U64, Snapshot, Store, Version, key_of, tag_key, unpack_ids
+from tagstore.records import decode_entry, decode_tag, unseal
+from tagstore.store import U64, Snapshot, Store, key_of, tag_key, unpack_ids
 from tagstore.types import KINDS
 from tagstore.writer import Writer
 
@@ -134,10 +136,11 @@ def _send_problems(pipe: Connection, root: str, name: str, full: bool) -> None:
 def _problems(root: str, name: str, full: bool) -> Iterator[Problem]:
     store = Store(root, name)
     database = str(store.generation / "data.mdb")
-    versions = store.versions()
-    state = store.state()
+    with store.env.begin():  # as long as this reads, no writer takes again the pages that are walked
+        yield from _pages(database)
+    state, versions = store.state(), store.versions()
     numbers = [v.number for v in versions]
-    if state["current"] not in (numbers[-1:] or [0]):
+    if state["current"] not in (numbers or [0]):
         yield Problem(database, f"its state names version {state['current']}, its versions are {numbers}", False)
     bad_files: dict[str, bool] = {}
     seen_ranges: set[object] = set()
@@ -147,8 +150,18 @@ def _problems(root: str, name: str, full: bool) -> Iterator[Problem]:
         yield from _counts(snapshot, database)
         yield from _files(snapshot, bad_files)
         yield from _agreement(snapshot, full, bad_files)
-    if versions:
-        yield from _lookups(store, versions[-1], database)
+    yield from _lookups(store, database)
+    yield from _lines(store, database)
+
+
+def _pages(database: str) -> Iterator[Problem]:
+    """What LMDB's own pages contradict: structure, order of keys, and that every page is either in use or free."""
+    try:
+        # a second look, because a commit between its two reads of the file's end and head would mislead it
+        found = verify_pages(database) and verify_pages(database)
+    except VerifyError as error:
+        found = [str(error)]
+    yield from (Problem(database, what, False) for what in found)
 
 
 def _ranges(snapshot: Snapshot, database: str, seen: set[object]) -> Iterator[Problem]:
@@ -231,15 +244,39 @@ def _agreement(snapshot: Snapshot, full: bool, bad: dict[str, bool]) -> Iterator
             yield Problem(str(path), "lacks entries of its run", True)
 
 
-def _lookups(store: Store, version: Version, database: str) -> Iterator[Problem]:
+def _lookups(store: Store, database: str) -> Iterator[Problem]:
+    """The tables of keys and of tags lead to every entry and tag, and to nothing else."""
     with store.env.begin() as txn:
-        for entry in Snapshot(store, version).entries():
-            if entry.entry_id not in unpack_ids(txn.get(key_of(entry.key), db=store.db["keys"]) or b""):
-                yield Problem(database, f"the table of keys does not lead to entry {entry.entry_id} ({entry.key})", True)
-                break
+        entries = found = 0
+        with txn.cursor(store.db["entries"]) as cursor:
+            for entry_id, data in cursor:
+                number = U64.unpack(entry_id)[0]
+                key = decode_entry(number, data).key
+                entries += 1
+                if number not in unpack_ids(txn.get(key_of(key), db=store.db["keys"]) or b""):
+                    yield Problem(database, f"the table of keys does not lead to entry {number} ({key})", True)
+                    return
+        with txn.cursor(store.db["keys"]) as cursor:
+            found = sum(len(ids) // U64.size for _, ids in cursor)
+        if found != entries:
+            yield Problem(database, f"the table of keys leads to {found} entries, there are {entries}", True)
         with txn.cursor(store.db["tags"]) as cursor:
             for tag_id, data in cursor:
                 _, kind, canonical = decode_tag(data)
                 if txn.get(tag_key(KINDS.index(kind), canonical), db=store.db["tag_ids"]) != tag_id:
                     yield Problem(database, f"the table of tags does not lead to tag {U64.unpack(tag_id)[0]}", True)
-                    break
+                    return
+        if txn.stat(store.db["tags"])["entries"] != txn.stat(store.db["tag_ids"])["entries"]:
+            yield Problem(database, "the table of tags leads to tags that are not there", True)
+
+
+def _lines(store: Store, database: str) -> Iterator[Problem]:
+    """Records that are JSON with a checksum."""
+    with store.env.begin() as txn:
+        for name in ("quarantine", "takedowns", "meta"):
+            with txn.cursor(store.db[name]) as cursor:
+                for key, value in cursor:
+                    try:
+                        unseal(key, value)
+                    except Damaged as error:
+                        yield Problem(database, f"{name}: {error}", False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
@@ -18,7 +17,7 @@ from tagstore.checks import ranges_of
 from tagstore.environment import environment, generation, new_generation, sweep, switch, sync_directory, writer_lock
 from tagstore.errors import FingerprintMismatch, InvalidInput, NotFound, TagstoreError, WriteFailed
 from tagstore.mining import MergedTag
-from tagstore.records import decode_entry, decode_tag, encode_entry, encode_tag
+from tagstore.records import decode_entry, decode_tag, encode_entry, encode_tag, seal, unseal
 from tagstore.store import (
     FORMAT,
     PAGE,
@@ -184,11 +183,12 @@ class Writer:
             self.next_entry_id += len(drafts)
             number = U64.pack(self._number())
             for refused in rejected:
-                txn.put(number + U64.pack(self._refused), json.dumps(asdict(refused)).encode(), db=self.db["quarantine"])
+                key = number + U64.pack(self._refused)
+                txn.put(key, seal(key, asdict(refused)), db=self.db["quarantine"])
                 self._refused += 1
             if progress is not None:
                 progress.next_entry_id, progress.next_tag_id, progress.rejected = self.next_entry_id, self.next_tag_id, self._refused
-                txn.put(b"ingest", json.dumps(asdict(progress)).encode(), db=self.db["meta"])
+                txn.put(b"ingest", seal(b"ingest", asdict(progress)), db=self.db["meta"])
         self._flush()
 
     @property
@@ -211,8 +211,8 @@ class Writer:
         """The pairs refused so far by the ingest that is taken up again."""
         number = U64.pack(self._number())
         with self.env.begin() as txn:
-            found = (txn.get(number + U64.pack(i), db=self.db["quarantine"]) for i in range(self._refused))
-            return [Rejected(**json.loads(data)) for data in found if data]
+            keys = [number + U64.pack(i) for i in range(self._refused)]
+            return [Rejected(**unseal(key, data)) for key in keys if (data := txn.get(key, db=self.db["quarantine"]))]
 
     def delete(self, entry_ids: Sequence[int]) -> int:
         """Stage the end of entries; returns how many of them lived."""
@@ -350,7 +350,7 @@ class Writer:
     def _resumable(self) -> Progress | None:
         with self.env.begin() as txn:
             data = txn.get(b"ingest", db=self.db["meta"])
-        progress = Progress(**json.loads(data)) if data else None
+        progress = Progress(**unseal(b"ingest", data)) if data else None
         return progress if progress and progress.identity == self._resume else None
 
     def _restore(self, progress: Progress) -> None:
@@ -472,7 +472,7 @@ class Writer:
             "next_tag_id": next_tag_id,
             "spaces": self._spaces,
         }
-        txn.put(b"state", json.dumps(state).encode(), db=self.db["meta"])
+        txn.put(b"state", seal(b"state", state), db=self.db["meta"])
 
     def _number(self) -> int:
         return self.parent.number + 1 if self.parent else 1
