@@ -51,5 +51,7 @@ def checksum(store: Store, name: str, space: int, first: int, end: int, dimensio
             width = dimension * 2
             for block in range(first // ROWS, -(-end // ROWS)):
                 data = txn.get(block_key(space, block), db=store.db[name]) or b""
-                digest.update(data[max(0, first - block * ROWS) * width : (end - block * ROWS) * width])
+                start, stop = max(0, first - block * ROWS), min(ROWS, end - block * ROWS)
+                # rows that this space never had read as zeros, as they will when a later row of the block is written
+                digest.update(bytes(data[start * width : stop * width]).ljust((stop - start) * width, b"\0"))
     return digest.hexdigest()
