@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tagstore import open_clip_models
 from tagstore.errors import InvalidInput, MissingExtra
 from tagstore.torchvision_shim import prepare_torchvision
 from tagstore.types import Fingerprint, Vectors
@@ -219,7 +220,7 @@ class Encoder:
 
     def _forward_grid(self, images: NDArray[np.uint8], layer: int) -> tuple[NDArray[np.float32], Vectors]:
         with self._exclusive():
-            grid, vectors = _grid_and_vectors(self._model.visual, self._normalised(images), layer)
+            grid, vectors = open_clip_models.grid_and_vectors(self._model.visual, self._normalised(images), layer)
             return grid.float().cpu().numpy(), _unit(vectors)
 
     def _forward_tokens(self, tokens: torch.Tensor) -> Vectors:
@@ -264,8 +265,6 @@ def load_encoder(spec: str = "mini", *, device: str = "auto", precision: str = "
         if find_spec(package) is None:
             raise MissingExtra(f"the encoder needs the package {package}: pip install 'tagstore[server]' (or 'tagstore[model]')")
     prepare_torchvision()
-    from tagstore import open_clip_models
-
     device = _device(device)
     if precision == "fp16" and device == "cpu":
         raise InvalidInput("precision 'fp16' needs a GPU: on the CPU pass fp32 or bf16")
@@ -305,22 +304,3 @@ def _unit(vectors: torch.Tensor) -> Vectors:
     from torch.nn.functional import normalize
 
     return normalize(vectors.float(), dim=-1).cpu().numpy()
-
-
-def _grid_and_vectors(visual: Any, pixels: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """One forward of an image tower: grid `[N, P, C]` of a block, raw vectors `[N, D]`."""
-    from open_clip.timm_model import TimmModel
-
-    if layer == -1 and isinstance(visual, TimmModel):
-        # timm's intermediates end before the last convolution; what is pooled comes after it
-        features = visual.trunk.forward_features(pixels)
-        vectors = visual.head(visual.trunk.forward_head(features))
-        if features.ndim == 3:
-            return features[:, getattr(visual.trunk, "num_prefix_tokens", 0) :], vectors
-        last = getattr(visual.trunk, "output_fmt", "NCHW") == "NHWC"
-        return features.flatten(1, 2) if last else features.flatten(2).transpose(1, 2), vectors
-    try:
-        found = visual.forward_intermediates(pixels, indices=[layer], normalize_intermediates=layer == -1, output_fmt="NCHW")
-    except (AssertionError, IndexError) as error:
-        raise InvalidInput(f"the image tower has no layer {layer}") from error
-    return found["image_intermediates"][0].flatten(2).transpose(1, 2), found["image_features"]

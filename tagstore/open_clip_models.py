@@ -10,13 +10,17 @@ from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tagstore.errors import InvalidInput, NotFound, Unavailable
+
+if TYPE_CHECKING:
+    import torch
 
 LOCAL = "local-dir:"
 RANDOM = "random"
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pth")
+_USAGE = f"an encoder is 'mini', an open_clip model NAME/TAG such as ViT-L-14/openai, or {LOCAL}PATH"
 
 
 class Source(NamedTuple):
@@ -101,7 +105,23 @@ def _named(spec: str) -> Source:
     return Source(model, tokenizer, model.state_dict().items())
 
 
-_USAGE = f"an encoder is 'mini', an open_clip model NAME/TAG such as ViT-L-14/openai, or {LOCAL}PATH"
+def grid_and_vectors(visual: Any, pixels: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """One forward of an image tower: grid `[N, P, C]` of a block, raw vectors `[N, D]`."""
+    from open_clip.timm_model import TimmModel
+
+    if layer == -1 and isinstance(visual, TimmModel):
+        # timm's intermediates end before the last convolution; what is pooled comes after it
+        features = visual.trunk.forward_features(pixels)
+        vectors = visual.head(visual.trunk.forward_head(features))
+        if features.ndim == 3:
+            return features[:, getattr(visual.trunk, "num_prefix_tokens", 0) :], vectors
+        last = getattr(visual.trunk, "output_fmt", "NCHW") == "NHWC"
+        return features.flatten(1, 2) if last else features.flatten(2).transpose(1, 2), vectors
+    try:
+        found = visual.forward_intermediates(pixels, indices=[layer], normalize_intermediates=layer == -1, output_fmt="NCHW")
+    except (AssertionError, IndexError) as error:
+        raise InvalidInput(f"the image tower has no layer {layer}") from error
+    return found["image_intermediates"][0].flatten(2).transpose(1, 2), found["image_features"]
 
 
 def _near(word: str, known: list[str]) -> str:
