@@ -1,0 +1,170 @@
+"""One bit flipped anywhere: `verify` names the file, or the bit stood where nothing is, and every record is what it was.
+
+Each flip is looked at in a forked process, since a database file that was tampered with can bring down whoever maps it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+import crash
+from tagstore.compaction import purge
+from tagstore.environment import forget
+from tagstore.errors import Damaged
+from tagstore.maintenance import Selection
+from tagstore.store import DATABASES, Store
+from tagstore.types import Rejected
+from tagstore.verification import _problems, verify
+from tagstore.writer import Writer
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root with a store that has some of everything, and that no process has open."""
+    root = tmp_path_factory.mktemp("sound")
+    rng, model, serial = random.Random(5), crash.Model(), iter(range(1, 1 << 40))
+    purged = False
+    while model.current < 12:
+        operation = crash.draw(rng, model, serial)
+        crash.OPERATIONS[operation["operation"]](root, operation)
+        model = model.after(operation)
+        if model.current >= 8 and not purged:
+            purge(root, crash.NAME, Selection(keys=[next(iter(model.content[1]))]), reason="asked for")
+            model, purged = crash.look(root, close=False)[0], True
+    with Writer(root, crash.NAME) as writer:
+        writer.append([], None, rejected=[Rejected("bad-key", "no image", "row 3")])
+        writer.commit(operation="ingest", indexer=crash.faiss_index.extend)
+    store = Store(root, crash.NAME)
+    store.env.close()
+    forget(store.generation)
+    return root
+
+
+def _records(root: Path) -> str:
+    """A digest over every record of every table."""
+    store, digest = Store(root, crash.NAME), hashlib.sha256()
+    with store.env.begin() as txn:
+        for name in DATABASES:
+            digest.update(name.encode())
+            with txn.cursor(store.db[name]) as cursor:
+                for key, value in cursor:
+                    digest.update(b"%d %d " % (len(key), len(value)) + key + value)
+    return digest.hexdigest()
+
+
+def _look(root: Path) -> tuple[list[str], str]:
+    """What `verify` finds, and the digest of the records; of a process of its own."""
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            os.close(read)
+            problems = [f"{p.file}: {p.what}" for p in _problems(str(root), crash.NAME, True)]
+            answer = problems, "" if problems else _records(root)
+        except BaseException as error:  # noqa: BLE001  as `verify` does: whatever damage does to the reader is the finding
+            answer = [f"{type(error).__name__}: {error}"], ""
+        os.write(write, json.dumps(answer).encode()[:60_000])
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read, "rb") as pipe:
+        data = pipe.read()
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return tuple(json.loads(data)) if code == 0 else ([f"the reader died of {-code}"], "")
+
+
+def _flipped(path: Path, bit: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(data)
+
+
+def _copy(sound: Path, to: Path) -> Path:
+    shutil.copytree(sound, to)
+    return to
+
+
+def test_a_sound_store_is_sound_and_its_records_digest_is_stable(sound: Path, tmp_path: Path) -> None:
+    first, second = _look(_copy(sound, tmp_path / "a")), _look(_copy(sound, tmp_path / "b"))
+    assert first == second
+    assert first[0] == []
+    assert len(first[1]) == 64
+
+
+def test_a_bit_flipped_in_the_database_is_found_or_stood_where_nothing_is(sound: Path, tmp_path: Path) -> None:
+    root = _copy(sound, tmp_path / "root")
+    [database] = root.glob("*/db-*/data.mdb")
+    data, expected = database.read_bytes(), _look(root)[1]
+    rng, outcome = random.Random(9), Counter()
+    for _ in range(100):
+        bit = rng.randrange(len(data) * 8)
+        _flipped(database, bit)
+        problems, records = _look(root)
+        # a free page, or the room between the keys and the values of a page: no record, no structure, nothing to find
+        outcome["found" if problems else "nothing there" if records == expected else f"missed: byte {bit // 8} bit {bit % 8}"] += 1
+        database.write_bytes(data)
+    assert set(outcome) == {"found", "nothing there"}, outcome
+    assert outcome["found"] > 20
+
+
+def test_a_bit_flipped_in_a_record_is_found_in_every_table(sound: Path, tmp_path: Path) -> None:
+    """Not by chance: the bytes that a table's values stand in, wherever in the file."""
+    root = _copy(sound, tmp_path / "root")
+    [database] = root.glob("*/db-*/data.mdb")
+    data, rng = database.read_bytes(), random.Random(4)
+    for table, values in _values(root).items():
+        value = rng.choice(values)
+        places = [at for at in range(len(data)) if data.startswith(value, at)]
+        assert places
+        bit = rng.randrange(len(value) * 8)
+        for at in places:  # one is the record, the others are copies in pages that were freed
+            _flipped(database, at * 8 + bit)
+        assert _look(root)[0], f"{table}: bit {bit} of {value!r}"
+        database.write_bytes(data)
+
+
+def _values(root: Path) -> dict[str, list[bytes]]:
+    store = Store(root, crash.NAME)
+    with store.env.begin() as txn:
+        values = {name: [value for _, value in txn.cursor(store.db[name])] for name in DATABASES}
+    store.env.close()
+    forget(store.generation)
+    assert all(values.values())
+    return values
+
+
+@pytest.mark.parametrize("kind", ["*/db-*/index/*.faiss", "*/CURRENT"])
+def test_a_bit_flipped_in_any_other_file_is_found_and_the_file_named(sound: Path, tmp_path: Path, kind: str) -> None:
+    root, rng = _copy(sound, tmp_path / "root"), random.Random(1)
+    for path in sorted(root.glob(kind)):
+        data = path.read_bytes()
+        for _ in range(12):
+            _flipped(path, rng.randrange(len(data) * 8))
+            problems = _look(root)[0]
+            # the end of the one line of CURRENT says nothing: any white space will do
+            assert any(path.name in problem for problem in problems) or path.read_bytes().strip() == data.strip()
+            path.write_bytes(data)
+
+
+def test_verify_reads_in_a_process_of_its_own_and_says_the_same(sound: Path, tmp_path: Path) -> None:
+    root = _copy(sound, tmp_path / "root")
+    assert verify(root, crash.NAME, full=True) == []
+    [current] = root.glob("*/CURRENT")
+    line = current.read_text()
+    for damaged in ("", "db-000099-00000000\n", "\0" * len(line), line[:-3]):
+        current.write_text(damaged)
+        assert any("CURRENT" in p.what or "CURRENT" in p.file for p in verify(root, crash.NAME))
+    with pytest.raises(Damaged, match="CURRENT"), Writer(root, crash.NAME, crash.SPACES["first"]):
+        pass
+    current.unlink()
+    with pytest.raises(Damaged, match="CURRENT"), Writer(root, crash.NAME, crash.SPACES["first"]):
+        pass
+    current.write_text(line)
+    assert verify(root, crash.NAME, full=True) == []

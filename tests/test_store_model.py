@@ -1,0 +1,123 @@
+"""Any sequence of operations on a store leaves what the same sequence leaves in a plain dict, version by version."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import tempfile
+from pathlib import Path
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+import crash
+from tagstore.compaction import purge
+from tagstore.maintenance import Selection, diff
+from tagstore.store import Store
+
+KEYS = st.integers(0, 30).map("key-{:05d}".format)
+
+
+class StoreMachine(RuleBasedStateMachine):
+    """The operations of the crash harness, in sequences that hypothesis shrinks; nothing dies here."""
+
+    @initialize()
+    def start(self) -> None:
+        self.root = Path(tempfile.mkdtemp(prefix="model-"))
+        self.model = crash.Model()
+        self.serial = itertools.count(1)
+        self.looked = self.model
+
+    def teardown(self) -> None:
+        if hasattr(self, "root"):
+            crash.look(self.root, close=True)
+            shutil.rmtree(self.root)
+
+    def _do(self, operation: crash.Operation) -> None:
+        answer = crash.OPERATIONS[operation["operation"]](self.root, operation)
+        self.model = self.model.after(operation)
+        assert answer["version"] == self.model.current
+
+    @rule(batches=st.lists(st.lists(KEYS, min_size=1, max_size=12), min_size=1, max_size=3), sync=st.sampled_from(["full", "batch"]))
+    def ingest(self, batches: list[list[str]], sync: str) -> None:
+        """New keys are inserts, those that are there upserts; of a key that comes twice the first counts."""
+        items = [[(key, next(self.serial)) for key in batch] for batch in batches]
+        identity = f"source {next(self.serial)}"
+        self._do({"operation": "ingest", "space": self.model.content[0], "identity": identity, "batches": items, "sync": sync})
+
+    @precondition(lambda self: self.model.content[1])
+    @rule(data=st.data())
+    def ingest_the_same_again(self, data: st.DataObject) -> None:
+        """What is there unchanged makes no version."""
+        space, content = self.model.content
+        items = data.draw(st.lists(st.sampled_from(sorted(content.items())), min_size=1, max_size=5))
+        self._do({"operation": "ingest", "space": space, "identity": "again", "batches": [items], "sync": "full"})
+
+    @precondition(lambda self: self.model.content[1])
+    @rule(data=st.data())
+    def delete(self, data: st.DataObject) -> None:
+        keys = data.draw(st.lists(st.sampled_from(sorted(self.model.content[1])), min_size=1, max_size=12, unique=True))
+        self._do({"operation": "delete", "keys": keys})
+
+    @precondition(lambda self: self.model.versions)
+    @rule(data=st.data())
+    def rollback(self, data: st.DataObject) -> None:
+        self._do({"operation": "rollback", "to": data.draw(st.sampled_from(sorted(self.model.versions)))})
+
+    @precondition(lambda self: self.model.versions)
+    @rule()
+    def reembed(self) -> None:
+        self._do({"operation": "reembed", "space": "second" if self.model.content[0] == "first" else "first"})
+
+    @precondition(lambda self: self.model.versions)
+    @rule(keep=st.sampled_from([None, 1, 2, 3, 100]))
+    def compact(self, keep: int | None) -> None:
+        self._do({"operation": "compact", "keep": keep})
+
+    @precondition(lambda self: len(self.model.content[1]) > 1)
+    @rule(data=st.data())
+    def purge(self, data: st.DataObject) -> None:
+        """The key is gone from the current version, and every version that ever held it is gone."""
+        key = data.draw(st.sampled_from(sorted(self.model.content[1])))
+        taken = purge(self.root, crash.NAME, Selection(keys=[key]), reason="asked for")
+        space, content = self.model.content
+        kept = {n: (s, c) for n, (s, c) in self.model.versions.items() if key not in c}
+        self.model = crash.Model({**kept, self.model.current + 1: (space, {k: v for k, v in content.items() if k != key})})
+        assert taken.version == self.model.current
+
+    @precondition(lambda self: len(self.model.versions) > 1)
+    @rule(data=st.data())
+    def compare(self, data: st.DataObject) -> None:
+        """`diff` says what two dicts say."""
+        before, after = (data.draw(st.sampled_from(sorted(self.model.versions))) for _ in range(2))
+        (_, old), (_, new) = self.model.versions[before], self.model.versions[after]
+        found = diff(self.root, crash.NAME, before, after)
+        assert found.added == sorted(new.keys() - old.keys())
+        assert found.removed == sorted(old.keys() - new.keys())
+        assert {k for k in old.keys() & new.keys() if old[k] != new[k]} <= set(found.changed)
+
+    @precondition(lambda self: self.model.versions)
+    @rule(data=st.data(), key=KEYS)
+    def travel(self, data: st.DataObject, key: str) -> None:
+        """A key is looked up in an old version as that version had it."""
+        number = data.draw(st.sampled_from(sorted(self.model.versions)))
+        snapshot = Store(self.root, crash.NAME).snapshot(number)
+        entry_id = snapshot.find(key)
+        expected = self.model.versions[number][1].get(key)
+        assert (snapshot.entry(entry_id).perceptual_hash if entry_id is not None else None) == expected
+
+    @invariant()
+    def the_store_holds_what_the_model_holds(self) -> None:
+        """Every version, in full, and `verify` finds nothing; looked at when something changed."""
+        if getattr(self, "model", None) is not getattr(self, "looked", None):
+            found, wrong = crash.look(self.root, close=False)
+            assert wrong == []
+            assert found == self.model
+            self.looked = self.model
+
+
+StoreMachine.TestCase.settings = settings(
+    max_examples=10, stateful_step_count=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
+TestStoreMachine = StoreMachine.TestCase
