@@ -136,6 +136,14 @@ def test_odd_captions_give_tags_or_none_never_an_error(caption: str, tags: Calla
         assert 0 <= tag.span[0] < tag.span[1] <= len(caption)
 
 
+@pytest.mark.parametrize("piece", ["@", "&", "<", "a.", "a-", "http://", "photo of ", "(c)", "\"'", "Men Red ", "e\u0301", "x@y."])
+def test_no_pattern_makes_a_long_caption_slow(piece: str, tags: Callable[[str], list[Tag]]) -> None:
+    tags("warm up")
+    start = time.perf_counter()
+    tags(piece * 5000)
+    assert time.perf_counter() - start < 10
+
+
 def test_a_caption_of_ten_thousand_words_takes_bounded_time(miner: Miner, tags: Callable[[str], list[Tag]]) -> None:
     tags("warm up")
     start = time.perf_counter()

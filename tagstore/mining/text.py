@@ -35,9 +35,9 @@ _BOILERPLATE = re.compile(
         (
             r"<[^<>]{0,200}>",  # markup
             r"(?:https?://|www\.)\S+",
-            r"\S+@\S+\.\w+",  # addresses
+            r"(?<![\w.+-])[\w.+-]{1,64}@[\w-]{1,64}(?:\.[\w-]{1,64}){1,4}",  # addresses
             r"(?<!\w)[@#][\w-]+",  # handles and hashtags
-            r"\b\S+\.(?:jpe?g|png|gif|tiff?|webp|bmp)\b",
+            r"(?<!\S)\S{1,120}\.(?:jpe?g|png|gif|tiff?|webp|bmp)\b",
             r"\b(?:IMG|DSC[NF]?|DCIM|PICT|P\d)_?\d{3,}\b",
             r"\b(?:royalty[- ]free|rights[- ]managed|hd|free)?[ -]*stock (?:footage|vectors?|" + _PICTURE + r")\b",
             r"\broyalty[- ]free(?: " + _PICTURE + r")?",
