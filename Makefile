@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY := PASSIVE
 # without bytecode every process compiles thousands of modules again: torch and its company load twice as long
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test lint proto clean
+.PHONY: setup demo test bench lint proto clean
 setup: .venv/.ready
 
 .venv/.ready: pyproject.toml
@@ -28,6 +28,16 @@ demo: setup
 
 test: lint
 	$(BIN)/python -m pytest -n 2
+
+# every figure of the docs; needs the data sets: make bench DATA=path (the folders flickr8k, coco_mini, ... under it)
+bench: setup
+	@test -n "$(DATA)" || { echo "make bench DATA=path: the folder that holds flickr8k/, coco_mini/, captions/ ..."; exit 1; }
+	$(BIN)/python benchmarks/ingest.py --data '$(DATA)/flickr8k'
+	$(BIN)/python benchmarks/tag_recall.py --data '$(DATA)/flickr8k'
+	$(BIN)/python benchmarks/encoder_mini.py --data '$(DATA)'
+	$(BIN)/python benchmarks/mining.py --data '$(DATA)'
+	$(BIN)/python benchmarks/store.py
+	$(BIN)/python benchmarks/crash.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -41,7 +42,7 @@ BATCH = 256
 BATCH_BYTES = 128 << 20
 """A batch of huge photographs ends early, so that memory stays what it is with small ones."""
 SHOWN = 1000
-"""Quarantined pairs that a report holds; the version has them all."""
+"""Quarantined pairs that a report holds; the version, if one was made, has them all."""
 
 Advance = Callable[[str, int], None]
 """Called with the name of a stage and how many pairs (or tags) it has done since."""
@@ -136,12 +137,17 @@ def ingest(
     with Writer(root, store, encoder.fingerprint, resume=identity, sync=sync) as writer:
         reached = writer.progress
         with clock("read"):
-            resumes = reached is not None and _consume(found, reached)
+            resumes = reached is not None and _consume(found, reached, writer)
         if resumes:
             return _Run(where, about, encoder, miner, writer, reached or Progress(identity), clock, progress).finish(found)
     # a fresh start, or another source than the one that was cut off: what that one staged is swept away
     with Writer(root, store, encoder.fingerprint, sync=sync) as writer:
-        return _Run(where, about, encoder, miner, writer, Progress(identity), clock, progress).finish(pairs() if reached else found)
+        try:
+            return _Run(where, about, encoder, miner, writer, Progress(identity), clock, progress).finish(pairs() if reached else found)
+        except InvalidInput:
+            if writer.parent is None:
+                shutil.rmtree(writer.directory)  # a source of which nothing can be used leaves no empty store behind
+            raise
 
 
 class _Run:
@@ -246,7 +252,7 @@ def _some(pairs: Iterator[Pair | Rejected]) -> Iterator[Pair | Rejected]:
     size = 0
     for item in islice(pairs, BATCH):
         yield item
-        size += len(item.image) if isinstance(item, Pair) else 0
+        size += len(item.image) + sum(map(len, item.captions)) if isinstance(item, Pair) else 0
         if size > BATCH_BYTES:
             return
 
@@ -257,6 +263,7 @@ def _prepare(item: Pair | Rejected, encoder: Encoder, folder: str) -> tuple[byte
         return _item_digest(item), item
     try:
         image = decode(item.image)
+        pixels = encoder.prepare(image)
     except BadImage as error:
         return _item_digest(item), Rejected(item.key, str(error), item.origin)
     draft = Draft(
@@ -268,7 +275,7 @@ def _prepare(item: Pair | Rejected, encoder: Encoder, folder: str) -> tuple[byte
         origin=item.origin.removeprefix(folder),
     )
     # the encoded bytes are done with: a batch in waiting holds pixels at the tower's size, not photographs
-    return _item_digest(item), _Prepared(draft, replace(item, image=b""), encoder.prepare(image))
+    return _item_digest(item), _Prepared(draft, replace(item, image=b""), pixels)
 
 
 def _item_digest(item: Pair | Rejected) -> bytes:
@@ -283,7 +290,7 @@ def _digest(before: str, items: Iterable[bytes]) -> str:
     return hashlib.sha256(before.encode() + b"".join(items)).hexdigest()
 
 
-def _consume(pairs: Iterator[Pair | Rejected], reached: Progress) -> bool:
+def _consume(pairs: Iterator[Pair | Rejected], reached: Progress, writer: Writer) -> bool:
     """Skip what an interrupted run did, batch by batch as it did; false if the source reads differently now."""
     done, digest = 0, ""
     while done < reached.pairs:
@@ -292,6 +299,7 @@ def _consume(pairs: Iterator[Pair | Rejected], reached: Progress) -> bool:
             return False
         done += len(batch)
         digest = _digest(digest, map(_item_digest, batch))
+        writer.confirm([item.key for item in batch])
     return done == reached.pairs and digest == reached.digest
 
 

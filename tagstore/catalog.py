@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from tagstore.encoder import Encoder, load_encoder
 from tagstore.engine import DEFAULT_K, Engine, check_request
-from tagstore.errors import BadImage, BadVector, FingerprintMismatch, InvalidInput, NotFound, TagstoreError
+from tagstore.environment import release
+from tagstore.errors import BadImage, BadVector, Damaged, FingerprintMismatch, InvalidInput, NotFound, TagstoreError
 from tagstore.store import Store, store_names
 from tagstore.types import Fingerprint, Retrieval, StoreInfo
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from os import PathLike
 
 log = logging.getLogger(__name__)
+
+EMBED_AT_ONCE = 128
 
 
 class Catalog:
@@ -33,7 +36,7 @@ class Catalog:
         self._stores: dict[str, Store] = {}
         self._engines: dict[tuple[str, int], Engine] = {}
         self._encoders: dict[str, Encoder] = {}
-        self._lock = Lock()
+        self._lock, self._loading = Lock(), Lock()
         self._decoders = ThreadPoolExecutor(thread_name_prefix="decode")
         if not self.root.is_dir():
             raise NotFound(f"{self.root.resolve()} is no directory: `tagstore ingest SRC --root {self.root} --store NAME` makes one")
@@ -41,27 +44,40 @@ class Catalog:
     def engine(self, store: str, version: int = 0) -> Engine:
         """The engine of a version, 0 for the current one. Raises `NotFound`, `InvalidInput` for a name that can't be one."""
         with self._lock:
-            opened = self._stores.get(store)
-            if opened is not None and not opened.is_current():
-                # compacted, dropped or renamed: requests in flight keep what they hold
-                self._engines = {key: engine for key, engine in self._engines.items() if key[0] != store}
-                del self._stores[store]
-                opened = None
-            if opened is None:
-                opened = self._stores[store] = Store(self.root, store)
-            number = version or opened.state()["current"]
-            engine = self._engines.get((store, number))
-            if engine is None:
-                engine = self._engines[store, number] = Engine(opened.snapshot(number or None))
-                log.info("opened %s@%d: %d entries, index %s", store, number, engine.version.entries, engine.index.describe().get("kind"))
-                if not version:
-                    for old in [key for key in self._engines if key[0] == store and key[1] < number]:
-                        del self._engines[old]  # requests in flight hold their own reference
-            return engine
+            try:
+                return self._engine(store, version)
+            except (Damaged, NotFound):
+                opened = self._stores.get(store)
+                if opened is None or opened.is_current():
+                    raise
+                return self._engine(store, version)  # a compaction replaced it between two of our steps
+
+    def _engine(self, store: str, version: int) -> Engine:
+        opened = self._stores.get(store)
+        if opened is not None and not opened.is_current():
+            self._let_go(store)
+            opened = None
+        if opened is None:
+            opened = self._stores[store] = Store(self.root, store)
+        number = version or opened.state()["current"]
+        engine = self._engines.get((store, number))
+        if engine is None:
+            engine = self._engines[store, number] = Engine(opened.snapshot(number or None))
+            log.info("opened %s@%d: %d entries, index %s", store, number, engine.version.entries, engine.index.describe().get("kind"))
+            if not version:
+                for old in [key for key in self._engines if key[0] == store and key[1] < number]:
+                    del self._engines[old]  # requests in flight hold their own reference
+        return engine
+
+    def _let_go(self, store: str) -> None:
+        """Of a store that was compacted, dropped or renamed; requests in flight keep what they hold until they end."""
+        self._engines = {key: engine for key, engine in self._engines.items() if key[0] != store}
+        release(self._stores.pop(store).env)
 
     def encoder(self, fingerprint: Fingerprint) -> Encoder:
         """The encoder of a fingerprint. Raises `FingerprintMismatch` if what its name loads today is another one."""
-        with self._lock:
+        # a lock of its own: loading takes seconds, and nobody who asks by vector should wait for it
+        with self._loading:
             encoder = self._encoders.get(fingerprint.digest)
             if encoder is None:
                 encoder = load_encoder(fingerprint.model, device=self.device)
@@ -77,13 +93,20 @@ class Catalog:
         """Open every store and load its encoder, so that the first request finds them there; returns what was opened."""
         infos = self.stores()
         for info in infos:
-            self.encoder(info.fingerprint)
+            try:
+                self.encoder(info.fingerprint)
+            except TagstoreError as error:
+                log.warning("store '%s' answers vectors only, its encoder cannot be loaded: %s", info.store, error)
         return infos
 
     def stores(self) -> list[StoreInfo]:
         """The current version of every store; one that can't be opened is logged and left out."""
+        names = store_names(self.root)
+        with self._lock:
+            for gone in [name for name in self._stores if name not in names]:
+                self._let_go(gone)
         infos = []
-        for name in store_names(self.root):
+        for name in names:
             try:
                 infos.append(self.engine(name).info())
             except TagstoreError as error:
@@ -92,8 +115,7 @@ class Catalog:
 
     def retrieve(
         self,
-        store: str,
-        version: int = 0,
+        engine: Engine,
         *,
         images: Sequence[bytes] = (),
         vectors: NDArray[np.floating] | None = None,
@@ -101,14 +123,13 @@ class Catalog:
         k: int = DEFAULT_K,
         max_tags: int = 0,
     ) -> list[Retrieval]:
-        """Retrieved tags of encoded images, then of vectors `[N, D]`, all from one version.
+        """Retrieved tags of encoded images, then of vectors `[N, D]`, from the version that `engine` has open.
 
         Raises:
-            NotFound: no such store or version.
             FingerprintMismatch: `fingerprint` (a digest) is not the store's.
             BadImage, BadVector, InvalidInput: a query that means nothing; the message says which.
         """
-        engine = self.engine(store, version)
+        store = engine.snapshot.store.name
         check_request(len(images) + (0 if vectors is None else len(vectors)), k, max_tags)
         if fingerprint and fingerprint != engine.fingerprint.digest:
             raise FingerprintMismatch.between(store, engine.fingerprint, fingerprint)
@@ -134,4 +155,6 @@ class Catalog:
             except BadImage as error:
                 raise BadImage(f"image {position} of the request: {error}") from error
 
-        return encoder.encode_images(np.stack(list(self._decoders.map(prepared, range(len(images))))))
+        # in pieces, so that a request of many small files is not a memory of many large pictures
+        pieces = [range(len(images))[start : start + EMBED_AT_ONCE] for start in range(0, len(images), EMBED_AT_ONCE)]
+        return np.concatenate([encoder.encode_images(np.stack(list(self._decoders.map(prepared, piece)))) for piece in pieces])

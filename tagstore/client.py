@@ -33,6 +33,7 @@ MAX_MESSAGE = 64 << 20
 _BATCH_BYTES = 16 << 20
 _BATCH_IMAGES = 32
 _BATCH_ROWS = 256
+_BATCH_NEIGHBOURS = 1 << 14
 _URL = re.compile(r"(?P<scheme>[a-z]+)://(?P<place>.*?)(?:/(?P<store>[^/@]+)(?:@(?P<version>\d+))?)?/?")
 
 
@@ -114,7 +115,10 @@ def parse(url: str) -> tuple[str, str, str, int]:
         raise errors.InvalidInput(f"'{url}' names no store: end it with one, as in {url.rstrip('/')}/NAME")
     if scheme == "grpc" and not re.fullmatch(r".+:\d{1,5}", place):
         raise errors.InvalidInput(f"'{url}' has no port: write grpc://{place}:50051/{store}")
-    return scheme, place, store, int(match["version"] or 0)
+    version = int(match["version"] or 0)
+    if version >= 1 << 63:
+        raise errors.InvalidInput(f"'{url}' asks for version {version}: there can be no such")
+    return scheme, place, store, version
 
 
 class _Source:
@@ -146,13 +150,12 @@ class LocalSource(_Source):
         max_tags: int = 0,
     ) -> list[Retrieval]:
         catalog = self._opened()
-        # read once, so that a version committed meanwhile does not split the answer
-        version = catalog.engine(self._store, self._version).version.number
+        # opened once, so that a version committed meanwhile does not split the answer
+        engine = catalog.engine(self._store, self._version)
         answers: list[Retrieval] = []
-        for some_images, some_vectors in _batches(images, vectors):
+        for some_images, some_vectors in _batches(images, vectors, k):
             answers += catalog.retrieve(
-                self._store,
-                version,
+                engine,
                 images=some_images,
                 vectors=some_vectors,
                 fingerprint=_digest(fingerprint),
@@ -211,7 +214,7 @@ class RemoteSource(_Source):
 
         answers: list[Retrieval] = []
         version = self._version
-        for some_images, some_vectors in _batches(images, vectors):
+        for some_images, some_vectors in _batches(images, vectors, k):
             request = pb.RetrieveRequest(
                 store=self._store, version=version, images=some_images, fingerprint=_digest(fingerprint), k=_in_range("k", k)
             )
@@ -277,6 +280,8 @@ class RemoteSource(_Source):
         with self._lock:
             if self._channel is None or self._pid != os.getpid():
                 options = [("grpc.max_receive_message_length", MAX_MESSAGE), ("grpc.max_send_message_length", MAX_MESSAGE)]
+                if re.match(r"(localhost|127\.|\[::1\])", self._address):
+                    options.append(("grpc.enable_http_proxy", 0))  # a proxy knows no loopback address of ours
                 self._channel = grpc.insecure_channel(self._address, options=options)
                 self._open_stub = tagstore_pb2_grpc.TagStoreStub(self._channel)
                 self._pid = os.getpid()
@@ -291,7 +296,7 @@ def _from_status(error: Any, address: str, timeout: float) -> errors.TagstoreErr
         case grpc.StatusCode.INVALID_ARGUMENT | grpc.StatusCode.OUT_OF_RANGE:
             return errors.InvalidInput(message)
         case grpc.StatusCode.RESOURCE_EXHAUSTED:
-            return errors.InvalidInput(f"the server at {address} takes no request of this size: {message}")
+            return errors.InvalidInput(f"too much for the server at {address}: {message}. Send less at once, or later")
         case grpc.StatusCode.NOT_FOUND:
             return errors.NotFound(message)
         case grpc.StatusCode.ALREADY_EXISTS:
@@ -310,7 +315,9 @@ def _from_status(error: Any, address: str, timeout: float) -> errors.TagstoreErr
             return errors.TagstoreError(f"the server at {address} answered {code.name}: {message}")
 
 
-def _batches(images: Sequence[Image], vectors: NDArray[np.floating] | None) -> Iterator[tuple[list[bytes], NDArray[np.floating] | None]]:
+def _batches(
+    images: Sequence[Image], vectors: NDArray[np.floating] | None, k: int
+) -> Iterator[tuple[list[bytes], NDArray[np.floating] | None]]:
     """Requests small enough for the wire: images first, then vectors."""
     if isinstance(images, bytes | str | os.PathLike):
         raise errors.InvalidInput("images is a list: pass [image] for one")
@@ -318,7 +325,7 @@ def _batches(images: Sequence[Image], vectors: NDArray[np.floating] | None) -> I
     size = 0
     for image in images:
         data = _read(image)
-        if batch and (size + len(data) > _BATCH_BYTES or len(batch) == _BATCH_IMAGES):
+        if batch and (size + len(data) > _BATCH_BYTES or len(batch) == max(1, min(_BATCH_IMAGES, _BATCH_NEIGHBOURS // max(1, k)))):
             yield batch, None
             batch, size = [], 0
         batch.append(data)
@@ -326,8 +333,9 @@ def _batches(images: Sequence[Image], vectors: NDArray[np.floating] | None) -> I
     if batch:
         yield batch, None
     if vectors is not None:
-        for start in range(0, len(vectors), _BATCH_ROWS):
-            yield [], vectors[start : start + _BATCH_ROWS]
+        rows = max(1, min(_BATCH_ROWS, _BATCH_NEIGHBOURS // max(1, k)))
+        for start in range(0, len(vectors), rows):
+            yield [], vectors[start : start + rows]
 
 
 def _read(image: Image) -> bytes:

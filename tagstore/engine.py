@@ -18,6 +18,10 @@ MAX_K = 1000
 MAX_BATCH = 4096
 SPARE = 8
 """Candidates asked of the index beyond k: equal similarities at the edge are then cut by entry id, not by chance."""
+MAX_TIES = 1 << 13
+"""Beyond so many entries of equal similarity at the edge, which of them are returned is the index's choice."""
+MAX_ANSWERS = 1 << 16
+"""Neighbours of one request, over all its queries."""
 ROWS_AT_ONCE = 1 << 15
 """Stored vectors held in memory to re-rank: 64 MiB at 512 dimensions, whatever the request."""
 
@@ -48,13 +52,7 @@ class Engine:
         return [r for start in range(0, len(queries), step) for r in self._answer(queries[start : start + step], k, max_tags)]
 
     def _answer(self, queries: Vectors, k: int, max_tags: int) -> list[Retrieval]:
-        candidates = self.index.search(queries, k + SPARE)
-        unique, where = np.unique(candidates, return_inverse=True)
-        stored = self.snapshot.vectors(unique)[where.reshape(candidates.shape)]
-        similarities = _cosines(stored, queries)
-        order = np.lexsort((candidates, -similarities), axis=1)[:, :k]
-        ids = np.take_along_axis(candidates, order, axis=1)
-        similarities = np.take_along_axis(similarities, order, axis=1)
+        ids, similarities = self._nearest(queries, k, k + SPARE)
 
         flat = ids.ravel().tolist()
         records = dict(zip(flat, self.snapshot.keys_and_tags(flat), strict=True))
@@ -62,6 +60,21 @@ class Engine:
             self._retrieval(query, [Neighbour(records[i][0], i, s) for i, s in zip(row, sims, strict=True)], records, max_tags)
             for query, row, sims in zip(queries, ids.tolist(), similarities.tolist(), strict=True)
         ]
+
+    def _nearest(self, queries: Vectors, k: int, candidates: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Ids and similarities `[N, k]` of the best entries, best first, equal ones by id."""
+        found = self.index.search(queries, candidates)
+        unique, where = np.unique(found, return_inverse=True)
+        similarities = _cosines(self.snapshot.vectors(unique)[where.reshape(found.shape)], queries)
+        order = np.lexsort((found, -similarities), axis=1)
+        found, similarities = np.take_along_axis(found, order, axis=1), np.take_along_axis(similarities, order, axis=1)
+        ids, best = found[:, :k], similarities[:, :k]
+        if candidates <= found.shape[1] < min(self.version.entries, MAX_TIES):
+            # as many equal ones as were asked for: which of them the index left out is chance, so ask for more
+            tied = np.flatnonzero(similarities[:, -1] == best[:, -1])
+            if len(tied):
+                ids[tied], best[tied] = self._nearest(queries[tied], k, 4 * candidates)
+        return ids, best
 
     def tags(self, tag_ids: Sequence[int] = (), *, first: int = 0, limit: int = 1000, embeddings: bool = False) -> list[TagInfo]:
         """Tags by id, or, without ids, up to `limit` tags from id `first` on. Raises `NotFound`."""
@@ -129,6 +142,8 @@ def check_request(queries: int, k: int, max_tags: int) -> None:
         raise InvalidInput(f"k is {k}: ask for 1 to {MAX_K} neighbours")
     if max_tags < 0:
         raise InvalidInput(f"max_tags is {max_tags}: pass 0 for all tags, or how many you want")
+    if queries * k > MAX_ANSWERS:
+        raise InvalidInput(f"{queries} queries with k = {k} ask for {queries * k} neighbours: at most {MAX_ANSWERS} in one request")
     if queries > MAX_BATCH:
         raise InvalidInput(f"{queries} queries in one request: send at most {MAX_BATCH}")
 

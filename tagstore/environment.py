@@ -23,14 +23,15 @@ from typing import Any
 
 import lmdb
 
-from tagstore.errors import Busy, Damaged, NotFound
+from tagstore.errors import Busy, Damaged, NotFound, WriteFailed
 
 # Address space, not disk: the file grows as data comes, and no reader ever has to follow a resized map.
-MAP_SIZE = int(os.environ.get("TAGSTORE_MAP_SIZE", 1 << 40))
+MAP_SIZE = int(os.environ.get("TAGSTORE_MAP_SIZE", 1 << 38))
 MAX_READERS = 2048
 
 _lock = Lock()
-_open: dict[str, Any] = {}
+_open: dict[tuple[int, int], Any] = {}
+"""By device and inode of data.mdb: a store that is renamed keeps its environment, one made anew under its name gets another."""
 
 
 def _close_inherited() -> None:
@@ -111,22 +112,36 @@ def environment(directory: Path, *, create: bool = False) -> Any:
     """
     path = os.path.realpath(directory)
     with _lock:
-        env = _open.get(path)
+        env = _open.get(_identity(path))
         if env is not None and _failed(env):
             env.close()
             env = None
         if env is None:
             if not create and not os.path.exists(os.path.join(path, "data.mdb")):
                 raise NotFound(f"no database at {path}")
-            _reserve(path)
             try:
+                _reserve(path)
                 # metasync=False: a commit syncs the data; `env.sync(True)` after it makes the commit itself durable
                 env = lmdb.open(path, map_size=MAP_SIZE, max_readers=MAX_READERS, max_dbs=16, create=create, metasync=False)
             except (lmdb.InvalidError, lmdb.CorruptedError, lmdb.VersionMismatchError) as error:
                 raise Damaged(f"{path}/data.mdb is not a readable LMDB database: {error}. Restore it from a copy.") from error
+            except lmdb.MemoryError as error:
+                raise WriteFailed(
+                    f"no address space left to map {path}/data.mdb ({MAP_SIZE >> 30} GiB each): set TAGSTORE_MAP_SIZE to fewer bytes"
+                ) from error
+            except (lmdb.Error, OSError) as error:
+                raise WriteFailed(f"{path} cannot be opened: {error}. LMDB needs to write to lock.mdb there, to read as well") from error
             env.reader_check()
-            _open[path] = env
+            _open[_identity(path)] = env
         return env
+
+
+def _identity(path: str) -> tuple[int, int]:
+    try:
+        status = os.stat(os.path.join(path, "data.mdb"))
+    except OSError:
+        return (-1, -1)
+    return status.st_dev, status.st_ino
 
 
 def _reserve(path: str) -> None:
@@ -155,7 +170,14 @@ def _failed(env: Any) -> bool:
 def forget(directory: Path) -> None:
     """Drop the process's hold of an environment; it is closed when the last one who reads from it lets go."""
     with _lock:
-        _open.pop(os.path.realpath(directory), None)
+        _open.pop(_identity(os.path.realpath(directory)), None)
+
+
+def release(env: Any) -> None:
+    """As `forget`, of an environment whose files may be gone: a compaction elsewhere has replaced it."""
+    with _lock:
+        for identity in [identity for identity, held in _open.items() if held is env]:
+            del _open[identity]
 
 
 def _say(descriptor: int, holder: str) -> None:

@@ -11,8 +11,9 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from io import BytesIO
+from threading import Lock
 from typing import Any, cast
 
 import imagehash
@@ -47,6 +48,13 @@ _UPRIGHT = {
 }
 
 
+MAX_ASPECT = 100
+"""Encoders scale the shorter side to theirs: a strip of a few pixels would become a picture of gigabytes."""
+_LARGE_PIXELS = 16_000_000
+_large = Lock()
+"""Held while a large image is decoded: one at a time, or as many threads as cores would hold a gigabyte each."""
+
+
 def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode the first frame of an encoded image to upright RGB with 8 bits a channel. Safe to call from many threads.
 
@@ -67,10 +75,11 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
             image = plugin(BytesIO(data))
             width, height = image.size
             _check_size(width, height, max_pixels)
-            image.load()
-            orientation = _orientation(image)
-            upright = _to_rgb(image)
-            return upright.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else upright
+            with _large if width * height > _LARGE_PIXELS else nullcontext():
+                image.load()
+                orientation = _orientation(image)
+                upright = _to_rgb(image)
+                return upright.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else upright
         except BadImage:
             raise
         except Image.DecompressionBombError as error:
@@ -97,6 +106,8 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
             f"the image is too large: its header says {width} x {height} pixels, more than the limit of {max_pixels:,} in all; "
             "shrink it, or raise max_pixels if you trust it"
         )
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise BadImage(f"the image is {width} x {height} pixels: a strip of more than {MAX_ASPECT} to 1 shows nothing; crop it")
 
 
 def _orientation(image: Image.Image) -> int:

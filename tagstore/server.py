@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 MAX_MESSAGE = 64 << 20
 DRAIN_SECONDS = 30.0
+WAITING = 16
+"""Requests in hand for each thread that answers; more are refused with RESOURCE_EXHAUSTED instead of filling the memory."""
 SERVICE = tagstore_pb2.DESCRIPTOR.services_by_name["TagStore"].full_name
 
 
@@ -48,7 +50,9 @@ class Server:
             ("grpc.max_send_message_length", MAX_MESSAGE),
             ("grpc.so_reuseport", 0),
         ]
-        self._server = grpc.server(ThreadPoolExecutor(threads, thread_name_prefix="rpc"), options=options)
+        self._server = grpc.server(
+            ThreadPoolExecutor(threads, thread_name_prefix="rpc"), options=options, maximum_concurrent_rpcs=threads * WAITING
+        )
         self._health = health.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         tagstore_pb2_grpc.add_TagStoreServicer_to_server(TagStoreService(self._catalog), self._server)

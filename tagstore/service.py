@@ -23,7 +23,7 @@ STATUS: tuple[tuple[type[errors.TagstoreError], grpc.StatusCode], ...] = (
     (errors.NotFound, grpc.StatusCode.NOT_FOUND),
     (errors.AlreadyExists, grpc.StatusCode.ALREADY_EXISTS),
     (errors.FingerprintMismatch, grpc.StatusCode.FAILED_PRECONDITION),
-    (errors.MissingExtra, grpc.StatusCode.FAILED_PRECONDITION),
+    (errors.MissingExtra, grpc.StatusCode.UNIMPLEMENTED),
     (errors.WriteFailed, grpc.StatusCode.ABORTED),
     (errors.Busy, grpc.StatusCode.UNAVAILABLE),
     (errors.Unavailable, grpc.StatusCode.UNAVAILABLE),
@@ -41,6 +41,8 @@ def _answering(method: Method) -> Method:
     @wraps(method)
     def answer(self: Any, request: Any, context: grpc.ServicerContext) -> Any:
         try:
+            if not context.is_active():
+                context.abort(grpc.StatusCode.CANCELLED, "the caller has gone")  # it waited in our queue beyond its deadline
             return method(self, request, context)
         except errors.TagstoreError as error:
             code = next((code for kind, code in STATUS if isinstance(error, kind)), grpc.StatusCode.INTERNAL)
@@ -63,8 +65,7 @@ class TagStoreService(pb_grpc.TagStoreServicer):
         vectors = convert.vectors_from_proto(request.vectors) if request.HasField("vectors") else None
         engine = self._catalog.engine(request.store, request.version)
         retrievals = self._catalog.retrieve(
-            request.store,
-            engine.version.number,
+            engine,
             images=request.images,
             vectors=vectors,
             fingerprint=request.fingerprint,

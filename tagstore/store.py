@@ -86,7 +86,7 @@ class Version:
 
     def to_json(self) -> str:
         """JSON with a checksum of its own."""
-        body = json.dumps(asdict(self), ensure_ascii=False, sort_keys=True)
+        body = json.dumps(asdict(self), sort_keys=True)
         return json.dumps({"version": body, "sha256": sha256(body.encode()).hexdigest()})
 
     @classmethod

@@ -146,14 +146,24 @@ class Writer:
         with self.env.begin() as txn:
             for draft in drafts:
                 old = self._live_id(txn, draft.key)
-                if draft.key in seen or (old is not None and old >= self.first_entry_id):
+                taken = old is not None and (old >= self.first_entry_id or self._confirmed[old])
+                if draft.key in seen or taken:
                     rejected.append(Rejected(draft.key, "duplicate key: the first pair of this key was kept", draft.origin))
                 elif old is not None and same_miner and _same(draft, decode_entry(old, txn.get(U64.pack(old), db=self.db["entries"]))):
                     unchanged += 1
+                    self._confirmed[old] = True
                 else:
                     admitted.append(draft)
                 seen.add(draft.key)
         return admitted, rejected, unchanged
+
+    def confirm(self, keys: Sequence[str]) -> None:
+        """Take entries of the version before as seen in this ingest; one of their key that comes now is a duplicate."""
+        with self.env.begin() as txn:
+            for key in keys:
+                old = self._live_id(txn, key)
+                if old is not None and old < self.first_entry_id:
+                    self._confirmed[old] = True
 
     def append(
         self, drafts: Sequence[Draft], vectors: Vectors | None, *, rejected: Sequence[Rejected] = (), progress: Progress | None = None
@@ -204,6 +214,7 @@ class Writer:
     def reopen(self) -> None:
         """Go on in the generation that is current now."""
         self.env = environment(generation(self.directory))
+        self.env.reader_check()  # a reader that was killed must not keep freed pages from being used again
         self.db = open_databases(self.env, create=True)
         self._begin()
 
@@ -318,6 +329,7 @@ class Writer:
         self._embedded = min(self._spaces.get(self.space, ("", 0))[1], self.next_tag_id)
         self._refused = 0
         self._live = np.zeros(self.next_entry_id, bool)
+        self._confirmed = np.zeros(self.next_entry_id, bool)
         self._counts = np.zeros(self.next_tag_id, np.int32)
         if self.parent:
             snapshot = Snapshot(self.store, self.parent)

@@ -130,7 +130,9 @@ def test_vectors_of_another_shape_are_refused(engine: Engine, shape: tuple[int, 
 
 def test_too_many_queries_are_refused_and_none_are_fine(engine: Engine) -> None:
     with pytest.raises(InvalidInput, match="send at most"):
-        engine.retrieve(np.ones((5000, D), np.float32))
+        engine.retrieve(np.ones((5000, D), np.float32), k=1)
+    with pytest.raises(InvalidInput, match="ask for 200000 neighbours"):
+        engine.retrieve(np.ones((200, D), np.float32), k=1000)
     assert engine.retrieve(np.ones((0, D), np.float32)) == []
 
 
@@ -150,6 +152,18 @@ def test_tags_are_paged_and_counted(engine: Engine) -> None:
         for tag in entry.tags:
             counts[tag.tag_id] += 1
     assert {t.tag_id: t.count for t in everything} == counts
+
+
+@pytest.mark.parametrize("rows", [64, 1 << 20])
+def test_many_equal_vectors_are_cut_by_id_whatever_the_files(tmp_path: Path, rng: np.random.Generator, monkeypatch, rows: int) -> None:
+    monkeypatch.setattr(faiss_index, "MAX_ROWS", rows)
+    vectors = np.concatenate([np.eye(D, dtype=np.float32)[:1].repeat(200, 0), clustered(rng, 40)])
+    vectors[200:202] = np.eye(D, dtype=np.float32)[0] + np.eye(D, dtype=np.float32)[1] * 0.1
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    small = make(tmp_path, vectors, [[]] * 240)
+    query = np.eye(D, dtype=np.float32)[0] + np.eye(D, dtype=np.float32)[1] * 0.1
+    [answer] = small.retrieve(query[None], k=6)
+    assert [n.entry_id for n in answer.neighbours] == [200, 201, 0, 1, 2, 3]
 
 
 def test_an_index_of_other_contents_or_none_is_refused(tmp_path: Path, rng: np.random.Generator) -> None:

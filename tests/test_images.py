@@ -273,3 +273,10 @@ def test_perceptual_hash_keeps_through_scaling_and_tells_pictures_apart() -> Non
     assert (value ^ perceptual_hash(photograph(640, 480, seed=1))).bit_count() > 12
     assert isinstance(perceptual_hash(Image.new("RGB", (1, 1))), int)
     assert isinstance(perceptual_hash(Image.new("RGB", (5000, 2))), int)
+
+
+def test_a_strip_that_would_become_gigabytes_is_refused() -> None:
+    buffer = BytesIO()
+    Image.new("L", (1, 3000)).save(buffer, "PNG")
+    with pytest.raises(BadImage, match="a strip of more than 100 to 1"):
+        decode(buffer.getvalue())

@@ -116,6 +116,9 @@ def test_a_duplicate_key_in_one_ingest_is_rejected_an_unchanged_one_counted(tmp_
         writer.append(admitted, unit(rng, 1))
         _, rejected, _ = writer.admit([draft("b")], same_miner=True)
         assert "duplicate key" in rejected[0].reason
+        _, rejected, unchanged = writer.admit([draft("a", caption="another")], same_miner=True)
+        assert ([r.key for r in rejected], unchanged) == (["a"], 0), "the first of this key was unchanged, this is its duplicate"
+    with Writer(tmp_path, "toy", FINGERPRINT) as writer:
         admitted, _, _ = writer.admit([draft("a")], same_miner=False)
         assert len(admitted) == 1
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from tagstore.cli import options, output
-from tagstore.errors import InvalidInput
+from tagstore.errors import FingerprintMismatch, InvalidInput
 
 
 @click.command()
@@ -71,7 +71,7 @@ def _field(text: str) -> tuple[str, str]:
 
 @click.command()
 @click.argument("url")
-@click.argument("version", type=int)
+@click.argument("version", type=options.number)
 def rollback(url: str, version: int) -> None:
     """Make a version that holds what an old one held."""
     from tagstore.maintenance import rollback as run
@@ -164,7 +164,10 @@ def _vectors(root: str, store: str, images: list[bytes]) -> list[bytes]:
     from tagstore.images import decode
     from tagstore.store import Store
 
-    encoder = load_encoder(Store(root, store).snapshot().version.fingerprint.model)
+    fingerprint = Store(root, store).snapshot().version.fingerprint
+    encoder = load_encoder(fingerprint.model)
+    if encoder.fingerprint.digest != fingerprint.digest:
+        raise FingerprintMismatch.between(store, fingerprint, encoder.fingerprint)
     return [row.astype(np.float16).tobytes() for row in encoder.encode_images([decode(data) for data in images])]
 
 

@@ -12,9 +12,17 @@ root = click.option("--root", required=True, metavar="DIR", help="Directory of t
 device = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N.")
 
 
-def local(url: str) -> tuple[str, str, int | None]:
-    """(root, store, version or None) of a file:// URL. Raises `InvalidInput` for a server's: its stores are changed where they are."""
+number = click.IntRange(1, (1 << 63) - 1)
+
+
+def local(url: str, *, versioned: bool = False) -> tuple[str, str, int | None]:
+    """(root, store, version or None) of a file:// URL.
+
+    Raises `InvalidInput` for a server's, whose stores are changed where they are, and for a version where the store as a whole is meant.
+    """
     scheme, place, store, version = parse(url)
+    if version and not versioned:
+        raise InvalidInput(f"{url} names version {version}, but this is about the store as a whole: leave @{version} out")
     if scheme != "file":
         raise InvalidInput(f"{url} is a server's: run this where the store is, with file://DIR/{store}")
     return place, store, version or None

@@ -46,7 +46,7 @@ def query(url: str, images: tuple[str, ...], k: int, max_tags: int, as_json: boo
                 failed = True
                 continue
             if as_json:
-                click.echo(json.dumps({"image": image, **output.retrieval_json(retrieval)}, ensure_ascii=False))
+                click.echo(json.dumps({"image": image, **output.retrieval_json(retrieval)}))
             else:
                 output.print_retrieval(image, retrieval)
     if failed:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from tagstore.cli import options, output
-from tagstore.errors import NotFound
+from tagstore.errors import TagstoreError
 
 if TYPE_CHECKING:
     from tagstore.mining.vocabulary import Record
@@ -27,8 +27,8 @@ def stores(root: str, as_json: bool) -> None:
     for name in store_names(root):
         try:
             infos.append(Store(root, name).snapshot().info())
-        except NotFound as error:
-            click.echo(str(error), err=True)
+        except TagstoreError as error:
+            click.echo(f"{name}: {error}", err=True)
     if as_json:
         click.echo(json.dumps([output.info_json(info) for info in infos]))
     elif not infos:
@@ -61,8 +61,8 @@ def versions(url: str, as_json: bool) -> None:
 
 @click.command()
 @click.argument("url")
-@click.argument("before", type=int)
-@click.argument("after", type=int)
+@click.argument("before", type=options.number)
+@click.argument("after", type=options.number)
 @click.option("--limit", default=20, show_default=True, help="How many of each to show.")
 @options.as_json
 def diff(url: str, before: int, after: int, limit: int, as_json: bool) -> None:
@@ -85,11 +85,11 @@ def diff(url: str, before: int, after: int, limit: int, as_json: bool) -> None:
 @click.command()
 @click.argument("url")
 @click.option("--n", default=20, show_default=True, help="How many tags of the head and the tail to show.")
-@click.option("--against", type=int, metavar="VERSION", help="Show what is new and what vanished since that version.")
+@click.option("--against", type=options.number, metavar="VERSION", help="Show what is new and what vanished since that version.")
 @options.as_json
 def vocab(url: str, n: int, against: int | None, as_json: bool) -> None:
     """The vocabulary of a store: its head, tail and kinds."""
-    from tagstore.client import connect
+    from tagstore.client import connect, parse
     from tagstore.mining.vocabulary import Record, compare, summarise
 
     def records(at: str) -> list[Record]:
@@ -98,7 +98,8 @@ def vocab(url: str, n: int, against: int | None, as_json: bool) -> None:
 
     now = records(url)
     if against is not None:
-        change = compare(records(f"{url.partition('@')[0]}@{against}"), now)
+        scheme, place, store, _ = parse(url)
+        change = compare(records(f"{scheme}://{place}/{store}@{against}"), now)
         click.echo(json.dumps(asdict(change)) if as_json else f"new: {_names(change.new, n)}\nvanished: {_names(change.vanished, n)}")
         return
     summary = summarise(now, n)
@@ -121,9 +122,9 @@ def quarantine(url: str) -> None:
     """The pairs that were refused when a version was made, JSON Lines."""
     from tagstore.store import Store
 
-    root, store, version = options.local(url)
+    root, store, version = options.local(url, versioned=True)
     for rejected in Store(root, store).snapshot(version).quarantine():
-        click.echo(json.dumps(asdict(rejected), ensure_ascii=False))
+        click.echo(json.dumps(asdict(rejected)))
 
 
 @click.command()

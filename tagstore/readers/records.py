@@ -16,6 +16,7 @@ from tagstore.errors import InvalidInput
 from tagstore.types import Pair, Rejected
 
 MAX_IMAGE_BYTES = 256 * 2**20
+MAX_DEPTH = 32
 MAX_TEXT_BYTES = 16 * 2**20
 """Of a caption file or a shard's json: more than that is no caption."""
 
@@ -110,7 +111,7 @@ def row_to_pair(row: Mapping[str, Any], chosen: Chosen, file: Path, number: int,
         if chosen.key is not None:
             key = key_in(row.get(chosen.key), chosen.key)
         image = _unwrapped(row.get(chosen.image))
-        path = image if isinstance(image, str) and not _is_embedded(image) else None
+        path = image if isinstance(image, str) and not _is_embedded(image, file.parent) else None
         if chosen.key is None and path is not None:
             key = key_of_path(path, file.parent, options.root)
         captions = caption_texts(row.get(name) for name in chosen.captions)
@@ -184,8 +185,10 @@ def metadata_of(row: Mapping[str, Any], without: Iterable[str | None] = ()) -> d
     return {name: json_value(value) for name, value in row.items() if name not in skipped and not isinstance(value, bytes)}
 
 
-def json_value(value: Any) -> Any:
-    """A value that JSON and UTF-8 can hold: NaN and infinity become null, dates and other types their text."""
+def json_value(value: Any, depth: int = 0) -> Any:
+    """A value that JSON and UTF-8 can hold: NaN and infinity become null, dates and other types their text. Raises `RecordError`."""
+    if depth > MAX_DEPTH:
+        raise RecordError(f"nested too deeply: metadata of more than {MAX_DEPTH} levels")
     match value:
         case None | bool() | int():
             return value
@@ -194,9 +197,9 @@ def json_value(value: Any) -> Any:
         case str():
             return value if _is_unicode(value) else value.encode("utf-8", "replace").decode()
         case Mapping():
-            return {str(name): json_value(item) for name, item in value.items() if not isinstance(item, bytes)}
+            return {str(name): json_value(item, depth + 1) for name, item in value.items() if not isinstance(item, bytes)}
         case list() | tuple():
-            return [json_value(item) for item in value if not isinstance(item, bytes)]
+            return [json_value(item, depth + 1) for item in value if not isinstance(item, bytes)]
     return str(value)
 
 
@@ -213,9 +216,13 @@ def _unwrapped(image: Any) -> str | bytes:
     return image
 
 
-def _is_embedded(text: str) -> bool:
-    # A path to an image has a dot before its extension, base64 has none.
-    return text.startswith("data:") or (len(text) >= 64 and re.fullmatch(r"[A-Za-z0-9+/\s]+={0,2}\s*", text) is not None)
+def _is_embedded(text: str, folder: Path) -> bool:
+    # A path to an image has a dot before its extension, base64 has none; a file named by its hash has none either, but it is there.
+    if text.startswith("data:"):
+        return True
+    if len(text) < 64 or re.fullmatch(r"[A-Za-z0-9+/\s]+={0,2}\s*", text) is None:
+        return False
+    return len(text) > 4096 or not os.path.exists(os.path.join(folder, text))
 
 
 def _embedded(image: str | bytes, limit: int) -> bytes:

@@ -24,6 +24,7 @@ _UNREADABLE = (OSError, EOFError, zlib.error)
 
 def read_csv(file: Path, options: Options) -> Iterator[Pair | Rejected]:
     """A table whose first line names the columns; fields may be quoted and hold line breaks."""
+    csv.field_size_limit(2 * options.max_image_bytes)  # a field may hold an image in base64
     # strict, for otherwise a quote left open in the last column swallows the rows after it as one long caption
     return _read_rows(file, options, lambda lines: csv.reader(lines, strict=True))
 
