@@ -1,0 +1,186 @@
+"""Readers and a writer at once: no error, no torn read, and a version reads the same for as long as it is there."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import numpy as np
+import pytest
+
+import crash
+from tagstore.catalog import Catalog
+from tagstore.compaction import compact
+from tagstore.store import Snapshot, Store
+from tagstore.writer import Writer
+
+SPAWN, FORK = multiprocessing.get_context("spawn"), multiprocessing.get_context("fork")
+KEYS = [f"key-{i:05d}" for i in range(20)]
+
+
+def _write(root: Path, number: int) -> None:
+    """A version in which every entry has another serial: number * 100 and on. A mix of two versions shows at once."""
+    batch = [(key, number * 100 + i) for i, key in enumerate(KEYS)]
+    crash.ingest(root, {"space": "first", "identity": f"source {number}", "batches": [batch[:10], batch[10:]], "sync": "batch"})
+
+
+def _read(snapshot: Snapshot) -> int:
+    """Which write a version holds; it must hold that one, all of it, and nothing else."""
+    entries = list(snapshot.entries())
+    serials = [e.perceptual_hash for e in entries]
+    write = serials[0] // 100
+    assert serials == [write * 100 + i for i in range(len(KEYS))], serials
+    assert [e.key for e in entries] == KEYS
+    assert all(e.captions == (f"picture {e.perceptual_hash:08d}",) for e in entries)
+    np.testing.assert_array_equal(snapshot.vectors(snapshot.live()), crash.vectors_of("first", serials))
+    assert snapshot.counts().sum() == sum(len(e.tags) for e in entries) == snapshot.version.tags
+    return write
+
+
+def _hammer(root: str, seed: int, pipe: Connection) -> None:
+    """Read the newest version through the engine, and old ones again, until told to stop; answer with what was done."""
+    rng, catalog, seen, reads, last = random.Random(seed), Catalog(root, device="cpu"), {}, 0, 0
+    try:
+        pipe.send("ready")
+        while not pipe.poll():
+            engine = catalog.engine(crash.NAME)
+            number = engine.version.number
+            assert number >= last, f"after version {last} the newest was {number}"
+            last = number
+            write = _read(engine.snapshot)
+            assert seen.setdefault(number, write) == write
+            i = rng.randrange(len(KEYS))
+            [answer] = engine.retrieve(crash.vectors_of("first", [write * 100 + i]), k=3)
+            assert (answer.version, answer.neighbours[0].key) == (number, KEYS[i])
+            old = rng.choice(sorted(seen))
+            assert _read(Store(root, crash.NAME).snapshot(old)) == seen[old], f"version {old} has changed"
+            reads += 1
+        pipe.send((reads, len(seen)))
+    except BaseException as error:  # noqa: BLE001  the parent reports it
+        pipe.send(f"{type(error).__name__}: {error}")
+
+
+def test_four_readers_hammer_while_200_versions_are_committed(tmp_path: Path) -> None:
+    _write(tmp_path, 1)
+    pipes, children = [], []
+    for seed in range(4):
+        ours, theirs = SPAWN.Pipe()
+        child = SPAWN.Process(target=_hammer, args=(str(tmp_path), seed, theirs))
+        child.start()
+        pipes.append(ours)
+        children.append(child)
+    assert [pipe.recv() for pipe in pipes] == ["ready"] * 4
+    number = 1
+    for number in range(2, 201):
+        if number in (60, 120, 180):
+            compact(tmp_path, crash.NAME)
+        else:
+            _write(tmp_path, number)
+        if any(pipe.poll() for pipe in pipes):
+            break
+    for pipe in pipes:
+        pipe.send("stop")
+    answers = [pipe.recv() for pipe in pipes]
+    for child in children:
+        child.join()
+    assert all(isinstance(answer, tuple) for answer in answers), answers
+    assert Store(tmp_path, crash.NAME).state()["current"] == 200
+    assert all(reads >= 10 and versions >= 5 for reads, versions in answers), answers
+
+
+def _hold(root: str, transactions: int, pipe: Connection) -> None:
+    store = Store(root, crash.NAME)
+    held = [store.env.begin() for _ in range(transactions)]
+    pipe.send(len(held))
+    pipe.recv()
+    # a transaction sees the store as it was when it began
+    pipe.send([len(list(txn.cursor(store.db["versions"]))) for txn in held])
+    for txn in held:
+        txn.abort()
+
+
+def test_300_readers_at_once_in_three_processes_and_a_writer_beside_them(tmp_path: Path) -> None:
+    _write(tmp_path, 1)
+    pipes, children = [], []
+    for _ in range(3):
+        ours, theirs = SPAWN.Pipe()
+        child = SPAWN.Process(target=_hold, args=(str(tmp_path), 100, theirs))
+        child.start()
+        pipes.append(ours)
+        children.append(child)
+    assert [pipe.recv() for pipe in pipes] == [100] * 3
+    env = Store(tmp_path, crash.NAME).env
+    assert sum(line.split()[2] != "-" for line in env.readers().splitlines()[1:]) == 300
+    for number in range(2, 6):
+        _write(tmp_path, number)
+    for pipe in pipes:
+        pipe.send("go")
+    assert [pipe.recv() for pipe in pipes] == [[1] * 100] * 3
+    for child in children:
+        child.join()
+    assert _read(Store(tmp_path, crash.NAME).snapshot()) == 5
+
+
+def _answer(root: str, pipe: Connection) -> None:
+    pipe.send(_read(Store(root, crash.NAME).snapshot()))
+    _write(Path(root), 7)
+
+
+@pytest.mark.parametrize("context", [FORK, SPAWN], ids=["fork", "spawn"])
+def test_a_child_opens_the_store_for_itself_reads_and_writes(tmp_path: Path, context: Any) -> None:
+    _write(tmp_path, 1)
+    snapshot = Store(tmp_path, crash.NAME).snapshot()
+    assert _read(snapshot) == 1
+    ours, theirs = context.Pipe()
+    child = context.Process(target=_answer, args=(str(tmp_path), theirs))
+    child.start()
+    assert ours.recv() == 1
+    child.join()
+    assert child.exitcode == 0
+    assert _read(snapshot) == 1
+    assert _read(Store(tmp_path, crash.NAME).snapshot()) == 7
+    _write(tmp_path, 8)
+
+
+def test_what_was_opened_before_a_fork_is_refused_after_it(tmp_path: Path) -> None:
+    _write(tmp_path, 1)
+    snapshot = Store(tmp_path, crash.NAME).snapshot()
+    child = os.fork()
+    if not child:
+        try:
+            snapshot.entry(0)
+        except lmdb.Error:
+            os._exit(0)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert snapshot.entry(0).key == KEYS[0]
+
+
+def test_a_fork_while_the_store_is_written_does_not_keep_the_writers_lock(tmp_path: Path) -> None:
+    ours, theirs = FORK.Pipe()
+    with Writer(tmp_path, crash.NAME, crash.SPACES["first"]):
+        child = FORK.Process(target=theirs.recv)
+        child.start()
+    _write(tmp_path, 1)
+    ours.send("end")
+    child.join()
+
+
+def test_a_reader_that_was_killed_does_not_keep_pages_from_being_used_again(tmp_path: Path) -> None:
+    _write(tmp_path, 1)
+    ours, theirs = SPAWN.Pipe()
+    child = SPAWN.Process(target=_hold, args=(str(tmp_path), 5, theirs))
+    child.start()
+    assert ours.recv() == 5
+    os.kill(child.pid, signal.SIGKILL)
+    child.join()
+    env = Store(tmp_path, crash.NAME).env
+    assert str(child.pid) in env.readers()
+    _write(tmp_path, 2)
+    assert str(child.pid) not in env.readers()
