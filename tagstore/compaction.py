@@ -198,7 +198,10 @@ class _Rewrite:
         self._copy_tags(self._union(1, self.writer.next_tag_id))
         for space in sorted(spaces):
             self._copy_rows("vectors", space, self._union(0, self.writer.next_entry_id, space))
-            self._copy_rows("embeddings", space, self._union(1, self.writer.next_tag_id, space))
+            # of every tag that stays, whichever space needs it now: an ingest finds it in the table and does not embed it again
+            tags = self._union(1, self.writer.next_tag_id)
+            tags[state["spaces"][str(space)][1] :] = False
+            self._copy_rows("embeddings", space, tags)
         self._copy_lines()
         store = Store.of_generation(self.old.name, self.writer.directory, fresh)
         parent = None

@@ -121,3 +121,38 @@ StoreMachine.TestCase.settings = settings(
     max_examples=10, stateful_step_count=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
 TestStoreMachine = StoreMachine.TestCase
+
+
+def _in_turn(root: Path, *operations: crash.Operation) -> None:
+    model = crash.Model()
+    for operation in operations:
+        crash.OPERATIONS[operation["operation"]](root, operation)
+        model = model.after(operation)
+        assert crash.look(root, close=False) == (model, [])
+
+
+def _ingest(space: str, *items: tuple[str, int]) -> crash.Operation:
+    return {"operation": "ingest", "space": space, "identity": f"{items}", "batches": [list(items)], "sync": "full"}
+
+
+def test_a_tag_that_only_versions_of_another_encoder_need_keeps_its_embedding_through_compaction(tmp_path: Path) -> None:
+    _in_turn(
+        tmp_path,
+        _ingest("first", ("a", 1), ("b", 2)),
+        {"operation": "reembed", "space": "second"},
+        {"operation": "delete", "keys": ["a"]},
+        {"operation": "compact", "keep": None},
+        _ingest("second", ("c", 8)),  # carries "tag 1", as the entry that was deleted did
+    )
+
+
+def test_entries_that_came_with_another_encoder_leave_the_checksums_of_the_first_as_they_are(tmp_path: Path) -> None:
+    _in_turn(
+        tmp_path,
+        _ingest("first", ("a", 1), ("b", 2)),
+        {"operation": "reembed", "space": "second"},
+        _ingest("second", ("c", 3), ("d", 4)),
+        {"operation": "rollback", "to": 1},
+        {"operation": "delete", "keys": ["a"]},
+        _ingest("first", ("e", 5)),
+    )
