@@ -222,7 +222,7 @@ def _sources(store: Store, given: Sequence[str]) -> Iterator[tuple[str, dict[str
         yield from ((path, {}) for path in given)
         return
     for version in reversed(store.versions()):
-        if version.source:
+        if "path" in version.source:
             columns = version.source["columns"]
             caption = columns["caption"] if isinstance(columns["caption"], str) else tuple(columns["caption"])
             options = {k: version.source[k] for k in ("format", "allow_outside")}

@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import faiss
@@ -27,6 +28,7 @@ from tagstore.types import KINDS
 from tagstore.writer import Writer
 
 SAMPLE = 1000
+END = "{}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,25 +53,12 @@ def verify(root: str | Path, store: str, *, full: bool = False) -> list[Problem]
         database = str(generation(Path(root) / store) / "data.mdb")
     except Damaged as error:
         return [Problem(str(Path(root) / store / "CURRENT"), str(error), False)]
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe(duplex=False)
-    child = context.Process(target=_send_problems, args=(theirs, str(root), store, full))
-    child.start()
-    theirs.close()
-    problems: list[Problem] = []
-    done = False
-    try:
-        while not done:
-            item = ours.recv()
-            if item is None:
-                done = True
-            else:
-                problems.append(item)
-    except EOFError:
-        pass
-    child.join()
-    if not done:
-        problems.append(Problem(database, f"reading it brought the reader down (exit code {child.exitcode})", False))
+    command = [sys.executable, "-m", __name__, str(root), store, *(["--full"] if full else [])]
+    child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    lines = [json.loads(line) for line in child.stdout.splitlines() if line.endswith("}")]
+    problems = [Problem(**line) for line in lines if line]
+    if not child.stdout.endswith(f"{END}\n"):
+        problems.append(Problem(database, f"reading it brought the reader down (exit code {child.returncode})", False))
     return problems
 
 
@@ -122,15 +111,17 @@ def _rebuild_lookups(writer: Writer) -> None:
     writer.env.sync(True)
 
 
-def _send_problems(pipe: Connection, root: str, name: str, full: bool) -> None:
+def _print_problems(root: str, name: str, full: bool) -> None:
+    """What the child does: a line of JSON for every problem, and a last one that says that it got to the end."""
     try:
         for problem in _problems(root, name, full):
-            pipe.send(problem)
+            print(json.dumps(asdict(problem)), flush=True)
     except TagstoreError as error:
-        pipe.send(Problem(str(generation(Path(root) / name) / "data.mdb"), str(error), False))
+        print(json.dumps(asdict(Problem(str(generation(Path(root) / name) / "data.mdb"), str(error), False))))
     except Exception as error:  # noqa: BLE001  whatever damage does to the reader is the finding
-        pipe.send(Problem(str(generation(Path(root) / name) / "data.mdb"), f"cannot be read: {type(error).__name__}: {error}", False))
-    pipe.send(None)
+        what = f"cannot be read: {type(error).__name__}: {error}"
+        print(json.dumps(asdict(Problem(str(generation(Path(root) / name) / "data.mdb"), what, False))))
+    print(END)
 
 
 def _problems(root: str, name: str, full: bool) -> Iterator[Problem]:
@@ -280,3 +271,7 @@ def _lines(store: Store, database: str) -> Iterator[Problem]:
                         unseal(key, value)
                     except Damaged as error:
                         yield Problem(database, f"{name}: {error}", False)
+
+
+if __name__ == "__main__":
+    _print_problems(sys.argv[1], sys.argv[2], "--full" in sys.argv[3:])

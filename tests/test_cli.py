@@ -156,6 +156,11 @@ def test_a_store_is_kept_from_the_command_line(tmp_path: Path) -> None:
     gone = run("prove-absent", url, "--key", "red-circle", "--image", str(source / "red-circle.png"))
     assert (gone.exit_code, gone.stdout) == (0, "nothing of it is in any file or record\n")
     assert json.loads(run("takedowns", url, "--json").stdout)[0]["reason"] == "asked for"
+    bundle = str(tmp_path / "s.bundle")
+    assert "s@6, 17 entries" in run("export", url, bundle, "--licence", "CC0-1.0").stdout
+    assert "copy@6: 17 entries" in run("import", bundle, "--root", str(tmp_path / "root"), "--store", "copy").stdout
+    with pytest.raises(TagstoreError, match="leave @1 out"):
+        run("drop", url + "@1")
     run("rename", url, "t")
     run("drop", url.removesuffix("s") + "t")
     assert "t is back" in run("undrop", url.removesuffix("s") + "t").stdout

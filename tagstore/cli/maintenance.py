@@ -1,4 +1,4 @@
-"""delete, rollback, compact, verify, repair, prove-absent, takedowns: keeping a store sound."""
+"""delete, rollback, compact, verify, repair, prove-absent, takedowns, export, import: keeping a store sound, and handing it on."""
 
 from __future__ import annotations
 
@@ -189,4 +189,35 @@ def takedowns(url: str, as_json: bool) -> None:
         )
 
 
-COMMANDS = (delete, rollback, compact, verify, repair, prove_absent, takedowns)
+@click.command()
+@click.argument("url")
+@click.argument("path", type=click.Path(dir_okay=False))
+@click.option("--licence", default="", help="Under which the content may be used, for the manifest.")
+@click.option("--note", default="", help="Anything else that the manifest should say.")
+@click.option("--key", type=click.Path(exists=True, dir_okay=False), metavar="PEM", help="Ed25519 private key to sign with.")
+def export(url: str, path: str, licence: str, note: str, key: str | None) -> None:
+    """Write a version to PATH, one file: entries, vocabulary and vectors, no images. The same version gives the same bytes."""
+    from tagstore.bundles import export as run
+
+    root, store, version = options.local(url, versioned=True)
+    info = run(root, store, path, version=version, licence=licence, note=note, key=key)
+    click.echo(f"{path}: {info.store}@{info.version}, {info.entries} entries, sha256 {info.sha256}")
+
+
+@click.command("import")
+@click.argument("path", type=click.Path(exists=True, dir_okay=False))
+@options.root
+@click.option("--store", metavar="NAME", help="Name of the new store, if not the one it was exported from.")
+@click.option(
+    "--key", type=click.Path(exists=True, dir_okay=False), metavar="PEM", help="Take it only if this Ed25519 public key signed it."
+)
+def import_(path: str, root: str, store: str | None, key: str | None) -> None:
+    """Make a store out of a bundle: all of it is verified before anything of it can be seen."""
+    from tagstore.bundles import import_ as run
+    from tagstore.bundles import inspect
+
+    version = run(root, path, store=store, key=key)
+    click.echo(f"{store or inspect(path).store}@{version.number}: {version.entries} entries, {version.unique_tags} unique tags")
+
+
+COMMANDS = (delete, rollback, compact, verify, repair, prove_absent, takedowns, export, import_)
