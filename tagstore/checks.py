@@ -7,7 +7,11 @@ from hashlib import sha256
 import numpy as np
 from numpy.typing import NDArray
 
+from tagstore.errors import Damaged
 from tagstore.store import ROWS, U64, Range, Store, Version, block_key
+
+MERGE = 2
+"""A range is merged with what follows it unless it is more than this many times as long."""
 
 
 def ranges_of(
@@ -29,6 +33,15 @@ def ranges_of(
         ranges = list(old.get(name, [])) if same_space or name in ("entries", "tags") else []
         first = ranges[-1].end if ranges else 0
         if first < end:
+            # as a binary counter carries, so that a version's record stays short however many commits there were
+            while ranges and ranges[-1].end - ranges[-1].first <= MERGE * (end - first):
+                last = ranges.pop()
+                if checksum(store, name, space, last.first, last.end, dimension) != last.sha256:
+                    raise Damaged(
+                        f"{name} {last.first} to {last.end - 1} of store '{store.name}' are not what was committed: nothing is built on "
+                        "them. Run `tagstore verify`, restore the store from a copy"
+                    )
+                first = last.first
             ranges.append(Range(first, end, checksum(store, name, space, first, end, dimension)))
         found[name] = ranges
     found["live"] = [Range(0, next_entry_id, sha256(live.tobytes()).hexdigest())]
