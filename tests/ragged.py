@@ -85,7 +85,10 @@ def in_float64(values: dict[str, Any]) -> dict[str, Any]:
 def assert_errs_at_most_twice(kernel: dict[str, Tensor], plain: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
     """The rule for kernels: against float64, at most twice the error of plain torch in the same dtype, in mean square and at worst.
 
-    Half a unit in the last place is allowed on top: where plain torch happens to be exact, twice nothing is nothing.
+    Half a unit in the last place is allowed on top in mean square: where plain torch happens to be exact, twice nothing is nothing.
+    At worst it is a whole unit of the largest value: for a tag that looks at one patch alone, the gradient of the logits is a
+    difference of two nearly equal numbers, which plain torch computes from the same roundings and a kernel that keeps no
+    attention (delta = dout . out) does not.
     """
     assert kernel.keys() == plain.keys() == exact.keys()
     for name, got in kernel.items():
@@ -97,7 +100,7 @@ def assert_errs_at_most_twice(kernel: dict[str, Tensor], plain: dict[str, Tensor
         assert got.isfinite().all(), f"{name} is not finite"
         eps = torch.finfo(got.dtype).eps
         error, allowed = (got.double() - want).abs(), (plain[name].double() - want).abs()
-        for how, size in (("mean square", lambda x: x.square().mean().sqrt()), ("worst", lambda x: x.max())):
-            assert size(error) <= 2 * size(allowed) + eps / 2 * size(want.abs()), (
+        for how, units, size in (("mean square", 0.5, lambda x: x.square().mean().sqrt()), ("worst", 1, lambda x: x.max())):
+            assert size(error) <= 2 * size(allowed) + units * eps * size(want.abs()), (
                 f"{name}: {how} error {size(error):.3g}, plain torch errs {size(allowed):.3g}, values {size(want.abs()):.3g}"
             )
