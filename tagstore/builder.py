@@ -30,7 +30,7 @@ from tagstore import faiss_index
 from tagstore.encoder import Encoder, load_encoder
 from tagstore.errors import BadImage, FingerprintMismatch, InvalidInput, NotFound
 from tagstore.images import decode, perceptual_hash
-from tagstore.mining import Miner, load_miner, merge
+from tagstore.mining import Miner, Rules, identity, load_miner, load_rules, merge
 from tagstore.readers import Columns, read
 from tagstore.store import Store, check_name
 from tagstore.types import Pair, Rejected
@@ -91,6 +91,7 @@ def ingest(
     allow_outside: bool = False,
     encoder: str | Encoder | None = None,
     miner: str | Miner = "rules",
+    vocabulary: Rules | None = None,
     device: str = "auto",
     sync: Sync = "full",
     progress: Advance = lambda stage, done: None,
@@ -108,6 +109,7 @@ def ingest(
         allow_outside: follow image paths that lead out of the source's folder.
         encoder: spec or encoder; the store's own if not given, `mini` for a new store.
         miner: spec or miner.
+        vocabulary: stop list and synonyms; the shipped ones if not given.
         device: for an encoder given by spec.
         sync: `full`: what an append has taken survives a power cut at once; `batch`: at the commit. The version does in both.
         progress: called as work is done.
@@ -129,21 +131,22 @@ def ingest(
             encoder = _encoder_for(root, store, encoder, device)
         if isinstance(miner, str):
             miner = load_miner(miner)
-    about = {"name": miner.name, "version": miner.version, "settings": dict(miner.settings)}
+    rules = vocabulary or load_rules()
+    about = identity(miner, rules)
     where = {"path": os.path.abspath(source), "format": format, "columns": asdict(columns), "allow_outside": allow_outside}
     same = json.dumps([where, about, encoder.fingerprint.digest], sort_keys=True)
-    identity = hashlib.sha256(same.encode()).hexdigest()
+    mark = hashlib.sha256(same.encode()).hexdigest()
 
-    with Writer(root, store, encoder.fingerprint, resume=identity, sync=sync) as writer:
+    with Writer(root, store, encoder.fingerprint, resume=mark, sync=sync) as writer:
         reached = writer.progress
         with clock("read"):
             resumes = reached is not None and _consume(found, reached, writer)
         if resumes:
-            return _Run(where, about, encoder, miner, writer, reached or Progress(identity), clock, progress).finish(found)
+            return _Run(where, about, encoder, miner, rules, writer, reached or Progress(mark), clock, progress).finish(found)
     # a fresh start, or another source than the one that was cut off: what that one staged is swept away
     with Writer(root, store, encoder.fingerprint, sync=sync) as writer:
         try:
-            return _Run(where, about, encoder, miner, writer, Progress(identity), clock, progress).finish(pairs() if reached else found)
+            return _Run(where, about, encoder, miner, rules, writer, Progress(mark), clock, progress).finish(pairs() if reached else found)
         except InvalidInput:
             if writer.parent is None:
                 shutil.rmtree(writer.directory)  # a source of which nothing can be used leaves no empty store behind
@@ -159,12 +162,13 @@ class _Run:
         about: Mapping[str, Any],
         encoder: Encoder,
         miner: Miner,
+        rules: Rules,
         writer: Writer,
         progress: Progress,
         clock: _Clock,
         advance: Advance,
     ) -> None:
-        self.source, self.about, self.encoder, self.miner = source, about, encoder, miner
+        self.source, self.about, self.encoder, self.miner, self.rules = source, about, encoder, miner, rules
         self.writer, self.progress, self.clock, self.advance = writer, progress, clock, advance
         self.same_miner = writer.parent is not None and writer.parent.miner == about
         self.report = Report(writer.name, writer.parent.number if writer.parent else 0, resumed=progress.pairs)
@@ -209,7 +213,7 @@ class _Run:
             with self.clock("embed"):
                 vectors = self.encoder.encode_images(np.stack([item.pixels for item in good]))
             with self.clock("mine"):
-                mined = [merge(tags) for tags in self.miner.mine(item.pair for item in good)]
+                mined = [self.rules.apply(merge(tags)) for tags in self.miner.mine(item.pair for item in good)]
         progress = self.progress
         progress.pairs += len(batch)
         progress.added += len(good)

@@ -1,4 +1,4 @@
-"""What a data team does to a store that is there: delete, roll back, compare, embed again, drop and bring back.
+"""What a data team does to a store that is there: delete, roll back, compare, tag or embed again, drop and bring back.
 
 Everything that changes a store commits a version; nothing here touches one that was committed.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -20,12 +21,13 @@ from numpy.typing import NDArray
 from tagstore import faiss_index
 from tagstore.encoder import Encoder, load_encoder
 from tagstore.environment import forget, generation, writer_lock
-from tagstore.errors import AlreadyExists, BadImage, InvalidInput, NotFound
+from tagstore.errors import AlreadyExists, BadImage, FingerprintMismatch, InvalidInput, NotFound
 from tagstore.images import decode
+from tagstore.mining import MergedTag, Miner, Rules, identity, load_miner, load_rules, merge
 from tagstore.readers import Columns, read
 from tagstore.store import Snapshot, Store, Version, check_name
-from tagstore.types import Entry, Kind, Rejected
-from tagstore.writer import Writer
+from tagstore.types import Entry, Kind, Pair, Rejected
+from tagstore.writer import Draft, Writer
 
 DROPPED = ".dropped"
 UNDO_DAYS = 7.0
@@ -172,6 +174,43 @@ def reembed(
         return writer.commit(operation="reembed", indexer=faiss_index.extend)
 
 
+def retag(root: str | Path, store: str, *, miner: str | Miner = "rules", vocabulary: Rules | None = None) -> Version:
+    """Commit a version whose tags are mined again from the stored captions and metadata: another miner, stop list or synonyms.
+
+    No image is read and none embedded; only tags that the store never had get a text embedding. With a minimum count, captions are mined
+    twice: once to count. Raises `InvalidInput` if it would change nothing.
+    """
+    miner = load_miner(miner) if isinstance(miner, str) else miner
+    rules = vocabulary or load_rules()
+    about = identity(miner, rules)
+    with Writer(root, store) as writer:
+        snapshot = writer.store.snapshot()
+        if snapshot.version.miner == about:
+            raise InvalidInput(f"the tags of store '{store}' were made by this miner with this vocabulary already")
+        rare: frozenset[tuple[str, str]] = frozenset()
+        if rules.minimum > 1:
+            counts = Counter((tag.kind, tag.canonical) for _, _, mined in _mined(snapshot, miner, rules) for tags in mined for tag in tags)
+            rare = frozenset(tag for tag, count in counts.items() if count < rules.minimum)
+        for ids, entries, mined in _mined(snapshot, miner, rules):
+            kept = [tuple(tag for tag in tags if (tag.kind, tag.canonical) not in rare) for tags in mined]
+            drafts = [
+                Draft(e.key, e.sha256, e.perceptual_hash, e.captions, tags, e.metadata, e.origin)
+                for e, tags in zip(entries, kept, strict=True)
+            ]
+            writer.append(drafts, snapshot.vectors(ids))
+        _embed_rest(writer)
+        return writer.commit(operation="retag", miner=about, indexer=faiss_index.extend)
+
+
+def _mined(snapshot: Snapshot, miner: Miner, rules: Rules) -> Iterator[tuple[NDArray[np.int64], list[Entry], list[tuple[MergedTag, ...]]]]:
+    live = snapshot.live()
+    for start in range(0, len(live), 1024):
+        ids = live[start : start + 1024]
+        entries = list(snapshot.entries(ids))
+        pairs = (Pair(e.key, b"", e.captions, e.metadata, e.origin) for e in entries)
+        yield ids, entries, [rules.apply(merge(tags)) for tags in miner.mine(pairs)]
+
+
 def rename(root: str | Path, store: str, to: str) -> None:
     """Give a store another name. Servers find it under the new one at the next request."""
     source, target = _directory(root, store), Path(root) / check_name(to)
@@ -212,9 +251,14 @@ def _directory(root: str | Path, store: str) -> Path:
 
 
 def _embed_rest(writer: Writer) -> None:
-    """After a rollback to another encoder some tags may lack an embedding in its space."""
+    """Give the tags an embedding that have none in the writer's space: new ones, or after a rollback to another encoder."""
+    encoder: Encoder | None = None
     while texts := writer.new_tags(limit=4096):
-        writer.embed_tags(load_encoder(writer.fingerprint.model).encode_texts(texts))
+        if encoder is None:
+            encoder = load_encoder(writer.fingerprint.model)
+            if encoder.fingerprint.digest != writer.fingerprint.digest:
+                raise FingerprintMismatch.between(writer.name, writer.fingerprint, encoder.fingerprint)
+        writer.embed_tags(encoder.encode_texts(texts))
 
 
 def _sources(store: Store, given: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:

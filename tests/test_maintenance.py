@@ -12,7 +12,8 @@ from tagstore.builder import ingest
 from tagstore.client import connect
 from tagstore.errors import AlreadyExists, Damaged, InvalidInput, NotFound
 from tagstore.images import decode, perceptual_hash
-from tagstore.maintenance import Selection, delete, diff, drop, reembed, rename, rollback, undrop
+from tagstore.maintenance import Selection, delete, diff, drop, reembed, rename, retag, rollback, undrop
+from tagstore.mining import load_rules
 from tagstore.store import Store, store_names
 from tagstore.verification import repair, verify
 
@@ -109,6 +110,28 @@ def test_reembedding_makes_a_version_of_another_encoder(root: Path, tmp_path: Pa
     with pytest.raises(InvalidInput, match=r"1 of 18 entries.*red-circle"):
         reembed(root, "s", other)
     assert Store(root, "s").snapshot().version.number == 4
+
+
+def test_retagging_changes_tags_and_no_vector(root: Path, tmp_path: Path, mini, monkeypatch) -> None:
+    monkeypatch.setattr(type(mini), "encode_images", lambda *_: pytest.fail("an image was embedded"))
+    before = Store(root, "s").snapshot()
+    stoplist = tmp_path / "stop.txt"
+    stoplist.write_text("table\n")
+    synonyms = tmp_path / "synonyms.tsv"
+    synonyms.write_text("circle\tdisc\n")
+    version = retag(root, "s", vocabulary=load_rules(stoplist, synonyms))
+    after = Store(root, "s").snapshot()
+    texts = {t[0] for t in after.tags(after.vocabulary())}
+    assert (version.number, version.operation, version.entries) == (2, "retag", 18)
+    assert {"red disc", "white table", "Paris"} <= texts
+    assert not {"red circle", "table"} & texts
+    np.testing.assert_array_equal(before.vectors(before.live()), after.vectors(after.live()))
+    assert verify(root, "s", full=True) == []
+    with pytest.raises(InvalidInput, match="already"):
+        retag(root, "s", vocabulary=load_rules(stoplist, synonyms))
+    retag(root, "s", vocabulary=load_rules(minimum=4))
+    counts = Store(root, "s").snapshot().counts()
+    assert counts[counts > 0].min() >= 4
 
 
 def test_a_store_is_renamed_dropped_and_brought_back(root: Path) -> None:

@@ -12,6 +12,11 @@ root = click.option("--root", required=True, metavar="DIR", help="Directory of t
 device = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N.")
 
 
+stoplist = click.option("--stoplist", metavar="FILE", help="Tags to leave out, one a line; the shipped list if not given.")
+synonyms = click.option("--synonyms", metavar="FILE", help="variant TAB preferred; the shipped map if not given.")
+miner = click.option(
+    "--miner", default="rules", show_default=True, metavar="M", help="What makes tags of captions; several as in rules+metadata."
+)
 number = click.IntRange(1, (1 << 63) - 1)
 
 

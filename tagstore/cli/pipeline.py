@@ -1,4 +1,4 @@
-"""ingest, reembed, mine: what makes versions and tags."""
+"""ingest, retag, reembed, mine: what makes versions and tags."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from tagstore.cli import options, output
 @click.option("--store", required=True, metavar="NAME", help="Store to add to; it is made if it isn't there.")
 @click.option("--format", "format_", metavar="F", help="folder, csv, tsv, jsonl, parquet or webdataset; found by looking if not given.")
 @click.option("--encoder", metavar="E", help="mini, NAME/PRETRAINED or local-dir:PATH; the store's own, or mini, if not given.")
-@click.option("--miner", default="rules", show_default=True, metavar="M", help="What makes tags of captions; none for none.")
+@options.miner
+@options.stoplist
+@options.synonyms
 @click.option("--image-column", metavar="C", help="Column with the image or its path.")
 @click.option("--caption-column", metavar="C", multiple=True, help="Column with captions; may be given several times.")
 @click.option("--key-column", metavar="C", help="Column with the unique key.")
@@ -33,6 +35,8 @@ def ingest(
     format_: str | None,
     encoder: str | None,
     miner: str,
+    stoplist: str | None,
+    synonyms: str | None,
     image_column: str | None,
     caption_column: tuple[str, ...],
     key_column: str | None,
@@ -48,6 +52,7 @@ def ingest(
     was cut off goes on where it stopped when it is run again.
     """
     from tagstore.builder import ingest as run
+    from tagstore.mining import load_rules
     from tagstore.readers import Columns
 
     with output.progress() as progress:
@@ -60,6 +65,7 @@ def ingest(
             allow_outside=allow_outside,
             encoder=encoder,
             miner=miner,
+            vocabulary=load_rules(stoplist, synonyms),
             device=device,
             sync=sync,
             progress=progress,
@@ -86,7 +92,7 @@ def reembed(url: str, encoder: str, sources: tuple[str, ...], device: str) -> No
 
 @click.command()
 @click.argument("file", type=click.File("r", encoding="utf-8", errors="replace"))
-@click.option("--miner", default="rules", show_default=True, metavar="M", help="What makes tags of captions.")
+@options.miner
 @options.as_json
 def mine(file: Any, miner: str, as_json: bool) -> None:
     """Tags of captions: one caption a line of FILE, or of standard input for -."""
@@ -109,4 +115,20 @@ def mine(file: Any, miner: str, as_json: bool) -> None:
             click.echo(f"{caption}\n    " + (", ".join(f"{t.text} ({t.kind})" for t in tags) or "no tags"))
 
 
-COMMANDS = (ingest, reembed, mine)
+@click.command()
+@click.argument("url")
+@options.miner
+@options.stoplist
+@options.synonyms
+@click.option("--min-count", type=click.IntRange(1), default=1, show_default=True, help="Leave out tags that fewer entries carry.")
+def retag(url: str, miner: str, stoplist: str | None, synonyms: str | None, min_count: int) -> None:
+    """Make a version whose tags are mined again from the stored captions; no image is read or embedded."""
+    from tagstore.maintenance import retag as run
+    from tagstore.mining import load_rules
+
+    root, store, _ = options.local(url)
+    version = run(root, store, miner=miner, vocabulary=load_rules(stoplist, synonyms, min_count))
+    click.echo(f"{store}@{version.number}: {version.entries} entries, {version.tags} tags, {version.unique_tags} unique tags")
+
+
+COMMANDS = (ingest, retag, reembed, mine)

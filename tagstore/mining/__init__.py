@@ -1,6 +1,7 @@
 """Captions in, tags out. Importing this package loads no language model; the first `mine` does."""
 
 from tagstore.mining.merging import MergedTag, merge
-from tagstore.mining.miner import Miner, load_miner, mine, refuse
+from tagstore.mining.miner import Miner, identity, load_miner, mine, refuse
+from tagstore.mining.vocabulary import Rules, load_rules
 
-__all__ = ["MergedTag", "Miner", "load_miner", "merge", "mine", "refuse"]
+__all__ = ["MergedTag", "Miner", "Rules", "identity", "load_miner", "load_rules", "merge", "mine", "refuse"]

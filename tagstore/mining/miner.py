@@ -9,6 +9,7 @@ from inspect import Parameter, signature
 from typing import Any, Protocol, cast, runtime_checkable
 
 from tagstore.errors import InvalidInput
+from tagstore.mining.vocabulary import Rules
 from tagstore.types import Pair, Rejected, Tag
 
 GROUP = "tagstore.miners"
@@ -54,6 +55,11 @@ def load_miner(spec: str = "rules", **settings: Any) -> Miner:
             raise InvalidInput(f"miner '{spec}' has no setting '{key}': it has {', '.join(every) or 'none'}")
     parts = [maker(**{k: v for k, v in settings.items() if k in keys}) for maker, keys in zip(makers, accepted, strict=True)]
     return parts[0] if len(parts) == 1 else Composed(parts)
+
+
+def identity(miner: Miner, rules: Rules) -> dict[str, Any]:
+    """What a version records of how its tags came about: two that are equal give the same tags for the same captions."""
+    return {"name": miner.name, "version": miner.version, "settings": dict(miner.settings), "vocabulary": rules.digest}
 
 
 def mine(captions: Iterable[str], spec: str = "rules", **settings: Any) -> Iterator[tuple[Tag, ...]]:
