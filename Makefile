@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY := PASSIVE
 # without bytecode every process compiles thousands of modules again: torch and its company load twice as long
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test bench lint proto clean
+.PHONY: setup demo test bench bench-mining lint proto clean
 setup: .venv/.ready
 
 .venv/.ready: pyproject.toml
@@ -29,13 +29,18 @@ demo: setup
 test: lint
 	$(BIN)/python -m pytest -n 2
 
+# the figures of docs/mining.md, beside SceneGraphParser on the same captions in the same run
+bench-mining: setup
+	@test -n "$(DATA)" || { echo "make bench-mining DATA=path: the folder that holds flickr8k/, coco_mini/, captions/ ..."; exit 1; }
+	$(BIN)/uv pip install --quiet --no-deps --target .bench SceneGraphParser==0.1.0 tabulate==0.9.0
+	$(BIN)/python benchmarks/mining.py --data '$(DATA)' --comparison .bench --docs docs/mining.md
+
 # every figure of the docs; needs the data sets: make bench DATA=path (the folders flickr8k, coco_mini, ... under it)
-bench: setup
+bench: setup bench-mining
 	@test -n "$(DATA)" || { echo "make bench DATA=path: the folder that holds flickr8k/, coco_mini/, captions/ ..."; exit 1; }
 	$(BIN)/python benchmarks/ingest.py --data '$(DATA)/flickr8k'
 	$(BIN)/python benchmarks/tag_recall.py --data '$(DATA)/flickr8k'
 	$(BIN)/python benchmarks/encoder_mini.py --data '$(DATA)'
-	$(BIN)/python benchmarks/mining.py --data '$(DATA)'
 	$(BIN)/python benchmarks/store.py
 	$(BIN)/python benchmarks/crash.py
 
@@ -49,4 +54,4 @@ proto: setup
 	$(BIN)/python -m grpc_tools.protoc -I protos --python_out=protos --pyi_out=protos --grpc_python_out=protos protos/tagstore_proto/v1/tagstore.proto
 
 clean:
-	rm -rf .venv $(OUT)
+	rm -rf .venv .bench $(OUT)
