@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 
 from tagstore import faiss_index
+from tagstore.bundles import export
 from tagstore.compaction import compact
 from tagstore.environment import forget
 from tagstore.errors import NotFound, TagstoreError
@@ -127,7 +128,12 @@ def shrink(root: Path, operation: Operation) -> dict[str, Any]:
     return {"version": compact(root, NAME, keep=operation["keep"]).number}
 
 
-OPERATIONS = {"ingest": ingest, "delete": delete, "reembed": reembed, "rollback": rollback, "compact": shrink}
+def bundle(root: Path, operation: Operation) -> dict[str, Any]:
+    info = export(root, NAME, operation["path"], version=operation["of"])
+    return {"version": Store(root, NAME).state()["current"], "sha256": info.sha256}
+
+
+OPERATIONS = {"ingest": ingest, "delete": delete, "reembed": reembed, "rollback": rollback, "compact": shrink, "export": bundle}
 
 
 def child() -> None:
@@ -183,6 +189,8 @@ class Model:
             new = {key: serial for key, serial in content.items() if key not in operation["keys"]}
         elif operation["operation"] == "reembed":
             space = operation["space"]
+        elif operation["operation"] == "export":
+            return self
         elif operation["operation"] == "rollback":
             space, new = self.versions[operation["to"]]
         else:
@@ -191,16 +199,18 @@ class Model:
         return Model({n: versions[n] for n in sorted(versions)[-keep if keep else 0 :]})
 
 
-def draw(rng: random.Random, model: Model, serial: Iterator[int]) -> Operation:
-    """The next operation."""
+def draw(rng: random.Random, model: Model, serial: Iterator[int], bundles: Path) -> Operation:
+    """The next operation; bundles are written to a directory."""
     space, content = model.content
-    kind = rng.choices(["ingest", "delete", "rollback", "reembed", "compact"], [10, 3, 2, 1, 2])[0] if content else "ingest"
+    kind = rng.choices(["ingest", "delete", "rollback", "reembed", "compact", "export"], [10, 3, 2, 1, 2, 2])[0] if content else "ingest"
     if kind == "delete":
         return {"operation": "delete", "keys": rng.sample(sorted(content), min(len(content), rng.randint(1, 8)))}
     if kind == "rollback":
         return {"operation": "rollback", "to": rng.choice(sorted(model.versions))}
     if kind == "reembed":
         return {"operation": "reembed", "space": "second" if space == "first" else "first"}
+    if kind == "export":
+        return {"operation": "export", "of": rng.choice(sorted(model.versions)), "path": str(bundles / f"{next(serial)}.bundle")}
     if kind == "compact":
         return {"operation": "compact", "keep": rng.choice([None, 1, 2, 5])}
     batches = [[(f"key-{rng.randrange(400):05d}", next(serial)) for _ in range(rng.randint(1, 24))] for _ in range(rng.randint(1, 4))]
@@ -343,6 +353,9 @@ class Harness:
 
     def _new_store(self) -> None:
         self.root = self.directory / f"root-{next(self.serial)}"
+        self.bundles = self.directory / f"bundles-{self.root.name}"
+        self.bundles.mkdir()
+        self.bundle_sha256: dict[int, str] = {}
         self.model = Model()
         self.interrupted: Operation | None = None
 
@@ -359,6 +372,7 @@ class Harness:
                     if self.figures.lost:
                         break  # the store stays where it is, to be looked at
                     shutil.rmtree(self.root, ignore_errors=True)
+                    shutil.rmtree(self.bundles)
                     self._new_store()
         finally:
             if self._spare:
@@ -376,7 +390,7 @@ class Harness:
         while True:
             # the user whose operation was cut off asks for it again, or for something else
             again, self.interrupted = self.interrupted, None
-            operation = again if again and self.rng.random() < 0.6 else draw(self.rng, self.model, self.serial)
+            operation = again if again and self.rng.random() < 0.6 else draw(self.rng, self.model, self.serial, self.bundles)
             current.send({**operation, "root": str(self.root)})
             answer = current.receive(end - time.monotonic())
             if answer is None:
@@ -397,6 +411,8 @@ class Harness:
                 self.model = self.model.after(operation)
                 figures.acknowledged[operation["operation"]] += 1
                 figures.resumed_pairs += answer.get("resumed", 0)
+                if "sha256" in answer:
+                    self._compare_bundle(operation, answer["sha256"])
                 figures.went_on += failed
                 after_failure -= failed
                 if answer["version"] != self.model.current:
@@ -408,12 +424,25 @@ class Harness:
                 self._resolve(None, close=self.rng.random() < 0.5)
                 return
 
+    def _compare_bundle(self, operation: Operation, said: str | None) -> None:
+        """A bundle is whole or not there, and of one version it is always the same bytes."""
+        path, number = Path(operation["path"]), operation["of"]
+        if said is None and not path.exists():
+            return
+        found = sha256(path.read_bytes()).hexdigest()
+        if number not in self.bundle_sha256:
+            self.bundle_sha256[number] = said or export(self.root, NAME, self.bundles / "again.bundle", version=number).sha256
+        if found != self.bundle_sha256[number] or said not in (None, found):
+            self.figures.lost.append(f"the bundle of version {number} is not what it was: {path}")
+
     def _arm(self, way: str) -> list[int]:
         code = {"ENOSPC": errno.ENOSPC, "EIO": errno.EIO}.get(way, 0)
         return [_MODES[way], self.rng.randrange(160), self.rng.choice([1, 1, 3, 10_000]), code, self.rng.randrange(1 << 30)]
 
     def _resolve(self, operation: Operation | None, *, close: bool) -> None:
         """Look at the store; it must be as acknowledged, with or without the operation in flight."""
+        if operation and operation["operation"] == "export":
+            self._compare_bundle(operation, None)
         found, wrong = look(self.root, close=close)
         self.figures.checks += 1
         self.figures.versions_compared += len(found.versions)

@@ -33,7 +33,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng, model, serial = random.Random(5), crash.Model(), iter(range(1, 1 << 40))
     purged = False
     while model.current < 12:
-        operation = crash.draw(rng, model, serial)
+        operation = crash.draw(rng, model, serial, tmp_path_factory.getbasetemp())
         crash.OPERATIONS[operation["operation"]](root, operation)
         model = model.after(operation)
         if model.current >= 8 and not purged:
