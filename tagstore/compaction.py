@@ -140,7 +140,8 @@ def prove_absent(
     """Where anything of these still is in a store, in any version, slack or derived file; empty if nowhere.
 
     Args:
-        keys, captions: as text. One of fewer than 8 bytes is looked for in the records only: by chance it is in any file.
+        keys, captions: as text. One of fewer than 8 bytes, or one that is part of a text that remains, is looked for in the records
+            only: it is in the files by right.
         images: sha256 of encoded images, hex.
         vectors: float16 rows as bytes.
     """
@@ -151,11 +152,14 @@ def prove_absent(
         what += [f"a caption of {entry.key}" for caption in entry.captions if caption in captions]
         what += [f"the image of {entry.key}"] if entry.sha256.hex() in images else []
         found += [f"entry {entry.entry_id}: {w}" for w in what]
-    needles = [(f"text '{t[:40]}'", t.encode()) for t in (*keys, *captions)]
-    needles += [(f"image hash {h[:12]}", bytes.fromhex(h)) for h in images] + [("a vector", v) for v in vectors]
-    needles = [(name, needle) for name, needle in needles if len(needle) >= SHORTEST]
-    for path in sorted(p for p in opened.directory.rglob("*") if p.is_file()):
-        found += [f"{path}: {name}" for name in _needles_in(path, needles)]
+    names = {t.encode(): f"text '{t[:40]}'" for t in (*keys, *captions)}
+    texts = set(names)
+    names |= {bytes.fromhex(h): f"image hash {h[:12]}" for h in images} | dict.fromkeys(vectors, "a vector")
+    needles = [needle for needle in names if len(needle) >= SHORTEST]
+    traced = [(path, needle) for path in sorted(opened.directory.rglob("*")) if path.is_file() for needle in _needles_in(path, needles)]
+    # "photo-1" is in "photo-12": of a text that is part of what remains, only the records can say that it is gone, and did above
+    shared = _in_records(opened, {needle for _, needle in traced if needle in texts})
+    found += [f"{path}: {names[needle]}" for path, needle in traced if needle not in shared]
     return found
 
 
@@ -346,14 +350,24 @@ def _vectors(store: Store, versions: list[Version], ids: NDArray[np.int64]) -> l
     return sorted(found)
 
 
-def _needles_in(path: Path, needles: list[tuple[str, bytes]], piece: int = 1 << 24) -> set[str]:
-    found: set[str] = set()
-    overlap = max((len(needle) for _, needle in needles), default=1) - 1
+def _in_records(store: Store, needles: set[bytes]) -> set[bytes]:
+    """Those that are part of an entry or a tag of the store."""
+    found: set[bytes] = set()
+    for table in ("entries", "tags") if needles else ():
+        with store.env.begin() as txn, txn.cursor(store.db[table]) as cursor:
+            for _, value in cursor:
+                found |= {needle for needle in needles - found if needle in value}
+    return found
+
+
+def _needles_in(path: Path, needles: list[bytes], piece: int = 1 << 24) -> set[bytes]:
+    found: set[bytes] = set()
+    overlap = max(map(len, needles), default=1) - 1
     with path.open("rb") as file:
         before = b""
         while data := file.read(piece):
             window = before + data
-            found |= {name for name, needle in needles if needle in window}
+            found |= {needle for needle in needles if needle in window}
             before = window[len(window) - overlap :] if overlap else b""
     return found
 

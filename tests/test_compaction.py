@@ -138,3 +138,10 @@ def test_what_another_entry_shares_stays(tmp_path: Path) -> None:
     takedown = purge(tmp_path, "toy", Selection(sha256=[hashlib.sha256(b"a-long-key-0002").hexdigest()]), reason="r")
     assert takedown.entries == 1
     assert list(Store(tmp_path, "toy").snapshot().entries()) == before
+
+
+def test_an_entry_whose_key_and_caption_are_part_of_anothers_is_taken_down(tmp_path: Path) -> None:
+    put(tmp_path, ["photo-1234", "photo-12345", "other-key-1"])
+    assert purge(tmp_path, "toy", Selection(keys=["photo-1234"]), reason="asked for").entries == 1
+    assert prove_absent(tmp_path, "toy", keys=["photo-1234"], captions=["the caption of photo-1234"]) == []
+    assert prove_absent(tmp_path, "toy", keys=["photo-12345"])
