@@ -86,7 +86,19 @@ def purge(root: str | Path, store: str, selection: Selection, *, reason: str, wh
         kept = [v for v in versions if not _holds(Snapshot(writer.store, v), ids)]
         vectors = _vectors(writer.store, versions, ids)
         writer.delete(ids.tolist())
-        version = _Rewrite(writer, kept, "purge", keys=keys).run()
+        assert writer.parent is not None
+        takedown = Takedown(
+            when=now(),
+            who=who or getpass.getuser(),
+            reason=reason,
+            entries=len(doomed),
+            keys_sha256=sorted(sha256(key.encode()).hexdigest() for key in keys),
+            versions_dropped=[v.number for v in versions if v not in kept],
+            version=writer.parent.number + 1,
+            proof="the search for their traces was cut off or found some: run `tagstore prove-absent`",
+        )
+        # the record stands in the very commit that takes them down: whoever kills this finds both or neither
+        version = _Rewrite(writer, kept, "purge", keys=keys, takedown=takedown).run()
         captions, images = {c for e in doomed for c in e.captions}, {e.sha256.hex() for e in doomed}
         for other in _all_entries(Store(root, store)):
             # another entry may say the same or show the same picture, and keeps it
@@ -103,14 +115,8 @@ def purge(root: str | Path, store: str, selection: Selection, *, reason: str, wh
         )
         if found:
             raise Damaged(f"version {version.number} is without the entries, but their traces are not gone: {'; '.join(found[:5])}")
-        takedown = Takedown(
-            when=now(),
-            who=who or getpass.getuser(),
-            reason=reason,
-            entries=len(doomed),
-            keys_sha256=sorted(sha256(key.encode()).hexdigest() for key in keys),
-            versions_dropped=[v.number for v in versions if v not in kept],
-            version=version.number,
+        takedown = replace(
+            takedown,
             proof=f"{len(keys)} keys, {len(captions)} captions, {len(images)} image hashes and {len(vectors)} vectors that no other entry "
             "has were searched for in every file and record of the store: none found",
         )
@@ -166,10 +172,13 @@ def prove_absent(
 class _Rewrite:
     """A copy of some versions, and one more, into a fresh generation."""
 
-    def __init__(self, writer: Writer, kept: list[Version], operation: str, *, keys: set[str] | None = None) -> None:
+    def __init__(
+        self, writer: Writer, kept: list[Version], operation: str, *, keys: set[str] | None = None, takedown: Takedown | None = None
+    ) -> None:
         assert writer.parent is not None
         self.writer, self.old, self.operation = writer, writer.store, operation
         self.keys = keys or set()
+        self.takedown = takedown
         self.new_version = replace(
             writer.parent,
             number=writer.parent.number + 1,
@@ -275,6 +284,9 @@ class _Rewrite:
             with source.cursor(self.old.db["takedowns"]) as cursor:
                 for key, value in cursor:
                     target.put(key, value, db=self.db["takedowns"])
+            if self.takedown:
+                key = U64.pack(self.takedown.version)
+                target.put(key, seal(key, _fields(self.takedown)), db=self.db["takedowns"])
 
     def _put_version(self, store: Store, version: Version, parent: Version | None) -> Version:
         live, counts = self.arrays[version.number]

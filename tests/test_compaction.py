@@ -145,3 +145,21 @@ def test_an_entry_whose_key_and_caption_are_part_of_anothers_is_taken_down(tmp_p
     assert purge(tmp_path, "toy", Selection(keys=["photo-1234"]), reason="asked for").entries == 1
     assert prove_absent(tmp_path, "toy", keys=["photo-1234"], captions=["the caption of photo-1234"]) == []
     assert prove_absent(tmp_path, "toy", keys=["photo-12345"])
+
+
+def test_a_takedown_that_is_cut_off_after_its_commit_is_on_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(tmp_path, ["photo-1234", "other-key-1"])
+
+    class Interrupted(BaseException):
+        pass
+
+    def die(*_: object, **__: object) -> list[str]:
+        raise Interrupted
+
+    monkeypatch.setattr("tagstore.compaction.prove_absent", die)
+    with pytest.raises(Interrupted):
+        purge(tmp_path, "toy", Selection(keys=["photo-1234"]), reason="asked for")
+    [takedown] = takedowns(tmp_path, "toy")
+    assert (takedown.version, takedown.entries, takedown.reason) == (2, 1, "asked for")
+    assert "cut off" in takedown.proof
+    assert [e.key for e in Store(tmp_path, "toy").snapshot().entries()] == ["other-key-1"]
