@@ -385,7 +385,7 @@ class Harness:
         assert current.receive(60), "the child did not start"
         if way in _MODES:
             current.send({"arm": self._arm(way)})
-        left = self.rng.uniform(0.0, 0.4) if way == "clock" else 5.0
+        left = self.rng.uniform(0.0, 0.4) if way == "clock" else 2.5
         end, failed, after_failure = time.monotonic() + left, False, self.rng.randint(1, 3)
         while True:
             # the user whose operation was cut off asks for it again, or for something else
