@@ -213,6 +213,16 @@ def test_mini_needs_no_network(monkeypatch: pytest.MonkeyPatch, mini: Encoder) -
     assert load_encoder("mini", device="cpu").fingerprint == mini.fingerprint
 
 
+def test_canonical_vectors_of_mini(mini: Encoder) -> None:
+    """Stores on disk hold such vectors: a library that computes others may not slip in. Retraining changes them, and the fingerprint."""
+    ramp = np.broadcast_to(np.arange(224, dtype=np.uint8)[None, None, :, None], (1, 224, 224, 3))
+    image, text = mini.encode_images(ramp)[0], mini.encode_texts(["blue sky"])[0]
+    np.testing.assert_allclose(image[:4], [0.05789, -0.03751, 0.02854, -0.00650], atol=1e-3)
+    np.testing.assert_allclose(image[256:260], [-0.16213, -0.09723, -0.00553, -0.17318], atol=1e-3)
+    np.testing.assert_allclose(text[:4], [-0.11275, -0.12352, 0.01844, -0.07308], atol=1e-3)
+    assert not text[256:].any()  # texts are zero in the half that keeps what the image tower sees
+
+
 def test_what_is_committed_of_mini_is_small() -> None:
     assert mini_package.WEIGHTS.stat().st_size <= 8_000_000
 
