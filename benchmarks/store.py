@@ -24,9 +24,10 @@ from report import table, write
 from tagstore import faiss_index
 from tagstore.maintenance import Selection, delete, rollback
 from tagstore.mining import MergedTag
+from tagstore.staging import Draft
 from tagstore.store import Store
 from tagstore.types import Fingerprint
-from tagstore.writer import Draft, Writer
+from tagstore.writer import Writer
 
 BATCH = 4096
 WORDS = 200_000

@@ -32,9 +32,10 @@ from tagstore.errors import BadImage, FingerprintMismatch, InvalidInput, NotFoun
 from tagstore.images import decode, perceptual_hash
 from tagstore.mining import Miner, Rules, identity, load_miner, load_rules, merge
 from tagstore.readers import Columns, read
+from tagstore.staging import Draft, Progress, Sync
 from tagstore.store import Store, check_name
 from tagstore.types import Pair, Rejected
-from tagstore.writer import Draft, Progress, Sync, Writer
+from tagstore.writer import Writer
 
 log = logging.getLogger(__name__)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from hashlib import sha256
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tagstore.errors import Damaged
-from tagstore.store import ROWS, U64, Range, Store, Version, block_key
+from tagstore.store import ROWS, U64, Range, Snapshot, Store, Version, block_key
 
 MERGE = 2
 """A range is merged with what follows it unless it is more than this many times as long."""
@@ -47,6 +48,22 @@ def ranges_of(
     found["live"] = [Range(0, next_entry_id, sha256(live.tobytes()).hexdigest())]
     found["counts"] = [Range(0, next_tag_id, sha256(counts.tobytes()).hexdigest())]
     return found
+
+
+def broken(snapshot: Snapshot, seen: set[object]) -> Iterator[tuple[str, Range]]:
+    """The parts of a version that are not what was committed. `seen` holds the ranges that were looked at before: versions share them."""
+    version = snapshot.version
+    for name, ranges in version.ranges.items():
+        for r in ranges:
+            if name in ("live", "counts"):
+                found = sha256(snapshot.array(name, np.uint8).tobytes()).hexdigest()
+            elif (mark := (name, version.space if name in ("vectors", "embeddings") else None, r)) in seen:
+                continue
+            else:
+                seen.add(mark)
+                found = checksum(snapshot.store, name, version.space, r.first, r.end, snapshot.dimension)
+            if found != r.sha256:
+                yield name, r
 
 
 def checksum(store: Store, name: str, space: int, first: int, end: int, dimension: int) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tagstore import faiss_index
-from tagstore.checks import ranges_of
+from tagstore.checks import broken, ranges_of
 from tagstore.environment import environment, new_generation, sweep, switch
 from tagstore.errors import Damaged, InvalidInput, NotFound
 from tagstore.maintenance import Selection
@@ -198,7 +198,14 @@ class _Rewrite:
         self._pages: dict[bytes, int] = {}
 
     def run(self) -> Version:
-        """Copy, sync, switch, and take the writer along."""
+        """Copy, sync, switch, and take the writer along. Raises `Damaged` if what is to be copied is not what was committed."""
+        seen: set[object] = set()
+        for version in [*self.versions[:-1], *([self.writer.parent] if self.writer.parent else [])]:
+            for name, r in broken(Snapshot(self.old, version), seen):
+                raise Damaged(
+                    f"{name} {r.first} to {r.end - 1} of store '{self.old.name}' are not what version {version.number} committed: "
+                    "a copy would hide that. Run `tagstore verify`, restore the store from a bundle or a copy"
+                )
         fresh = new_generation(self.writer.directory)
         self.env = environment(fresh, create=True)
         self.db = open_databases(self.env, create=True)

@@ -25,9 +25,10 @@ from tagstore.errors import AlreadyExists, BadImage, FingerprintMismatch, Invali
 from tagstore.images import decode
 from tagstore.mining import MergedTag, Miner, Rules, identity, load_miner, load_rules, merge
 from tagstore.readers import Columns, read
+from tagstore.staging import Draft
 from tagstore.store import Snapshot, Store, Version, check_name
 from tagstore.types import Entry, Kind, Pair, Rejected
-from tagstore.writer import Draft, Writer
+from tagstore.writer import Writer
 
 DROPPED = ".dropped"
 UNDO_DAYS = 7.0

@@ -19,7 +19,7 @@ from lmdb.verify import VerifyError
 from lmdb.verify import verify as verify_pages
 
 from tagstore import faiss_index
-from tagstore.checks import checksum
+from tagstore.checks import broken
 from tagstore.environment import generation
 from tagstore.errors import Damaged, TagstoreError
 from tagstore.records import decode_entry, decode_tag, unseal
@@ -156,18 +156,8 @@ def _pages(database: str) -> Iterator[Problem]:
 
 
 def _ranges(snapshot: Snapshot, database: str, seen: set[object]) -> Iterator[Problem]:
-    version = snapshot.version
-    for name, ranges in version.ranges.items():
-        for r in ranges:
-            if name in ("live", "counts"):
-                found = hashlib.sha256(snapshot.array(name, np.uint8).tobytes()).hexdigest()
-            elif (mark := (name, version.space if name in ("vectors", "embeddings") else None, r)) in seen:
-                continue
-            else:
-                seen.add(mark)
-                found = checksum(snapshot.store, name, version.space, r.first, r.end, snapshot.dimension)
-            if found != r.sha256:
-                yield Problem(database, f"{name} {r.first} to {r.end - 1} are not what version {version.number} committed", False)
+    for name, r in broken(snapshot, seen):
+        yield Problem(database, f"{name} {r.first} to {r.end - 1} are not what version {snapshot.version.number} committed", False)
 
 
 def _counts(snapshot: Snapshot, database: str) -> Iterator[Problem]:

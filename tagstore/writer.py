@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 import lmdb
 import numpy as np
@@ -18,6 +18,7 @@ from tagstore.environment import environment, generation, new_generation, sweep,
 from tagstore.errors import FingerprintMismatch, InvalidInput, NotFound, TagstoreError, WriteFailed
 from tagstore.mining import MergedTag
 from tagstore.records import decode_entry, decode_tag, encode_entry, encode_tag, seal, unseal
+from tagstore.staging import Draft, Progress, Sync, sweep_staged
 from tagstore.store import (
     FORMAT,
     PAGE,
@@ -38,39 +39,6 @@ from tagstore.types import KINDS, Entry, EntryTag, Fingerprint, Rejected, Vector
 
 Indexer = Callable[[Snapshot, Version | None, Path], Mapping[str, Any]]
 """Builds and syncs the index of a version that is about to be committed, given its parent, and says what it built."""
-
-Sync = Literal["full", "batch"]
-"""When appends reach the disk: `full`, each before it returns; `batch`, all of them at the commit. A commit is durable either way."""
-
-
-@dataclass(frozen=True, slots=True)
-class Draft:
-    """An entry that has no id yet."""
-
-    key: str
-    sha256: bytes
-    perceptual_hash: int
-    captions: tuple[str, ...]
-    tags: tuple[MergedTag, ...] = ()
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-    origin: str = ""
-
-
-@dataclass(slots=True)
-class Progress:
-    """How far an unfinished ingest got: written with every append, read by the ingest that takes it up again."""
-
-    identity: str
-    """What makes two ingests the same: source, miner, encoder, options."""
-    pairs: int = 0
-    """Consumed from the source, in its order."""
-    digest: str = ""
-    """Running sha256 over them."""
-    added: int = 0
-    unchanged: int = 0
-    rejected: int = 0
-    next_entry_id: int = 0
-    next_tag_id: int = 0
 
 
 class Writer:
@@ -337,7 +305,7 @@ class Writer:
             self._live[: len(mask)] = mask
             self._counts[: len(counts)] = counts
         self.progress = self._resumable()
-        self._sweep()
+        sweep_staged(self.store, self.progress, self.next_entry_id, self.next_tag_id, self._next_page, self._number())
         if self.progress:
             self._restore(self.progress)
 
@@ -378,44 +346,6 @@ class Writer:
                 self._live[entry_id] = True
                 self._count([tag.tag_id for tag in entry.tags], 1)
         self.next_entry_id, self.next_tag_id, self._refused = progress.next_entry_id, progress.next_tag_id, progress.rejected
-
-    def _sweep(self) -> None:
-        keep = self.progress
-        first_entry = keep.next_entry_id if keep else self.next_entry_id
-        first_tag = keep.next_tag_id if keep else self.next_tag_id
-        with self.env.begin(write=True) as txn:
-            for entry_id, data in self._beyond(txn, "entries", first_entry):
-                key = key_of(decode_entry(entry_id, data).key)
-                kept = b"".join(U64.pack(i) for i in unpack_ids(txn.get(key, db=self.db["keys"]) or b"") if i < first_entry)
-                if kept:
-                    txn.put(key, kept, db=self.db["keys"])
-                else:
-                    txn.delete(key, db=self.db["keys"])
-                txn.delete(U64.pack(entry_id), db=self.db["entries"])
-            for tag_id, data in self._beyond(txn, "tags", first_tag):
-                _, kind, canonical = decode_tag(data)
-                txn.delete(tag_key(KINDS.index(kind), canonical), db=self.db["tag_ids"])
-                txn.delete(U64.pack(tag_id), db=self.db["tags"])
-            for page_id, _ in self._beyond(txn, "pages", self._next_page):
-                txn.delete(U64.pack(page_id), db=self.db["pages"])
-            number, refused = U64.pack(self._number()), U64.pack(keep.rejected if keep else 0)
-            with txn.cursor(self.db["quarantine"]) as cursor:
-                if cursor.set_range(number + refused):
-                    while cursor.delete():
-                        pass
-            if not keep:
-                txn.delete(b"ingest", db=self.db["meta"])
-        kept_files = {f["file"] for version in self.store.versions() for f in version.index.get("files", [])}
-        for path in self.store.index_directory.glob("*"):
-            if path.name not in kept_files:
-                path.unlink()
-
-    def _beyond(self, txn: Any, db: str, first: int) -> Iterator[tuple[int, bytes]]:
-        """Records from an id on, in pieces, so that they can be deleted on the way."""
-        with txn.cursor(self.db[db]) as cursor:
-            while cursor.set_range(U64.pack(first)):
-                key, value = cursor.item()
-                yield U64.unpack(key)[0], value
 
     def _live_id(self, txn: Any, key: str) -> int | None:
         ids = unpack_ids(txn.get(key_of(key), db=self.db["keys"]) or b"")

@@ -37,10 +37,11 @@ from tagstore.environment import forget
 from tagstore.errors import NotFound, TagstoreError
 from tagstore.maintenance import Selection
 from tagstore.mining import MergedTag
+from tagstore.staging import Draft, Progress
 from tagstore.store import Snapshot, Store
 from tagstore.types import Fingerprint, Vectors
 from tagstore.verification import _problems
-from tagstore.writer import Draft, Progress, Writer
+from tagstore.writer import Writer
 
 D = 8
 NAME = "toy"

@@ -30,10 +30,11 @@ from tagstore.bundles.archive import MAX_WINDOW, ArchiveWriter
 from tagstore.client import connect
 from tagstore.errors import AlreadyExists, Busy, Damaged, InvalidInput, NotFound, TagstoreError
 from tagstore.mining import MergedTag
+from tagstore.staging import Draft
 from tagstore.store import Store, block_key, store_names
 from tagstore.types import Fingerprint
 from tagstore.verification import verify
-from tagstore.writer import Draft, Writer
+from tagstore.writer import Writer
 
 D = 16
 FINGERPRINT = Fingerprint("toy", "00", {"size": [8, 8], "mean": [0.1]}, False, True, D)

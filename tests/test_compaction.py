@@ -11,13 +11,14 @@ import pytest
 from tagstore import faiss_index
 from tagstore.compaction import compact, prove_absent, purge, takedowns
 from tagstore.engine import Engine
-from tagstore.errors import InvalidInput, NotFound
+from tagstore.errors import Damaged, InvalidInput, NotFound
 from tagstore.maintenance import Selection, delete, rollback
 from tagstore.mining import MergedTag
-from tagstore.store import Store
+from tagstore.staging import Draft
+from tagstore.store import U64, Store
 from tagstore.types import Fingerprint, Rejected
 from tagstore.verification import verify
-from tagstore.writer import Draft, Writer
+from tagstore.writer import Writer
 
 D = 16
 FINGERPRINT = Fingerprint("toy", "00", {}, False, True, D)
@@ -163,3 +164,15 @@ def test_a_takedown_that_is_cut_off_after_its_commit_is_on_record(tmp_path: Path
     assert (takedown.version, takedown.entries, takedown.reason) == (2, 1, "asked for")
     assert "cut off" in takedown.proof
     assert [e.key for e in Store(tmp_path, "toy").snapshot().entries()] == ["other-key-1"]
+
+
+def test_damage_is_not_laundered_by_a_copy(tmp_path: Path) -> None:
+    put(tmp_path, names("a", 5))
+    store = Store(tmp_path, "toy")
+    with store.env.begin(write=True) as txn:
+        key = U64.pack(2)
+        record = txn.get(key, db=store.db["entries"])
+        txn.put(key, record.replace(b"the caption of", b"the capture of"), db=store.db["entries"])
+    with pytest.raises(Damaged, match="entries 0 to 4"):
+        compact(tmp_path, "toy")
+    assert Store(tmp_path, "toy").snapshot().version.number == 1

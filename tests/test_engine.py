@@ -13,9 +13,10 @@ from tagstore.errors import BadVector, Damaged, InvalidInput
 from tagstore.faiss_index import FaissIndex
 from tagstore.index import NumpyIndex
 from tagstore.mining import MergedTag
+from tagstore.staging import Draft
 from tagstore.store import Store
 from tagstore.types import Fingerprint
-from tagstore.writer import Draft, Writer
+from tagstore.writer import Writer
 
 D = 32
 FINGERPRINT = Fingerprint("toy", "00", {}, False, True, D)

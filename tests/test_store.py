@@ -13,9 +13,10 @@ import pytest
 
 from tagstore.errors import Busy, Damaged, FingerprintMismatch, InvalidInput, NotFound, WriteFailed
 from tagstore.mining import MergedTag
+from tagstore.staging import Draft
 from tagstore.store import ROWS, Store, check_name, store_names
 from tagstore.types import Fingerprint
-from tagstore.writer import Draft, Writer
+from tagstore.writer import Writer
 
 D = 8
 FINGERPRINT = Fingerprint("toy", "00", {"size": [8, 8]}, False, True, D)
@@ -165,7 +166,8 @@ def test_a_writer_killed_at_any_instant_leaves_the_last_version(tmp_path: Path, 
         import numpy as np
         from tagstore.mining import MergedTag
         from tagstore.types import Fingerprint
-        from tagstore.writer import Draft, Writer
+        from tagstore.staging import Draft
+        from tagstore.writer import Writer
         with Writer({str(tmp_path)!r}, "toy", Fingerprint("toy", "00", {{"size": [8, 8]}}, False, True, {D})) as writer:
             n = 0
             while True:
