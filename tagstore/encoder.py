@@ -39,7 +39,8 @@ log = logging.getLogger(__name__)
 PRECISIONS = ("fp32", "fp16", "bf16")
 
 # Larger batches are cut: beyond these a forward gains no speed and only takes memory.
-_IMAGES_A_FORWARD = {"cpu": 32, "cuda": 256}
+# on a CPU few: activations of more fall out of the caches, and their memory is mapped anew for every layer
+_IMAGES_A_FORWARD = {"cpu": 4, "cuda": 256}
 _TEXTS_SORTED_TOGETHER = 16_384
 
 
