@@ -264,30 +264,33 @@ def _some(pairs: Iterator[Pair | Rejected]) -> Iterator[Pair | Rejected]:
 
 def _prepare(item: Pair | Rejected, encoder: Encoder, folder: str) -> tuple[bytes, _Prepared | Rejected]:
     """What identifies an item of the source, and what became of it."""
+    digest = hashlib.sha256(item.image).digest() if isinstance(item, Pair) else b""
+    mark = _item_digest(item, digest)
     if isinstance(item, Rejected):
-        return _item_digest(item), item
+        return mark, item
     try:
         image = decode(item.image)
         pixels = encoder.prepare(image)
     except BadImage as error:
-        return _item_digest(item), Rejected(item.key, str(error), item.origin)
+        return mark, Rejected(item.key, str(error), item.origin)
     draft = Draft(
         item.key,
-        hashlib.sha256(item.image).digest(),
+        digest,
         perceptual_hash(image),
         item.captions,
         metadata=item.metadata,
         origin=item.origin.removeprefix(folder),
     )
     # the encoded bytes are done with: a batch in waiting holds pixels at the tower's size, not photographs
-    return _item_digest(item), _Prepared(draft, replace(item, image=b""), pixels)
+    return mark, _Prepared(draft, replace(item, image=b""), pixels)
 
 
-def _item_digest(item: Pair | Rejected) -> bytes:
+def _item_digest(item: Pair | Rejected, image: bytes) -> bytes:
+    """Of all that an ingest reads of an item; `image` is the sha256 of a pair's image."""
     if isinstance(item, Rejected):
         about = [item.key, item.reason]
     else:
-        about = [item.key, hashlib.sha256(item.image).hexdigest(), *item.captions, json.dumps(dict(item.metadata), sort_keys=True)]
+        about = [item.key, image.hex(), *item.captions, json.dumps(dict(item.metadata), sort_keys=True)]
     return hashlib.sha256(json.dumps(about).encode()).digest()
 
 
@@ -303,7 +306,8 @@ def _consume(pairs: Iterator[Pair | Rejected], reached: Progress, writer: Writer
         if not batch:
             return False
         done += len(batch)
-        digest = _digest(digest, map(_item_digest, batch))
+        images = (hashlib.sha256(item.image).digest() if isinstance(item, Pair) else b"" for item in batch)
+        digest = _digest(digest, map(_item_digest, batch, images))
         writer.confirm([item.key for item in batch])
     return done == reached.pairs and digest == reached.digest
 

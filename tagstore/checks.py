@@ -21,15 +21,20 @@ def ranges_of(
     space: int,
     next_entry_id: int,
     next_tag_id: int,
+    embedded: int,
     dimension: int,
     live: NDArray[np.uint8],
     counts: NDArray[np.int32],
 ) -> dict[str, list[Range]]:
-    """The parent's checksums and those of what came since, of a version that is about to be committed."""
+    """The parent's checksums and those of what came since, of a version that is about to be committed.
+
+    `embedded` is how many tags have an embedding in this space: after a rollback to another encoder fewer than there are, and the rows of
+    the rest will only be written by a later ingest.
+    """
     old = parent.ranges if parent else {}
     same_space = parent is not None and parent.space == space
     found: dict[str, list[Range]] = {}
-    ends = {"entries": next_entry_id, "vectors": next_entry_id, "tags": next_tag_id, "embeddings": next_tag_id}
+    ends = {"entries": next_entry_id, "vectors": next_entry_id, "tags": next_tag_id, "embeddings": embedded}
     for name, end in ends.items():
         ranges = list(old.get(name, [])) if same_space or name in ("entries", "tags") else []
         first = ranges[-1].end if ranges else 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import getpass
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -122,7 +122,7 @@ def purge(root: str | Path, store: str, selection: Selection, *, reason: str, wh
         )
         with writer.env.begin(write=True) as txn:
             key = U64.pack(version.number)
-            txn.put(key, seal(key, _fields(takedown)), db=writer.db["takedowns"])
+            txn.put(key, seal(key, asdict(takedown)), db=writer.db["takedowns"])
         writer.env.sync(True)
         return takedown
 
@@ -293,7 +293,7 @@ class _Rewrite:
                     target.put(key, value, db=self.db["takedowns"])
             if self.takedown:
                 key = U64.pack(self.takedown.version)
-                target.put(key, seal(key, _fields(self.takedown)), db=self.db["takedowns"])
+                target.put(key, seal(key, asdict(self.takedown)), db=self.db["takedowns"])
 
     def _put_version(self, store: Store, version: Version, parent: Version | None) -> Version:
         live, counts = self.arrays[version.number]
@@ -302,8 +302,9 @@ class _Rewrite:
             pages = {"live": self._put_pages(txn, bits.tobytes()), "counts": self._put_pages(txn, counts.tobytes())}
         version = replace(version, pages=pages, index={})
         same = parent if parent is not None and parent.next_entry_id <= version.next_entry_id else None
+        embedded = min(version.next_tag_id, self.old.state()["spaces"][str(version.space)][1])
         ranges = ranges_of(
-            store, same, version.space, version.next_entry_id, version.next_tag_id, version.fingerprint.dimension, bits, counts
+            store, same, version.space, version.next_entry_id, version.next_tag_id, embedded, version.fingerprint.dimension, bits, counts
         )
         version = replace(version, ranges=ranges)
         whole = version is self.versions[-1] or version.number == self.new_version.number
@@ -389,7 +390,3 @@ def _needles_in(path: Path, needles: list[bytes], piece: int = 1 << 24) -> set[b
             found |= {needle for needle in needles if needle in window}
             before = window[len(window) - overlap :] if overlap else b""
     return found
-
-
-def _fields(takedown: Takedown) -> dict[str, Any]:
-    return {name: getattr(takedown, name) for name in takedown.__slots__}

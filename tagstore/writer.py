@@ -249,7 +249,15 @@ class Writer:
             miner=miner if miner is not None else (self.parent.miner if self.parent else {}),
             pages=pages,
             ranges=ranges_of(
-                self.store, self.parent, self.space, self.next_entry_id, self.next_tag_id, self.fingerprint.dimension, bits, counts
+                self.store,
+                self.parent,
+                self.space,
+                self.next_entry_id,
+                self.next_tag_id,
+                self._embedded,
+                self.fingerprint.dimension,
+                bits,
+                counts,
             ),
         )
         self._spaces[self.space] = (self.fingerprint.digest, self._embedded)
