@@ -52,9 +52,11 @@ def retrieval_to_proto(retrieval: Retrieval) -> pb.Retrieval:
                 similarity=t.similarity,
                 relevance=t.relevance,
                 neighbours=[position[i] for i in t.neighbours],
+                votes=t.votes,
             )
             for t in retrieval.tags
         ],
+        excluded=retrieval.excluded,
     )
 
 
@@ -66,6 +68,7 @@ def retrievals_from_proto(response: pb.RetrieveResponse) -> list[Retrieval]:
             fingerprint=response.fingerprint,
             neighbours=tuple(Neighbour(n.key, n.entry_id, n.similarity) for n in message.neighbours),
             tags=tuple(_tags_from_proto(message)),
+            excluded=message.excluded,
         )
         for message in response.retrievals
     ]
@@ -79,7 +82,7 @@ def _tags_from_proto(message: pb.Retrieval) -> Iterator[RetrievedTag]:
             tag=t.tag,
             kind=_FROM_WIRE[t.kind],
             similarity=t.similarity,
-            votes=len(t.neighbours),
+            votes=t.votes,
             relevance=t.relevance,
             neighbours=tuple(ids[i] for i in t.neighbours),
         )

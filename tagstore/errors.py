@@ -11,7 +11,10 @@
     ├── WriteFailed           the disk is full, read-only or broken; what was committed stays
     ├── Damaged               what is on disk contradicts itself
     ├── MissingExtra          an optional part of the package is not installed
+    ├── NotAuthenticated      the server wants a token or certificate, and this one is missing, wrong or expired
+    ├── NotPermitted          the caller is known and may not do this
     └── Unavailable           the server cannot be reached, or did not answer in time
+        └── Overloaded        the server has more to do than it can: try again after `retry_after` seconds
 
 Every message says what was wrong, where, and what to do. `service.py` holds the one table that maps these to status codes.
 """
@@ -73,3 +76,20 @@ class MissingExtra(TagstoreError, ImportError):
 
 class Unavailable(TagstoreError, ConnectionError):
     """The server cannot be reached, or did not answer in time."""
+
+
+class Overloaded(Unavailable):
+    """The server has more to do than it can, or the caller has more in flight than it may."""
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+        """Seconds after which it is worth trying again."""
+
+
+class NotAuthenticated(TagstoreError):
+    """A token or certificate that is missing, wrong or expired."""
+
+
+class NotPermitted(TagstoreError):
+    """A caller that is known and may not do this."""

@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 Kind = Literal["object", "attribute", "entity", "relation", "custom"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
+Order = Literal["votes", "similarity", "relevance"]
+ORDERS: tuple[Order, ...] = get_args(Order)
+
 Vectors = NDArray[np.float32]
 """`[N, D]` float32, every row of unit length."""
 
@@ -121,6 +124,59 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
+class Exclude:
+    """Entries that must not be among a query's neighbours. A training query that finds its own image teaches a model to copy."""
+
+    key: bool = False
+    """The entry that has the query's own key (`Identity.key`)."""
+    sha256: bool = False
+    """Entries of the very same encoded image."""
+    perceptual_hash: int = -1
+    """Entries whose pHash differs from the query's in at most so many of 64 bits; -1 to leave them in."""
+    keys: tuple[str, ...] = ()
+    """Further keys that no query of the request may find."""
+    entry_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Which image a query is, for `Exclude`. Hashes of a query by image are computed where it is answered; a query by vector brings them."""
+
+    key: str = ""
+    sha256: bytes = b""
+    """32 bytes, or empty if not known."""
+    perceptual_hash: int | None = None
+    """64 bits unsigned, or None if not known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """How queries are answered: the options of a request, the same for each of its queries."""
+
+    k: int = 5
+    """Neighbours a query, 1 to 1000; fewer come back if the store has fewer that qualify."""
+    max_tags: int = 0
+    """At most so many tags a query, best first; 0 for all."""
+    min_similarity: float = -1.0
+    """Neighbours less similar than this are left out."""
+    order: Order = "votes"
+    """What ranks the merged tags first; the other two signals, in the order votes, similarity, relevance, and then the tag id break ties."""
+    where: Mapping[str, str] = field(default_factory=dict)
+    """Only entries whose metadata has these values, compared as text: {"brand": "Oatly"}."""
+    exclude: Exclude = Exclude()
+    exact: bool = False
+    """Search all vectors, whatever the index."""
+    nprobe: int = 0
+    """Of an inverted file: lists visited; 0 for what the index was tuned to. Ignored by other kinds."""
+    ef_search: int = 0
+    """Of HNSW: length of the candidate list; 0 for what the index was tuned to. Ignored by other kinds."""
+    neighbours: bool = True
+    """Return neighbours, and of each tag those that carry it."""
+    texts: bool = True
+    """Return the tags' texts and kinds; a caller that knows the vocabulary needs only the ids."""
+
+
+@dataclass(frozen=True, slots=True)
 class Neighbour:
     """A retrieved entry."""
 
@@ -144,7 +200,7 @@ class RetrievedTag:
     relevance: float
     """Cosine of the tag's text embedding and the query's image vector."""
     neighbours: tuple[int, ...]
-    """The `entry_id`s of the neighbours that carry it, best first."""
+    """The `entry_id`s of the neighbours that carry it, best first; empty where neighbours were not asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +213,8 @@ class Retrieval(Sequence[RetrievedTag]):
     """`Fingerprint.digest` of the version."""
     neighbours: tuple[Neighbour, ...]
     tags: tuple[RetrievedTag, ...]
+    excluded: int = 0
+    """How many nearer entries `Search.exclude` kept out."""
 
     def __len__(self) -> int:
         return len(self.tags)

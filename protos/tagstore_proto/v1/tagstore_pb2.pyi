@@ -21,6 +21,13 @@ class Dtype(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DTYPE_UNSPECIFIED: _ClassVar[Dtype]
     DTYPE_FLOAT32: _ClassVar[Dtype]
     DTYPE_FLOAT16: _ClassVar[Dtype]
+
+class Order(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ORDER_UNSPECIFIED: _ClassVar[Order]
+    ORDER_VOTES: _ClassVar[Order]
+    ORDER_SIMILARITY: _ClassVar[Order]
+    ORDER_RELEVANCE: _ClassVar[Order]
 KIND_UNSPECIFIED: Kind
 KIND_OBJECT: Kind
 KIND_ATTRIBUTE: Kind
@@ -30,6 +37,10 @@ KIND_CUSTOM: Kind
 DTYPE_UNSPECIFIED: Dtype
 DTYPE_FLOAT32: Dtype
 DTYPE_FLOAT16: Dtype
+ORDER_UNSPECIFIED: Order
+ORDER_VOTES: Order
+ORDER_SIMILARITY: Order
+ORDER_RELEVANCE: Order
 
 class Vectors(_message.Message):
     __slots__ = ("data", "dimension", "dtype")
@@ -42,7 +53,14 @@ class Vectors(_message.Message):
     def __init__(self, data: _Optional[bytes] = ..., dimension: _Optional[int] = ..., dtype: _Optional[_Union[Dtype, str]] = ...) -> None: ...
 
 class RetrieveRequest(_message.Message):
-    __slots__ = ("store", "version", "images", "vectors", "fingerprint", "k", "max_tags")
+    __slots__ = ("store", "version", "images", "vectors", "fingerprint", "k", "max_tags", "min_similarity", "order", "where", "exclude", "identities", "exact", "nprobe", "ef_search", "omit_neighbours", "omit_texts")
+    class WhereEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     STORE_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     IMAGES_FIELD_NUMBER: _ClassVar[int]
@@ -50,6 +68,16 @@ class RetrieveRequest(_message.Message):
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     K_FIELD_NUMBER: _ClassVar[int]
     MAX_TAGS_FIELD_NUMBER: _ClassVar[int]
+    MIN_SIMILARITY_FIELD_NUMBER: _ClassVar[int]
+    ORDER_FIELD_NUMBER: _ClassVar[int]
+    WHERE_FIELD_NUMBER: _ClassVar[int]
+    EXCLUDE_FIELD_NUMBER: _ClassVar[int]
+    IDENTITIES_FIELD_NUMBER: _ClassVar[int]
+    EXACT_FIELD_NUMBER: _ClassVar[int]
+    NPROBE_FIELD_NUMBER: _ClassVar[int]
+    EF_SEARCH_FIELD_NUMBER: _ClassVar[int]
+    OMIT_NEIGHBOURS_FIELD_NUMBER: _ClassVar[int]
+    OMIT_TEXTS_FIELD_NUMBER: _ClassVar[int]
     store: str
     version: int
     images: _containers.RepeatedScalarFieldContainer[bytes]
@@ -57,7 +85,41 @@ class RetrieveRequest(_message.Message):
     fingerprint: str
     k: int
     max_tags: int
-    def __init__(self, store: _Optional[str] = ..., version: _Optional[int] = ..., images: _Optional[_Iterable[bytes]] = ..., vectors: _Optional[_Union[Vectors, _Mapping]] = ..., fingerprint: _Optional[str] = ..., k: _Optional[int] = ..., max_tags: _Optional[int] = ...) -> None: ...
+    min_similarity: float
+    order: Order
+    where: _containers.ScalarMap[str, str]
+    exclude: Exclude
+    identities: _containers.RepeatedCompositeFieldContainer[Identity]
+    exact: bool
+    nprobe: int
+    ef_search: int
+    omit_neighbours: bool
+    omit_texts: bool
+    def __init__(self, store: _Optional[str] = ..., version: _Optional[int] = ..., images: _Optional[_Iterable[bytes]] = ..., vectors: _Optional[_Union[Vectors, _Mapping]] = ..., fingerprint: _Optional[str] = ..., k: _Optional[int] = ..., max_tags: _Optional[int] = ..., min_similarity: _Optional[float] = ..., order: _Optional[_Union[Order, str]] = ..., where: _Optional[_Mapping[str, str]] = ..., exclude: _Optional[_Union[Exclude, _Mapping]] = ..., identities: _Optional[_Iterable[_Union[Identity, _Mapping]]] = ..., exact: _Optional[bool] = ..., nprobe: _Optional[int] = ..., ef_search: _Optional[int] = ..., omit_neighbours: _Optional[bool] = ..., omit_texts: _Optional[bool] = ...) -> None: ...
+
+class Exclude(_message.Message):
+    __slots__ = ("key", "sha256", "perceptual_hash", "keys", "entry_ids")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    SHA256_FIELD_NUMBER: _ClassVar[int]
+    PERCEPTUAL_HASH_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    ENTRY_IDS_FIELD_NUMBER: _ClassVar[int]
+    key: bool
+    sha256: bool
+    perceptual_hash: int
+    keys: _containers.RepeatedScalarFieldContainer[str]
+    entry_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, key: _Optional[bool] = ..., sha256: _Optional[bool] = ..., perceptual_hash: _Optional[int] = ..., keys: _Optional[_Iterable[str]] = ..., entry_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Identity(_message.Message):
+    __slots__ = ("key", "sha256", "perceptual_hash")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    SHA256_FIELD_NUMBER: _ClassVar[int]
+    PERCEPTUAL_HASH_FIELD_NUMBER: _ClassVar[int]
+    key: str
+    sha256: bytes
+    perceptual_hash: int
+    def __init__(self, key: _Optional[str] = ..., sha256: _Optional[bytes] = ..., perceptual_hash: _Optional[int] = ...) -> None: ...
 
 class RetrieveResponse(_message.Message):
     __slots__ = ("store", "version", "fingerprint", "retrievals")
@@ -71,13 +133,33 @@ class RetrieveResponse(_message.Message):
     retrievals: _containers.RepeatedCompositeFieldContainer[Retrieval]
     def __init__(self, store: _Optional[str] = ..., version: _Optional[int] = ..., fingerprint: _Optional[str] = ..., retrievals: _Optional[_Iterable[_Union[Retrieval, _Mapping]]] = ...) -> None: ...
 
+class RetrieveStreamResponse(_message.Message):
+    __slots__ = ("response", "error")
+    RESPONSE_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    response: RetrieveResponse
+    error: Error
+    def __init__(self, response: _Optional[_Union[RetrieveResponse, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ...) -> None: ...
+
+class Error(_message.Message):
+    __slots__ = ("code", "message", "retry_after_ms")
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    RETRY_AFTER_MS_FIELD_NUMBER: _ClassVar[int]
+    code: int
+    message: str
+    retry_after_ms: int
+    def __init__(self, code: _Optional[int] = ..., message: _Optional[str] = ..., retry_after_ms: _Optional[int] = ...) -> None: ...
+
 class Retrieval(_message.Message):
-    __slots__ = ("neighbours", "tags")
+    __slots__ = ("neighbours", "tags", "excluded")
     NEIGHBOURS_FIELD_NUMBER: _ClassVar[int]
     TAGS_FIELD_NUMBER: _ClassVar[int]
+    EXCLUDED_FIELD_NUMBER: _ClassVar[int]
     neighbours: _containers.RepeatedCompositeFieldContainer[Neighbour]
     tags: _containers.RepeatedCompositeFieldContainer[RetrievedTag]
-    def __init__(self, neighbours: _Optional[_Iterable[_Union[Neighbour, _Mapping]]] = ..., tags: _Optional[_Iterable[_Union[RetrievedTag, _Mapping]]] = ...) -> None: ...
+    excluded: int
+    def __init__(self, neighbours: _Optional[_Iterable[_Union[Neighbour, _Mapping]]] = ..., tags: _Optional[_Iterable[_Union[RetrievedTag, _Mapping]]] = ..., excluded: _Optional[int] = ...) -> None: ...
 
 class Neighbour(_message.Message):
     __slots__ = ("entry_id", "key", "similarity")
@@ -90,20 +172,22 @@ class Neighbour(_message.Message):
     def __init__(self, entry_id: _Optional[int] = ..., key: _Optional[str] = ..., similarity: _Optional[float] = ...) -> None: ...
 
 class RetrievedTag(_message.Message):
-    __slots__ = ("tag_id", "tag", "kind", "similarity", "relevance", "neighbours")
+    __slots__ = ("tag_id", "tag", "kind", "similarity", "relevance", "neighbours", "votes")
     TAG_ID_FIELD_NUMBER: _ClassVar[int]
     TAG_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     SIMILARITY_FIELD_NUMBER: _ClassVar[int]
     RELEVANCE_FIELD_NUMBER: _ClassVar[int]
     NEIGHBOURS_FIELD_NUMBER: _ClassVar[int]
+    VOTES_FIELD_NUMBER: _ClassVar[int]
     tag_id: int
     tag: str
     kind: Kind
     similarity: float
     relevance: float
     neighbours: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, tag_id: _Optional[int] = ..., tag: _Optional[str] = ..., kind: _Optional[_Union[Kind, str]] = ..., similarity: _Optional[float] = ..., relevance: _Optional[float] = ..., neighbours: _Optional[_Iterable[int]] = ...) -> None: ...
+    votes: int
+    def __init__(self, tag_id: _Optional[int] = ..., tag: _Optional[str] = ..., kind: _Optional[_Union[Kind, str]] = ..., similarity: _Optional[float] = ..., relevance: _Optional[float] = ..., neighbours: _Optional[_Iterable[int]] = ..., votes: _Optional[int] = ...) -> None: ...
 
 class GetTagsRequest(_message.Message):
     __slots__ = ("store", "version", "tag_ids", "first_tag_id", "page_size", "embeddings")

@@ -39,6 +39,11 @@ class TagStoreStub:
                 request_serializer=tagstore__proto_dot_v1_dot_tagstore__pb2.RetrieveRequest.SerializeToString,
                 response_deserializer=tagstore__proto_dot_v1_dot_tagstore__pb2.RetrieveResponse.FromString,
                 _registered_method=True)
+        self.RetrieveStream = channel.stream_stream(
+                '/tagstore.v1.TagStore/RetrieveStream',
+                request_serializer=tagstore__proto_dot_v1_dot_tagstore__pb2.RetrieveRequest.SerializeToString,
+                response_deserializer=tagstore__proto_dot_v1_dot_tagstore__pb2.RetrieveStreamResponse.FromString,
+                _registered_method=True)
         self.GetTags = channel.unary_unary(
                 '/tagstore.v1.TagStore/GetTags',
                 request_serializer=tagstore__proto_dot_v1_dot_tagstore__pb2.GetTagsRequest.SerializeToString,
@@ -61,6 +66,13 @@ class TagStoreServicer:
 
     def Retrieve(self, request, context):
         """The tags of the nearest entries of each query image or vector.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RetrieveStream(self, request_iterator, context):
+        """The same over one stream: an answer for each request, in order. A request that fails is answered with its error and the stream goes on.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -94,6 +106,11 @@ def add_TagStoreServicer_to_server(servicer, server):
                     servicer.Retrieve,
                     request_deserializer=tagstore__proto_dot_v1_dot_tagstore__pb2.RetrieveRequest.FromString,
                     response_serializer=tagstore__proto_dot_v1_dot_tagstore__pb2.RetrieveResponse.SerializeToString,
+            ),
+            'RetrieveStream': grpc.stream_stream_rpc_method_handler(
+                    servicer.RetrieveStream,
+                    request_deserializer=tagstore__proto_dot_v1_dot_tagstore__pb2.RetrieveRequest.FromString,
+                    response_serializer=tagstore__proto_dot_v1_dot_tagstore__pb2.RetrieveStreamResponse.SerializeToString,
             ),
             'GetTags': grpc.unary_unary_rpc_method_handler(
                     servicer.GetTags,
@@ -138,6 +155,33 @@ class TagStore:
             '/tagstore.v1.TagStore/Retrieve',
             tagstore__proto_dot_v1_dot_tagstore__pb2.RetrieveRequest.SerializeToString,
             tagstore__proto_dot_v1_dot_tagstore__pb2.RetrieveResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RetrieveStream(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/tagstore.v1.TagStore/RetrieveStream',
+            tagstore__proto_dot_v1_dot_tagstore__pb2.RetrieveRequest.SerializeToString,
+            tagstore__proto_dot_v1_dot_tagstore__pb2.RetrieveStreamResponse.FromString,
             options,
             channel_credentials,
             insecure,
