@@ -140,7 +140,7 @@ class Exclude:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Which image a query is, for `Exclude`. Hashes of a query by image are computed where it is answered; a query by vector brings them."""
+    """Which image a query is, for `Exclude`. The hashes of a query by image are computed where it is answered; one by vector brings them."""
 
     key: str = ""
     sha256: bytes = b""
@@ -160,7 +160,7 @@ class Search:
     min_similarity: float = -1.0
     """Neighbours less similar than this are left out."""
     order: Order = "votes"
-    """What ranks the merged tags first; the other two signals, in the order votes, similarity, relevance, and then the tag id break ties."""
+    """What ranks merged tags first; ties are broken by the others in the order votes, similarity, relevance, then by tag id."""
     where: Mapping[str, str] = field(default_factory=dict)
     """Only entries whose metadata has these values, compared as text: {"brand": "Oatly"}."""
     exclude: Exclude = Exclude()
