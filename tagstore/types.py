@@ -140,7 +140,7 @@ class Exclude:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Which image a query is, for `Exclude`. The hashes of a query by image are computed where it is answered; one by vector brings them."""
+    """Which image a query is, for `Exclude`. Hashes of a query by image are computed where it is answered; one by vector brings them."""
 
     key: str = ""
     sha256: bytes = b""
