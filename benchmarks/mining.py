@@ -185,11 +185,12 @@ def bounds() -> str:
     return report.table(["caption", "seconds", "tags"], lines)
 
 
-def memory(n: int) -> str:
-    """Resident memory along the way, in a process of its own."""
+def memory(n: int, log: Path | None) -> str:
+    """Resident memory along the way, in a process of its own; or what `mining_memory.py` wrote to `log` before."""
     command = [sys.executable, str(Path(__file__).parent / "mining_memory.py"), "--captions", str(n)]
-    lines = [json.loads(line) for line in subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()]
-    base = next(line for line in lines if line["captions"] >= min(100_000, n // 10))
+    text = log.read_text() if log else subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    lines = [json.loads(line) for line in text.splitlines()]
+    base = next(line for line in lines if line["captions"] >= min(100_000, lines[-1]["captions"] // 10))
     rows = [
         [f"{x['captions']:,}", x["rss_mib"], f"{x['rss_mib'] / base['rss_mib'] - 1:+.1%}", f"{x['captions'] / x['seconds']:.0f}"]
         for x in lines
@@ -233,6 +234,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
     parser.add_argument("--comparison", type=Path, help="folder that SceneGraphParser was installed into")
     parser.add_argument("--memory", type=int, default=1_000_000, help="captions of the memory run; 0 leaves it out")
+    parser.add_argument("--memory-log", type=Path, help="take the lines that mining_memory.py printed to this file instead")
     parser.add_argument("--docs", type=Path, help="page whose figures are rewritten")
     parser.add_argument("--captions", type=int, default=2000, help="captions of a round of the speed run")
     arguments = parser.parse_args()
@@ -257,7 +259,7 @@ def main() -> None:
         "## Product titles\n\n" + titles(arguments.data),
         "## Speed\n\n" + speed(arguments.data, comparison, arguments.captions),
         "## Captions that nobody should write\n\n" + bounds(),
-        "## Memory\n\n" + (memory(arguments.memory) if arguments.memory else "Not measured in this run."),
+        "## Memory\n\n" + (memory(arguments.memory, arguments.memory_log) if arguments.memory else "Not measured in this run."),
     ]
     written = "## Forty captions to judge by\n\n" + judged()
     drawn = "## Forty captions of the develop part, errors last\n\n" + examples(shown)
