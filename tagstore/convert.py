@@ -3,18 +3,36 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tagstore.errors import BadVector
-from tagstore.types import KINDS, Fingerprint, Kind, Neighbour, Retrieval, RetrievedTag, StoreInfo, TagInfo
+from tagstore.errors import BadVector, InvalidInput
+from tagstore.types import (
+    KINDS,
+    ORDERS,
+    Exclude,
+    Fingerprint,
+    Identity,
+    Kind,
+    Neighbour,
+    Order,
+    Retrieval,
+    RetrievedTag,
+    Search,
+    StoreInfo,
+    TagInfo,
+)
 from tagstore_proto.v1 import tagstore_pb2 as pb
 
 _TO_WIRE: dict[Kind, pb.Kind] = {kind: pb.Kind.Value(f"KIND_{kind.upper()}") for kind in KINDS}
-_FROM_WIRE: dict[int, Kind] = {number: kind for kind, number in _TO_WIRE.items()}
+_FROM_WIRE: dict[int, Kind] = {pb.KIND_UNSPECIFIED: "object", **{number: kind for kind, number in _TO_WIRE.items()}}
+_ORDER_TO_WIRE: dict[Order, pb.Order] = {order: pb.Order.Value(f"ORDER_{order.upper()}") for order in ORDERS}
+_ORDER_FROM_WIRE: dict[int, Order] = {pb.ORDER_UNSPECIFIED: "votes", **{number: order for order, number in _ORDER_TO_WIRE.items()}}
+_NOBODY = Exclude()
+_DEFAULT = Search()
 _DTYPES: dict[int, np.dtype[Any]] = {
     pb.DTYPE_UNSPECIFIED: np.dtype("<f4"),
     pb.DTYPE_FLOAT32: np.dtype("<f4"),
@@ -40,6 +58,78 @@ def vectors_from_proto(message: pb.Vectors) -> NDArray[np.floating]:
     return np.frombuffer(message.data, dtype).reshape(-1, message.dimension)
 
 
+def search_to_proto(request: pb.RetrieveRequest, search: Search, identities: Sequence[Identity] = ()) -> None:
+    """Write the options of a request, and which image each of its queries is, into it.
+
+    What is at its default is not sent. Raises `InvalidInput` for a number that the wire cannot carry.
+    """
+    request.k = _uint32("k", search.k)
+    request.max_tags = _uint32("max_tags", search.max_tags)
+    request.nprobe = _uint32("nprobe", search.nprobe)
+    request.ef_search = _uint32("ef_search", search.ef_search)
+    if search.min_similarity > -1:
+        request.min_similarity = search.min_similarity
+    if search.order != "votes":
+        if search.order not in _ORDER_TO_WIRE:
+            raise InvalidInput(f"order '{search.order}' is none of {', '.join(ORDERS)}")
+        request.order = _ORDER_TO_WIRE[search.order]
+    if search.where:
+        request.where.update(search.where)
+    if search.exclude != _NOBODY:
+        exclude = search.exclude
+        request.exclude.key, request.exclude.sha256 = exclude.key, exclude.sha256
+        if exclude.perceptual_hash >= 0:
+            request.exclude.perceptual_hash = _uint32("exclude.perceptual_hash", exclude.perceptual_hash)
+        request.exclude.keys.extend(exclude.keys)
+        request.exclude.entry_ids.extend(exclude.entry_ids)
+    request.exact, request.omit_neighbours, request.omit_texts = search.exact, not search.neighbours, not search.texts
+    for identity in identities:
+        message = request.identities.add(key=identity.key, sha256=identity.sha256)
+        if identity.perceptual_hash is not None:
+            message.perceptual_hash = identity.perceptual_hash
+
+
+def search_from_proto(request: pb.RetrieveRequest) -> Search:
+    """The options of a request. Ranges are for the engine to check; raises `InvalidInput` for an order that is none."""
+    order = _ORDER_FROM_WIRE.get(request.order)
+    if order is None:
+        raise InvalidInput(f"order {request.order} is unknown here: leave it out, or ask for {', '.join(ORDERS)}")
+    return Search(
+        k=request.k if request.HasField("k") else _DEFAULT.k,
+        max_tags=request.max_tags,
+        min_similarity=request.min_similarity if request.HasField("min_similarity") else _DEFAULT.min_similarity,
+        order=order,
+        where=dict(request.where),
+        exclude=_exclude_from_proto(request.exclude) if request.HasField("exclude") else _NOBODY,
+        exact=request.exact,
+        nprobe=request.nprobe,
+        ef_search=request.ef_search,
+        neighbours=not request.omit_neighbours,
+        texts=not request.omit_texts,
+    )
+
+
+def identities_from_proto(request: pb.RetrieveRequest) -> list[Identity]:
+    """Which image each query of a request is."""
+    return [Identity(m.key, m.sha256, m.perceptual_hash if m.HasField("perceptual_hash") else None) for m in request.identities]
+
+
+def _exclude_from_proto(message: pb.Exclude) -> Exclude:
+    return Exclude(
+        key=message.key,
+        sha256=message.sha256,
+        perceptual_hash=message.perceptual_hash if message.HasField("perceptual_hash") else -1,
+        keys=tuple(message.keys),
+        entry_ids=tuple(message.entry_ids),
+    )
+
+
+def _uint32(name: str, value: int) -> int:
+    if not 0 <= value < 1 << 32:
+        raise InvalidInput(f"{name} is {value}: it must be a small number, not negative")
+    return value
+
+
 def retrieval_to_proto(retrieval: Retrieval) -> pb.Retrieval:
     position = {n.entry_id: i for i, n in enumerate(retrieval.neighbours)}
     return pb.Retrieval(
@@ -48,7 +138,7 @@ def retrieval_to_proto(retrieval: Retrieval) -> pb.Retrieval:
             pb.RetrievedTag(
                 tag_id=t.tag_id,
                 tag=t.tag,
-                kind=_TO_WIRE[t.kind],
+                kind=_TO_WIRE[t.kind] if t.tag else pb.KIND_UNSPECIFIED,  # texts were not asked for
                 similarity=t.similarity,
                 relevance=t.relevance,
                 neighbours=[position[i] for i in t.neighbours],

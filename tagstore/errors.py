@@ -16,7 +16,7 @@
     └── Unavailable           the server cannot be reached, or did not answer in time
         └── Overloaded        the server has more to do than it can: try again after `retry_after` seconds
 
-Every message says what was wrong, where, and what to do. `service.py` holds the one table that maps these to status codes.
+Every message says what was wrong, where, and what to do. `status.py` holds the one table that maps these to status codes.
 """
 
 from __future__ import annotations

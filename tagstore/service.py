@@ -12,23 +12,11 @@ import grpc
 from tagstore import convert, errors
 from tagstore.catalog import Catalog
 from tagstore.engine import DEFAULT_K
+from tagstore.status import code_of
 from tagstore_proto.v1 import tagstore_pb2 as pb
 from tagstore_proto.v1 import tagstore_pb2_grpc as pb_grpc
 
 log = logging.getLogger(__name__)
-
-# The one table from errors to status codes; the first class that fits counts.
-STATUS: tuple[tuple[type[errors.TagstoreError], grpc.StatusCode], ...] = (
-    (errors.InvalidInput, grpc.StatusCode.INVALID_ARGUMENT),
-    (errors.NotFound, grpc.StatusCode.NOT_FOUND),
-    (errors.AlreadyExists, grpc.StatusCode.ALREADY_EXISTS),
-    (errors.FingerprintMismatch, grpc.StatusCode.FAILED_PRECONDITION),
-    (errors.MissingExtra, grpc.StatusCode.UNIMPLEMENTED),
-    (errors.WriteFailed, grpc.StatusCode.ABORTED),
-    (errors.Busy, grpc.StatusCode.UNAVAILABLE),
-    (errors.Unavailable, grpc.StatusCode.UNAVAILABLE),
-    (errors.Damaged, grpc.StatusCode.DATA_LOSS),
-)
 
 MAX_TAGS_A_PAGE = 10_000
 
@@ -45,8 +33,7 @@ def _answering(method: Method) -> Method:
                 context.abort(grpc.StatusCode.CANCELLED, "the caller has gone")  # it waited in our queue beyond its deadline
             return method(self, request, context)
         except errors.TagstoreError as error:
-            code = next((code for kind, code in STATUS if isinstance(error, kind)), grpc.StatusCode.INTERNAL)
-            context.abort(code, str(error))
+            context.abort(code_of(error), str(error))
         except Exception:
             log.exception("%s failed", method.__name__)
             context.abort(grpc.StatusCode.INTERNAL, f"{method.__name__} failed by a fault of the server; its log has the details")

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from tagstore import convert
+from tagstore import convert, errors, status
 from tagstore.errors import BadVector
-from tagstore.types import KINDS, Fingerprint, Neighbour, Retrieval, RetrievedTag, StoreInfo, TagInfo
+from tagstore.types import KINDS, Exclude, Fingerprint, Identity, Neighbour, Retrieval, RetrievedTag, Search, StoreInfo, TagInfo
 from tagstore_proto.v1 import tagstore_pb2 as pb
 
 
@@ -43,3 +43,56 @@ def test_store_and_tags_survive_the_wire() -> None:
     assert back.fingerprint.digest == fingerprint.digest
     tags = [TagInfo(1, "dog", "object", 3), TagInfo(2, "blue sky", "attribute", 1)]
     assert convert.tags_from_proto(pb.GetTagsResponse(tags=convert.tags_to_proto(tags))) == tags
+
+
+EXCLUDE = Exclude(key=True, sha256=True, perceptual_hash=0, keys=("a", "ü"), entry_ids=(1 << 40, 0))
+
+
+@pytest.mark.parametrize(
+    "search",
+    [
+        Search(),
+        Search(k=1000, max_tags=7, min_similarity=float32(0.3), order="relevance", where={"brand": "Oatly", "": ""}, exclude=EXCLUDE),
+        Search(exclude=Exclude(perceptual_hash=64), order="similarity", exact=True, neighbours=False, texts=False),
+        Search(nprobe=9, ef_search=128, min_similarity=0.0, exclude=Exclude(keys=("x",))),
+    ],
+)
+def test_the_options_of_a_request_survive_the_wire(search: Search) -> None:
+    identities = [Identity(), Identity("key", b"\1" * 32, 0), Identity("", b"", (1 << 64) - 1)]
+    request = pb.RetrieveRequest()
+    convert.search_to_proto(request, search, identities)
+    back = pb.RetrieveRequest.FromString(request.SerializeToString())
+    assert convert.search_from_proto(back) == search
+    assert convert.identities_from_proto(back) == identities
+
+
+def test_an_empty_request_asks_for_the_defaults() -> None:
+    assert convert.search_from_proto(pb.RetrieveRequest()) == Search()
+
+
+@pytest.mark.parametrize("search", [Search(k=-1), Search(max_tags=1 << 32), Search(order="age"), Search(nprobe=-2)])  # type: ignore[arg-type]
+def test_options_that_the_wire_cannot_carry_are_refused(search: Search) -> None:
+    with pytest.raises(errors.InvalidInput, match=r"k is -1|max_tags is|order 'age'|nprobe is -2"):
+        convert.search_to_proto(pb.RetrieveRequest(), search)
+
+
+def test_an_order_that_is_none_is_refused() -> None:
+    with pytest.raises(errors.InvalidInput, match="order 77"):
+        convert.search_from_proto(pb.RetrieveRequest(order=77))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [errors.Overloaded("full", 0.25), errors.NotFound("no store"), errors.NotPermitted("may not"), errors.Busy("held"), BadVector("x")],
+)
+def test_errors_survive_the_wire(error: errors.TagstoreError) -> None:
+    back = status.error_from_proto(status.error_to_proto(error))
+    assert type(back) in type(error).__mro__
+    assert type(back) is not errors.TagstoreError
+    assert str(back) == str(error)
+    assert getattr(back, "retry_after", None) == getattr(error, "retry_after", None)
+    assert status.retry_after_of(status.trailing(error)) == status.retry_after_ms(error)
+
+
+def test_an_unknown_status_is_still_an_error() -> None:
+    assert type(status.error_from_proto(pb.Error(code=4711, message="odd"))) is errors.TagstoreError

@@ -20,7 +20,8 @@ from tagstore import errors
 from tagstore.catalog import Catalog
 from tagstore.client import connect
 from tagstore.server import SERVICE, Server
-from tagstore.service import STATUS, TagStoreService
+from tagstore.service import TagStoreService
+from tagstore.status import STATUS
 from tagstore_proto.v1 import tagstore_pb2 as pb
 from tagstore_proto.v1 import tagstore_pb2_grpc as pb_grpc
 

@@ -1,0 +1,83 @@
+"""Errors as gRPC status codes and back: the one table that both ends of the wire share.
+
+A status has a code, a message for the person who meets it, and, where trying again is worth it, the trailing metadata
+`retry-after-ms`. An answer on a stream carries the same three in `Error`, so that one bad request does not end the stream.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import grpc
+
+from tagstore import errors
+from tagstore_proto.v1 import tagstore_pb2 as pb
+
+RETRY_AFTER = "retry-after-ms"
+
+# From errors to status codes; the first class that fits counts.
+STATUS: tuple[tuple[type[errors.TagstoreError], grpc.StatusCode], ...] = (
+    (errors.InvalidInput, grpc.StatusCode.INVALID_ARGUMENT),
+    (errors.NotFound, grpc.StatusCode.NOT_FOUND),
+    (errors.AlreadyExists, grpc.StatusCode.ALREADY_EXISTS),
+    (errors.FingerprintMismatch, grpc.StatusCode.FAILED_PRECONDITION),
+    (errors.NotAuthenticated, grpc.StatusCode.UNAUTHENTICATED),
+    (errors.NotPermitted, grpc.StatusCode.PERMISSION_DENIED),
+    (errors.MissingExtra, grpc.StatusCode.UNIMPLEMENTED),
+    (errors.Busy, grpc.StatusCode.ABORTED),
+    (errors.Overloaded, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (errors.Unavailable, grpc.StatusCode.UNAVAILABLE),
+    (errors.WriteFailed, grpc.StatusCode.INTERNAL),
+    (errors.Damaged, grpc.StatusCode.DATA_LOSS),
+)
+
+_ERRORS: dict[grpc.StatusCode, type[errors.TagstoreError]] = {code: kind for kind, code in STATUS if code != grpc.StatusCode.INTERNAL} | {
+    grpc.StatusCode.OUT_OF_RANGE: errors.InvalidInput,
+    grpc.StatusCode.DEADLINE_EXCEEDED: errors.Unavailable,
+}
+_CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
+
+
+def code_of(error: errors.TagstoreError) -> grpc.StatusCode:
+    """The status code that stands for an error of ours."""
+    return next((code for kind, code in STATUS if isinstance(error, kind)), grpc.StatusCode.INTERNAL)
+
+
+def retry_after_ms(error: errors.TagstoreError) -> int:
+    """Milliseconds after which the call is worth another try; 0 where the error says nothing of it."""
+    return max(1, math.ceil(error.retry_after * 1000)) if isinstance(error, errors.Overloaded) else 0
+
+
+def trailing(error: errors.TagstoreError) -> tuple[tuple[str, str], ...]:
+    """The trailing metadata of the call that an error ends."""
+    wait = retry_after_ms(error)
+    return ((RETRY_AFTER, str(wait)),) if wait else ()
+
+
+def error_to_proto(error: errors.TagstoreError) -> pb.Error:
+    """An error as an answer on a stream."""
+    return pb.Error(code=code_of(error).value[0], message=str(error), retry_after_ms=retry_after_ms(error))
+
+
+def error_from_proto(message: pb.Error) -> errors.TagstoreError:
+    """The error that an answer on a stream stands for."""
+    return error_of(_CODES.get(message.code, grpc.StatusCode.UNKNOWN), message.message, message.retry_after_ms)
+
+
+def error_of(code: grpc.StatusCode, message: str, retry_after_ms: int = 0) -> errors.TagstoreError:
+    """The error that a status stands for.
+
+    RESOURCE_EXHAUSTED without a time to try again is a message beyond the size limit: the caller's to change, not to repeat.
+    """
+    if code == grpc.StatusCode.RESOURCE_EXHAUSTED:
+        if retry_after_ms:
+            return errors.Overloaded(message, retry_after_ms / 1000)
+        return errors.InvalidInput(f"too much for the server: {message}. Send less at once")
+    return _ERRORS.get(code, errors.TagstoreError)(message)
+
+
+def retry_after_of(metadata: Iterable[tuple[str, str | bytes]] | None) -> int:
+    """`retry-after-ms` of a call's trailing metadata; 0 if there is none."""
+    found = next((value for key, value in metadata or () if key == RETRY_AFTER), "0")
+    return int(found) if str(found).isdecimal() else 0
