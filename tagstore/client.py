@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tagstore import errors
-from tagstore.types import Fingerprint, Retrieval, StoreInfo, TagInfo
+from tagstore.types import Fingerprint, Retrieval, Search, StoreInfo, TagInfo
 
 if TYPE_CHECKING:
     from tagstore.catalog import Catalog
@@ -149,7 +149,7 @@ class LocalSource(_Source):
         k: int = 5,
         max_tags: int = 0,
     ) -> list[Retrieval]:
-        catalog = self._opened()
+        catalog, search = self._opened(), Search(k=k, max_tags=max_tags)
         # opened once, so that a version committed meanwhile does not split the answer
         engine = catalog.engine(self._store, self._version)
         answers: list[Retrieval] = []
@@ -159,8 +159,7 @@ class LocalSource(_Source):
                 images=some_images,
                 vectors=some_vectors,
                 fingerprint=_digest(fingerprint),
-                k=k,
-                max_tags=max_tags,
+                search=search,
             )
         return answers
 

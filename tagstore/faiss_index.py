@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 
 from tagstore.environment import sync_directory
 from tagstore.errors import Damaged
+from tagstore.index import PLAIN, Allowed
 from tagstore.store import Snapshot, Version
-from tagstore.types import Vectors
+from tagstore.types import Search, Vectors
 
 ABOUT = {"kind": "flat", "codes": "float16", "metric": "inner product"}
 MERGE = 2
@@ -111,12 +112,16 @@ class FaissIndex:
                 f"{self._entries} entries: run `tagstore repair`"
             )
 
-    def search(self, queries: Vectors, k: int) -> NDArray[np.int64]:
-        k = min(k, self._entries)
+    def search(self, queries: Vectors, k: int, *, allowed: Allowed | None = None, search: Search = PLAIN) -> NDArray[np.int64]:
+        k = min(k, self._entries if allowed is None else allowed.count)
         queries = np.ascontiguousarray(queries, np.float32)
         if not k:
             return np.zeros((len(queries), 0), np.int64)
-        found = [part.search(queries, k, params=params) for part, params in self._parts]
+        parts = self._parts
+        if allowed is not None:
+            params = faiss.SearchParameters(sel=faiss.IDSelectorBitmap(allowed.bits))
+            parts = [(part, params) for part, _ in parts]
+        found = [part.search(queries, k, params=params) for part, params in parts]
         if len(found) == 1:
             return np.asarray(found[0][1])
         similarities = np.concatenate([s for s, _ in found], axis=1)

@@ -8,19 +8,54 @@ on the index, on the batch a query came in, or on the machine's BLAS.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tagstore.types import Vectors
+from tagstore.types import Search, Vectors
+
+PLAIN = Search()
+
+
+@dataclass(frozen=True, slots=True)
+class Allowed:
+    """A set of entry ids, as bits: bit i (little endian in its byte) for entry i."""
+
+    bits: NDArray[np.uint8]
+    count: int
+
+    @classmethod
+    def of(cls, bits: NDArray[np.uint8]) -> Allowed:
+        """The set of the bits that are set."""
+        return cls(bits, int(np.bitwise_count(bits).sum(dtype=np.int64)))
+
+    def ids(self) -> NDArray[np.int64]:
+        """Its members, ascending."""
+        return np.flatnonzero(np.unpackbits(self.bits, bitorder="little")).astype(np.int64)
+
+    def holds(self, ids: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which of some ids are members; negative ones and those beyond the bits are not."""
+        inside = (ids >= 0) & (ids < 8 * len(self.bits))
+        safe = np.where(inside, ids, 0)
+        held: NDArray[np.bool_] = inside & (self.bits[safe >> 3] >> (safe & 7).astype(np.uint8) & 1).astype(bool)
+        return held
 
 
 class Index(Protocol):
-    """Nearest neighbours by inner product."""
+    """Nearest neighbours by inner product. Safe for threads."""
 
-    def search(self, queries: Vectors, k: int) -> NDArray[np.int64]:
-        """Entry ids of the best `k` of each query, `[N, min(k, entries)]` int64, best first by the index's own arithmetic."""
+    def search(self, queries: Vectors, k: int, *, allowed: Allowed | None = None, search: Search = PLAIN) -> NDArray[np.int64]:
+        """Entry ids of the best `k` of each query, `[N, M]` int64, best first by the index's own arithmetic.
+
+        M is at least k, or the number of entries there are to be found if that is less: an index that approximates may propose more
+        than it was asked for, never fewer.
+
+        Args:
+            allowed: find only these; all entries of the version if None.
+            search: of a request's options `exact`, `nprobe` and `ef_search` are heeded.
+        """
         ...
 
     def describe(self) -> Mapping[str, Any]:
@@ -34,10 +69,12 @@ class NumpyIndex:
     def __init__(self, vectors: Vectors, entry_ids: NDArray[np.int64]) -> None:
         self.vectors, self.entry_ids = vectors, entry_ids
 
-    def search(self, queries: Vectors, k: int) -> NDArray[np.int64]:
-        similarities = queries @ self.vectors.T
-        order = np.lexsort((np.broadcast_to(self.entry_ids, similarities.shape), -similarities), axis=1)
-        return self.entry_ids[order[:, :k]]
+    def search(self, queries: Vectors, k: int, *, allowed: Allowed | None = None, search: Search = PLAIN) -> NDArray[np.int64]:
+        rows = slice(None) if allowed is None else np.flatnonzero(allowed.holds(self.entry_ids))
+        ids = self.entry_ids[rows]
+        similarities = queries @ self.vectors[rows].T
+        order = np.lexsort((np.broadcast_to(ids, similarities.shape), -similarities), axis=1)
+        return ids[order[:, :k]]
 
     def describe(self) -> Mapping[str, Any]:
         return {"kind": "numpy"}

@@ -81,6 +81,35 @@ def decode_hot(data: bytes) -> tuple[str, list[int]]:
     return key, _get_ints(data, at)[0]
 
 
+def decode_hashes(data: bytes) -> tuple[bytes, bytes]:
+    """Only the sha256 (32 bytes) and the perceptual hash (8 bytes, big endian) of an entry."""
+    n, at = _get_int(data, 0)
+    n, at = _get_int(data, at + n)
+    for _ in range(n):
+        while data[at] > 127:
+            at += 1
+        at += 1
+    return bytes(data[at : at + 32]), bytes(data[at + 32 : at + 40])
+
+
+def decode_metadata(data: bytes) -> dict[str, Any]:
+    """Only the metadata of an entry."""
+    n, at = _get_int(data, 0)
+    tags, at = _get_ints(data, at + n)
+    captions, at = _get_int(data, at + 40)
+    for _ in range(captions):
+        n, at = _get_int(data, at)
+        at += n
+    for _ in tags:
+        n, at = _get_int(data, at + 1)
+        for _ in range(3 * n):
+            while data[at] > 127:
+                at += 1
+            at += 1
+    metadata, _ = _get_text(data, at)
+    return dict(json.loads(metadata)) if metadata else {}
+
+
 def encode_tag(text: str, kind: Kind, canonical: str) -> bytes:
     """Bytes of a tag of the vocabulary: kind (1 byte), text, canonical form if it differs."""
     out = bytearray([KINDS.index(kind)])

@@ -11,7 +11,6 @@ import grpc
 
 from tagstore import convert, errors
 from tagstore.catalog import Catalog
-from tagstore.engine import DEFAULT_K
 from tagstore.status import code_of
 from tagstore_proto.v1 import tagstore_pb2 as pb
 from tagstore_proto.v1 import tagstore_pb2_grpc as pb_grpc
@@ -56,8 +55,8 @@ class TagStoreService(pb_grpc.TagStoreServicer):
             images=request.images,
             vectors=vectors,
             fingerprint=request.fingerprint,
-            k=request.k if request.HasField("k") else DEFAULT_K,
-            max_tags=request.max_tags,
+            search=convert.search_from_proto(request),
+            identities=convert.identities_from_proto(request),
         )
         return pb.RetrieveResponse(
             store=request.store,

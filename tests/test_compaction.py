@@ -16,7 +16,7 @@ from tagstore.maintenance import Selection, delete, rollback
 from tagstore.mining import MergedTag
 from tagstore.staging import Draft
 from tagstore.store import U64, Store
-from tagstore.types import Fingerprint, Rejected
+from tagstore.types import Fingerprint, Rejected, Search
 from tagstore.verification import verify
 from tagstore.writer import Writer
 
@@ -52,7 +52,7 @@ def names(prefix: str, n: int) -> list[str]:
 
 def answers(root: Path, version: int | None = None):
     engine = Engine(Store(root, "toy").snapshot(version))
-    found = engine.retrieve(np.random.default_rng(9).standard_normal((20, D)), k=7)
+    found = engine.retrieve(np.random.default_rng(9).standard_normal((20, D)), Search(k=7))
     return [(a.neighbours, a.tags) for a in found]
 
 

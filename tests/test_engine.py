@@ -15,7 +15,7 @@ from tagstore.index import NumpyIndex
 from tagstore.mining import MergedTag
 from tagstore.staging import Draft
 from tagstore.store import Store
-from tagstore.types import Fingerprint
+from tagstore.types import Fingerprint, Search
 from tagstore.writer import Writer
 
 D = 32
@@ -57,7 +57,7 @@ def test_neighbours_are_those_of_the_specification(engine: Engine, rng: np.rando
     queries /= np.linalg.norm(queries, axis=1, keepdims=True)
     similarities = np.clip((stored[None] * queries[:, None]).sum(-1), -1, 1)
     for k in (1, 5, 50):
-        answers = engine.retrieve(queries, k=k)
+        answers = engine.retrieve(queries, Search(k=k))
         for answer, row in zip(answers, similarities, strict=True):
             best = sorted(zip(-row, ids, strict=True))[:k]
             assert [n.entry_id for n in answer.neighbours] == [i for _, i in best]
@@ -76,15 +76,15 @@ def test_the_index_agrees_with_the_numpy_index(engine: Engine, rng: np.random.Ge
 
 def test_an_answer_does_not_depend_on_its_batch_or_its_dtype(engine: Engine, rng: np.random.Generator) -> None:
     queries = clustered(rng, 200)
-    together = engine.retrieve(queries, k=7)
-    assert together == [engine.retrieve(q[None], k=7)[0] for q in queries]
+    together = engine.retrieve(queries, Search(k=7))
+    assert together == [engine.retrieve(q[None], Search(k=7))[0] for q in queries]
     halves = queries.astype(np.float16)
-    assert engine.retrieve(halves, k=3) == engine.retrieve(halves.astype(np.float64), k=3)
-    assert engine.retrieve(queries * 8, k=7) == together
+    assert engine.retrieve(halves, Search(k=3)) == engine.retrieve(halves.astype(np.float64), Search(k=3))
+    assert engine.retrieve(queries * 8, Search(k=7)) == together
 
 
 def test_signals_are_what_they_say(engine: Engine, rng: np.random.Generator) -> None:
-    for answer, query in zip(engine.retrieve(q := clustered(rng, 20), k=9), q, strict=True):
+    for answer, query in zip(engine.retrieve(q := clustered(rng, 20), Search(k=9)), q, strict=True):
         records = {n.entry_id: {t.tag_id for t in engine.snapshot.entry(n.entry_id).tags} for n in answer.neighbours}
         assert {t.tag_id for t in answer.tags} == set().union(*records.values())
         for tag in answer.tags:
@@ -97,13 +97,13 @@ def test_signals_are_what_they_say(engine: Engine, rng: np.random.Generator) -> 
             assert tag.relevance == pytest.approx(float(info.embedding @ query), abs=1e-5)
         order = [(-t.votes, -t.similarity, -t.relevance, t.tag_id) for t in answer.tags]
         assert order == sorted(order)
-        assert engine.retrieve(query[None], k=9, max_tags=3)[0].tags == answer.tags[:3]
+        assert engine.retrieve(query[None], Search(k=9, max_tags=3))[0].tags == answer.tags[:3]
 
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 1000), st.integers(0, 50))
 def test_any_k_and_any_cap(engine: Engine, k: int, max_tags: int) -> None:
-    [answer] = engine.retrieve(np.ones((1, D), np.float32), k=k, max_tags=max_tags)
+    [answer] = engine.retrieve(np.ones((1, D), np.float32), Search(k=k, max_tags=max_tags))
     assert len(answer.neighbours) == min(k, 700)
     assert len(answer) <= (max_tags or 1 << 30)
 
@@ -111,7 +111,7 @@ def test_any_k_and_any_cap(engine: Engine, k: int, max_tags: int) -> None:
 @pytest.mark.parametrize("k", [0, -1, 1001])
 def test_k_out_of_range_is_refused(engine: Engine, k: int) -> None:
     with pytest.raises(InvalidInput, match=f"k is {k}"):
-        engine.retrieve(np.ones((1, D)), k=k)
+        engine.retrieve(np.ones((1, D)), Search(k=k))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e38, 0.0])
@@ -131,15 +131,15 @@ def test_vectors_of_another_shape_are_refused(engine: Engine, shape: tuple[int, 
 
 def test_too_many_queries_are_refused_and_none_are_fine(engine: Engine) -> None:
     with pytest.raises(InvalidInput, match="send at most"):
-        engine.retrieve(np.ones((5000, D), np.float32), k=1)
+        engine.retrieve(np.ones((5000, D), np.float32), Search(k=1))
     with pytest.raises(InvalidInput, match="ask for 200000 neighbours"):
-        engine.retrieve(np.ones((200, D), np.float32), k=1000)
+        engine.retrieve(np.ones((200, D), np.float32), Search(k=1000))
     assert engine.retrieve(np.ones((0, D), np.float32)) == []
 
 
 def test_a_store_without_tags_and_one_with_fewer_entries_than_k_answer(tmp_path: Path, rng: np.random.Generator) -> None:
     small = make(tmp_path, clustered(rng, 60)[:2], [[], []])
-    [answer] = small.retrieve(np.ones((1, D), np.float32), k=5)
+    [answer] = small.retrieve(np.ones((1, D), np.float32), Search(k=5))
     assert (len(answer.neighbours), len(answer.tags)) == (2, 0)
 
 
@@ -163,7 +163,7 @@ def test_many_equal_vectors_are_cut_by_id_whatever_the_files(tmp_path: Path, rng
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     small = make(tmp_path, vectors, [[]] * 240)
     query = np.eye(D, dtype=np.float32)[0] + np.eye(D, dtype=np.float32)[1] * 0.1
-    [answer] = small.retrieve(query[None], k=6)
+    [answer] = small.retrieve(query[None], Search(k=6))
     assert [n.entry_id for n in answer.neighbours] == [200, 201, 0, 1, 2, 3]
 
 
@@ -189,4 +189,4 @@ def test_a_large_index_is_several_files_that_answer_as_one(tmp_path: Path, rng: 
     many = make(tmp_path, vectors, [[]] * 300, "many")
     assert [f["rows"] for f in many.version.index["files"]] == [64, 64, 64, 64, 44]
     queries = clustered(rng, 40)
-    assert [a.neighbours for a in many.retrieve(queries, k=9)] == [a.neighbours for a in one.retrieve(queries, k=9)]
+    assert [a.neighbours for a in many.retrieve(queries, Search(k=9))] == [a.neighbours for a in one.retrieve(queries, Search(k=9))]

@@ -18,6 +18,7 @@ import crash
 from tagstore.catalog import Catalog
 from tagstore.compaction import compact
 from tagstore.store import Snapshot, Store
+from tagstore.types import Search
 from tagstore.writer import Writer
 
 SPAWN, FORK = multiprocessing.get_context("spawn"), multiprocessing.get_context("fork")
@@ -56,7 +57,7 @@ def _hammer(root: str, seed: int, pipe: Connection) -> None:
             write = _read(engine.snapshot)
             assert seen.setdefault(number, write) == write
             i = rng.randrange(len(KEYS))
-            [answer] = engine.retrieve(crash.vectors_of("first", [write * 100 + i]), k=3)
+            [answer] = engine.retrieve(crash.vectors_of("first", [write * 100 + i]), Search(k=3))
             assert (answer.version, answer.neighbours[0].key) == (number, KEYS[i])
             old = rng.choice(sorted(seen))
             assert _read(Store(root, crash.NAME).snapshot(old)) == seen[old], f"version {old} has changed"
