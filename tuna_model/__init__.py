@@ -1,1 +1,59 @@
-"""TUNA: a multimodal model that grounds its answers in the tags of similar images."""
+"""TUNA: a multimodal model that grounds its answers in the tags of similar images.
+
+    from tuna_model import Pipeline
+
+    tuna = Pipeline.load("smol", store="grpc://localhost:50051/flickr8k")     # a preset or a directory
+    answer = tuna.answer("picture.jpg", "What is on the table?")              # .text, .tags, .weights, .degraded
+
+or by its parts, which are those of transformers:
+
+    model, processor = presets.load("smol")                                   # or TunaForConditionalGeneration.from_pretrained(DIR)
+    pixels = processor.image_processor(images)["pixel_values"]                # [N, 3, H, W] float32
+    grid, vectors = model.encode_images(pixels)                               # [N, P, C], [N, D]: one forward of the frozen encoder
+    tags = TagLookup(connect(URL), model.config)(vectors)                     # N ImageTags; empty ones if the store is down, counted
+    batch = processor(text=prompts, tags=tags)                                # "<image>" in a prompt takes the next image and its tags
+    model(**batch, grid=grid, image_vectors=vectors, labels=labels).loss
+
+Tensors of `TunaForConditionalGeneration.forward` (B prompts of L tokens, N images in all, T tags in all, in the order of the prompts):
+
+| name | shape | meaning |
+| --- | --- | --- |
+| input_ids, attention_mask | `[B, L]` int64 | `image_token_id` stands for every image token and every H_vt |
+| pixel_values | `[N, 3, H, W]` float | as the encoder normalises them; or instead of it |
+| grid, image_vectors | `[N, P, C]`, `[N, D]` float | features made before (caches, training) |
+| tag_index | `[B, L]` int64 | -1 where no tag is; at words of a tag its number in T; at H_vt the number of its query |
+| tag_embeddings | `[T, D]` float32 | text embeddings, from the store |
+| tag_signals | `[T, 2]` float32 | similarity, share of votes |
+| cu_tags | `[N + 1]` int32 | image n owns the tags cu_tags[n]:cu_tags[n + 1] |
+| tag_word_ids, tag_lengths | `[M]`, `[T]` int64 | only with `tag_queries="token"`: the words of all tags, how many each has (a query is a word) |
+| labels | `[B, L]` int64 | -100 is not learned |
+
+Without tags the last six are absent (or T = 0). The output has loss, logits, past_key_values, image_hidden_states `[N, tokens, hidden]`,
+tag_hidden_states `[T or M, hidden]` (H_vt before weighting), tag_weights `[T]`, and with `output_tag_attention=True` tag_attention `[T or M, P]`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_HOMES = {
+    "ContrastiveLogits": "contrastive",
+    "Answer": "pipeline",
+    "Pipeline": "pipeline",
+    "ImageTags": "tags",
+    "TagLookup": "tags",
+    "TunaConfig": "config",
+    "TunaForConditionalGeneration": "model",
+    "TunaImageProcessor": "image_processor",
+    "TunaProcessor": "processor",
+    "tag_prompt": "prompt",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    # lazily: `tuna --help` and the prompt builder need neither torch nor transformers
+    if name in _HOMES:
+        return getattr(import_module(f"tuna_model.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'tuna_model' has no attribute '{name}'")
