@@ -27,8 +27,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tagstore import faiss_index
-from tagstore.encoder import Encoder, load_encoder
-from tagstore.errors import BadImage, FingerprintMismatch, InvalidInput, NotFound
+from tagstore.encoder import Encoder, load_encoder, load_encoder_of
+from tagstore.environment import writing
+from tagstore.errors import BadImage, InvalidInput, NotFound
 from tagstore.images import decode, perceptual_hash
 from tagstore.mining import Miner, Rules, identity, load_miner, load_rules, merge
 from tagstore.readers import Columns, read
@@ -150,7 +151,8 @@ def ingest(
             return _Run(where, about, encoder, miner, rules, writer, Progress(mark), clock, progress).finish(pairs() if reached else found)
         except InvalidInput:
             if writer.parent is None:
-                shutil.rmtree(writer.directory)  # a source of which nothing can be used leaves no empty store behind
+                with writing(f"store '{store}'"):
+                    shutil.rmtree(writer.directory)  # a source of which nothing can be used leaves no empty store behind
             raise
 
 
@@ -313,14 +315,13 @@ def _consume(pairs: Iterator[Pair | Rejected], reached: Progress, writer: Writer
 
 
 def _encoder_for(root: str | Path, store: str, spec: str | None, device: str) -> Encoder:
+    """The one asked for; the writer refuses it if the store has another."""
+    if spec is not None:
+        return load_encoder(spec, device=device)
     try:
-        stored = Store(root, store).snapshot().version.fingerprint
+        return load_encoder_of(Store(root, store).snapshot().version.fingerprint, device=device)
     except NotFound:
-        stored = None
-    encoder = load_encoder(spec or (stored.model if stored else "mini"), device=device)
-    if stored and encoder.fingerprint.digest != stored.digest:
-        raise FingerprintMismatch.between(store, stored, encoder.fingerprint)
-    return encoder
+        return load_encoder(device=device)
 
 
 def _peeked(items: Iterable[Pair | Rejected]) -> Iterator[Pair | Rejected]:

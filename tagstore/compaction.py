@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import getpass
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -120,10 +121,9 @@ def purge(root: str | Path, store: str, selection: Selection, *, reason: str, wh
             proof=f"{len(keys)} keys, {len(captions)} captions, {len(images)} image hashes and {len(vectors)} vectors that no other entry "
             "has were searched for in every file and record of the store: none found",
         )
-        with writer.env.begin(write=True) as txn:
+        with writer.transaction() as txn:
             key = U64.pack(version.number)
             txn.put(key, seal(key, asdict(takedown)), db=writer.db["takedowns"])
-        writer.env.sync(True)
         return takedown
 
 
@@ -199,6 +199,15 @@ class _Rewrite:
 
     def run(self) -> Version:
         """Copy, sync, switch, and take the writer along. Raises `Damaged` if what is to be copied is not what was committed."""
+        self._check()
+        with self.writer.step():
+            version = self._copy_all()
+        with suppress(OSError):  # it is committed: what cannot be removed now is by the next writer
+            sweep(self.writer.directory)
+        self.writer.go_on()
+        return version
+
+    def _check(self) -> None:
         seen: set[object] = set()
         for version in [*self.versions[:-1], *([self.writer.parent] if self.writer.parent else [])]:
             for name, r in broken(Snapshot(self.old, version), seen):
@@ -206,6 +215,8 @@ class _Rewrite:
                     f"{name} {r.first} to {r.end - 1} of store '{self.old.name}' are not what version {version.number} committed: "
                     "a copy would hide that. Run `tagstore verify`, restore the store from a bundle or a copy"
                 )
+
+    def _copy_all(self) -> Version:
         fresh = new_generation(self.writer.directory)
         self.env = environment(fresh, create=True)
         self.db = open_databases(self.env, create=True)
@@ -224,17 +235,15 @@ class _Rewrite:
             self._copy_rows("embeddings", space, tags)
         self._copy_lines()
         store = Store.of_generation(self.old.name, self.writer.directory, fresh)
-        parent = None
-        for version in self.versions:
-            parent = self._put_version(store, version, parent)
+        version = None
+        for old in self.versions:
+            version = self._put_version(store, old, version)
         with self.env.begin(write=True) as txn:
             self._put_state(txn, {**state, "current": self.new_version.number, "next_page": len(self._pages)})
         self.env.sync(True)
         switch(self.writer.directory, fresh)
-        sweep(self.writer.directory)
-        self.writer.reopen()
-        assert self.writer.parent is not None
-        return self.writer.parent
+        assert version is not None
+        return version
 
     def _union(self, which: int, n: int, space: int | None = None) -> NDArray[np.bool_]:
         """Ids that some version needs."""
@@ -281,16 +290,17 @@ class _Rewrite:
                     target.put(block_key(space, block), rows.tobytes(), db=self.db[db])
 
     def _copy_lines(self) -> None:
-        """Quarantine of the versions that stay, without what is taken down; takedowns."""
+        """Quarantine of the versions that stay, without what is taken down; sources and takedowns, whatever became of their versions."""
         numbers = {U64.pack(v.number) for v in self.versions}
         with self.old.env.begin() as source, self.env.begin(write=True) as target:
             with source.cursor(self.old.db["quarantine"]) as cursor:
                 for key, value in cursor:
                     if key[:8] in numbers and unseal(key, value)["key"] not in self.keys:
                         target.put(key, value, db=self.db["quarantine"])
-            with source.cursor(self.old.db["takedowns"]) as cursor:
-                for key, value in cursor:
-                    target.put(key, value, db=self.db["takedowns"])
+            for name in ("sources", "takedowns"):
+                with source.cursor(self.old.db[name]) as cursor:
+                    for key, value in cursor:
+                        target.put(key, value, db=self.db[name])
             if self.takedown:
                 key = U64.pack(self.takedown.version)
                 target.put(key, seal(key, asdict(self.takedown)), db=self.db["takedowns"])
@@ -371,9 +381,9 @@ def _vectors(store: Store, versions: list[Version], ids: NDArray[np.int64]) -> l
 
 
 def _in_records(store: Store, needles: set[bytes]) -> set[bytes]:
-    """Those that are part of an entry or a tag of the store."""
+    """Those that are part of an entry or a tag of the store, or of the name of a source."""
     found: set[bytes] = set()
-    for table in ("entries", "tags") if needles else ():
+    for table in ("entries", "tags", "sources") if needles else ():
         with store.env.begin() as txn, txn.cursor(store.db[table]) as cursor:
             for _, value in cursor:
                 found |= {needle for needle in needles - found if needle in value}

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tagstore import open_clip_models
-from tagstore.errors import InvalidInput, MissingExtra
+from tagstore.errors import FingerprintMismatch, InvalidInput, MissingExtra
 from tagstore.torchvision_shim import prepare_torchvision
 from tagstore.types import Fingerprint, Vectors
 
@@ -271,6 +271,20 @@ def load_encoder(spec: str = "mini", *, device: str = "auto", precision: str = "
         raise InvalidInput("precision 'fp16' needs a GPU: on the CPU pass fp32 or bf16")
     source = open_clip_models.load(spec)
     return Encoder(source.model, source.tokenizer, name=spec, weights=source.weights, device=device, precision=precision)
+
+
+def load_encoder_of(fingerprint: Fingerprint, *, device: str = "auto") -> Encoder:
+    """Load the encoder that made the vectors of a store.
+
+    Raises what `load_encoder` does, and `FingerprintMismatch`, naming both, if what its name loads today is another one.
+    """
+    encoder = load_encoder(fingerprint.model, device=device)
+    if encoder.fingerprint.digest != fingerprint.digest:
+        raise FingerprintMismatch(
+            f"the store was made with encoder {fingerprint}, but '{fingerprint.model}' loads as {encoder.fingerprint} here: "
+            "install the weights it was made with, or make the store anew (`tagstore reembed`, `tagstore ingest`)"
+        )
+    return encoder
 
 
 def _device(name: str) -> str:

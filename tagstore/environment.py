@@ -23,7 +23,7 @@ from typing import Any
 
 import lmdb
 
-from tagstore.errors import Busy, Damaged, NotFound, WriteFailed
+from tagstore.errors import Busy, Damaged, NotFound, TagstoreError, WriteFailed
 
 # Address space, not disk: the file grows as data comes, and no reader ever has to follow a resized map.
 MAP_SIZE = int(os.environ.get("TAGSTORE_MAP_SIZE", 1 << 38))
@@ -94,6 +94,20 @@ def sweep(store: Path) -> None:
         if path.name != current:
             forget(path)
             shutil.rmtree(path)
+
+
+@contextmanager
+def writing(what: str) -> Iterator[None]:
+    """The one place where what the system and LMDB say of a write that failed becomes `WriteFailed`; errors of our own pass."""
+    try:
+        yield
+    except TagstoreError:
+        raise
+    except (lmdb.Error, OSError) as error:
+        advice = "free space or make it writable, then try again"
+        if isinstance(error, lmdb.MapFullError):
+            advice = f"set TAGSTORE_MAP_SIZE to more than {MAP_SIZE} bytes for every process that opens it"
+        raise WriteFailed(f"{what} could not be written: {error}. What was there before stays; {advice}") from error
 
 
 def sync_directory(path: Path) -> None:

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tagstore import faiss_index
-from tagstore.encoder import Encoder, load_encoder
-from tagstore.environment import forget, generation, writer_lock
-from tagstore.errors import AlreadyExists, BadImage, FingerprintMismatch, InvalidInput, NotFound
+from tagstore.encoder import Encoder, load_encoder, load_encoder_of
+from tagstore.environment import forget, generation, writer_lock, writing
+from tagstore.errors import AlreadyExists, BadImage, InvalidInput, NotFound
 from tagstore.images import decode
 from tagstore.mining import MergedTag, Miner, Rules, identity, load_miner, load_rules, merge
 from tagstore.readers import Columns, read
@@ -146,33 +147,46 @@ def reembed(
         parent = writer.store.snapshot()
         if parent.version.fingerprint.digest == encoder.fingerprint.digest:
             raise InvalidInput(f"store '{store}' already holds vectors of {encoder.fingerprint}")
-        missing = parent.live_mask().copy()
-        for path, options in _sources(parent.store, sources):
-            batch: list[tuple[int, NDArray[np.uint8]]] = []
-            for pair in read(path, **options):
-                if isinstance(pair, Rejected):
-                    continue
-                entry_id = parent.find(pair.key)
-                if entry_id is None or not missing[entry_id] or parent.entry(entry_id).sha256 != sha256(pair.image).digest():
-                    continue
-                try:
-                    batch.append((entry_id, encoder.prepare(decode(pair.image))))
-                except BadImage:
-                    continue
-                missing[entry_id] = False
-                if len(batch) == 256:
-                    _put(writer, encoder, batch)
-                    batch = []
-            _put(writer, encoder, batch)
-        if missing.any():
-            first = parent.entry(int(np.flatnonzero(missing)[0]))
-            raise InvalidInput(
-                f"{int(missing.sum())} of {parent.version.entries} entries of store '{store}' have no image in the sources, the first: "
-                f"{first.key} (read from {first.origin}). Give the sources that have them"
-            )
+        found = originals(parent, sources)
+        while batch := [(entry.entry_id, _pixels(encoder, entry, image)) for entry, image in islice(found, 256)]:
+            writer.put_vectors([i for i, _ in batch], encoder.encode_images(np.stack([pixels for _, pixels in batch])))
         while texts := writer.new_tags(limit=4096):
             writer.embed_tags(encoder.encode_texts(texts))
         return writer.commit(operation="reembed", indexer=faiss_index.extend)
+
+
+def originals(snapshot: Snapshot, sources: Sequence[str] = ()) -> Iterator[tuple[Entry, bytes]]:
+    """Every entry of a version with its encoded image, as they come in where the store's ingests read, the last one first, or in `sources`.
+
+    A store keeps no images, but of each its sha256: what is yielded has the key and the bytes that were ingested. Raises `InvalidInput` at
+    the end if there are entries that have none, `NotFound` for one of `sources` that is not there.
+    """
+    missing = snapshot.live_mask().copy()
+    unread: list[str] = []
+    for path, options in [(path, {}) for path in sources] or list(_recorded(snapshot)):
+        if not missing.any():
+            return
+        try:
+            for pair in read(path, **options):
+                entry_id = None if isinstance(pair, Rejected) else snapshot.find(pair.key)
+                if entry_id is None or isinstance(pair, Rejected) or not missing[entry_id]:
+                    continue
+                entry = snapshot.entry(entry_id)
+                if entry.sha256 == sha256(pair.image).digest():
+                    missing[entry_id] = False
+                    yield entry, pair.image
+        except (NotFound, InvalidInput) as error:
+            if sources:
+                raise
+            unread.append(str(error))
+    if missing.any():
+        first = snapshot.entry(int(np.flatnonzero(missing)[0]))
+        raise InvalidInput(
+            f"{int(missing.sum())} of {snapshot.version.entries} entries of store '{snapshot.store.name}' have no image where it was "
+            f"ingested from, the first: {first.key} (read from {first.origin or 'a place that was not recorded'}). "
+            + "".join(f"{text}. " for text in unread[:3])
+            + "A store keeps no images: name with --source a place that has them under these keys, or one unpacked from a bundle"
+        )
 
 
 def retag(root: str | Path, store: str, *, miner: str | Miner = "rules", vocabulary: Rules | None = None) -> Version:
@@ -217,7 +231,7 @@ def rename(root: str | Path, store: str, to: str) -> None:
     source, target = _directory(root, store), Path(root) / check_name(to)
     if target.exists():
         raise AlreadyExists(f"there is a store '{to}' already: choose another name, or drop it first")
-    with writer_lock(source):
+    with writing(str(target)), writer_lock(source):
         forget(generation(source))
         source.rename(target)
 
@@ -226,13 +240,13 @@ def drop(root: str | Path, store: str) -> float:
     """Take a store away; `undrop` brings it back for `UNDO_DAYS` days, which are returned. Older ones are removed for good."""
     source = _directory(root, store)
     bin_ = Path(root) / DROPPED
-    with writer_lock(source):
+    with writing(str(bin_)), writer_lock(source):
         forget(generation(source))
         bin_.mkdir(exist_ok=True)
         source.rename(bin_ / f"{store}@{int(time.time())}")
-    for old in bin_.iterdir():
-        if int(old.name.rpartition("@")[2]) < time.time() - UNDO_DAYS * 86400:
-            shutil.rmtree(old)
+        for old in bin_.iterdir():
+            if int(old.name.rpartition("@")[2]) < time.time() - UNDO_DAYS * 86400:
+                shutil.rmtree(old)
     return UNDO_DAYS
 
 
@@ -244,7 +258,8 @@ def undrop(root: str | Path, store: str) -> None:
     target = Path(root) / store
     if target.exists():
         raise AlreadyExists(f"there is a store '{store}' again: rename that one first")
-    found[-1].rename(target)
+    with writing(str(target)):
+        found[-1].rename(target)
 
 
 def _directory(root: str | Path, store: str) -> Path:
@@ -255,25 +270,25 @@ def _embed_rest(writer: Writer) -> None:
     """Give the tags an embedding that have none in the writer's space: new ones, or after a rollback to another encoder."""
     encoder: Encoder | None = None
     while texts := writer.new_tags(limit=4096):
-        if encoder is None:
-            encoder = load_encoder(writer.fingerprint.model)
-            if encoder.fingerprint.digest != writer.fingerprint.digest:
-                raise FingerprintMismatch.between(writer.name, writer.fingerprint, encoder.fingerprint)
+        encoder = encoder or load_encoder_of(writer.fingerprint)
         writer.embed_tags(encoder.encode_texts(texts))
 
 
-def _sources(store: Store, given: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    if given:
-        yield from ((path, {}) for path in given)
-        return
-    for version in reversed(store.versions()):
-        if "path" in version.source:
-            columns = version.source["columns"]
-            caption = columns["caption"] if isinstance(columns["caption"], str) else tuple(columns["caption"])
-            options = {k: version.source[k] for k in ("format", "allow_outside")}
-            yield version.source["path"], {**options, "columns": Columns(columns["image"], caption, columns["key"])}
+def _recorded(snapshot: Snapshot) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Paths that ingests read, newest first, with how they read them; a bundle without images is nothing to read images from."""
+    seen: list[Mapping[str, Any]] = []
+    for source in reversed(snapshot.sources()):
+        if "path" not in source or source["format"] == "bundle" or source in seen:
+            continue
+        seen.append(source)
+        columns = source["columns"]
+        caption = columns["caption"] if isinstance(columns["caption"], str) else tuple(columns["caption"])
+        options = {k: source[k] for k in ("format", "allow_outside")}
+        yield source["path"], {**options, "columns": Columns(columns["image"], caption, columns["key"])}
 
 
-def _put(writer: Writer, encoder: Encoder, batch: list[tuple[int, NDArray[np.uint8]]]) -> None:
-    if batch:
-        writer.put_vectors([i for i, _ in batch], encoder.encode_images(np.stack([pixels for _, pixels in batch])))
+def _pixels(encoder: Encoder, entry: Entry, image: bytes) -> NDArray[np.uint8]:
+    try:
+        return encoder.prepare(decode(image))
+    except BadImage as error:
+        raise BadImage(f"{entry.key}: {error}") from error

@@ -76,9 +76,10 @@ def sweep_staged(store: Store, keep: Progress | None, next_entry_id: int, next_t
                     pass
         if not keep:
             txn.delete(b"ingest", db=db["meta"])
-    named = {f["file"] for version in store.versions() for f in version.index.get("files", [])}
     for path in store.index_directory.glob("*"):
-        if path.name not in named:
+        # by the number of the version that a file was made for: to read what all versions name would take longer with every commit
+        made_for = path.name.partition("-")[0]
+        if path.suffix == ".tmp" or not made_for.isdigit() or int(made_for) >= number:
             path.unlink()
 
 

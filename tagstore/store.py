@@ -4,11 +4,13 @@
     versions    number  -> JSON of a `Version`
     entries     entry_id -> record (`records.py`)
     keys        key -> entry_ids that ever had it, ascending
-    vectors     (space, entry_id // 256) -> rows of float16
+    vectors     (space, entry_id // 255) -> rows of float16
     tags        tag_id -> record;    tag_ids: kind + canonical form -> tag_id
-    embeddings  (space, tag_id // 256) -> rows of float16
+    embeddings  (space, tag_id // 255) -> rows of float16
     pages       page_id -> 64 KiB of a version's arrays: which entries live (bits), how many carry each tag (int32)
     quarantine  (version, n) -> JSON of a rejected pair
+    sources     version -> JSON: what its ingest read; kept when the version is dropped
+    takedowns   version -> JSON: what was taken down, by whom and why
 
 Entries, tags and vectors are only ever appended. A version says which of them are its own; it becomes visible when the one
 transaction that writes its record commits, and that is the only commit point of a store. Whatever was appended behind the
@@ -37,12 +39,15 @@ from tagstore.errors import Damaged, InvalidInput, NotFound
 from tagstore.records import decode_entry, decode_hot, decode_tag, unseal
 from tagstore.types import Entry, Fingerprint, Kind, Rejected, StoreInfo, Vectors
 
-FORMAT = 3
-ROWS = 256  # rows of a block of vectors: 256 KiB at 512-d float16
+FORMAT = 4
+ROWS = 255  # rows of a block of vectors: with LMDB's header of 16 bytes they still fit the whole pages that 256 rows would fill
 PAGE = 1 << 16  # bytes of a page of a version's arrays
 SPACE = 48  # a block's key is space << 48 | block
 
-DATABASES = ("meta", "versions", "entries", "keys", "vectors", "tags", "tag_ids", "embeddings", "pages", "quarantine", "takedowns")
+DATABASES = (
+    *("meta", "versions", "entries", "keys", "vectors", "tags", "tag_ids", "embeddings", "pages"),
+    *("quarantine", "sources", "takedowns"),
+)
 U64 = Struct(">Q")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
@@ -135,11 +140,7 @@ class Store:
 
     def _open(self) -> None:
         self.db = open_databases(self.env)
-        state = self.state()
-        if state["format"] != FORMAT:
-            raise Damaged(
-                f"store '{self.name}' has on-disk format {state['format']}, this release reads {FORMAT}: use the release that wrote it"
-            )
+        self.state()  # raises if there is none
 
     @property
     def index_directory(self) -> Path:
@@ -288,6 +289,11 @@ class Snapshot:
                 out[where] = np.frombuffer(data, np.float16).reshape(-1, self.dimension)[offsets]
         return out
 
+    def sources(self) -> list[dict[str, Any]]:
+        """What was read into the store up to this version, oldest first, also by versions that are not there any more."""
+        with self.store.env.begin() as txn, txn.cursor(self.store.db["sources"]) as cursor:
+            return [unseal(key, value) for key, value in cursor if U64.unpack(key)[0] <= self.version.number]
+
     def quarantine(self) -> Iterator[Rejected]:
         """The pairs that were refused when this version was made."""
         first = U64.pack(self.version.number)
@@ -320,8 +326,16 @@ def store_names(root: str | Path) -> list[str]:
 
 
 def open_databases(env: Any, *, create: bool = False) -> dict[str, Any]:
-    """The named databases of a store. Raises `NotFound` where a first ingest was cut off before it made them."""
+    """The named databases of a store.
+
+    Raises `NotFound` where a first ingest was cut off before it made them, `Damaged` for a store in another release's format.
+    """
     try:
+        meta = env.open_db(b"meta", create=create)
+        with env.begin() as txn:
+            state = txn.get(b"state", db=meta)
+        if state is not None and (found := unseal(b"state", state)["format"]) != FORMAT:
+            raise Damaged(f"{env.path()} has on-disk format {found}, this release reads {FORMAT}: use the release that wrote it")
         return {name: env.open_db(name.encode(), create=create) for name in DATABASES}
     except lmdb.NotFoundError:
         raise NotFound(f"{env.path()}/data.mdb holds no tag store, or its first ingest did not finish: ingest into it again") from None

@@ -87,17 +87,24 @@ def repair(root: str | Path, store: str) -> list[str]:
                 if bad & {f["file"] for f in version.index.get("files", [])}:
                     snapshot = Snapshot(writer.store, version)
                     index = faiss_index.extend(snapshot, None, writer.store.index_directory, whole=True)
-                    with writer.env.begin(write=True) as txn:
+                    with writer.transaction() as txn:
                         txn.put(U64.pack(version.number), replace(version, index=index).to_json().encode(), db=writer.db["versions"])
-                    writer.env.sync(True)
                     done.append(f"rebuilt the index of version {version.number}")
-        with Writer(root, store):
-            pass  # sweeps the files that no version names any more
+            with writer.step():
+                _sweep_index(writer.store)
     return done
 
 
+def _sweep_index(store: Store) -> None:
+    """Remove index files that no version names. No writer would know those of an older version for leftovers."""
+    named = {about["file"] for version in store.versions() for about in version.index["files"]}
+    for path in store.index_directory.iterdir():
+        if path.name not in named:
+            path.unlink()
+
+
 def _rebuild_lookups(writer: Writer) -> None:
-    with writer.env.begin(write=True) as txn:
+    with writer.transaction() as txn:
         for name in ("keys", "tag_ids"):
             txn.drop(writer.db[name], delete=False)
         with txn.cursor(writer.db["entries"]) as cursor:
@@ -108,7 +115,6 @@ def _rebuild_lookups(writer: Writer) -> None:
             for tag_id, data in cursor:
                 _, kind, canonical = decode_tag(data)
                 txn.put(tag_key(KINDS.index(kind), canonical), tag_id, db=writer.db["tag_ids"])
-    writer.env.sync(True)
 
 
 def _print_problems(root: str, name: str, full: bool) -> None:
@@ -143,6 +149,10 @@ def _problems(root: str, name: str, full: bool) -> Iterator[Problem]:
         yield from _agreement(snapshot, full, bad_files)
     yield from _lookups(store, database)
     yield from _lines(store, database)
+    read = Snapshot(store, versions[-1]).sources() if versions else []
+    for version in versions:
+        if version.source and version.source not in read:
+            yield Problem(database, f"the source of version {version.number} is not among those of the store", False)
 
 
 def _pages(database: str) -> Iterator[Problem]:
@@ -254,7 +264,7 @@ def _lookups(store: Store, database: str) -> Iterator[Problem]:
 def _lines(store: Store, database: str) -> Iterator[Problem]:
     """Records that are JSON with a checksum."""
     with store.env.begin() as txn:
-        for name in ("quarantine", "takedowns", "meta"):
+        for name in ("quarantine", "sources", "takedowns", "meta"):
             with txn.cursor(store.db[name]) as cursor:
                 for key, value in cursor:
                     try:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tagstore.checks import ranges_of
-from tagstore.environment import environment, generation, new_generation, sweep, switch, sync_directory, writer_lock
-from tagstore.errors import FingerprintMismatch, InvalidInput, NotFound, TagstoreError, WriteFailed
+from tagstore.environment import environment, generation, new_generation, sweep, switch, sync_directory, writer_lock, writing
+from tagstore.errors import FingerprintMismatch, InvalidInput, NotFound, WriteFailed
 from tagstore.mining import MergedTag
 from tagstore.records import decode_entry, decode_tag, encode_entry, encode_tag, seal, unseal
 from tagstore.staging import Draft, Progress, Sync, sweep_staged
@@ -35,7 +35,7 @@ from tagstore.store import (
     tag_key,
     unpack_ids,
 )
-from tagstore.types import KINDS, Entry, EntryTag, Fingerprint, Rejected, Vectors
+from tagstore.types import KINDS, Entry, EntryTag, Fingerprint, Kind, Rejected, Vectors
 
 Indexer = Callable[[Snapshot, Version | None, Path], Mapping[str, Any]]
 """Builds and syncs the index of a version that is about to be committed, given its parent, and says what it built."""
@@ -44,7 +44,8 @@ Indexer = Callable[[Snapshot, Version | None, Path], Mapping[str, Any]]
 class Writer:
     """The one writer of a store, as a context manager.
 
-    Leaving the context without a commit leaves the store at the version it had.
+    Leaving the context without a commit leaves the store at the version it had. Once a step has failed all others are refused, since what
+    this object holds may not be what is on disk any more: a new one starts from what is.
 
     Args:
         fingerprint: of the encoder that makes the vectors; None for work that brings none (delete, rollback).
@@ -55,6 +56,7 @@ class Writer:
         Busy: another process writes.
         FingerprintMismatch: the store holds vectors of another encoder.
         NotFound: no store, and no fingerprint to make one with.
+        WriteFailed: the disk is full, read-only or broken, here or at any step.
     """
 
     def __init__(
@@ -76,6 +78,10 @@ class Writer:
         self._resume = resume
         self._sync = sync
         self._exit = ExitStack()
+        self._failed = False
+        self.parent: Version | None = None
+        self.next_entry_id = self.next_tag_id = 0
+        self._first_number = 1
         self._next_page = 0
         self._spaces: dict[int, tuple[str, int]] = {}
         """Digest of the fingerprint of each space, and how many tags are embedded in it."""
@@ -83,8 +89,8 @@ class Writer:
     def __enter__(self) -> Writer:
         if self._given is None:
             Store(self.directory.parent, self.name)
-        self.directory.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as stack:
+        with writing(f"store '{self.name}'"), ExitStack() as stack:
+            self.directory.mkdir(parents=True, exist_ok=True)
             stack.enter_context(writer_lock(self.directory))
             if not (self.directory / "CURRENT").exists():
                 fresh = new_generation(self.directory)
@@ -93,17 +99,36 @@ class Writer:
                 switch(self.directory, fresh)
                 sync_directory(self.directory.parent)
             sweep(self.directory)
-            self.reopen()
+            self._open()
             self._exit = stack.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._exit.close()
-        if isinstance(error, lmdb.Error | OSError) and not isinstance(error, TagstoreError):
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Work that leaves this object and the disk in agreement, or refuses all that would come after it."""
+        if self._failed:
             raise WriteFailed(
-                f"store '{self.name}' could not be written: {error}. It is at the version it had; "
-                "free space or make it writable, then try again"
-            ) from error
+                f"an earlier step of this writer of store '{self.name}' failed, and what it staged may be half done: open a new Writer, "
+                "which starts from what is on disk"
+            )
+        try:
+            with writing(f"store '{self.name}'"):
+                yield
+        except BaseException:
+            self._failed = True
+            raise
+
+    @contextmanager
+    def transaction(self) -> Iterator[Any]:
+        """A write transaction as a step; with `sync="full"` it is durable when the context is left."""
+        with self.step():
+            with self.env.begin(write=True) as txn:
+                yield txn
+            if self._sync == "full":
+                self.env.sync(True)
 
     def admit(self, drafts: Sequence[Draft], *, same_miner: bool) -> tuple[list[Draft], list[Rejected], int]:
         """Sort drafts into those to append, those whose key came before in this ingest, and the number already stored unchanged."""
@@ -111,7 +136,7 @@ class Writer:
         rejected: list[Rejected] = []
         unchanged = 0
         seen: set[str] = set()
-        with self.env.begin() as txn:
+        with self.step(), self.env.begin() as txn:
             for draft in drafts:
                 old = self._live_id(txn, draft.key)
                 taken = old is not None and (old >= self.first_entry_id or self._confirmed[old])
@@ -127,7 +152,7 @@ class Writer:
 
     def confirm(self, keys: Sequence[str]) -> None:
         """Take entries of the version before as seen in this ingest; one of their key that comes now is a duplicate."""
-        with self.env.begin() as txn:
+        with self.step(), self.env.begin() as txn:
             for key in keys:
                 old = self._live_id(txn, key)
                 if old is not None and old < self.first_entry_id:
@@ -141,8 +166,8 @@ class Writer:
         A key that the store has is replaced. `progress` is completed with the ids reached and kept with them.
         """
         first = self.next_entry_id
-        self._reserve(len(drafts))
-        with self.env.begin(write=True) as txn:
+        with self.transaction() as txn:
+            self._reserve(len(drafts))
             for entry_id, draft in enumerate(drafts, first):
                 old = self._live_id(txn, draft.key)
                 if old is not None:
@@ -150,14 +175,10 @@ class Writer:
                 ids = [self._tag_id(txn, tag) for tag in draft.tags]
                 tags = tuple(EntryTag(i, tag.score, tag.provenance) for i, tag in zip(ids, draft.tags, strict=True))
                 entry = Entry(entry_id, draft.key, draft.sha256, draft.perceptual_hash, draft.captions, tags, draft.metadata, draft.origin)
-                txn.put(U64.pack(entry_id), encode_entry(entry), db=self.db["entries"], append=True)
-                key = key_of(draft.key)
-                txn.put(key, (txn.get(key, db=self.db["keys"]) or b"") + U64.pack(entry_id), db=self.db["keys"])
-                self._live[entry_id] = True
-                self._count(ids, 1)
+                self._put_entry(txn, entry, encode_entry(entry))
             if drafts:
                 assert vectors is not None
-                self._put_rows(txn, "vectors", first, vectors)
+                self._put_rows(txn, "vectors", np.arange(first, first + len(drafts)), vectors)
             self.next_entry_id += len(drafts)
             number = U64.pack(self._number())
             for refused in rejected:
@@ -167,7 +188,6 @@ class Writer:
             if progress is not None:
                 progress.next_entry_id, progress.next_tag_id, progress.rejected = self.next_entry_id, self.next_tag_id, self._refused
                 txn.put(b"ingest", seal(b"ingest", asdict(progress)), db=self.db["meta"])
-        self._flush()
 
     @property
     def live(self) -> NDArray[np.bool_]:
@@ -179,12 +199,25 @@ class Writer:
         """How many entries carry each tag, what was staged included: `[next_tag_id]` int32."""
         return self._counts[: self.next_tag_id]
 
-    def reopen(self) -> None:
-        """Go on in the generation that is current now."""
+    def go_on(self) -> None:
+        """After a commit, start from it, in the generation that is current now."""
+        try:
+            self._open()
+        except (lmdb.Error, OSError):
+            self._failed = True  # the version is there for good: it is only this writer that cannot go on
+
+    def _open(self) -> None:
         self.env = environment(generation(self.directory))
         self.env.reader_check()  # a reader that was killed must not keep freed pages from being used again
         self.db = open_databases(self.env, create=True)
         self._begin()
+
+    def start_at(self, number: int, next_entry_id: int, next_tag_id: int) -> None:
+        """Of a store without a version, make the first one this number, over ids that were given elsewhere: all up to these are taken."""
+        self._first_number = number
+        self.next_entry_id, self.next_tag_id = next_entry_id, next_tag_id
+        self._live, self._counts = np.zeros(next_entry_id, bool), np.zeros(next_tag_id, np.int32)
+        self._embedded = next_tag_id
 
     def refused(self) -> list[Rejected]:
         """The pairs refused so far by the ingest that is taken up again."""
@@ -196,7 +229,7 @@ class Writer:
     def delete(self, entry_ids: Sequence[int]) -> int:
         """Stage the end of entries; returns how many of them lived."""
         ended = 0
-        with self.env.begin() as txn:
+        with self.step(), self.env.begin() as txn:
             for entry_id in entry_ids:
                 if 0 <= entry_id < self.next_entry_id and self._live[entry_id]:
                     self._set_live(txn, entry_id, False)
@@ -205,10 +238,8 @@ class Writer:
 
     def put_vectors(self, ids: Sequence[int], vectors: Vectors) -> None:
         """Stage vectors of a new space for entries that the store has, in any order."""
-        with self.env.begin(write=True) as txn:
-            for entry_id, vector in zip(ids, vectors, strict=True):
-                self._put_rows(txn, "vectors", entry_id, vector[None], keep_tail=True)
-        self._flush()
+        with self.transaction() as txn:
+            self._put_rows(txn, "vectors", np.array(ids, np.int64), vectors, keep_tail=True)
 
     def new_tags(self, *, limit: int) -> list[str]:
         """Texts of up to `limit` tags that have no embedding in this space yet, in order of their ids."""
@@ -218,17 +249,24 @@ class Writer:
 
     def embed_tags(self, embeddings: Vectors) -> None:
         """Stage the text embeddings of the next tags, `[n, D]` unit rows, in the order of `new_tags`."""
-        with self.env.begin(write=True) as txn:
-            self._put_rows(txn, "embeddings", self._embedded, embeddings)
-        self._embedded += len(embeddings)
-        self._flush()
+        with self.transaction() as txn:
+            self._put_rows(txn, "embeddings", np.arange(self._embedded, self._embedded + len(embeddings)), embeddings)
+            self._embedded += len(embeddings)
 
     def commit(
         self, *, operation: str, source: Mapping[str, Any] | None = None, miner: Mapping[str, Any] | None = None, indexer: Indexer
     ) -> Version:
-        """Make what was staged the next version: durable and visible when this returns, not at all if it raises."""
+        """Make what was staged the next version: durable and visible when this returns.
+
+        If it raises there is no new version, unless it was the very last sync that the disk refused: then whoever opens the store sees
+        which of the two reached it.
+        """
         if self._embedded < self.next_tag_id:
             raise ValueError(f"{self.next_tag_id - self._embedded} tags have no embedding")
+        with self.step():
+            return self._commit(operation, source or {}, miner, indexer)
+
+    def _commit(self, operation: str, source: Mapping[str, Any], miner: Mapping[str, Any] | None, indexer: Indexer) -> Version:
         live, counts = self.live, self.counts
         bits = np.packbits(live, bitorder="little")
         with self.env.begin(write=True) as txn:
@@ -238,7 +276,7 @@ class Writer:
             parent=self.parent.number if self.parent else 0,
             created=now(),
             operation=operation,
-            source=source or {},
+            source=source,
             entries=int(live.sum()),
             tags=int(counts.sum(dtype=np.int64)),
             unique_tags=int(np.count_nonzero(counts)),
@@ -276,15 +314,20 @@ class Writer:
             next_entry_id=self.next_entry_id,
             next_tag_id=self.next_tag_id,
         )
-        return self._publish(version)
+        with self.step():
+            return self._publish(version)
 
     def _publish(self, version: Version) -> Version:
+        number = U64.pack(version.number)
         with self.env.begin(write=True) as txn:
-            txn.put(U64.pack(version.number), version.to_json().encode(), db=self.db["versions"], overwrite=False)
+            txn.put(number, version.to_json().encode(), db=self.db["versions"], overwrite=False)
+            if version.source:
+                txn.put(number, seal(number, version.source), db=self.db["sources"])
             self._put_state(txn, version.number, version.next_entry_id, version.next_tag_id)
             txn.delete(b"ingest", db=self.db["meta"])
         self.env.sync(True)
-        self._begin()
+        self.parent = version
+        self.go_on()
         return version
 
     def _begin(self) -> None:
@@ -297,11 +340,11 @@ class Writer:
         state = self.store.state()
         self._next_page = state["next_page"]
         self._spaces = {int(k): (d, n) for k, (d, n) in state["spaces"].items()}
-        self.parent: Version | None = self.store.snapshot(state["current"]).version if state["current"] else None
+        self.parent = self.store.snapshot(state["current"]).version if state["current"] else None
         self._choose_space()
         self.first_entry_id: int = state["next_entry_id"]
         self.next_entry_id = self.first_entry_id
-        self.next_tag_id: int = state["next_tag_id"]
+        self.next_tag_id = state["next_tag_id"]
         self._embedded = min(self._spaces.get(self.space, ("", 0))[1], self.next_tag_id)
         self._refused = 0
         self._live = np.zeros(self.next_entry_id, bool)
@@ -332,8 +375,7 @@ class Writer:
             self.space = self.parent.space
         else:
             # never a space that a version has: its vectors are that version's
-            self.space = max((v.space for v in self.store.versions()), default=-1) + 1
-            self._spaces.pop(self.space, None)
+            self.space = max(self._spaces, default=-1) + 1
 
     def _resumable(self) -> Progress | None:
         with self.env.begin() as txn:
@@ -374,8 +416,7 @@ class Writer:
         if data is not None:
             return int(U64.unpack(data)[0])
         tag_id = self.next_tag_id
-        txn.put(U64.pack(tag_id), encode_tag(tag.text, tag.kind, tag.canonical), db=self.db["tags"], append=True)
-        txn.put(key, U64.pack(tag_id), db=self.db["tag_ids"])
+        self._put_tag(txn, tag_id, tag.text, tag.kind, tag.canonical)
         self.next_tag_id += 1
         if tag_id >= len(self._counts):
             self._counts = np.concatenate([self._counts, np.zeros(max(4096, tag_id), np.int32)])
@@ -385,18 +426,30 @@ class Writer:
         if self.next_entry_id + n > len(self._live):
             self._live = np.concatenate([self._live, np.zeros(max(4096, self.next_entry_id, n), bool)])
 
-    def _put_rows(self, txn: Any, db: str, first: int, rows: Vectors, *, keep_tail: bool = False) -> None:
-        rows16 = np.ascontiguousarray(rows, np.float16)
-        width = rows16.shape[1] * 2
-        at = 0
-        while at < len(rows16):
-            block, offset = divmod(first + at, ROWS)
-            piece = rows16[at : at + ROWS - offset]
-            key = block_key(self.space, block)
-            old = txn.get(key, db=self.db[db]) or b""
-            tail = old[(offset + len(piece)) * width :] if keep_tail else b""
-            txn.put(key, old[: offset * width].ljust(offset * width, b"\0") + piece.tobytes() + tail, db=self.db[db])
-            at += len(piece)
+    def _put_entry(self, txn: Any, entry: Entry, record: bytes) -> None:
+        """Write an entry whose id is above all others, and count it in."""
+        txn.put(U64.pack(entry.entry_id), record, db=self.db["entries"], append=True)
+        key = key_of(entry.key)
+        txn.put(key, (txn.get(key, db=self.db["keys"]) or b"") + U64.pack(entry.entry_id), db=self.db["keys"])
+        self._live[entry.entry_id] = True
+        self._count([tag.tag_id for tag in entry.tags], 1)
+
+    def _put_tag(self, txn: Any, tag_id: int, text: str, kind: Kind, canonical: str) -> bool:
+        """Write a tag whose id is above all others; false if there is one of its kind and canonical form."""
+        if not txn.put(tag_key(KINDS.index(kind), canonical), U64.pack(tag_id), db=self.db["tag_ids"], overwrite=False):
+            return False
+        return bool(txn.put(U64.pack(tag_id), encode_tag(text, kind, canonical), db=self.db["tags"], append=True))
+
+    def _put_rows(self, txn: Any, db: str, ids: NDArray[np.int64], rows: NDArray[Any], *, keep_tail: bool = False) -> None:
+        """Write the rows `[n, D]` of ids; what blocks hold behind the last of them goes, unless it is to be kept."""
+        blocks, offsets = np.divmod(ids, ROWS)
+        for block in np.unique(blocks).tolist():
+            key, at = block_key(self.space, block), offsets[blocks == block]
+            old = np.frombuffer(txn.get(key, db=self.db[db]) or b"", np.float16).reshape(-1, rows.shape[1])
+            new = np.zeros((max(int(at.max()) + 1, len(old) if keep_tail else 0), rows.shape[1]), np.float16)
+            new[: len(old)] = old[: len(new)]
+            new[at] = rows[blocks == block]
+            txn.put(key, new.tobytes(), db=self.db[db])
 
     def _put_pages(self, txn: Any, name: str, array: NDArray[Any]) -> list[int]:
         """Write an array, sharing the pages in which it equals the parent's."""
@@ -425,11 +478,7 @@ class Writer:
         txn.put(b"state", seal(b"state", state), db=self.db["meta"])
 
     def _number(self) -> int:
-        return self.parent.number + 1 if self.parent else 1
-
-    def _flush(self) -> None:
-        if self._sync == "full":
-            self.env.sync(True)
+        return self.parent.number + 1 if self.parent else self._first_number
 
 
 def _same(draft: Draft, entry: Entry) -> bool:

@@ -409,7 +409,7 @@ class Harness:
                 figures.refused[f"{way}: {kind}"] += 1
                 self._resolve(operation, close=False)
             else:
-                self._become(self.model.after(operation))
+                self.model = self.model.after(operation)
                 figures.acknowledged[operation["operation"]] += 1
                 figures.resumed_pairs += answer.get("resumed", 0)
                 if "sha256" in answer:
@@ -454,12 +454,7 @@ class Harness:
             self.figures.in_flight["committed" if found == candidate != self.model else "not there"] += 1
         if found not in (self.model, candidate):
             self.figures.lost.append(f"the store holds {_brief(found)}, acknowledged is {_brief(self.model)}, in flight was {operation}")
-        self._become(found)
-
-    def _become(self, model: Model) -> None:
-        if not self.model.versions.keys() <= model.versions.keys():
-            self.bundle_sha256 = {}  # a manifest lists the sources of the versions that are there, and some of these are not any more
-        self.model = model
+        self.model = found
 
 
 def _brief(model: Model) -> dict[int, tuple[str, int]]:

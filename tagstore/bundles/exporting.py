@@ -96,11 +96,10 @@ def _describe(snapshot: Snapshot, licence: str, note: str, signer: str) -> Bundl
     version = snapshot.version
     sources: list[Any] = []
     bundles: list[Any] = []
-    for before in snapshot.store.versions():
-        if before.number <= version.number and before.source:
-            came = before.source.get("bundle", {"sources": [before.source], "bundles": []})
-            sources += [source for source in came["sources"] if source not in sources]
-            bundles += [bundle for bundle in came["bundles"] if bundle not in bundles]
+    for read in snapshot.sources():
+        came = read.get("bundle", {"sources": [read], "bundles": []})
+        sources += [source for source in came["sources"] if source not in sources]
+        bundles += [bundle for bundle in came["bundles"] if bundle not in bundles]
     same = {f.name: getattr(version, f.name) for f in fields(Version) if f.name in BundleInfo.__slots__}
     return BundleInfo(
         **same,

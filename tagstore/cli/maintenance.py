@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from tagstore.cli import options, output
-from tagstore.errors import FingerprintMismatch, InvalidInput
+from tagstore.errors import InvalidInput
 
 
 @click.command()
@@ -160,14 +160,11 @@ def _vectors(root: str, store: str, images: list[bytes]) -> list[bytes]:
         return []
     import numpy as np
 
-    from tagstore.encoder import load_encoder
+    from tagstore.encoder import load_encoder_of
     from tagstore.images import decode
     from tagstore.store import Store
 
-    fingerprint = Store(root, store).snapshot().version.fingerprint
-    encoder = load_encoder(fingerprint.model)
-    if encoder.fingerprint.digest != fingerprint.digest:
-        raise FingerprintMismatch.between(store, fingerprint, encoder.fingerprint)
+    encoder = load_encoder_of(Store(root, store).snapshot().version.fingerprint)
     return [row.astype(np.float16).tobytes() for row in encoder.encode_images([decode(data) for data in images])]
 
 
