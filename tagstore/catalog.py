@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING
@@ -13,11 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tagstore.encoder import Encoder, load_encoder_of
-from tagstore.engine import DEFAULT_K, Engine, check_request
+from tagstore.engine import Engine, check_request
 from tagstore.environment import release
 from tagstore.errors import BadImage, BadVector, Damaged, FingerprintMismatch, InvalidInput, NotFound, TagstoreError
+from tagstore.index import PLAIN
 from tagstore.store import Store, store_names
-from tagstore.types import Fingerprint, Retrieval, StoreInfo
+from tagstore.types import Exclude, Fingerprint, Identity, Retrieval, Search, StoreInfo, Vectors
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -114,17 +117,22 @@ class Catalog:
         images: Sequence[bytes] = (),
         vectors: NDArray[np.floating] | None = None,
         fingerprint: str = "",
-        k: int = DEFAULT_K,
-        max_tags: int = 0,
+        search: Search = PLAIN,
+        identities: Sequence[Identity] = (),
     ) -> list[Retrieval]:
         """Retrieved tags of encoded images, then of vectors `[N, D]`, from the version that `engine` has open.
 
+        Args:
+            fingerprint: digest of the encoder that made `vectors`; required with them.
+            identities: which image each query is, for `search.exclude`: none, or one for each, images first. The hashes of images are
+                computed here where they are needed and not given.
+
         Raises:
-            FingerprintMismatch: `fingerprint` (a digest) is not the store's.
+            FingerprintMismatch: `fingerprint` is not the store's.
             BadImage, BadVector, InvalidInput: a query that means nothing; the message says which.
         """
         store = engine.snapshot.store.name
-        check_request(len(images) + (0 if vectors is None else len(vectors)), k, max_tags)
+        check_request(len(images) + (0 if vectors is None else len(vectors)), search, identities)
         if fingerprint and fingerprint != engine.fingerprint.digest:
             raise FingerprintMismatch.between(store, engine.fingerprint, fingerprint)
         parts = []
@@ -135,20 +143,44 @@ class Catalog:
                 raise BadVector(f"queries have shape {list(vectors.shape)}, store '{store}' takes [N, {engine.fingerprint.dimension}]")
             parts.append(vectors)
         if images:
-            parts.insert(0, self._embed(engine, images))
-        return engine.retrieve(np.concatenate(parts), k=k, max_tags=max_tags) if parts else []
+            embedded, identities = self._embed(engine, images, search.exclude, identities, 0 if vectors is None else len(vectors))
+            parts.insert(0, embedded)
+        return self._search(engine, np.concatenate(parts), search, identities) if parts else []
 
-    def _embed(self, engine: Engine, images: Sequence[bytes]) -> NDArray[np.floating]:
-        from tagstore.images import decode
+    def _embed(
+        self, engine: Engine, images: Sequence[bytes], exclude: Exclude, identities: Sequence[Identity], others: int
+    ) -> tuple[NDArray[np.floating], Sequence[Identity]]:
+        """Vectors of images, and the identities of all queries with the images' hashes, so far as they are needed."""
+        from tagstore.images import decode, perceptual_hash
 
         encoder = self.encoder(engine.fingerprint)
+        known = list(identities) or [Identity()] * (len(images) + others)
 
         def prepared(position: int) -> NDArray[np.uint8]:
             try:
-                return encoder.prepare(decode(images[position]))
+                image = decode(images[position])
             except BadImage as error:
                 raise BadImage(f"image {position} of the request: {error}") from error
+            own = known[position]
+            if exclude.sha256 and not own.sha256:
+                own = replace(own, sha256=sha256(images[position]).digest())
+            if exclude.perceptual_hash >= 0 and own.perceptual_hash is None:
+                own = replace(own, perceptual_hash=perceptual_hash(image))
+            known[position] = own
+            return encoder.prepare(image)
 
         # in pieces, so that a request of many small files is not a memory of many large pictures
         pieces = [range(len(images))[start : start + EMBED_AT_ONCE] for start in range(0, len(images), EMBED_AT_ONCE)]
-        return np.concatenate([encoder.encode_images(np.stack(list(self._decoders.map(prepared, piece)))) for piece in pieces])
+        vectors = np.concatenate([self._encode(encoder, np.stack(list(self._decoders.map(prepared, piece)))) for piece in pieces])
+        return vectors, known
+
+    # seams of a server, which puts queries of several requests together
+
+    def _encode(self, encoder: Encoder, pixels: NDArray[np.uint8]) -> Vectors:
+        if encoder.device != "cpu":
+            return encoder.encode_images(pixels)
+        # a vector's last bits depend on how many go through a CPU's kernels at once: one at a time they are the same in whatever company
+        return np.concatenate([encoder.encode_images(one[None]) for one in pixels])
+
+    def _search(self, engine: Engine, queries: NDArray[np.floating], search: Search, identities: Sequence[Identity]) -> list[Retrieval]:
+        return engine.retrieve(queries, search, identities)

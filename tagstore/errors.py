@@ -14,6 +14,7 @@
     ├── NotAuthenticated      the server wants a token or certificate, and this one is missing, wrong or expired
     ├── NotPermitted          the caller is known and may not do this
     └── Unavailable           the server cannot be reached, or did not answer in time
+        ├── TimedOut          the caller's deadline passed before its turn came
         └── Overloaded        the server has more to do than it can: try again after `retry_after` seconds
 
 Every message says what was wrong, where, and what to do. `status.py` holds the one table that maps these to status codes.
@@ -76,6 +77,10 @@ class MissingExtra(TagstoreError, ImportError):
 
 class Unavailable(TagstoreError, ConnectionError):
     """The server cannot be reached, or did not answer in time."""
+
+
+class TimedOut(Unavailable):
+    """The caller's deadline passed before its turn came."""
 
 
 class Overloaded(Unavailable):

@@ -27,6 +27,7 @@ STATUS: tuple[tuple[type[errors.TagstoreError], grpc.StatusCode], ...] = (
     (errors.MissingExtra, grpc.StatusCode.UNIMPLEMENTED),
     (errors.Busy, grpc.StatusCode.ABORTED),
     (errors.Overloaded, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (errors.TimedOut, grpc.StatusCode.DEADLINE_EXCEEDED),
     (errors.Unavailable, grpc.StatusCode.UNAVAILABLE),
     (errors.WriteFailed, grpc.StatusCode.INTERNAL),
     (errors.Damaged, grpc.StatusCode.DATA_LOSS),
@@ -34,7 +35,6 @@ STATUS: tuple[tuple[type[errors.TagstoreError], grpc.StatusCode], ...] = (
 
 _ERRORS: dict[grpc.StatusCode, type[errors.TagstoreError]] = {code: kind for kind, code in STATUS if code != grpc.StatusCode.INTERNAL} | {
     grpc.StatusCode.OUT_OF_RANGE: errors.InvalidInput,
-    grpc.StatusCode.DEADLINE_EXCEEDED: errors.Unavailable,
 }
 _CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 
