@@ -155,11 +155,15 @@ class TunaForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: i
         """
         config = self.config
         if encoder.dimension != config.tag_dimension:
-            raise FingerprintMismatch(f"the model takes tags of {config.tag_dimension} dimensions, and encoder {encoder.fingerprint} has {encoder.dimension}")
+            raise FingerprintMismatch(
+                f"the model takes tags of {config.tag_dimension} dimensions, and encoder {encoder.fingerprint} has {encoder.dimension}"
+            )
         projection = encoder.grid_projection()
         if config.vision_config is not None:
             if not encoder.same_tower(self.vision_tower):
-                raise FingerprintMismatch(f"the tower of this checkpoint is not that of encoder {encoder.fingerprint}: its vectors are others")
+                raise FingerprintMismatch(
+                    f"the tower of this checkpoint is not that of encoder {encoder.fingerprint}: its vectors are others"
+                )
             self.vision_projection.copy_(projection.T)
         else:
             self._encoder = encoder
@@ -190,6 +194,7 @@ class TunaForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: i
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: int | Tensor | None = None,
         output_tag_attention: bool = False,
         **kwargs: Any,
     ) -> TunaOutput:
@@ -198,6 +203,8 @@ class TunaForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: i
         Args:
             image_index: `[B, L]`, which row of all image tokens a position takes, -1 for none; worked out from `input_ids` if None.
             tag_bias: `[B, keys so far]`, as a forward with a cache returned it.
+            logits_to_keep: logits (and labels) of only so many last positions; 0 for all.
+            num_items_in_batch: what the sum of losses is divided by, where a step has more than this forward; None: the labels here.
             output_tag_attention: also return `tag_attention`.
 
         Raises:
@@ -228,7 +235,9 @@ class TunaForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: i
             inputs_embeds = _put(inputs_embeds, image_tokens.flatten(0, 1), image_index)
         if tag_embeddings is not None and len(tag_embeddings):
             if grid is None or input_ids is None or tag_index is None or cu_tags is None or tag_signals is None:
-                raise ValueError("tags need input_ids, an image (pixel_values or grid), tag_index, tag_signals and cu_tags: see TunaProcessor")
+                raise ValueError(
+                    "tags need input_ids, an image (pixel_values or grid), tag_index, tag_signals and cu_tags: see TunaProcessor"
+                )
             if not self.config.tags:
                 raise ValueError("this model has no tag path (TunaConfig.tags is False): leave tags out")
             tags = self._tags(
@@ -248,7 +257,10 @@ class TunaForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: i
         )
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=out.logits, labels=labels, vocab_size=self.config.text_config.vocab_size)
+            kept = labels[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else labels[:, logits_to_keep]
+            loss = self.loss_function(
+                logits=out.logits, labels=kept, vocab_size=self.config.text_config.vocab_size, num_items_in_batch=num_items_in_batch
+            )
             if self.training:
                 loss = loss + self._idle(image_tokens is None, tags is None)
         return TunaOutput(
@@ -285,9 +297,7 @@ class TunaForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: i
             words = self.get_input_embeddings()(word_ids)
             ends = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
             cu_queries = ends[cu_tags.long()].to(torch.int32)
-        seen, attention = self.tag_encoder(
-            embeddings.to(grid.dtype)[of_query], words, grid, cu_queries, return_attention=output_attention
-        )
+        seen, attention = self.tag_encoder(embeddings.to(grid.dtype)[of_query], words, grid, cu_queries, return_attention=output_attention)
         h_vt = self.multi_modal_projector(seen).to(inputs_embeds.dtype)
 
         index = _to_length(tag_index, input_ids.shape[1], -1)
@@ -314,7 +324,9 @@ class TunaForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: i
         if cache is not None and getattr(cache, "is_compileable", False):
             raise ValueError(f"tag_coupling '{self.config.tag_coupling}' needs a dynamic cache: leave cache_implementation out")
         if any("sliding" in kind for kind in getattr(self.config.text_config, "layer_types", None) or ()):
-            raise ValueError(f"tag_coupling '{self.config.tag_coupling}' needs a decoder without sliding windows: take 'multiply' or 'multiply_max'")
+            raise ValueError(
+                f"tag_coupling '{self.config.tag_coupling}' needs a decoder without sliding windows: take 'multiply' or 'multiply_max'"
+            )
         batch, length = inputs_embeds.shape[:2]
         past = 0 if cache is None else cache.get_seq_length()
         keys = past + length
