@@ -1,8 +1,9 @@
 """Images and texts to unit vectors: the one module that store and model share, so that both mean the same vector.
 
-    encoder = load_encoder("mini")                    # or "ViT-L-14/openai", "local-dir:PATH"
+    encoder = load_encoder("mini")                    # or "ViT-L-14/openai", "local-dir:PATH", "hf:openai/clip-vit-large-patch14"
     vectors = encoder.encode_images(images)           # [N, D] float32, unit rows
     grid, vectors = encoder.encode_grid(images)       # [N, P, C] patch features and the same vectors, in one forward
+    grid, vectors = encoder.forward_grid(pixels)      # the same from and to tensors, for a model
     vectors = encoder.encode_texts(["blue sky"])      # [N, D]
     encoder.fingerprint                               # what a vector of this encoder means
 
@@ -64,6 +65,7 @@ class Encoder:
         weights: Iterable[tuple[str, Any]],
         device: str,
         precision: str,
+        quick_gelu: bool | None = None,
     ) -> None:
         """
         Args:
@@ -72,6 +74,7 @@ class Encoder:
             name: becomes `fingerprint.model`.
             weights: the named tensors that decide its vectors. They are hashed before any cast, so that the same encoder on another
                 device or in another precision has the same fingerprint.
+            quick_gelu: whether it uses QuickGELU; None to look for open_clip's module of that name.
         """
         import torch
         from open_clip.hf_model import HFTextEncoder
@@ -95,6 +98,7 @@ class Encoder:
         self._mean = torch.tensor(preprocess.mean, device=device).view(3, 1, 1)
         self._std = torch.tensor(preprocess.std, device=device).view(3, 1, 1)
         self._lock = threading.Lock()
+        self._batch_size = _IMAGES_A_FORWARD["cuda" if device.startswith("cuda") else "cpu"]
 
         self.dimension = self._forward_images(np.zeros((1, height, width, 3), np.uint8)).shape[1]
         self.fingerprint = Fingerprint(
@@ -109,7 +113,7 @@ class Encoder:
                 "resize_mode": preprocess.resize_mode,
                 "fill_color": preprocess.fill_color,
             },
-            quick_gelu=any(isinstance(module, QuickGELU) for module in model.modules()),
+            quick_gelu=any(isinstance(module, QuickGELU) for module in model.modules()) if quick_gelu is None else quick_gelu,
             normalised=True,
             dimension=self.dimension,
         )
@@ -174,6 +178,59 @@ class Encoder:
             return np.zeros((0, points, channels), np.float32), np.zeros((0, self.dimension), np.float32)
         return np.concatenate([grid for grid, _ in parts]), np.concatenate([vectors for _, vectors in parts])
 
+    def forward_grid(self, pixels: torch.Tensor, *, layer: int = -1) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `encode_grid`, of pixels that are normalised already, and as tensors on the encoder's device, without gradient.
+
+        Args:
+            pixels: `[N, 3, H, W]` float.
+            layer: as there.
+
+        Returns:
+            Patch features `[N, P, C]` in the encoder's precision, unit vectors `[N, D]` float32.
+
+        Raises:
+            InvalidInput: pixels of another shape, or no such layer.
+        """
+        import torch
+        from torch.nn.functional import normalize
+
+        if layer >= 0:
+            raise InvalidInput(f"layer is counted from the end and must be negative, not {layer}")
+        if pixels.ndim != 4 or tuple(pixels.shape[1:]) != (3, *self.image_size):
+            raise InvalidInput(f"pixels are [N, 3, {self.image_size[0]}, {self.image_size[1]}], not {list(pixels.shape)}")
+        pixels = pixels.to(self.device, self._dtype).contiguous(memory_format=torch.channels_last)
+        parts = []
+        # no_grad and not inference_mode: what comes out is input to a model that is trained
+        with self._lock, torch.no_grad():
+            for start in range(0, len(pixels), self._batch_size):
+                parts.append(open_clip_models.grid_and_vectors(self._model.visual, pixels[start : start + self._batch_size], layer))
+        if not parts:
+            points, channels = self._forward_grid(np.zeros((1, *self.image_size, 3), np.uint8), layer)[0].shape[1:]
+            return pixels.new_zeros(0, points, channels), torch.zeros(0, self.dimension, device=self.device)
+        return torch.cat([grid for grid, _ in parts]), normalize(torch.cat([vectors for _, vectors in parts]).float(), dim=-1)
+
+    def grid_projection(self) -> torch.Tensor:
+        """`[C, D]` float32 on the CPU: leads from a point of the last grid into the space of the vectors (biases left out).
+
+        Raises:
+            InvalidInput: a tower that pools by attention has no such matrix.
+        """
+        return open_clip_models.grid_projection(self._model.visual).detach().float().cpu()
+
+    def same_tower(self, tower: Any) -> bool:
+        """Whether a CLIPVisionModel of transformers (fp32, fp16 or bf16) holds the weights of this encoder's tower."""
+        own = getattr(self._model.visual, "tower", None)
+        if own is None:
+            return False
+        theirs, mine = tower.state_dict(), own.state_dict()
+        return mine.keys() == theirs.keys() and all(
+            bool((mine[name].to(tensor.device, tensor.dtype) == tensor).all()) for name, tensor in theirs.items()
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Encoder:
+        # it never changes: a copied model may share it
+        return self
+
     def encode_texts(self, texts: Sequence[str], batch_size: int = 256) -> Vectors:
         """Unit vectors `[N, D]` float32 of texts, in their order. Texts beyond the tower's context are cut at its end.
 
@@ -203,7 +260,7 @@ class Encoder:
         return np.asarray((tokens != self._pad).sum(dim=1).clamp(min=1).numpy(), np.int64)
 
     def _batches(self, images: Sequence[Image] | NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
-        size = _IMAGES_A_FORWARD["cuda" if self.device.startswith("cuda") else "cpu"]
+        size = self._batch_size
         if isinstance(images, np.ndarray):
             expected = (*self.image_size, 3)
             if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != expected:
@@ -249,8 +306,8 @@ def load_encoder(spec: str = "mini", *, device: str = "auto", precision: str = "
 
     Args:
         spec: `mini` (works offline), `NAME/TAG` (an open_clip model and one of its pretrained tags, fetched from a hub once),
-            `local-dir:PATH` (a directory in open_clip's layout: `open_clip_config.json`, weights, tokenizer), or `NAME/random` (that model
-            with random weights: for tests).
+            `local-dir:PATH` (a directory in open_clip's layout: `open_clip_config.json`, weights, tokenizer), `hf:NAME-or-PATH` (transformers'
+            CLIPModel, from a hub or a directory in its layout), or `NAME/random` (that open_clip model with random weights: for tests).
         device: `auto` (CUDA where there is one, else CPU), `cpu`, `cuda`, `cuda:1`.
         precision: `fp32`, `fp16` or `bf16`. Storage of vectors is another matter; the fingerprint is the same in all three.
 
@@ -270,7 +327,9 @@ def load_encoder(spec: str = "mini", *, device: str = "auto", precision: str = "
     if precision == "fp16" and device == "cpu":
         raise InvalidInput("precision 'fp16' needs a GPU: on the CPU pass fp32 or bf16")
     source = open_clip_models.load(spec)
-    return Encoder(source.model, source.tokenizer, name=spec, weights=source.weights, device=device, precision=precision)
+    return Encoder(
+        source.model, source.tokenizer, name=spec, weights=source.weights, device=device, precision=precision, quick_gelu=source.quick_gelu
+    )
 
 
 def load_encoder_of(fingerprint: Fingerprint, *, device: str = "auto") -> Encoder:

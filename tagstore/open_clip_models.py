@@ -1,4 +1,4 @@
-"""Where an encoder's model comes from: `mini` from packages, a directory, or an open_clip name with weights from a hub.
+"""Where an encoder's model comes from: `mini` from packages, a directory, or a name with weights from a hub.
 
 Each loader gives the model in fp32 on the CPU, its tokenizer, and the named tensors that its fingerprint hashes. Nothing here
 chooses weights on its own: a model that would come out random is refused, unless `NAME/random` asks for it.
@@ -18,20 +18,23 @@ if TYPE_CHECKING:
     import torch
 
 LOCAL = "local-dir:"
+HF = "hf:"
 RANDOM = "random"
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pth")
-_USAGE = f"an encoder is 'mini', an open_clip model NAME/TAG such as ViT-L-14/openai, or {LOCAL}PATH"
+_USAGE = f"an encoder is 'mini', an open_clip model NAME/TAG such as ViT-L-14/openai, {LOCAL}PATH, or {HF}NAME-or-PATH"
 
 
 class Source(NamedTuple):
     """A model as loaded."""
 
     model: Any
-    """An `open_clip` model, fp32, on the CPU."""
+    """An `open_clip` model, or one with its face (`hf_models.ClipModel`); fp32, on the CPU."""
     tokenizer: Callable[[list[str]], Any]
     """Texts to token ids `[N, L]`."""
     weights: Iterable[tuple[str, Any]]
     """The named tensors that decide its vectors."""
+    quick_gelu: bool | None = None
+    """Whether it uses QuickGELU; None: its modules show it."""
 
 
 def load(spec: str) -> Source:
@@ -40,6 +43,11 @@ def load(spec: str) -> Source:
         return _mini()
     if spec.startswith(LOCAL):
         return _local(spec)
+    if spec.startswith(HF):
+        from tagstore.hf_models import load_clip
+
+        model, tokenizer, quick_gelu = load_clip(spec.removeprefix(HF))
+        return Source(model, tokenizer, model.clip.state_dict().items(), quick_gelu)
     return _named(spec)
 
 
@@ -109,6 +117,8 @@ def grid_and_vectors(visual: Any, pixels: torch.Tensor, layer: int) -> tuple[tor
     """One forward of an image tower: grid `[N, P, C]` of a block, raw vectors `[N, D]`."""
     from open_clip.timm_model import TimmModel
 
+    if hasattr(visual, "grid_and_vectors"):
+        return visual.grid_and_vectors(pixels, layer)  # type: ignore[no-any-return]
     if layer == -1 and isinstance(visual, TimmModel):
         # timm's intermediates end before the last convolution; what is pooled comes after it
         features = visual.trunk.forward_features(pixels)
@@ -122,6 +132,24 @@ def grid_and_vectors(visual: Any, pixels: torch.Tensor, layer: int) -> tuple[tor
     except (AssertionError, IndexError) as error:
         raise InvalidInput(f"the image tower has no layer {layer}") from error
     return found["image_intermediates"][0].flatten(2).transpose(1, 2), found["image_features"]
+
+
+def grid_projection(visual: Any) -> torch.Tensor:
+    """`[C, D]`: what leads from a point of the tower's last grid into the space of its vectors, biases left out.
+
+    Raises:
+        InvalidInput: a tower that pools by attention has no such matrix.
+    """
+    from open_clip.timm_model import TimmModel
+    from open_clip.transformer import VisionTransformer
+
+    if hasattr(visual, "projection"):
+        return visual.projection.weight.T  # type: ignore[no-any-return]
+    if isinstance(visual, VisionTransformer) and visual.proj is not None and visual.attn_pool is None:
+        return visual.proj
+    if isinstance(visual, TimmModel) and hasattr(visual.head, "proj") and hasattr(visual.head.proj, "weight"):
+        return visual.head.proj.weight.T  # type: ignore[no-any-return]
+    raise InvalidInput("this image tower has no matrix from its grid to its vectors: take a tag encoder with learned layers")
 
 
 def _near(word: str, known: list[str]) -> str:
