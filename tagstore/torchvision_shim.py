@@ -5,13 +5,15 @@ dies on `operator torchvision::nms does not exist`, because it describes that op
 the extension is there; open_clip, timm and transformers die with it. We only use torchvision's transforms, which need no operator of the
 extension: declaring the two schemas is enough.
 
-Call `prepare_torchvision()` before the first import of open_clip, timm or transformers in a process. Where the extension loads
-(a CUDA build, or a torchvision built for this torch) it declares nothing.
+Call `prepare_torchvision()` before the first import of open_clip, timm or transformers in a process, or `prepare_when_imported()`, which
+imports nothing itself. Where the extension loads (a CUDA build, or a torchvision built for this torch) it declares nothing.
 """
 
 from __future__ import annotations
 
+import sys
 import threading
+from importlib.abc import MetaPathFinder
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -55,3 +57,18 @@ def prepare_torchvision() -> bool:
         for schema in _SCHEMAS:
             _library.define(schema)
         return False
+
+
+def prepare_when_imported() -> None:
+    """Call `prepare_torchvision` at the moment when torchvision is first imported, by whomever."""
+    if not any(isinstance(finder, _BeforeTorchvision) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _BeforeTorchvision())
+
+
+class _BeforeTorchvision(MetaPathFinder):
+    """Finds nothing; is asked first."""
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> None:
+        if fullname == "torchvision" and self in sys.meta_path:
+            sys.meta_path.remove(self)  # prepare_torchvision looks for torchvision itself
+            prepare_torchvision()

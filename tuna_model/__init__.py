@@ -37,6 +37,11 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+from tagstore.torchvision_shim import prepare_when_imported
+
+# transformers, which most modules here import, imports torchvision
+prepare_when_imported()
+
 _HOMES = {
     "ContrastiveLogits": "contrastive",
     "Answer": "pipeline",

@@ -134,6 +134,9 @@ class TunaConfig(PreTrainedConfig):  # type: ignore[misc]
     kernels: str = "auto"
     """Implementation of the tag path: `auto`, `triton`, `reference` (see `tuna_kernels.backend`)."""
 
+    tie_word_embeddings: bool = False
+    """The decoder's; set from it."""
+
     def __post_init__(self, **kwargs: Any) -> None:
         known = {*type(self).__dataclass_fields__}
         for key in kwargs:
@@ -209,3 +212,6 @@ def _from_llava(llava: dict[str, Any]) -> dict[str, Any]:
         "image_token_id": config.image_token_id,
         **({"dtype": llava.get("dtype") or llava.get("torch_dtype")} if llava.get("dtype") or llava.get("torch_dtype") else {}),
     }
+
+
+AutoConfig.register("tuna", TunaConfig)

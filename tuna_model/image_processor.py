@@ -39,7 +39,7 @@ class TunaImageProcessor(BaseImageProcessor):  # type: ignore[misc]
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As transformers'; the dict of a CLIP image processor is translated first."""
         if "image_mean" in image_processor_dict:
-            from tagstore.open_clip_models import clip_preprocess
+            from tagstore.hf_models import clip_preprocess
 
             image_processor_dict = clip_preprocess(image_processor_dict)
         return super().from_dict(image_processor_dict, **kwargs)
@@ -75,9 +75,7 @@ class TunaImageProcessor(BaseImageProcessor):  # type: ignore[misc]
         from open_clip.transform import PreprocessCfg, image_transform_v2
 
         size = tuple(self.size)
-        config = PreprocessCfg(
-            size, self.mode, tuple(self.mean), tuple(self.std), self.interpolation, self.resize_mode, self.fill_color
-        )
+        config = PreprocessCfg(size, self.mode, tuple(self.mean), tuple(self.std), self.interpolation, self.resize_mode, self.fill_color)
         return image_transform_v2(config, is_train=False).transforms[:-2]
 
 

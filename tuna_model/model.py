@@ -11,18 +11,20 @@ computes what transformers' Llava computes, bit for bit.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import torch_compilable_check
 
 from tagstore.encoder import Encoder, load_encoder
 from tagstore.errors import FingerprintMismatch, InvalidInput
-from tagstore.open_clip_models import clip_grid
+from tagstore.hf_models import clip_grid
 from tuna_model.config import TunaConfig
 from tuna_model.connector import Connector, pool_grid
 from tuna_model.tag_encoder import TagEncoder
@@ -84,6 +86,16 @@ class TunaForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: i
             self.tag_encoder = TagEncoder(config)
             self.weight_tuner = WeightTuner(config)
         self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """What transformers does, and the few tensors that it does not know."""
+        super()._init_weights(module)
+        if module is self and self.config.vision_config is not None:
+            init.zeros_(self.vision_projection)
+        elif isinstance(module, TagEncoder) and module.layers is None:
+            init.zeros_(module.projection)
+        elif isinstance(module, WeightTuner) and self.config.learn_temperature:
+            init.constant_(module.log_temperature, math.log(self.config.tag_temperature))
 
     def get_input_embeddings(self) -> nn.Module:
         """The decoder's word embeddings."""
@@ -158,17 +170,18 @@ class TunaForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: i
             raise FingerprintMismatch(
                 f"the model takes tags of {config.tag_dimension} dimensions, and encoder {encoder.fingerprint} has {encoder.dimension}"
             )
-        projection = encoder.grid_projection()
+        # learned layers need none, and a tower that pools by attention has none
+        projection = encoder.grid_projection() if config.vision_config is not None or config.tag_encoder_layers == 0 else torch.zeros(0)
         if config.vision_config is not None:
             if not encoder.same_tower(self.vision_tower):
                 raise FingerprintMismatch(
                     f"the tower of this checkpoint is not that of encoder {encoder.fingerprint}: its vectors are others"
                 )
-            self.vision_projection.copy_(projection.T)
+            cast(Tensor, self.vision_projection).copy_(projection.T)
         else:
             self._encoder = encoder
         if config.tags and config.tag_encoder_layers == 0:
-            self.tag_encoder.projection.copy_(projection)
+            cast(Tensor, self.tag_encoder.projection).copy_(projection)
         config.encoder, config.encoder_digest = encoder.fingerprint.model, encoder.fingerprint.digest
 
     # forward
@@ -388,6 +401,5 @@ def _to_length(values: Tensor, length: int, fill: float) -> Tensor:
     return values if missing <= 0 else nn.functional.pad(values, (0, missing), value=fill)
 
 
-AutoConfig.register("tuna", TunaConfig)
 AutoModelForCausalLM.register(TunaConfig, TunaForConditionalGeneration)
 AutoModelForImageTextToText.register(TunaConfig, TunaForConditionalGeneration)

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import BatchFeature, ProcessorMixin
+from transformers import AutoImageProcessor, AutoProcessor, BatchFeature, ProcessorMixin
 
 from tagstore.errors import InvalidInput
+from tuna_model.config import TunaConfig
 from tuna_model.image_processor import TunaImageProcessor
 from tuna_model.tags import ImageTags, TagLayout
 
@@ -245,3 +246,7 @@ def _flat(images: Any) -> list[Any]:
 @lru_cache(maxsize=100_000)
 def _tokens(tokenizer: Any, text: str) -> tuple[int, ...]:
     return tuple(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+
+
+AutoImageProcessor.register(TunaConfig, image_processor_classes={"pil": TunaImageProcessor, "torchvision": TunaImageProcessor})
+AutoProcessor.register(TunaConfig, TunaProcessor)
