@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from tagstore.mining import MergedTag
 from tagstore.records import decode_entry, decode_tag
-from tagstore.store import U64, Store, key_of, tag_key, unpack_ids
+from tagstore.store import SPACE, U64, Store, key_of, tag_key, unpack_ids
 from tagstore.types import KINDS
 
 Sync = Literal["full", "batch"]
@@ -45,11 +45,13 @@ class Progress:
     next_tag_id: int = 0
 
 
-def sweep_staged(store: Store, keep: Progress | None, next_entry_id: int, next_tag_id: int, next_page: int, number: int) -> None:
+def sweep_staged(
+    store: Store, keep: Progress | None, next_entry_id: int, next_tag_id: int, next_page: int, next_space: int, number: int
+) -> None:
     """Remove what was appended behind the last version, all of it or what lies beyond the progress to keep, and index files of no version.
 
     Args:
-        next_entry_id, next_tag_id, next_page: where the last version ends.
+        next_entry_id, next_tag_id, next_page, next_space: where the last version ends.
         number: of the version that comes next.
     """
     db = store.db
@@ -76,6 +78,9 @@ def sweep_staged(store: Store, keep: Progress | None, next_entry_id: int, next_t
                     pass
         if not keep:
             txn.delete(b"ingest", db=db["meta"])
+            for name in ("vectors", "embeddings"):  # of a reembedding that was cut off: the next one may have another dimension
+                for key, _ in _beyond(txn, db[name], next_space << SPACE):
+                    txn.delete(U64.pack(key), db=db[name])
     for path in store.index_directory.glob("*"):
         # by the number of the version that a file was made for: to read what all versions name would take longer with every commit
         made_for = path.name.partition("-")[0]

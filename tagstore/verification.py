@@ -86,7 +86,8 @@ def repair(root: str | Path, store: str) -> list[str]:
             for version in writer.store.versions():
                 if bad & {f["file"] for f in version.index.get("files", [])}:
                     snapshot = Snapshot(writer.store, version)
-                    index = faiss_index.extend(snapshot, None, writer.store.index_directory, whole=True)
+                    with writer.step():
+                        index = faiss_index.extend(snapshot, None, writer.store.index_directory, whole=True)
                     with writer.transaction() as txn:
                         txn.put(U64.pack(version.number), replace(version, index=index).to_json().encode(), db=writer.db["versions"])
                     done.append(f"rebuilt the index of version {version.number}")

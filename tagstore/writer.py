@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from tagstore.checks import ranges_of
 from tagstore.environment import environment, generation, new_generation, sweep, switch, sync_directory, writer_lock, writing
-from tagstore.errors import FingerprintMismatch, InvalidInput, NotFound, WriteFailed
+from tagstore.errors import BadVector, FingerprintMismatch, InvalidInput, NotFound, WriteFailed
 from tagstore.mining import MergedTag
 from tagstore.records import decode_entry, decode_tag, encode_entry, encode_tag, seal, unseal
 from tagstore.staging import Draft, Progress, Sync, sweep_staged
@@ -163,8 +163,9 @@ class Writer:
     ) -> None:
         """Stage entries with their unit vectors `[len(drafts), D]`, and the pairs refused on the way, in one transaction.
 
-        A key that the store has is replaced. `progress` is completed with the ids reached and kept with them.
+        A key that the store has is replaced. `progress` is completed with the ids reached and kept with them. Raises `BadVector`.
         """
+        rows = self._rows(len(drafts), vectors)
         first = self.next_entry_id
         with self.transaction() as txn:
             self._reserve(len(drafts))
@@ -176,9 +177,7 @@ class Writer:
                 tags = tuple(EntryTag(i, tag.score, tag.provenance) for i, tag in zip(ids, draft.tags, strict=True))
                 entry = Entry(entry_id, draft.key, draft.sha256, draft.perceptual_hash, draft.captions, tags, draft.metadata, draft.origin)
                 self._put_entry(txn, entry, encode_entry(entry))
-            if drafts:
-                assert vectors is not None
-                self._put_rows(txn, "vectors", np.arange(first, first + len(drafts)), vectors)
+            self._put_rows(txn, "vectors", np.arange(first, first + len(drafts)), rows)
             self.next_entry_id += len(drafts)
             number = U64.pack(self._number())
             for refused in rejected:
@@ -238,8 +237,9 @@ class Writer:
 
     def put_vectors(self, ids: Sequence[int], vectors: Vectors) -> None:
         """Stage vectors of a new space for entries that the store has, in any order."""
+        rows = self._rows(len(ids), vectors)
         with self.transaction() as txn:
-            self._put_rows(txn, "vectors", np.array(ids, np.int64), vectors, keep_tail=True)
+            self._put_rows(txn, "vectors", np.array(ids, np.int64), rows, keep_tail=True)
 
     def new_tags(self, *, limit: int) -> list[str]:
         """Texts of up to `limit` tags that have no embedding in this space yet, in order of their ids."""
@@ -249,6 +249,7 @@ class Writer:
 
     def embed_tags(self, embeddings: Vectors) -> None:
         """Stage the text embeddings of the next tags, `[n, D]` unit rows, in the order of `new_tags`."""
+        embeddings = self._rows(len(embeddings), embeddings)
         with self.transaction() as txn:
             self._put_rows(txn, "embeddings", np.arange(self._embedded, self._embedded + len(embeddings)), embeddings)
             self._embedded += len(embeddings)
@@ -356,7 +357,15 @@ class Writer:
             self._live[: len(mask)] = mask
             self._counts[: len(counts)] = counts
         self.progress = self._resumable()
-        sweep_staged(self.store, self.progress, self.next_entry_id, self.next_tag_id, self._next_page, self._number())
+        sweep_staged(
+            self.store,
+            self.progress,
+            self.next_entry_id,
+            self.next_tag_id,
+            self._next_page,
+            max(self._spaces, default=-1) + 1,
+            self._number(),
+        )
         if self.progress:
             self._restore(self.progress)
 
@@ -425,6 +434,15 @@ class Writer:
     def _reserve(self, n: int) -> None:
         if self.next_entry_id + n > len(self._live):
             self._live = np.concatenate([self._live, np.zeros(max(4096, self.next_entry_id, n), bool)])
+
+    def _rows(self, n: int, vectors: Vectors | None) -> Vectors:
+        """The vectors, if they are `[n, D]` and finite. Raises `BadVector`: nothing was staged then, and the writer can go on."""
+        rows = np.zeros((0, self.fingerprint.dimension), np.float32) if vectors is None else vectors
+        if rows.shape != (n, self.fingerprint.dimension):
+            raise BadVector(f"vectors of shape {list(rows.shape)} for [{n}, {self.fingerprint.dimension}] of store '{self.name}'")
+        if not np.isfinite(rows).all():
+            raise BadVector(f"a vector for store '{self.name}' holds NaN or infinity: the encoder, or what it was given, is broken")
+        return rows
 
     def _put_entry(self, txn: Any, entry: Entry, record: bytes) -> None:
         """Write an entry whose id is above all others, and count it in."""

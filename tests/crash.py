@@ -405,6 +405,8 @@ class Harness:
                 kind = answer["failed"].partition(":")[0]
                 if failed or way not in ("ENOSPC", "EIO"):
                     figures.lost.append(f"{operation['operation']} failed though the disk was sound: {answer['failed']}")
+                if kind != "WriteFailed":
+                    figures.lost.append(f"{operation['operation']} on a failing disk did not raise WriteFailed: {answer['failed']}")
                 failed = True
                 figures.refused[f"{way}: {kind}"] += 1
                 self._resolve(operation, close=False)

@@ -51,7 +51,7 @@ class ArchiveWriter:
             raise InvalidInput(f"{self.path} is a directory: name the file to write")
         try:
             self._file = self._temporary.open("ab")
-        except OSError as error:
+        except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
             raise NotFound(f"cannot write {self.path}: {error.strerror}") from error
         if not _locked(self._file, self._temporary):
             self._file.close()

@@ -26,6 +26,7 @@ from tagstore.bundles.manifest import (
 )
 from tagstore.bundles.signature import Signer
 from tagstore.checks import checksum
+from tagstore.environment import writing
 from tagstore.errors import Damaged, InvalidInput
 from tagstore.store import Snapshot, Store, Version
 from tagstore.types import Vectors
@@ -57,13 +58,14 @@ def export(
         InvalidInput: something of the version has no place in a bundle; the message says what.
         Damaged: the store is not what was committed.
         Busy: another process writes the same file.
+        WriteFailed: the disk is full or broken.
     """
     snapshot = Store(root, store).snapshot(version)
     signer = Signer(key) if key else None
     _check_sound(snapshot)
     info = _describe(snapshot, licence, note, signer.public if signer else "")
     manifest = info.manifest()
-    with ArchiveWriter(path) as archive:
+    with writing(str(path)), ArchiveWriter(path) as archive:
         archive.put(MANIFEST, len(manifest), [manifest])
         if signer:
             signature = signer.sign(manifest)

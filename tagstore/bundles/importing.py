@@ -32,7 +32,7 @@ from tagstore.bundles.manifest import (
 )
 from tagstore.bundles.restorer import Restorer
 from tagstore.bundles.signature import BYTES, check, public_key
-from tagstore.environment import forget, sync_directory, writer_lock
+from tagstore.environment import forget, sync_directory, writer_lock, writing
 from tagstore.errors import AlreadyExists, Busy, Damaged, InvalidInput, NotFound
 from tagstore.readers import Columns
 from tagstore.records import encode_entry
@@ -78,6 +78,7 @@ def import_(
         Damaged: bytes are missing or changed, or the signature is not that of the content.
         NotFound: no bundle or key there.
         Busy: another process imports into the same root.
+        WriteFailed: the disk is full or broken.
     """
     root = Path(root)
     demanded = public_key(key) if key else ""
@@ -86,9 +87,10 @@ def import_(
         info = BundleInfo.from_manifest(manifest)
         _check_signature(archive, info, manifest, demanded)
         name = check_name(store or info.store)
-        root.mkdir(parents=True, exist_ok=True)
-        _check_room(root, info, max_bytes)
-        with _workshop(root) as workshop:
+        with writing(str(root)):
+            root.mkdir(parents=True, exist_ok=True)
+            _check_room(root, info, max_bytes)
+        with writing(str(root)), _workshop(root) as workshop:
             if (root / name).exists():
                 raise AlreadyExists(f"there is a store '{name}' already: import under another name, or drop it first")
             _build(workshop, name, archive, info, _source(path, info, manifest))
