@@ -215,6 +215,8 @@ class Retrieval(Sequence[RetrievedTag]):
     tags: tuple[RetrievedTag, ...]
     excluded: int = 0
     """How many nearer entries `Search.exclude` kept out."""
+    degraded: bool = False
+    """No store answered: a client that may go on without tags made this up."""
 
     def __len__(self) -> int:
         return len(self.tags)
