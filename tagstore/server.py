@@ -1,31 +1,39 @@
-"""The gRPC server: service, health and reflection on one port, drained on SIGTERM."""
+"""One process that serves: service, administration, health and reflection on one port, drained on SIGTERM."""
 
 from __future__ import annotations
 
-import ipaddress
 import logging
+import os
 import signal
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
-from tagstore.catalog import Catalog
-from tagstore.errors import InvalidInput, Unavailable
+from tagstore.errors import Unavailable
 from tagstore.service import TagStoreService
+from tagstore.serving import metrics, tracing
+from tagstore.serving.access import Access
+from tagstore.serving.audit import Audit
+from tagstore.serving.certificates import Tls, credentials
+from tagstore.serving.gate import Gate, streaming
+from tagstore.serving.live import LiveCatalog
+from tagstore.serving.settings import Settings, checked_host
 from tagstore_proto.v1 import tagstore_pb2, tagstore_pb2_grpc
 
 log = logging.getLogger(__name__)
 
-MAX_MESSAGE = 64 << 20
 DRAIN_SECONDS = 30.0
-WAITING = 16
-"""Requests in hand for each thread that answers; more are refused with RESOURCE_EXHAUSTED instead of filling the memory."""
 SERVICE = tagstore_pb2.DESCRIPTOR.services_by_name["TagStore"].full_name
+SWITCH_SECONDS = 0.0005
+"""How long a thread may hold the interpreter while another waits for it; Python's 5 ms are longer than our calls take."""
 
 
 class Server:
@@ -35,31 +43,61 @@ class Server:
         root: directory of the stores.
         address: `HOST:PORT`; port 0 picks a free one.
         device: for the encoder; see `load_encoder`.
-        threads: requests answered at a time.
-        insecure: allow an address that other machines can reach, though nothing is encrypted and nobody is asked who they are.
+        insecure: as `Settings.insecure`.
+        settings: access, limits, metrics.
+        shared: listen beside other processes on the same port.
+
+    Raises:
+        InvalidInput: an address, certificate or file of tokens that cannot be used.
+        NotFound: no such directory.
+        Unavailable: the address is taken.
     """
 
     def __init__(
-        self, root: str | Path, address: str = "127.0.0.1:50051", *, device: str = "auto", threads: int = 8, insecure: bool = False
+        self,
+        root: str | Path,
+        address: str = "127.0.0.1:50051",
+        *,
+        device: str = "auto",
+        insecure: bool = False,
+        settings: Settings = Settings(),  # noqa: B008  frozen
+        shared: bool = False,
     ) -> None:
-        self._host = _checked_host(address, insecure)
-        self._catalog = Catalog(root, device=device)
-        # without SO_REUSEPORT a second server on the same port is an error, not a silent half of the traffic
-        options = [
-            ("grpc.max_receive_message_length", MAX_MESSAGE),
-            ("grpc.max_send_message_length", MAX_MESSAGE),
-            ("grpc.so_reuseport", 0),
-        ]
+        if insecure:
+            settings = replace(settings, insecure=True)
+        self._host = checked_host(address, settings)
+        self.settings = settings
+        limits = settings.limits
+        self.catalog = LiveCatalog(root, device=device, limits=limits, cores=settings.cores or os.cpu_count() or 1)
+        access = Access(settings.tokens or None, anonymous=settings.anonymous, certificates=bool(settings.tls_client_ca))
+        self.gate = Gate(access, limits, Audit(settings.audit or None))
+        self.announce: Callable[[Mapping[str, Any]], None] = lambda message: None
+        """Told what the other workers on this port must know: {"unload": STORE}."""
+        self.gate.closed = "the server is opening its stores: try again in a moment"
+        if settings.tracing:
+            tracing.enable()
+        threads = limits.in_flight + limits.streams + 16
         self._server = grpc.server(
-            ThreadPoolExecutor(threads, thread_name_prefix="rpc"), options=options, maximum_concurrent_rpcs=threads * WAITING
+            ThreadPoolExecutor(threads, thread_name_prefix="rpc"),
+            options=_options(limits.message_bytes, shared),
+            # the last line: what gets here is counted and refused with a time to try again by the gate
+            maximum_concurrent_rpcs=4 * threads,
         )
         self._health = health.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        tagstore_pb2_grpc.add_TagStoreServicer_to_server(TagStoreService(self._catalog), self._server)
-        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        tagstore_pb2_grpc.add_TagStoreServicer_to_server(TagStoreService(self.catalog, self.gate), self._server)
+        names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(_Reflection(names, self.gate), self._server)
         self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        self._ended = threading.Event()
+        self._watch: threading.Thread | None = None
+        self._stop_metrics: Callable[[], None] | None = None
         try:
-            self._port = self._server.add_insecure_port(address)
+            if settings.tls_certificate:
+                tls = Tls(settings.tls_certificate, settings.tls_key, settings.tls_client_ca)
+                self._port = self._server.add_secure_port(address, credentials(tls))
+            else:
+                self._port = self._server.add_insecure_port(address)
         except RuntimeError as error:
             raise Unavailable(f"cannot listen on {address}: is another server running there? Port 0 picks a free one") from error
 
@@ -68,17 +106,38 @@ class Server:
         """`HOST:PORT` that clients connect to."""
         return f"{self._host}:{self._port}"
 
-    def start(self) -> None:
-        """Listen, open and warm the stores, then answer."""
-        self._server.start()
-        for info in self._catalog.warm():
+    def start(self, *, warm_first: bool = False) -> None:
+        """Listen, open and warm the stores, then answer; until then health says NOT_SERVING, and calls are refused with UNAVAILABLE.
+
+        Args:
+            warm_first: open the stores before listening: beside others that serve meanwhile, nobody is to meet a closed door.
+        """
+        sys.setswitchinterval(SWITCH_SECONDS)
+        if not warm_first:
+            self._server.start()
+        for info in self.catalog.warm():
             log.info("serving %s@%d: %d entries, %s", info.store, info.version, info.entries, info.fingerprint)
+        self.gate.closed = ""
         self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        if warm_first:
+            self._server.start()
+        self._watch = threading.Thread(target=self._watch_readers, name="rpc-watch", daemon=True)
+        self._watch.start()
+        if self.settings.metrics:
+            self._stop_metrics, port = metrics.serve(self.settings.metrics)
+            log.info("metrics on port %d", port)
+        log.info("listening on %s: %s", self.address, self.settings.describe())
 
     def stop(self, grace: float = DRAIN_SECONDS) -> None:
         """Refuse new requests, finish those in flight within `grace` seconds."""
         self._health.enter_graceful_shutdown()
         self._server.stop(grace).wait()
+        self._ended.set()
+        if self._watch is not None:
+            self._watch.join()
+        if self._stop_metrics is not None:
+            self._stop_metrics()
+        self.gate.audit.close()
 
     def run(self, ready: Callable[[str], None]) -> None:
         """Start, call `ready` with the address, serve until SIGINT or SIGTERM, drain."""
@@ -91,22 +150,38 @@ class Server:
         log.info("draining")
         self.stop()
 
+    def _watch_readers(self) -> None:
+        while not self._ended.wait(min(1.0, self.settings.limits.slow_reader / 4)):
+            self.gate.cancel_slow()
+
     def _set_health(self, status: int) -> None:
         for name in ("", SERVICE):
             self._health.set(name, status)
 
 
-def _checked_host(address: str, insecure: bool) -> str:
-    host, colon, port = address.rpartition(":")
-    if not colon or not host or not port.isdecimal() or int(port) > 65535:
-        raise InvalidInput(f"'{address}' is no HOST:PORT; for example 127.0.0.1:50051, or port 0 for a free one")
-    try:
-        loopback = ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        loopback = host == "localhost"
-    if not loopback and not insecure:
-        raise InvalidInput(
-            f"{host} can be reached from other machines, and this server neither encrypts nor asks for a token: "
-            "listen on 127.0.0.1, or say --insecure if the network is trusted"
-        )
-    return host
+class _Reflection(reflection.ReflectionServicer):
+    """Reflection for those who may call."""
+
+    def __init__(self, names: tuple[str, ...], gate: Gate) -> None:
+        super().__init__(names)
+        self._gate = gate
+
+    def ServerReflectionInfo(self, request_iterator: Any, context: Any) -> Any:  # noqa: N802
+        with streaming(self._gate, context, "ServerReflectionInfo"):
+            yield from super().ServerReflectionInfo(request_iterator, context)
+
+
+def _options(message_bytes: int, shared: bool) -> list[tuple[str, int]]:
+    return [
+        ("grpc.max_receive_message_length", message_bytes),
+        ("grpc.max_send_message_length", message_bytes),
+        ("grpc.max_metadata_size", 16 << 10),
+        # without SO_REUSEPORT a second server on the same port is an error, not a silent half of the traffic
+        ("grpc.so_reuseport", int(shared)),
+        # a peer that is gone without a word is noticed, and one that never speaks is hung up on
+        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        ("grpc.server_handshake_timeout_ms", 10_000),
+    ]

@@ -1,72 +1,114 @@
-"""The servicer: messages in, the catalog's answer out, errors as status codes. No logic of its own."""
+"""The servicer: messages in, the catalog's answer out. Access, limits and errors are the gate's business."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
-from functools import wraps
-from typing import Any, TypeVar
+import threading
+from collections.abc import Iterator, Sequence
+from queue import SimpleQueue
+from typing import Any
 
-import grpc
+import numpy as np
 
 from tagstore import convert, errors
-from tagstore.catalog import Catalog
-from tagstore.status import code_of
+from tagstore.engine import MAX_BATCH, Engine
+from tagstore.serving import metrics, tracing
+from tagstore.serving.access import Caller
+from tagstore.serving.gate import Gate, answering, set_current, streaming, understood
+from tagstore.serving.limits import Limits
+from tagstore.serving.live import LiveCatalog
+from tagstore.status import error_to_proto
+from tagstore.types import Retrieval
 from tagstore_proto.v1 import tagstore_pb2 as pb
 from tagstore_proto.v1 import tagstore_pb2_grpc as pb_grpc
 
-log = logging.getLogger(__name__)
-
 MAX_TAGS_A_PAGE = 10_000
-
-Method = TypeVar("Method", bound=Callable[..., Any])
-
-
-def _answering(method: Method) -> Method:
-    """Errors of ours become their status and message; anything else becomes INTERNAL with nothing of it on the wire."""
-
-    @wraps(method)
-    def answer(self: Any, request: Any, context: grpc.ServicerContext) -> Any:
-        try:
-            if not context.is_active():
-                context.abort(grpc.StatusCode.CANCELLED, "the caller has gone")  # it waited in our queue beyond its deadline
-            return method(self, request, context)
-        except errors.TagstoreError as error:
-            context.abort(code_of(error), str(error))
-        except Exception:
-            log.exception("%s failed", method.__name__)
-            context.abort(grpc.StatusCode.INTERNAL, f"{method.__name__} failed by a fault of the server; its log has the details")
-
-    return answer  # type: ignore[return-value]
+AHEAD = 64
+"""Requests of a stream that are read ahead of the answers; what is there is answered together."""
 
 
 class TagStoreService(pb_grpc.TagStoreServicer):
     """`tagstore.v1.TagStore` over a catalog."""
 
-    def __init__(self, catalog: Catalog) -> None:
+    def __init__(self, catalog: LiveCatalog, gate: Gate) -> None:
         self._catalog = catalog
+        self.gate = gate
 
-    @_answering
-    def Retrieve(self, request: pb.RetrieveRequest, context: grpc.ServicerContext) -> pb.RetrieveResponse:  # noqa: N802
-        vectors = convert.vectors_from_proto(request.vectors) if request.HasField("vectors") else None
+    @answering("read")
+    def Retrieve(self, request: pb.RetrieveRequest, context: Any, caller: Caller) -> pb.RetrieveResponse:  # noqa: N802
+        check_sizes(request, self.gate.limits)
         engine = self._catalog.engine(request.store, request.version)
-        retrievals = self._catalog.retrieve(
+        return _response(engine, self._retrieve(engine, request))
+
+    def RetrieveStream(self, requests: Iterator[pb.RetrieveRequest], context: Any) -> Iterator[pb.RetrieveStreamResponse]:  # noqa: N802
+        with streaming(self.gate, context, "RetrieveStream") as caller:
+            inbox = _Inbox(requests)
+            try:
+                while batch := inbox.take():
+                    for answer in self._stream_answers(batch, context, caller):
+                        self.gate.sending(context)
+                        yield answer
+                        self.gate.sent(context)
+            finally:
+                inbox.close()
+
+    def _stream_answers(self, requests: Sequence[pb.RetrieveRequest], context: Any, caller: Caller) -> list[pb.RetrieveStreamResponse]:
+        """An answer for each request; queries by vector that are alike are answered with one search."""
+        answers: list[pb.RetrieveStreamResponse] = []
+        options = [_options(request) for request in requests] if len(requests) > 1 else [None]
+        start = 0
+        while start < len(requests):
+            end = start + 1
+            while end < len(requests) and options[start] is not None and options[start] == options[end]:
+                end += 1
+            answers += self._alike_answers(requests[start:end], context, caller)
+            start = end
+        return answers
+
+    def _alike_answers(self, requests: Sequence[pb.RetrieveRequest], context: Any, caller: Caller) -> list[pb.RetrieveStreamResponse]:
+        first = requests[0]
+        code = "OK"
+        try:
+            caller.check("read", first.store)
+            set_current(context, first.store)
+            for request in requests:
+                check_sizes(request, self.gate.limits)
+            with tracing.span("RetrieveStream", context.invocation_metadata(), store=first.store, requests=len(requests)):
+                engine = self._catalog.engine(first.store, first.version)
+                parts = [self._retrieve(engine, first)] if len(requests) == 1 else self._retrieve_together(engine, requests)
+            return [pb.RetrieveStreamResponse(response=_response(engine, part)) for part in parts]
+        except Exception as error:  # noqa: BLE001  a request that fails is answered, and the stream goes on
+            if len(requests) > 1 and isinstance(error, errors.InvalidInput):
+                return [answer for request in requests for answer in self._alike_answers([request], context, caller)]
+            failure = understood(error, "RetrieveStream")
+            code = type(failure).__name__
+            return [pb.RetrieveStreamResponse(error=error_to_proto(failure)) for _ in requests]
+        finally:
+            metrics.child(metrics.REQUESTS, "RetrieveStream", first.store if code == "OK" else "", code).inc(len(requests))
+
+    def _retrieve(self, engine: Engine, request: pb.RetrieveRequest) -> list[Retrieval]:
+        return self._catalog.retrieve(
             engine,
             images=request.images,
-            vectors=vectors,
+            vectors=convert.vectors_from_proto(request.vectors) if request.HasField("vectors") else None,
             fingerprint=request.fingerprint,
             search=convert.search_from_proto(request),
             identities=convert.identities_from_proto(request),
         )
-        return pb.RetrieveResponse(
-            store=request.store,
-            version=engine.version.number,
-            fingerprint=engine.fingerprint.digest,
-            retrievals=[convert.retrieval_to_proto(r) for r in retrievals],
-        )
 
-    @_answering
-    def GetTags(self, request: pb.GetTagsRequest, context: grpc.ServicerContext) -> pb.GetTagsResponse:  # noqa: N802
+    def _retrieve_together(self, engine: Engine, requests: Sequence[pb.RetrieveRequest]) -> list[list[Retrieval]]:
+        vectors = [convert.vectors_from_proto(request.vectors) for request in requests]
+        found = iter(
+            self._catalog.retrieve(
+                engine,
+                vectors=np.concatenate(vectors),
+                fingerprint=requests[0].fingerprint,
+                search=convert.search_from_proto(requests[0]),
+            )
+        )
+        return [[next(found) for _ in some] for some in vectors]
+
+    @answering("read")
+    def GetTags(self, request: pb.GetTagsRequest, context: Any, caller: Caller) -> pb.GetTagsResponse:  # noqa: N802
         engine = self._catalog.engine(request.store, request.version)
         limit = request.page_size or 1000
         if max(limit, len(request.tag_ids)) > MAX_TAGS_A_PAGE or request.first_tag_id < 0:
@@ -83,10 +125,87 @@ class TagStoreService(pb_grpc.TagStoreServicer):
             response.embeddings.CopyFrom(convert.vectors_to_proto(convert.stacked(tags)))
         return response
 
-    @_answering
-    def ListStores(self, request: pb.ListStoresRequest, context: grpc.ServicerContext) -> pb.ListStoresResponse:  # noqa: N802
-        return pb.ListStoresResponse(stores=[convert.info_to_proto(info) for info in self._catalog.stores()])
+    @answering(None)
+    def ListStores(self, request: pb.ListStoresRequest, context: Any, caller: Caller) -> pb.ListStoresResponse:  # noqa: N802
+        infos = [info for info in self._catalog.stores() if caller.may("read", info.store)]
+        return pb.ListStoresResponse(stores=[convert.info_to_proto(info) for info in infos])
 
-    @_answering
-    def GetStore(self, request: pb.GetStoreRequest, context: grpc.ServicerContext) -> pb.GetStoreResponse:  # noqa: N802
+    @answering("read")
+    def GetStore(self, request: pb.GetStoreRequest, context: Any, caller: Caller) -> pb.GetStoreResponse:  # noqa: N802
         return pb.GetStoreResponse(store=convert.info_to_proto(self._catalog.engine(request.store, request.version).info()))
+
+
+def check_sizes(request: pb.RetrieveRequest, limits: Limits) -> None:
+    """Raises `InvalidInput` for more or larger images than the server takes."""
+    if len(request.images) > min(limits.images, MAX_BATCH):
+        raise errors.InvalidInput(f"{len(request.images)} images in one request: send at most {min(limits.images, MAX_BATCH)}")
+    for position, image in enumerate(request.images):
+        if len(image) > limits.image_bytes:
+            raise errors.InvalidInput(
+                f"image {position} of the request has {len(image)} bytes, this server takes at most {limits.image_bytes}: shrink it"
+            )
+
+
+def _response(engine: Engine, retrievals: Sequence[Retrieval]) -> pb.RetrieveResponse:
+    return pb.RetrieveResponse(
+        store=engine.snapshot.store.name,
+        version=engine.version.number,
+        fingerprint=engine.fingerprint.digest,
+        retrievals=[convert.retrieval_to_proto(r) for r in retrievals],
+    )
+
+
+def _options(request: pb.RetrieveRequest) -> bytes | None:
+    """Of a request by vector all but the vectors: those that are alike in it can be answered with one search. None for any other."""
+    if request.images or request.identities or not request.HasField("vectors"):
+        return None
+    rest = pb.RetrieveRequest()
+    rest.CopyFrom(request)
+    rest.vectors.ClearField("data")
+    options: bytes = rest.SerializeToString(deterministic=True)
+    return options
+
+
+class _Inbox:
+    """The requests of a stream, read by a thread of its own while those before them are answered; at most `AHEAD` at a time."""
+
+    def __init__(self, requests: Iterator[pb.RetrieveRequest]) -> None:
+        self._queue: SimpleQueue[pb.RetrieveRequest | None] = SimpleQueue()
+        self._room = threading.Event()
+        self._closed = False
+        self._ended = False
+        threading.Thread(target=self._read, args=(requests,), name="rpc-stream", daemon=True).start()
+
+    def _read(self, requests: Iterator[pb.RetrieveRequest]) -> None:
+        try:
+            for request in requests:
+                self._queue.put(request)
+                if self._queue.qsize() >= AHEAD:
+                    self._room.clear()
+                    if self._queue.qsize() >= AHEAD and not self._closed:
+                        self._room.wait()
+                if self._closed:
+                    return
+        except Exception:  # noqa: BLE001  the call has ended: its servicer is told so by gRPC
+            return
+        finally:
+            self._queue.put(None)
+
+    def take(self) -> list[pb.RetrieveRequest]:
+        """All requests that are there, at least one; none at the stream's end."""
+        if self._ended:
+            return []
+        found: list[pb.RetrieveRequest] = []
+        request = self._queue.get()
+        while request is not None:
+            found.append(request)
+            if self._queue.empty() or len(found) == AHEAD:
+                break
+            request = self._queue.get()
+        self._ended = request is None
+        self._room.set()
+        return found
+
+    def close(self) -> None:
+        self._closed = True
+        self._room.set()

@@ -17,10 +17,8 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 
 from pictures import picture, write_shapes
 from tagstore import errors
-from tagstore.catalog import Catalog
 from tagstore.client import connect
 from tagstore.server import SERVICE, Server
-from tagstore.service import TagStoreService
 from tagstore.status import STATUS
 from tagstore_proto.v1 import tagstore_pb2 as pb
 from tagstore_proto.v1 import tagstore_pb2_grpc as pb_grpc
@@ -162,23 +160,24 @@ def test_every_error_has_a_status() -> None:
         assert any(issubclass(kind, mapped) for mapped, _ in STATUS), kind
 
 
-def test_a_fault_of_ours_shows_nothing_of_itself(shapes_root: Path, caplog: pytest.LogCaptureFixture) -> None:
-    class Context:
-        def is_active(self):
-            return True
+def test_a_fault_of_ours_shows_nothing_of_itself(
+    shapes_root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = Server(shapes_root, "127.0.0.1:0", device="cpu")
 
-        def abort(self, code, message):
-            raise grpc.RpcError(code, message)
+    def broken(*_):
+        raise KeyError("secret path")
 
-    class Broken(Catalog):
-        def engine(self, *_):
-            raise KeyError("secret path")
-
-    with pytest.raises(grpc.RpcError) as caught:
-        TagStoreService(Broken(shapes_root)).Retrieve(pb.RetrieveRequest(), Context())
-    code, message = caught.value.args
-    assert code == grpc.StatusCode.INTERNAL
-    assert "secret" not in message
+    monkeypatch.setattr(server.catalog, "engine", broken)
+    monkeypatch.setattr(server.catalog, "warm", list)
+    server.start()
+    try:
+        with grpc.insecure_channel(server.address) as channel, pytest.raises(grpc.RpcError) as caught:
+            pb_grpc.TagStoreStub(channel).Retrieve(pb.RetrieveRequest(store="shapes"))
+    finally:
+        server.stop(0)
+    assert caught.value.code() == grpc.StatusCode.INTERNAL
+    assert "secret" not in caught.value.details()
     assert "secret path" in caplog.text
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from typing import Any
 
 import click
 
@@ -15,13 +16,54 @@ from tagstore.errors import InvalidInput, NotFound
 @options.root
 @click.option("--address", default="127.0.0.1:50051", show_default=True, metavar="HOST:PORT", help="Port 0 picks a free one.")
 @options.device
-@click.option("--threads", type=click.IntRange(1), default=8, show_default=True, help="Requests answered at a time.")
+@click.option("--workers", type=click.IntRange(1), help="Processes that serve; one for every two cores if not given.")
+@click.option("--tls-certificate", default="", metavar="PEM", help="The server's certificate chain; read again when it changes.")
+@click.option("--tls-key", default="", metavar="PEM", help="Its key.")
+@click.option("--tls-client-ca", default="", metavar="PEM", help="Ask every client for a certificate of this authority.")
+@click.option("--tokens", default="", metavar="FILE", help="Callers and their rights, JSON; TAGSTORE_TOKENS if not given.")
+@click.option("--anonymous", type=click.Choice(["read", "ingest", "admin"]), help="What callers without a token may do on every store.")
 @click.option("--insecure", is_flag=True, help="Listen where other machines can reach it, without encryption or tokens.")
-def serve(root: str, address: str, device: str, threads: int, insecure: bool) -> None:
+@click.option("--audit", default="", metavar="FILE", help="Append writes and refusals, JSON Lines.")
+@click.option("--metrics", default="", metavar="HOST:PORT", help="Answer Prometheus there.")
+@click.option("--tracing", is_flag=True, help="Send spans to an OpenTelemetry collector (OTEL_EXPORTER_OTLP_ENDPOINT).")
+@click.option("--json-logs", is_flag=True, help="Log JSON, one object a line.")
+@click.option(
+    "--max-in-flight", type=click.IntRange(1), default=128, show_default=True, help="Calls in hand of a worker; more are refused."
+)
+@click.option("--max-per-client", type=click.IntRange(1), default=64, show_default=True, help="Calls in hand of one client.")
+@click.option("--max-message", type=click.IntRange(1), default=64, show_default=True, metavar="MIB", help="Size of a request or an answer.")
+@click.option("--max-image", type=click.IntRange(1), default=32, show_default=True, metavar="MIB", help="Size of one encoded image.")
+def serve(
+    root: str,
+    address: str,
+    device: str,
+    workers: int | None,
+    max_in_flight: int,
+    max_per_client: int,
+    max_message: int,
+    max_image: int,
+    **given: Any,
+) -> None:
     """Serve all stores under a directory; prints HOST:PORT when ready. Ctrl-C and SIGTERM finish what is in flight."""
-    from tagstore.server import Server
+    from tagstore.serving.limits import Limits
+    from tagstore.serving.settings import Settings, default_workers
 
-    Server(root, address, device=device, threads=threads, insecure=insecure).run(lambda at: click.echo(at))
+    limits = Limits(in_flight=max_in_flight, per_client=max_per_client, message_bytes=max_message << 20, image_bytes=max_image << 20)
+    settings = Settings(workers=workers or default_workers(), limits=limits, **given)
+    if settings.json_logs:
+        from tagstore.serving.logs import use_json
+
+        use_json()
+    server: Any
+    if settings.workers > 1:
+        from tagstore.workers import Supervisor
+
+        server = Supervisor(root, address, device=device, settings=settings)
+    else:
+        from tagstore.server import Server
+
+        server = Server(root, address, device=device, settings=settings)
+    server.run(click.echo)
 
 
 @click.command()

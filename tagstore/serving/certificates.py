@@ -1,0 +1,75 @@
+"""TLS and mutual TLS from files, which may be replaced while the server runs."""
+
+from __future__ import annotations
+
+import logging
+import ssl
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from tagstore.errors import InvalidInput
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """Paths of PEM files."""
+
+    certificate: str
+    """The server's chain."""
+    key: str
+    client_ca: str = ""
+    """Authorities of client certificates; given, every client must show one."""
+
+    @property
+    def files(self) -> Sequence[Path]:
+        return [Path(name) for name in (self.certificate, self.key, self.client_ca) if name]
+
+
+def credentials(tls: Tls) -> Any:
+    """Server credentials that are taken from the files as they are at each handshake. Raises `InvalidInput` for files that do not fit."""
+    seen = _identities(tls)
+    configuration = _load(tls)
+
+    def current() -> Any:
+        nonlocal seen
+        try:
+            now = _identities(tls)
+            if now == seen:
+                return None  # as before
+            seen = now
+            fresh = _load(tls)
+            log.warning("read the certificate %s again", tls.certificate)
+            return fresh
+        except InvalidInput as error:
+            log.error("the certificate of before stays in use: %s", error)
+            return None
+
+    return grpc.dynamic_ssl_server_credentials(configuration, current, require_client_authentication=bool(tls.client_ca))
+
+
+def _identities(tls: Tls) -> list[tuple[int, int]]:
+    try:
+        return [(status.st_mtime_ns, status.st_ino) for status in (path.stat() for path in tls.files)]
+    except OSError as error:
+        raise InvalidInput(f"{error.filename} cannot be read: {error.strerror}") from error
+
+
+def _load(tls: Tls) -> Any:
+    try:
+        # half a pair, as while files are being replaced, is refused here: gRPC would refuse every handshake
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(tls.certificate, tls.key)
+        roots = None
+        if tls.client_ca:
+            context.load_verify_locations(tls.client_ca)
+            roots = Path(tls.client_ca).read_bytes()
+        pair = (Path(tls.key).read_bytes(), Path(tls.certificate).read_bytes())
+    except (OSError, ssl.SSLError) as error:
+        raise InvalidInput(f"certificate {tls.certificate} and key {tls.key} cannot be used: {error}") from error
+    return grpc.ssl_server_certificate_configuration([pair], root_certificates=roots)

@@ -1,0 +1,29 @@
+"""How much a server takes on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Of one worker. What goes beyond is refused with RESOURCE_EXHAUSTED; where it is worth trying again, with the time to wait."""
+
+    in_flight: int = 128
+    """Calls in hand, streams not counted."""
+    per_client: int = 64
+    """Calls and streams of one client: a caller with a token, else a connection."""
+    streams: int = 64
+    """Open streams."""
+    message_bytes: int = 64 << 20
+    """Of one request or answer."""
+    image_bytes: int = 32 << 20
+    """Of one encoded image."""
+    images: int = 256
+    """Of one request."""
+    search_wait: float = 0.05
+    """Seconds that a query may be expected to wait for the search."""
+    embed_wait: float = 1.0
+    """Seconds that an image may be expected to wait for the encoder."""
+    slow_reader: float = 60.0
+    """Seconds that a client may take to accept an answer."""

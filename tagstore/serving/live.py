@@ -1,0 +1,167 @@
+"""A catalog for many callers at once: it embeds and searches in batches, checks cheaply which version is current, and lets go of stores."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import logging
+import os
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tagstore.catalog import Catalog
+from tagstore.encoder import Encoder
+from tagstore.engine import Engine
+from tagstore.errors import NotFound
+from tagstore.serving import metrics, tracing
+from tagstore.serving.batching import Batcher
+from tagstore.serving.current import current
+from tagstore.serving.limits import Limits
+from tagstore.store import check_name
+from tagstore.types import Identity, Retrieval, Search, StoreInfo, Vectors
+
+log = logging.getLogger(__name__)
+
+SEARCH_ROWS = 256
+"""Queries of one search."""
+EMBED_ROWS = 64
+"""Images of one batch for the encoder."""
+PINNED = 32
+"""Versions other than the current ones that stay open, the least recently used one goes first."""
+
+
+class LiveCatalog(Catalog):
+    """The catalog of a server.
+
+    Args:
+        root: directory of the stores.
+        device: of the encoders.
+        limits: how long a query may wait.
+        cores: searches that run at a time.
+    """
+
+    def __init__(self, root: str | Path, *, device: str = "auto", limits: Limits = Limits(), cores: int = 2) -> None:  # noqa: B008  frozen
+        super().__init__(root, device=device)
+        self._hot: dict[str, tuple[tuple[int, int], int, Engine]] = {}
+        self._used: dict[tuple[str, int], float] = {}
+        self._unloaded: set[str] = set()
+        self._searches: Batcher[tuple[NDArray[Any], Sequence[Identity]], list[Retrieval]] = Batcher(
+            _search, name="search", rows=SEARCH_ROWS, slots=cores, max_wait=limits.search_wait, observe=partial(self._observe, "search")
+        )
+        self._embeddings: Batcher[NDArray[np.uint8], Vectors] = Batcher(
+            self._embed_batch, name="encoder", rows=EMBED_ROWS, slots=1, max_wait=limits.embed_wait, observe=partial(self._observe, "embed")
+        )
+
+    def engine(self, store: str, version: int = 0) -> Engine:
+        """As the catalog's; but where nothing was written since the last time, that is seen without reading anything."""
+        if store in self._unloaded:
+            raise NotFound(f"store '{store}' is not loaded here: an administrator can load it")
+        if version:
+            engine = super().engine(store, version)
+            self._pin(store, version)
+            return engine
+        hot = self._hot.get(store)
+        if hot is not None and hot[:2] == self._mark(store, hot[2]):
+            return hot[2]
+        engine = super().engine(store)
+        # the mark is of before a look at which version is current: what is written meanwhile makes it stale, never wrong
+        mark = self._mark(store, engine)
+        if super().engine(store) is engine and mark is not None:
+            self._hot[store] = (*mark, engine)
+            metrics.child(metrics.VERSION, store).set(engine.version.number)
+        return engine
+
+    def _mark(self, store: str, engine: Engine) -> tuple[tuple[int, int], int] | None:
+        """Changes whenever something was written to a store, or another store has its name."""
+        try:
+            status = os.stat(f"{self.root}/{store}/CURRENT")
+        except OSError:
+            return None
+        return (status.st_mtime_ns, status.st_ino), engine.snapshot.store.env.info()["last_txnid"]
+
+    def _pin(self, store: str, version: int) -> None:
+        self._used[store, version] = time.monotonic()
+        if len(self._used) > PINNED:
+            with self._lock:
+                oldest = min(self._used, key=lambda key: self._used[key])
+                self._used.pop(oldest, None)
+                if self._hot.get(oldest[0], (None, None, None))[2] is not self._engines.get(oldest):
+                    self._engines.pop(oldest, None)
+
+    def load(self, store: str) -> StoreInfo:
+        """Serve a store that was unloaded, or that came since; returns once it is open and its encoder there. Raises `NotFound`."""
+        self._unloaded.discard(check_name(store))
+        engine = self.engine(store)
+        self.encoder(engine.fingerprint)
+        return engine.info()
+
+    def unload(self, store: str) -> None:
+        """Serve a store no more and give its memory back; calls in flight end as they would have. Raises `NotFound`."""
+        if not (self.root / check_name(store) / "CURRENT").exists():
+            raise NotFound(f"no store '{store}'")
+        self._unloaded.add(store)
+        with self._lock:
+            self._hot.pop(store, None)
+            if store in self._stores:
+                self._let_go(store)
+            for key in [key for key in self._used if key[0] == store]:
+                del self._used[key]
+            used = {engine.fingerprint.digest for engine in self._engines.values()}
+        with self._loading:
+            for digest in [digest for digest in self._encoders if digest not in used]:
+                del self._encoders[digest]
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        log.info("unloaded %s", store)
+
+    def stores(self) -> list[StoreInfo]:
+        return [info for info in super().stores() if info.store not in self._unloaded]
+
+    def _observe(self, stage: str, rows: int, waited: float) -> None:
+        batcher: Batcher[Any, Any] = self._searches if stage == "search" else self._embeddings
+        metrics.child(metrics.BATCH, stage).observe(rows)
+        metrics.child(metrics.DEPTH, stage).set(batcher.depth)
+        metrics.stage("queue", current.store, waited)
+
+    def _embed(self, engine: Engine, images: Sequence[bytes], *rest: Any) -> tuple[NDArray[np.floating], Sequence[Identity]]:
+        self._embeddings.admit()  # before anything is decoded for it
+        start, before = time.perf_counter(), current.embedding
+        answer = super()._embed(engine, images, *rest)
+        metrics.stage("decode", current.store, time.perf_counter() - start - (current.embedding - before))
+        return answer
+
+    def _encode(self, encoder: Encoder, pixels: NDArray[np.uint8]) -> Vectors:
+        start = time.perf_counter()
+        try:
+            with tracing.span("embed", images=len(pixels)):
+                return self._embeddings(encoder, pixels, len(pixels), current.deadline)
+        finally:
+            seconds = time.perf_counter() - start
+            current.embedding += seconds
+            metrics.stage("embed", current.store, seconds)
+
+    def _embed_batch(self, encoder: Encoder, items: Sequence[NDArray[np.uint8]]) -> list[Vectors]:
+        if len(items) == 1:
+            return [super()._encode(encoder, items[0])]
+        vectors = super()._encode(encoder, np.concatenate(items))
+        return np.split(vectors, np.cumsum([len(item) for item in items])[:-1])
+
+    def _search(self, engine: Engine, queries: NDArray[np.floating], search: Search, identities: Sequence[Identity]) -> list[Retrieval]:
+        with metrics.timed("search", current.store), tracing.span("search", queries=len(queries)):
+            key = (engine, search, bool(identities))
+            return self._searches(key, (queries, identities), len(queries), current.deadline)
+
+
+def _search(key: tuple[Engine, Search, bool], items: Sequence[tuple[NDArray[Any], Sequence[Identity]]]) -> list[list[Retrieval]]:
+    engine, search, _ = key
+    if len(items) == 1:
+        return [engine.retrieve(items[0][0], search, items[0][1])]
+    identities = [identity for _, some in items for identity in some]
+    found = iter(engine.retrieve(np.concatenate([queries for queries, _ in items]), search, identities))
+    return [[next(found) for _ in queries] for queries, _ in items]

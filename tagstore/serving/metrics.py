@@ -1,0 +1,80 @@
+"""What a server measures of itself, for Prometheus.
+
+The variable PROMETHEUS_MULTIPROC_DIR, set before this module is imported, makes several workers count into one directory, which `serve`
+then adds up.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+
+from tagstore.errors import Unavailable
+
+DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
+_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
+
+REQUESTS = Counter("tagstore_requests_total", "Calls by method, store and status code.", ["method", "store", "code"])
+LATENCY = Histogram(
+    "tagstore_request_seconds", "Seconds in our hands, from the parsed request to its answer.", ["method", "store"], buckets=_SECONDS
+)
+STAGE = Histogram("tagstore_stage_seconds", "Seconds by stage: queue, decode, embed, search, tags.", ["stage", "store"], buckets=_SECONDS)
+BATCH = Histogram("tagstore_batch_rows", "Images or vectors that were worked on together.", ["stage"], buckets=_ROWS)
+DEPTH = Gauge("tagstore_queue_rows", "Images or vectors that wait.", ["stage"], multiprocess_mode="livesum")
+IN_FLIGHT = Gauge("tagstore_in_flight", "Calls in hand.", multiprocess_mode="livesum")
+VERSION = Gauge("tagstore_store_version", "The version that answers.", ["store"], multiprocess_mode="livemax")
+REFUSED = Counter("tagstore_refused_total", "Calls refused for a reason of access or load.", ["reason"])
+
+
+@cache
+def child(metric: Any, *labels: str) -> Any:
+    """`metric.labels(...)`, which takes a lock and several microseconds each time."""
+    return metric.labels(*labels)
+
+
+def stage(name: str, store: str, seconds: float) -> None:
+    child(STAGE, name, store).observe(seconds)
+
+
+@contextmanager
+def timed(name: str, store: str) -> Iterator[None]:
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        stage(name, store, time.perf_counter() - start)
+
+
+def serve(address: str, directory: str = "") -> tuple[Callable[[], None], int]:
+    """Answer scrapes at `HOST:PORT` in a thread of its own, of this process or of those that count into a directory.
+
+    Returns a function that ends it, and the port. Raises `Unavailable` where the address is taken.
+    """
+    host, _, port = address.rpartition(":")
+    registry: Any = REGISTRY
+    if directory:
+        registry = CollectorRegistry()
+        MultiProcessCollector(registry, path=directory)
+    try:
+        server, thread = start_http_server(int(port), host.strip("[]"), registry)
+    except OSError as error:
+        raise Unavailable(f"cannot serve metrics at {address}: {error.strerror}") from error
+
+    def stop() -> None:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+    return stop, server.server_port
+
+
+def forget(pid: int, directory: str) -> None:
+    """A worker has ended: its gauges count no more."""
+    mark_process_dead(pid, directory)

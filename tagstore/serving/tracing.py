@@ -1,0 +1,45 @@
+"""Spans for OpenTelemetry, where it is wanted and installed (`tagstore[otel]`); otherwise nothing, at no cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from importlib.util import find_spec
+from typing import Any
+
+from tagstore.errors import MissingExtra
+
+_NOTHING: AbstractContextManager[Any] = nullcontext()
+_tracer: Any = None
+
+
+def enable() -> None:
+    """Send spans to the collector that the variables OTEL_EXPORTER_OTLP_* name. Raises `MissingExtra`."""
+    if find_spec("opentelemetry") is None or find_spec("opentelemetry.exporter") is None:
+        raise MissingExtra("tracing needs OpenTelemetry: pip install 'tagstore[otel]'")
+    from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+    from opentelemetry.sdk.resources import Resource
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+    provider = TracerProvider(resource=Resource.create({"service.name": "tagstore"}))
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    use(provider)
+
+
+def use(provider: Any) -> None:
+    """Take spans from a provider; None to take none."""
+    global _tracer
+    _tracer = provider.get_tracer("tagstore") if provider is not None else None
+
+
+def span(name: str, metadata: Iterable[tuple[str, str | bytes]] = (), **attributes: str | int) -> AbstractContextManager[Any]:
+    """A span around what is done inside; a child of the caller's where its metadata carries a trace."""
+    if _tracer is None:
+        return _NOTHING
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+    carrier = {key: str(value) for key, value in metadata if key in ("traceparent", "tracestate")}
+    parent = TraceContextTextMapPropagator().extract(carrier) if carrier else None
+    span: AbstractContextManager[Any] = _tracer.start_as_current_span(name, context=parent, attributes=attributes)
+    return span
