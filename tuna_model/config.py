@@ -178,11 +178,10 @@ class TunaConfig(PreTrainedConfig):  # type: ignore[misc]
         return (self.pool_side if self.connector == "pooled" else self.grid_side) ** 2
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As transformers'; a dict of its Llava is translated first."""
-        if config_dict.get("model_type") == "llava":
-            config_dict = _from_llava(config_dict)
-        return super().from_dict(config_dict, **kwargs)
+    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """As transformers'; that of its Llava is translated."""
+        found, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return (_from_llava(found) if found.get("model_type") == "llava" else found), kwargs
 
 
 def _from_llava(llava: dict[str, Any]) -> dict[str, Any]:
@@ -200,6 +199,7 @@ def _from_llava(llava: dict[str, Any]) -> dict[str, Any]:
     # hidden_states holds the embeddings too: index i is the output of block i
     layer = layer if layer < 0 else layer - vision.num_hidden_layers - 1
     return {
+        "model_type": TunaConfig.model_type,
         "text_config": config.text_config.to_dict(),
         "vision_config": vision.to_dict(),
         "encoder": "",

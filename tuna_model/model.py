@@ -35,6 +35,15 @@ _PACKED = ("pixel_values", "grid", "image_vectors", *TAG_INPUTS[1:])
 """Inputs whose first dimension is not the batch's: beams share them."""
 
 
+_NEW_LLAVA = {
+    r"^model\.language_model\.": "language_model.model.",
+    r"^lm_head\.": "language_model.lm_head.",
+    r"^model\.vision_tower\.": "vision_tower.",
+    r"^model\.multi_modal_projector\.": "multi_modal_projector.",
+}
+"""Names of a Llava in memory, which some files have too, to those of the hub's files."""
+
+
 @dataclass
 class TunaOutput(ModelOutput):  # type: ignore[misc]
     """What a forward gives."""
@@ -86,6 +95,14 @@ class TunaForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: i
             self.tag_encoder = TagEncoder(config)
             self.weight_tuner = WeightTuner(config)
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'; a directory of its Llava is read as it is."""
+        found = super().from_pretrained(*args, **{"key_mapping": _NEW_LLAVA, **kwargs})
+        model = found[0] if isinstance(found, tuple) else found
+        model._weight_conversions = None  # saved under our names, whatever it was read from
+        return found
 
     def _init_weights(self, module: nn.Module) -> None:
         """What transformers does, and the few tensors that it does not know."""
