@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,6 +48,11 @@ SHOWN = 1000
 
 Advance = Callable[[str, int], None]
 """Called with the name of a stage and how many pairs (or tags) it has done since."""
+
+
+Outcome = Literal["added", "unchanged", "quarantined"]
+Settled = Callable[[list[tuple[str, Outcome, str]]], None]
+"""Called with (key, outcome, reason) of each pair of a batch, once what is to be written of it is."""
 
 
 @dataclass(slots=True)
@@ -156,6 +161,44 @@ def ingest(
             raise
 
 
+def ingest_pairs(
+    pairs: Iterable[Pair | Rejected],
+    *,
+    root: str | Path,
+    store: str,
+    source: str = "",
+    encoder: str | Encoder | None = None,
+    miner: str | Miner = "rules",
+    device: str = "auto",
+    sync: Sync = "full",
+    settled: Settled = lambda results: None,
+) -> Report:
+    """As `ingest`, of pairs that come from elsewhere than a file; what was cut off is not taken up again.
+
+    Pairs are consumed as they are worked on, two batches at most ahead. If their iterator raises, no version is made.
+
+    Args:
+        source: what to call where they come from.
+        settled: called as batches are done.
+    """
+    check_name(store)
+    clock = _Clock()
+    with clock("load"):
+        encoder = encoder if isinstance(encoder, Encoder) else _encoder_for(root, store, encoder, device)
+        miner = load_miner(miner) if isinstance(miner, str) else miner
+    rules = load_rules()
+    where = {"stream": source}
+    with Writer(root, store, encoder.fingerprint, sync=sync) as writer:
+        try:
+            run = _Run(where, identity(miner, rules), encoder, miner, rules, writer, Progress(""), clock, lambda stage, done: None, settled)
+            return run.finish(iter(pairs))
+        except Exception:
+            if writer.parent is None:
+                with writing(f"store '{store}'"):
+                    shutil.rmtree(writer.directory)  # nothing was ever committed to it
+            raise
+
+
 class _Run:
     """One ingest under way."""
 
@@ -170,11 +213,17 @@ class _Run:
         progress: Progress,
         clock: _Clock,
         advance: Advance,
+        settled: Settled = lambda results: None,
     ) -> None:
         self.source, self.about, self.encoder, self.miner, self.rules = source, about, encoder, miner, rules
         self.writer, self.progress, self.clock, self.advance = writer, progress, clock, advance
+        self.settled = settled
         self.same_miner = writer.parent is not None and writer.parent.miner == about
         self.report = Report(writer.name, writer.parent.number if writer.parent else 0, resumed=progress.pairs)
+
+    @property
+    def _name(self) -> str:
+        return str(self.source.get("path") or self.source.get("stream") or "the stream")
 
     def finish(self, pairs: Iterator[Pair | Rejected]) -> Report:
         """Consume the pairs, commit, and say what was done."""
@@ -187,7 +236,7 @@ class _Run:
         report.pairs, report.added, report.unchanged = progress.pairs, progress.added, progress.unchanged
         if not report.added and not writer.parent:
             first = f"{r.key}: {r.reason}" if (r := next(iter(report.quarantined), None)) else "the source is empty"
-            raise InvalidInput(f"none of the {report.pairs} pairs of {self.source['path']} can be used; the first: {first}")
+            raise InvalidInput(f"none of the {report.pairs} pairs of {self._name} can be used; the first: {first}")
         if report.added:
             while texts := writer.new_tags(limit=4096):
                 with self.clock("embed tags"):
@@ -228,6 +277,20 @@ class _Run:
         for refused in rejected:
             self._note(refused)
         self.advance("pairs", len(batch))
+        self._settle(batch, {item.draft.key for item in good}, {refused.key: refused.reason for refused in rejected})
+
+    def _settle(self, batch: list[tuple[bytes, _Prepared | Rejected]], new: set[str], refusals: Mapping[str, str]) -> None:
+        results: list[tuple[str, Outcome, str]] = []
+        for _, item in batch:
+            key = item.key if isinstance(item, Rejected) else item.draft.key
+            if key in new and isinstance(item, _Prepared):
+                new.remove(key)  # a second one of the same key is a duplicate
+                results.append((key, "added", ""))
+            elif key in refusals:
+                results.append((key, "quarantined", refusals[key]))
+            else:
+                results.append((key, "unchanged", ""))
+        self.settled(results)
 
     def _note(self, refused: Rejected) -> None:
         report = self.report
@@ -241,7 +304,7 @@ class _Run:
         """Batches in order, the next one in the making while the caller works on one."""
 
         # an entry's origin is told from the source's folder on; the version says which that is
-        folder = os.path.join(os.path.dirname(re.split(r"[*?\[{]", self.source["path"])[0]), "")
+        folder = os.path.join(os.path.dirname(re.split(r"[*?\[{]", self.source.get("path", ""))[0]), "")
 
         def submit() -> list[Future[tuple[bytes, _Prepared | Rejected]]]:
             with self.clock("read"):

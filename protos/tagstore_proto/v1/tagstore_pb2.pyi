@@ -28,6 +28,13 @@ class Order(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ORDER_VOTES: _ClassVar[Order]
     ORDER_SIMILARITY: _ClassVar[Order]
     ORDER_RELEVANCE: _ClassVar[Order]
+
+class Outcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    OUTCOME_UNSPECIFIED: _ClassVar[Outcome]
+    OUTCOME_ADDED: _ClassVar[Outcome]
+    OUTCOME_UNCHANGED: _ClassVar[Outcome]
+    OUTCOME_QUARANTINED: _ClassVar[Outcome]
 KIND_UNSPECIFIED: Kind
 KIND_OBJECT: Kind
 KIND_ATTRIBUTE: Kind
@@ -41,6 +48,10 @@ ORDER_UNSPECIFIED: Order
 ORDER_VOTES: Order
 ORDER_SIMILARITY: Order
 ORDER_RELEVANCE: Order
+OUTCOME_UNSPECIFIED: Outcome
+OUTCOME_ADDED: Outcome
+OUTCOME_UNCHANGED: Outcome
+OUTCOME_QUARANTINED: Outcome
 
 class Vectors(_message.Message):
     __slots__ = ("data", "dimension", "dtype")
@@ -292,3 +303,256 @@ class Fingerprint(_message.Message):
     normalised: bool
     dimension: int
     def __init__(self, model: _Optional[str] = ..., weights: _Optional[str] = ..., preprocess: _Optional[str] = ..., quick_gelu: _Optional[bool] = ..., normalised: _Optional[bool] = ..., dimension: _Optional[int] = ...) -> None: ...
+
+class IngestRequest(_message.Message):
+    __slots__ = ("start", "pair", "rejected")
+    START_FIELD_NUMBER: _ClassVar[int]
+    PAIR_FIELD_NUMBER: _ClassVar[int]
+    REJECTED_FIELD_NUMBER: _ClassVar[int]
+    start: IngestStart
+    pair: Pair
+    rejected: Rejected
+    def __init__(self, start: _Optional[_Union[IngestStart, _Mapping]] = ..., pair: _Optional[_Union[Pair, _Mapping]] = ..., rejected: _Optional[_Union[Rejected, _Mapping]] = ...) -> None: ...
+
+class IngestStart(_message.Message):
+    __slots__ = ("store", "encoder", "miner", "source")
+    STORE_FIELD_NUMBER: _ClassVar[int]
+    ENCODER_FIELD_NUMBER: _ClassVar[int]
+    MINER_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    store: str
+    encoder: str
+    miner: str
+    source: str
+    def __init__(self, store: _Optional[str] = ..., encoder: _Optional[str] = ..., miner: _Optional[str] = ..., source: _Optional[str] = ...) -> None: ...
+
+class Pair(_message.Message):
+    __slots__ = ("key", "image", "captions", "metadata", "origin")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_FIELD_NUMBER: _ClassVar[int]
+    CAPTIONS_FIELD_NUMBER: _ClassVar[int]
+    METADATA_FIELD_NUMBER: _ClassVar[int]
+    ORIGIN_FIELD_NUMBER: _ClassVar[int]
+    key: str
+    image: bytes
+    captions: _containers.RepeatedScalarFieldContainer[str]
+    metadata: str
+    origin: str
+    def __init__(self, key: _Optional[str] = ..., image: _Optional[bytes] = ..., captions: _Optional[_Iterable[str]] = ..., metadata: _Optional[str] = ..., origin: _Optional[str] = ...) -> None: ...
+
+class Rejected(_message.Message):
+    __slots__ = ("key", "reason", "origin")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    ORIGIN_FIELD_NUMBER: _ClassVar[int]
+    key: str
+    reason: str
+    origin: str
+    def __init__(self, key: _Optional[str] = ..., reason: _Optional[str] = ..., origin: _Optional[str] = ...) -> None: ...
+
+class PairResult(_message.Message):
+    __slots__ = ("key", "outcome", "reason")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    key: str
+    outcome: Outcome
+    reason: str
+    def __init__(self, key: _Optional[str] = ..., outcome: _Optional[_Union[Outcome, str]] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class IngestResponse(_message.Message):
+    __slots__ = ("results", "report")
+    RESULTS_FIELD_NUMBER: _ClassVar[int]
+    REPORT_FIELD_NUMBER: _ClassVar[int]
+    results: _containers.RepeatedCompositeFieldContainer[PairResult]
+    report: IngestReport
+    def __init__(self, results: _Optional[_Iterable[_Union[PairResult, _Mapping]]] = ..., report: _Optional[_Union[IngestReport, _Mapping]] = ...) -> None: ...
+
+class IngestReport(_message.Message):
+    __slots__ = ("store", "version", "pairs", "added", "unchanged", "quarantined", "entries", "tags", "unique_tags")
+    STORE_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    PAIRS_FIELD_NUMBER: _ClassVar[int]
+    ADDED_FIELD_NUMBER: _ClassVar[int]
+    UNCHANGED_FIELD_NUMBER: _ClassVar[int]
+    QUARANTINED_FIELD_NUMBER: _ClassVar[int]
+    ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    TAGS_FIELD_NUMBER: _ClassVar[int]
+    UNIQUE_TAGS_FIELD_NUMBER: _ClassVar[int]
+    store: str
+    version: int
+    pairs: int
+    added: int
+    unchanged: int
+    quarantined: int
+    entries: int
+    tags: int
+    unique_tags: int
+    def __init__(self, store: _Optional[str] = ..., version: _Optional[int] = ..., pairs: _Optional[int] = ..., added: _Optional[int] = ..., unchanged: _Optional[int] = ..., quarantined: _Optional[int] = ..., entries: _Optional[int] = ..., tags: _Optional[int] = ..., unique_tags: _Optional[int] = ...) -> None: ...
+
+class DeleteRequest(_message.Message):
+    __slots__ = ("store", "keys", "sha256", "near", "where")
+    class WhereEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    STORE_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    SHA256_FIELD_NUMBER: _ClassVar[int]
+    NEAR_FIELD_NUMBER: _ClassVar[int]
+    WHERE_FIELD_NUMBER: _ClassVar[int]
+    store: str
+    keys: _containers.RepeatedScalarFieldContainer[str]
+    sha256: _containers.RepeatedScalarFieldContainer[str]
+    near: _containers.RepeatedCompositeFieldContainer[Near]
+    where: _containers.ScalarMap[str, str]
+    def __init__(self, store: _Optional[str] = ..., keys: _Optional[_Iterable[str]] = ..., sha256: _Optional[_Iterable[str]] = ..., near: _Optional[_Iterable[_Union[Near, _Mapping]]] = ..., where: _Optional[_Mapping[str, str]] = ...) -> None: ...
+
+class Near(_message.Message):
+    __slots__ = ("perceptual_hash", "distance")
+    PERCEPTUAL_HASH_FIELD_NUMBER: _ClassVar[int]
+    DISTANCE_FIELD_NUMBER: _ClassVar[int]
+    perceptual_hash: int
+    distance: int
+    def __init__(self, perceptual_hash: _Optional[int] = ..., distance: _Optional[int] = ...) -> None: ...
+
+class DeleteResponse(_message.Message):
+    __slots__ = ("version", "keys")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    version: VersionInfo
+    keys: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, version: _Optional[_Union[VersionInfo, _Mapping]] = ..., keys: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class RollbackRequest(_message.Message):
+    __slots__ = ("store", "version")
+    STORE_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    store: str
+    version: int
+    def __init__(self, store: _Optional[str] = ..., version: _Optional[int] = ...) -> None: ...
+
+class RollbackResponse(_message.Message):
+    __slots__ = ("version",)
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    version: VersionInfo
+    def __init__(self, version: _Optional[_Union[VersionInfo, _Mapping]] = ...) -> None: ...
+
+class BuildIndexRequest(_message.Message):
+    __slots__ = ("store", "recall", "memory_bytes", "latency_ms", "kind")
+    STORE_FIELD_NUMBER: _ClassVar[int]
+    RECALL_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LATENCY_MS_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    store: str
+    recall: float
+    memory_bytes: int
+    latency_ms: float
+    kind: str
+    def __init__(self, store: _Optional[str] = ..., recall: _Optional[float] = ..., memory_bytes: _Optional[int] = ..., latency_ms: _Optional[float] = ..., kind: _Optional[str] = ...) -> None: ...
+
+class BuildIndexResponse(_message.Message):
+    __slots__ = ("progress", "version", "report")
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    REPORT_FIELD_NUMBER: _ClassVar[int]
+    progress: str
+    version: VersionInfo
+    report: str
+    def __init__(self, progress: _Optional[str] = ..., version: _Optional[_Union[VersionInfo, _Mapping]] = ..., report: _Optional[str] = ...) -> None: ...
+
+class LoadRequest(_message.Message):
+    __slots__ = ("store",)
+    STORE_FIELD_NUMBER: _ClassVar[int]
+    store: str
+    def __init__(self, store: _Optional[str] = ...) -> None: ...
+
+class LoadResponse(_message.Message):
+    __slots__ = ("store",)
+    STORE_FIELD_NUMBER: _ClassVar[int]
+    store: StoreInfo
+    def __init__(self, store: _Optional[_Union[StoreInfo, _Mapping]] = ...) -> None: ...
+
+class UnloadRequest(_message.Message):
+    __slots__ = ("store",)
+    STORE_FIELD_NUMBER: _ClassVar[int]
+    store: str
+    def __init__(self, store: _Optional[str] = ...) -> None: ...
+
+class UnloadResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListVersionsRequest(_message.Message):
+    __slots__ = ("store",)
+    STORE_FIELD_NUMBER: _ClassVar[int]
+    store: str
+    def __init__(self, store: _Optional[str] = ...) -> None: ...
+
+class ListVersionsResponse(_message.Message):
+    __slots__ = ("versions",)
+    VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    versions: _containers.RepeatedCompositeFieldContainer[VersionInfo]
+    def __init__(self, versions: _Optional[_Iterable[_Union[VersionInfo, _Mapping]]] = ...) -> None: ...
+
+class VersionInfo(_message.Message):
+    __slots__ = ("number", "parent", "created", "operation", "entries", "tags", "unique_tags", "fingerprint")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    PARENT_FIELD_NUMBER: _ClassVar[int]
+    CREATED_FIELD_NUMBER: _ClassVar[int]
+    OPERATION_FIELD_NUMBER: _ClassVar[int]
+    ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    TAGS_FIELD_NUMBER: _ClassVar[int]
+    UNIQUE_TAGS_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    parent: int
+    created: str
+    operation: str
+    entries: int
+    tags: int
+    unique_tags: int
+    fingerprint: Fingerprint
+    def __init__(self, number: _Optional[int] = ..., parent: _Optional[int] = ..., created: _Optional[str] = ..., operation: _Optional[str] = ..., entries: _Optional[int] = ..., tags: _Optional[int] = ..., unique_tags: _Optional[int] = ..., fingerprint: _Optional[_Union[Fingerprint, _Mapping]] = ...) -> None: ...
+
+class DiffRequest(_message.Message):
+    __slots__ = ("store", "before", "after")
+    STORE_FIELD_NUMBER: _ClassVar[int]
+    BEFORE_FIELD_NUMBER: _ClassVar[int]
+    AFTER_FIELD_NUMBER: _ClassVar[int]
+    store: str
+    before: int
+    after: int
+    def __init__(self, store: _Optional[str] = ..., before: _Optional[int] = ..., after: _Optional[int] = ...) -> None: ...
+
+class DiffResponse(_message.Message):
+    __slots__ = ("before", "after", "added", "removed", "changed", "tags")
+    BEFORE_FIELD_NUMBER: _ClassVar[int]
+    AFTER_FIELD_NUMBER: _ClassVar[int]
+    ADDED_FIELD_NUMBER: _ClassVar[int]
+    REMOVED_FIELD_NUMBER: _ClassVar[int]
+    CHANGED_FIELD_NUMBER: _ClassVar[int]
+    TAGS_FIELD_NUMBER: _ClassVar[int]
+    before: int
+    after: int
+    added: _containers.RepeatedScalarFieldContainer[str]
+    removed: _containers.RepeatedScalarFieldContainer[str]
+    changed: _containers.RepeatedScalarFieldContainer[str]
+    tags: _containers.RepeatedCompositeFieldContainer[TagChange]
+    def __init__(self, before: _Optional[int] = ..., after: _Optional[int] = ..., added: _Optional[_Iterable[str]] = ..., removed: _Optional[_Iterable[str]] = ..., changed: _Optional[_Iterable[str]] = ..., tags: _Optional[_Iterable[_Union[TagChange, _Mapping]]] = ...) -> None: ...
+
+class TagChange(_message.Message):
+    __slots__ = ("text", "kind", "before", "after")
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    BEFORE_FIELD_NUMBER: _ClassVar[int]
+    AFTER_FIELD_NUMBER: _ClassVar[int]
+    text: str
+    kind: Kind
+    before: int
+    after: int
+    def __init__(self, text: _Optional[str] = ..., kind: _Optional[_Union[Kind, str]] = ..., before: _Optional[int] = ..., after: _Optional[int] = ...) -> None: ...

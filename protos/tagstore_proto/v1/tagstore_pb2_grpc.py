@@ -272,3 +272,392 @@ class TagStore:
             timeout,
             metadata,
             _registered_method=True)
+
+
+class AdminStub:
+    """What changes stores. Needs the role `ingest` on the store for Ingest and Delete, `read` for ListVersions and Diff, `admin` for the rest.
+    Another writer at work ends a call with ABORTED.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Ingest = channel.stream_stream(
+                '/tagstore.v1.Admin/Ingest',
+                request_serializer=tagstore__proto_dot_v1_dot_tagstore__pb2.IngestRequest.SerializeToString,
+                response_deserializer=tagstore__proto_dot_v1_dot_tagstore__pb2.IngestResponse.FromString,
+                _registered_method=True)
+        self.Delete = channel.unary_unary(
+                '/tagstore.v1.Admin/Delete',
+                request_serializer=tagstore__proto_dot_v1_dot_tagstore__pb2.DeleteRequest.SerializeToString,
+                response_deserializer=tagstore__proto_dot_v1_dot_tagstore__pb2.DeleteResponse.FromString,
+                _registered_method=True)
+        self.Rollback = channel.unary_unary(
+                '/tagstore.v1.Admin/Rollback',
+                request_serializer=tagstore__proto_dot_v1_dot_tagstore__pb2.RollbackRequest.SerializeToString,
+                response_deserializer=tagstore__proto_dot_v1_dot_tagstore__pb2.RollbackResponse.FromString,
+                _registered_method=True)
+        self.BuildIndex = channel.unary_stream(
+                '/tagstore.v1.Admin/BuildIndex',
+                request_serializer=tagstore__proto_dot_v1_dot_tagstore__pb2.BuildIndexRequest.SerializeToString,
+                response_deserializer=tagstore__proto_dot_v1_dot_tagstore__pb2.BuildIndexResponse.FromString,
+                _registered_method=True)
+        self.Load = channel.unary_unary(
+                '/tagstore.v1.Admin/Load',
+                request_serializer=tagstore__proto_dot_v1_dot_tagstore__pb2.LoadRequest.SerializeToString,
+                response_deserializer=tagstore__proto_dot_v1_dot_tagstore__pb2.LoadResponse.FromString,
+                _registered_method=True)
+        self.Unload = channel.unary_unary(
+                '/tagstore.v1.Admin/Unload',
+                request_serializer=tagstore__proto_dot_v1_dot_tagstore__pb2.UnloadRequest.SerializeToString,
+                response_deserializer=tagstore__proto_dot_v1_dot_tagstore__pb2.UnloadResponse.FromString,
+                _registered_method=True)
+        self.ListVersions = channel.unary_unary(
+                '/tagstore.v1.Admin/ListVersions',
+                request_serializer=tagstore__proto_dot_v1_dot_tagstore__pb2.ListVersionsRequest.SerializeToString,
+                response_deserializer=tagstore__proto_dot_v1_dot_tagstore__pb2.ListVersionsResponse.FromString,
+                _registered_method=True)
+        self.Diff = channel.unary_unary(
+                '/tagstore.v1.Admin/Diff',
+                request_serializer=tagstore__proto_dot_v1_dot_tagstore__pb2.DiffRequest.SerializeToString,
+                response_deserializer=tagstore__proto_dot_v1_dot_tagstore__pb2.DiffResponse.FromString,
+                _registered_method=True)
+
+
+class AdminServicer:
+    """What changes stores. Needs the role `ingest` on the store for Ingest and Delete, `read` for ListVersions and Diff, `admin` for the rest.
+    Another writer at work ends a call with ABORTED.
+    """
+
+    def Ingest(self, request_iterator, context):
+        """Pairs in, what became of each out; the pairs are a version of the store once the report comes, which is after the caller has
+        half-closed. Pairs are worked on in batches of up to 256: results come behind them, and a caller that sends faster than the server works
+        is held up by flow control. A call that ends otherwise leaves no trace.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Delete(self, request, context):
+        """Make a version without the selected entries.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Rollback(self, request, context):
+        """Make a version that holds what an old one held.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def BuildIndex(self, request, context):
+        """Choose and build an index within a budget; progress as it goes, the report at the end.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Load(self, request, context):
+        """Serve a store that was unloaded, or that came since the start; answers when it is open and its encoder there.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Unload(self, request, context):
+        """Serve a store no more and give its memory back. Its files stay as they are.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListVersions(self, request, context):
+        """The versions of a store, oldest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Diff(self, request, context):
+        """Entries and tags that differ between two versions.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_AdminServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Ingest': grpc.stream_stream_rpc_method_handler(
+                    servicer.Ingest,
+                    request_deserializer=tagstore__proto_dot_v1_dot_tagstore__pb2.IngestRequest.FromString,
+                    response_serializer=tagstore__proto_dot_v1_dot_tagstore__pb2.IngestResponse.SerializeToString,
+            ),
+            'Delete': grpc.unary_unary_rpc_method_handler(
+                    servicer.Delete,
+                    request_deserializer=tagstore__proto_dot_v1_dot_tagstore__pb2.DeleteRequest.FromString,
+                    response_serializer=tagstore__proto_dot_v1_dot_tagstore__pb2.DeleteResponse.SerializeToString,
+            ),
+            'Rollback': grpc.unary_unary_rpc_method_handler(
+                    servicer.Rollback,
+                    request_deserializer=tagstore__proto_dot_v1_dot_tagstore__pb2.RollbackRequest.FromString,
+                    response_serializer=tagstore__proto_dot_v1_dot_tagstore__pb2.RollbackResponse.SerializeToString,
+            ),
+            'BuildIndex': grpc.unary_stream_rpc_method_handler(
+                    servicer.BuildIndex,
+                    request_deserializer=tagstore__proto_dot_v1_dot_tagstore__pb2.BuildIndexRequest.FromString,
+                    response_serializer=tagstore__proto_dot_v1_dot_tagstore__pb2.BuildIndexResponse.SerializeToString,
+            ),
+            'Load': grpc.unary_unary_rpc_method_handler(
+                    servicer.Load,
+                    request_deserializer=tagstore__proto_dot_v1_dot_tagstore__pb2.LoadRequest.FromString,
+                    response_serializer=tagstore__proto_dot_v1_dot_tagstore__pb2.LoadResponse.SerializeToString,
+            ),
+            'Unload': grpc.unary_unary_rpc_method_handler(
+                    servicer.Unload,
+                    request_deserializer=tagstore__proto_dot_v1_dot_tagstore__pb2.UnloadRequest.FromString,
+                    response_serializer=tagstore__proto_dot_v1_dot_tagstore__pb2.UnloadResponse.SerializeToString,
+            ),
+            'ListVersions': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListVersions,
+                    request_deserializer=tagstore__proto_dot_v1_dot_tagstore__pb2.ListVersionsRequest.FromString,
+                    response_serializer=tagstore__proto_dot_v1_dot_tagstore__pb2.ListVersionsResponse.SerializeToString,
+            ),
+            'Diff': grpc.unary_unary_rpc_method_handler(
+                    servicer.Diff,
+                    request_deserializer=tagstore__proto_dot_v1_dot_tagstore__pb2.DiffRequest.FromString,
+                    response_serializer=tagstore__proto_dot_v1_dot_tagstore__pb2.DiffResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'tagstore.v1.Admin', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('tagstore.v1.Admin', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Admin:
+    """What changes stores. Needs the role `ingest` on the store for Ingest and Delete, `read` for ListVersions and Diff, `admin` for the rest.
+    Another writer at work ends a call with ABORTED.
+    """
+
+    @staticmethod
+    def Ingest(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/tagstore.v1.Admin/Ingest',
+            tagstore__proto_dot_v1_dot_tagstore__pb2.IngestRequest.SerializeToString,
+            tagstore__proto_dot_v1_dot_tagstore__pb2.IngestResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Delete(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tagstore.v1.Admin/Delete',
+            tagstore__proto_dot_v1_dot_tagstore__pb2.DeleteRequest.SerializeToString,
+            tagstore__proto_dot_v1_dot_tagstore__pb2.DeleteResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Rollback(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tagstore.v1.Admin/Rollback',
+            tagstore__proto_dot_v1_dot_tagstore__pb2.RollbackRequest.SerializeToString,
+            tagstore__proto_dot_v1_dot_tagstore__pb2.RollbackResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def BuildIndex(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/tagstore.v1.Admin/BuildIndex',
+            tagstore__proto_dot_v1_dot_tagstore__pb2.BuildIndexRequest.SerializeToString,
+            tagstore__proto_dot_v1_dot_tagstore__pb2.BuildIndexResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Load(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tagstore.v1.Admin/Load',
+            tagstore__proto_dot_v1_dot_tagstore__pb2.LoadRequest.SerializeToString,
+            tagstore__proto_dot_v1_dot_tagstore__pb2.LoadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Unload(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tagstore.v1.Admin/Unload',
+            tagstore__proto_dot_v1_dot_tagstore__pb2.UnloadRequest.SerializeToString,
+            tagstore__proto_dot_v1_dot_tagstore__pb2.UnloadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListVersions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tagstore.v1.Admin/ListVersions',
+            tagstore__proto_dot_v1_dot_tagstore__pb2.ListVersionsRequest.SerializeToString,
+            tagstore__proto_dot_v1_dot_tagstore__pb2.ListVersionsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Diff(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tagstore.v1.Admin/Diff',
+            tagstore__proto_dot_v1_dot_tagstore__pb2.DiffRequest.SerializeToString,
+            tagstore__proto_dot_v1_dot_tagstore__pb2.DiffResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
