@@ -91,6 +91,12 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
             raise BadImage(f"damaged or truncated {name}: {error} ({len(data)} bytes), fetch or export it again") from error
 
 
+def suffix_of(data: bytes) -> str:
+    """What the file of an encoded image is called at its end: `jpg`, `png` ..., `bin` if it is of no known format."""
+    plugin = next((plugin for signature, plugin in _PLUGINS if signature.match(data)), None)
+    return {"JPEG": "jpg"}.get(plugin.format, plugin.format.lower()) if plugin else "bin"
+
+
 def perceptual_hash(image: Image.Image) -> int:
     """64-bit perceptual hash (DCT of a 32 x 32 grey reduction): near-duplicates differ in few bits. Unsigned."""
     # Box reduction to 64..127 pixels a side first: the hash only looks at 32 x 32, and converting and resizing all pixels costs more.

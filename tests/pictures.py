@@ -1,11 +1,16 @@
-"""Pictures that tests draw for themselves."""
+"""Pictures that tests draw for themselves, and an encoder that takes no time to look at them."""
 
 from __future__ import annotations
 
 import io
+from hashlib import sha256
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageDraw
+
+from tagstore.encoder import Encoder
+from tagstore.types import Fingerprint
 
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange")
 SHAPES = ("circle", "square", "triangle")
@@ -35,3 +40,35 @@ def write_shapes(folder: Path) -> Path:
             (folder / f"{colour}-{shape}.png").write_bytes(picture(colour, shape))
             (folder / f"{colour}-{shape}.txt").write_text(f"A {colour} {shape} on a white table in Paris.\n")
     return folder
+
+
+class ToyEncoder(Encoder):
+    """Eight numbers of a picture's colours; a text's vector follows from its hash."""
+
+    def __init__(self, weights: str = "00") -> None:
+        self.fingerprint = Fingerprint("toy", weights, {"size": [8, 8]}, False, True, 8)
+        self.dimension, self.image_size, self.device, self.precision = 8, (8, 8), "cpu", "fp32"
+
+    def prepare(self, image):
+        return np.asarray(image)[::12, ::12]
+
+    def encode_images(self, images):
+        flat = np.stack(list(images)).reshape(len(images), -1)[:, 88:96].astype(np.float32) + 1
+        return flat / np.linalg.norm(flat, axis=1, keepdims=True)
+
+    def encode_texts(self, texts):
+        digests = [np.frombuffer(sha256(text.encode()).digest()[:8], np.uint8).astype(np.float32) + 1 for text in texts]
+        return np.stack([digest / np.linalg.norm(digest) for digest in digests])
+
+
+def write_table(folder: Path) -> Path:
+    """200 rows over 18 pictures; one is no picture, one repeats a key."""
+    folder.mkdir()
+    (folder / "broken.png").write_bytes(b"no picture")
+    rows = ["key,image,caption"]
+    for i in range(200):
+        colour, shape = COLOURS[i % 6], SHAPES[i // 6 % 3]
+        (folder / f"{colour}-{shape}.png").write_bytes(picture(colour, shape))
+        rows.append(f"{i if i != 150 else 20},{'broken' if i == 70 else f'{colour}-{shape}'}.png,A {colour} {shape} number {i}.")
+    (folder / "items.csv").write_text("\n".join(rows))
+    return folder / "items.csv"

@@ -429,7 +429,8 @@ def test_records_that_no_store_would_write_are_refused(small: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(format=2), "has format 2, this release reads 1"),
+        (lambda m: m.update(format=1), "has format 1, this release reads 2"),
+        (lambda m: m.update(image_bytes=5), "in a bundle without images"),
         (lambda m: m.update(bundle="other"), "not that of a bundle"),
         (lambda m: m.update(more=1), "unknown field 'more'"),
         (lambda m: m.pop("miner"), "lacks 'miner'"),

@@ -9,15 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import crash
-from pictures import COLOURS, SHAPES, picture
+from pictures import ToyEncoder, write_table
 from tagstore import builder
-from tagstore.encoder import Encoder
 from tagstore.store import Store
-from tagstore.types import Fingerprint
 from tagstore.verification import verify
 
 
@@ -74,37 +71,6 @@ def test_a_store_on_a_full_disk_goes_on_when_there_is_room_again(tmp_path: Path)
         subprocess.run(["umount", "-l", root], check=True)
 
 
-class ToyEncoder(Encoder):
-    """Eight numbers of a picture's colours; a text's vector follows from its hash."""
-
-    def __init__(self) -> None:
-        self.fingerprint = Fingerprint("toy", "00", {"size": [8, 8]}, False, True, crash.D)
-        self.dimension, self.image_size, self.device, self.precision = crash.D, (8, 8), "cpu", "fp32"
-
-    def prepare(self, image):
-        return np.asarray(image)[::12, ::12]
-
-    def encode_images(self, images):
-        flat = np.stack(list(images)).reshape(len(images), -1)[:, 88:96].astype(np.float32) + 1
-        return flat / np.linalg.norm(flat, axis=1, keepdims=True)
-
-    def encode_texts(self, texts):
-        return np.stack([crash.unit("text", text) for text in texts])
-
-
-def _source(folder: Path) -> Path:
-    """200 rows over 18 pictures; one is no picture, one repeats a key."""
-    folder.mkdir()
-    (folder / "broken.png").write_bytes(b"no picture")
-    rows = ["key,image,caption"]
-    for i in range(200):
-        colour, shape = COLOURS[i % 6], SHAPES[i // 6 % 3]
-        (folder / f"{colour}-{shape}.png").write_bytes(picture(colour, shape))
-        rows.append(f"{i if i != 150 else 20},{'broken' if i == 70 else f'{colour}-{shape}'}.png,A {colour} {shape} number {i}.")
-    (folder / "items.csv").write_text("\n".join(rows))
-    return folder / "items.csv"
-
-
 def ingest_slowly(source: str, root: str) -> None:
     """What the child of the test below does: an ingest in batches of 16 that says when one is done, and waits to be told to go on."""
     builder.BATCH = 16
@@ -118,7 +84,7 @@ def ingest_slowly(source: str, root: str) -> None:
 
 def test_an_ingest_killed_again_and_again_ends_as_one_that_was_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builder, "BATCH", 16)
-    source = _source(tmp_path / "source")
+    source = write_table(tmp_path / "source")
     whole = builder.ingest(str(source), root=tmp_path / "whole", store="s", encoder=ToyEncoder(), miner="keywords")
     command = [sys.executable, __file__, str(source), str(tmp_path / "cut")]
     for batches in (1, 3, 6):  # of 13, and one more each time: a run starts where the one before was killed

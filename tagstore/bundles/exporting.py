@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import fields, replace
 from hashlib import sha256
 from pathlib import Path
@@ -24,6 +25,7 @@ from tagstore.bundles.manifest import (
     check_rows,
     to_json,
 )
+from tagstore.bundles.pictures import Pictures
 from tagstore.bundles.signature import Signer
 from tagstore.checks import checksum
 from tagstore.environment import writing
@@ -41,6 +43,8 @@ def export(
     licence: str = "",
     note: str = "",
     key: str | Path | None = None,
+    images: bool = False,
+    sources: Sequence[str] = (),
 ) -> BundleInfo:
     """Write a version to a file, which appears whole or not at all; one of that name is replaced. Memory does not grow with the store.
 
@@ -52,10 +56,13 @@ def export(
         licence: under which the content may be used, for the manifest: an SPDX identifier, a text or a URL.
         note: anything else that the manifest should say.
         key: PEM file of an Ed25519 private key to sign with.
+        images: put the images in too. They are read again from where they were ingested and must have the bytes they had; while they are
+            gathered they take their size once more on the disk of `path`.
+        sources: where to read them instead.
 
     Raises:
         NotFound: no such store, version or key, or no directory to write to.
-        InvalidInput: something of the version has no place in a bundle; the message says what.
+        InvalidInput: something of the version has no place in a bundle, or an image is not to be found; the message says what.
         Damaged: the store is not what was committed.
         Busy: another process writes the same file.
         WriteFailed: the disk is full or broken.
@@ -63,15 +70,20 @@ def export(
     snapshot = Store(root, store).snapshot(version)
     signer = Signer(key) if key else None
     _check_sound(snapshot)
-    info = _describe(snapshot, licence, note, signer.public if signer else "")
-    manifest = info.manifest()
-    with writing(str(path)), ArchiveWriter(path) as archive:
+    with ExitStack() as stack:
+        stack.enter_context(writing(str(path)))
+        archive = stack.enter_context(ArchiveWriter(path))
+        pictures = stack.enter_context(Pictures(snapshot, sources, Path(path).parent)) if images else None
+        info = _describe(snapshot, licence, note, signer.public if signer else "", pictures)
+        manifest = info.manifest()
         archive.put(MANIFEST, len(manifest), [manifest])
         if signer:
             signature = signer.sign(manifest)
             archive.put(SIGNATURE, len(signature), [signature])
         for name, pieces in _contents(snapshot).items():
             archive.put(name, info.files[name]["bytes"], pieces)
+        for name, image in pictures or ():
+            archive.put(name, len(image), [image])
     return replace(info, sha256=archive.sha256)
 
 
@@ -87,7 +99,7 @@ def _check_sound(snapshot: Snapshot) -> None:
                 )
 
 
-def _describe(snapshot: Snapshot, licence: str, note: str, signer: str) -> BundleInfo:
+def _describe(snapshot: Snapshot, licence: str, note: str, signer: str, pictures: Pictures | None) -> BundleInfo:
     files = {}
     for name, pieces in _contents(snapshot).items():
         digest, size = sha256(), 0
@@ -112,6 +124,8 @@ def _describe(snapshot: Snapshot, licence: str, note: str, signer: str) -> Bundl
         sources=sources,
         bundles=bundles,
         signer=signer,
+        images=pictures is not None,
+        image_bytes=pictures.size if pictures else 0,
         files=files,
     )
 

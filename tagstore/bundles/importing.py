@@ -30,6 +30,7 @@ from tagstore.bundles.manifest import (
     fits,
     from_json,
 )
+from tagstore.bundles.pictures import Folder, folder, unpack
 from tagstore.bundles.restorer import Restorer
 from tagstore.bundles.signature import BYTES, check, public_key
 from tagstore.environment import forget, sync_directory, writer_lock, writing
@@ -59,6 +60,7 @@ def import_(
     store: str | None = None,
     key: str | Path | None = None,
     max_bytes: int | None = None,
+    images: str | Path | None = None,
 ) -> Version:
     """Make a new store of a bundle; its one version has the number, the ids and the answers of the one that was exported.
 
@@ -71,9 +73,10 @@ def import_(
         store: name of the new store; the one it was exported from if not given.
         key: PEM file of an Ed25519 public key: only a bundle that this key signed is taken.
         max_bytes: refuse a bundle that unpacks to more.
+        images: a new or empty folder to unpack the images to; the store says that it was read from there. They are checked either way.
 
     Raises:
-        AlreadyExists: there is a store of that name.
+        AlreadyExists: there is a store of that name, or something in the folder for images.
         InvalidInput: no bundle, one made against its rules, unsigned or signed by another where `key` demands a signature, or too large.
         Damaged: bytes are missing or changed, or the signature is not that of the content.
         NotFound: no bundle or key there.
@@ -90,22 +93,27 @@ def import_(
         with writing(str(root)):
             root.mkdir(parents=True, exist_ok=True)
             _check_room(root, info, max_bytes)
-        with writing(str(root)), _workshop(root) as workshop:
+        with writing(str(root)), _workshop(root) as workshop, folder(images, info) as pictures:
             if (root / name).exists():
                 raise AlreadyExists(f"there is a store '{name}' already: import under another name, or drop it first")
-            _build(workshop, name, archive, info, _source(path, info, manifest))
+            source = _source(path, info, manifest) | (pictures.source() if pictures else {})
+            _build(workshop, name, archive, info, source, pictures)
             archive.end()
             if problems := verify(workshop, name, full=True):
                 raise Damaged(f"the store made of {path} is not sound: {problems[0].what} ({len(problems)} problems); nothing was imported")
+            if pictures:
+                pictures.finish()
             try:
                 (workshop / name).rename(root / name)
             except OSError as error:
+                if pictures:
+                    shutil.rmtree(pictures.path)
                 raise AlreadyExists(f"{root / name} has come up meanwhile: import under another name") from error
             sync_directory(root)
     return Store(root, name).snapshot().version
 
 
-def _build(workshop: Path, name: str, archive: ArchiveReader, info: BundleInfo, source: Mapping[str, Any]) -> None:
+def _build(workshop: Path, name: str, archive: ArchiveReader, info: BundleInfo, source: Mapping[str, Any], pictures: Folder | None) -> None:
     """The store of a bundle, complete, and closed again: LMDB must not have a file open that is about to get another path."""
 
     def member(file: str) -> AbstractContextManager[Member]:
@@ -126,6 +134,7 @@ def _build(workshop: Path, name: str, archive: ArchiveReader, info: BundleInfo, 
             _check_count(f"different tags in {ENTRIES}", int(np.count_nonzero(writer.counts)), info.unique_tags)
         with member(VECTORS) as file:
             writer.put_rows("vectors", writer.entry_ids, file)
+        unpack(archive, info, writer.entries(), pictures)
         writer.commit(operation="import", source=source, miner=info.miner, indexer=faiss_index.extend)
     _forget(workshop / name)
     writer.env.close()
@@ -192,7 +201,7 @@ def _check_count(what: str, found: int, said: int) -> None:
 
 
 def _check_room(root: Path, info: BundleInfo, max_bytes: int | None) -> None:
-    size = sum(file["bytes"] for file in info.files.values())
+    size = sum(file["bytes"] for file in info.files.values()) + info.image_bytes
     if max_bytes is not None and size > max_bytes:
         raise InvalidInput(f"the bundle unpacks to {size} bytes, {max_bytes} are allowed")
     size += info.files[VECTORS]["bytes"]  # once more in the index

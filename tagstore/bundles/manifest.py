@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from tagstore.errors import InvalidInput
 from tagstore.types import KINDS, Fingerprint
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST, SIGNATURE = "manifest.json", "manifest.sig"
 TAGS, EMBEDDINGS, ENTRIES, VECTORS = FILES = ("tags.jsonl", "embeddings.f16", "entries.jsonl", "vectors.f16")
 MAX_MANIFEST = 4 << 20
@@ -61,6 +61,8 @@ _MANIFEST: dict[str, Any] = {
     "sources": [dict],
     "bundles": [dict],
     "signer": re.compile("([0-9a-f]{64})?"),
+    "images": bool,
+    "image_bytes": _WHOLE,
     "files": {name: {"bytes": _WHOLE, "sha256": _SHA256} for name in FILES},
 }
 
@@ -92,6 +94,10 @@ class BundleInfo:
     """Those that the exported store was itself imported from, with their licences."""
     signer: str
     """Public key (32 bytes, hex) of whoever signed it, empty if nobody did. Only an import that demands a key proves it."""
+    images: bool
+    """Whether it holds the images too."""
+    image_bytes: int
+    """Of all of them."""
     files: Mapping[str, Mapping[str, Any]]
     """"bytes" and "sha256" of each file."""
     sha256: str = ""
@@ -124,6 +130,8 @@ class BundleInfo:
         return info
 
     def _check(self) -> None:
+        if self.image_bytes and not self.images:
+            raise InvalidInput(f"{MANIFEST}: 'image_bytes' is {self.image_bytes} in a bundle without images")
         width = 2 * self.fingerprint.dimension
         for ids, n, rows in (("next_entry_id", self.entries, VECTORS), ("next_tag_id", self.unique_tags, EMBEDDINGS)):
             # whoever opens a version holds a bit or a count for every id there ever was: a small file must not ask for a lot of memory

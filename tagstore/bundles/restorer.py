@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from numpy.typing import NDArray
 from tagstore.bundles.archive import Member
 from tagstore.bundles.manifest import BATCH, ENTRIES, TAGS, BundleInfo, check_rows
 from tagstore.errors import InvalidInput
+from tagstore.records import decode_entry
+from tagstore.store import U64
 from tagstore.types import Entry
 from tagstore.writer import Writer
 
@@ -54,6 +57,14 @@ class Restorer(Writer):
                 if self._live_id(txn, entry.key) is not None:
                     raise InvalidInput(f"{ENTRIES}: the key of entry {entry.entry_id}, '{entry.key[:100]}', is there twice")
                 self._put_entry(txn, entry, record)
+
+    def entries(self) -> Iterator[Entry]:
+        """What was put, ids ascending."""
+        ids = self.entry_ids
+        for start in range(0, len(ids), BATCH):
+            with self.env.begin() as txn:
+                found = [(i, txn.get(U64.pack(i), db=self.db["entries"])) for i in ids[start : start + BATCH].tolist()]
+            yield from (decode_entry(i, data) for i, data in found)
 
     def put_rows(self, db: str, ids: NDArray[np.int64], member: Member) -> None:
         """Write the rows of ascending ids as they come; rows that belong to no id are zero."""

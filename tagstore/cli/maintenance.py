@@ -7,10 +7,12 @@ import sys
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import click
 
 from tagstore.cli import options, output
+from tagstore.client import parse
 from tagstore.errors import InvalidInput
 
 
@@ -41,12 +43,19 @@ def delete(
 ) -> None:
     """Make a version without the entries that fit any of the options."""
     from tagstore.images import decode, perceptual_hash
+    fields = dict(_field(text) for text in where)
+    hashes = [(perceptual_hash(decode(Path(path).read_bytes())), distance) for path in near]
+    if options.remote(url) and not purge:
+        from tagstore.remote_admin import administer
+
+        with administer(url) as admin:
+            made, gone = admin.delete(keys=keys, sha256=digests, near=hashes, where=fields)
+        _deleted(parse(url)[2], made.number, made.entries, gone, as_json)
+        return
     from tagstore.maintenance import Selection
     from tagstore.maintenance import delete as run
 
     root, store, _ = options.local(url)
-    fields = dict(_field(text) for text in where)
-    hashes = [(perceptual_hash(decode(Path(path).read_bytes())), distance) for path in near]
     selection = Selection(keys, digests, hashes, fields)
     if purge:
         from tagstore.compaction import purge as run_purge
@@ -58,8 +67,12 @@ def delete(
         click.echo(json.dumps(asdict(takedown)) if as_json else f"{text}\n{takedown.proof}")
         return
     version, deleted = run(root, store, selection)
-    text = f"deleted {len(deleted)} entries: {store}@{version.number} has {version.entries}"
-    click.echo(json.dumps({"store": store, "version": version.number, "entries": version.entries, "deleted": deleted}) if as_json else text)
+    _deleted(store, version.number, version.entries, deleted, as_json)
+
+
+def _deleted(store: str, version: int, entries: int, keys: list[str], as_json: bool) -> None:
+    text = f"deleted {len(keys)} entries: {store}@{version} has {entries}"
+    click.echo(json.dumps({"store": store, "version": version, "entries": entries, "deleted": keys}) if as_json else text)
 
 
 def _field(text: str) -> tuple[str, str]:
@@ -74,10 +87,17 @@ def _field(text: str) -> tuple[str, str]:
 @click.argument("version", type=options.number)
 def rollback(url: str, version: int) -> None:
     """Make a version that holds what an old one held."""
-    from tagstore.maintenance import rollback as run
+    made: Any
+    if options.remote(url):
+        from tagstore.remote_admin import administer
 
-    root, store, _ = options.local(url)
-    made = run(root, store, version)
+        with administer(url) as admin:
+            made, store = admin.rollback(version), parse(url)[2]
+    else:
+        from tagstore.maintenance import rollback as run
+
+        root, store, _ = options.local(url)
+        made = run(root, store, version)
     click.echo(f"{store}@{made.number} holds what {store}@{version} held: {made.entries} entries")
 
 
@@ -192,12 +212,14 @@ def takedowns(url: str, as_json: bool) -> None:
 @click.option("--licence", default="", help="Under which the content may be used, for the manifest.")
 @click.option("--note", default="", help="Anything else that the manifest should say.")
 @click.option("--key", type=click.Path(exists=True, dir_okay=False), metavar="PEM", help="Ed25519 private key to sign with.")
-def export(url: str, path: str, licence: str, note: str, key: str | None) -> None:
-    """Write a version to PATH, one file: entries, vocabulary and vectors, no images. The same version gives the same bytes."""
+@click.option("--images", is_flag=True, help="Put the images in, read again from where they were ingested.")
+@click.option("--source", "sources", multiple=True, metavar="SRC", help="Where the images are, if not where they were ingested from.")
+def export(url: str, path: str, licence: str, note: str, key: str | None, images: bool, sources: tuple[str, ...]) -> None:
+    """Write a version to PATH, one file: entries, vocabulary and vectors. The same version gives the same bytes."""
     from tagstore.bundles import export as run
 
     root, store, version = options.local(url, versioned=True)
-    info = run(root, store, path, version=version, licence=licence, note=note, key=key)
+    info = run(root, store, path, version=version, licence=licence, note=note, key=key, images=images, sources=sources)
     click.echo(f"{path}: {info.store}@{info.version}, {info.entries} entries, sha256 {info.sha256}")
 
 
@@ -208,12 +230,13 @@ def export(url: str, path: str, licence: str, note: str, key: str | None) -> Non
 @click.option(
     "--key", type=click.Path(exists=True, dir_okay=False), metavar="PEM", help="Take it only if this Ed25519 public key signed it."
 )
-def import_(path: str, root: str, store: str | None, key: str | None) -> None:
+@click.option("--images", metavar="DIR", help="Unpack the images to a new folder DIR, with a pairs.jsonl that lists them.")
+def import_(path: str, root: str, store: str | None, key: str | None, images: str | None) -> None:
     """Make a store out of a bundle: all of it is verified before anything of it can be seen."""
     from tagstore.bundles import import_ as run
     from tagstore.bundles import inspect
 
-    version = run(root, path, store=store, key=key)
+    version = run(root, path, store=store, key=key, images=images)
     click.echo(f"{store or inspect(path).store}@{version.number}: {version.entries} entries, {version.unique_tags} unique tags")
 
 
