@@ -22,7 +22,7 @@ class Restorer(Writer):
     """A writer that keeps the number and the ids that a bundle brings."""
 
     def __init__(self, root: Path, name: str, info: BundleInfo) -> None:
-        super().__init__(root, name, info.fingerprint)
+        super().__init__(root, name, info.fingerprint, sync="batch")
         self._bundle = info
 
     def __enter__(self) -> Restorer:
