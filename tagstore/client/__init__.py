@@ -75,8 +75,11 @@ class TagSource(Protocol):
         """The version that answers now."""
         ...
 
-    def pin(self) -> Pin:
-        """Stay with the version that is current now, here and in workers that get this source later. Returns what it is."""
+    def pin(self, version: int = 0) -> Pin:
+        """Stay with a version, the current one if none is given, here and in workers that get this source later.
+
+        Returns what a checkpoint has to remember. Raises `NotFound` for a version that there is not.
+        """
         ...
 
     def stats(self) -> Stats:

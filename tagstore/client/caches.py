@@ -13,8 +13,6 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from tagstore.client.forks import Opened
 from tagstore.client.queries import Ask
 from tagstore.errors import MissingExtra, WriteFailed
@@ -181,8 +179,3 @@ def _plain(value: Any) -> Any:
 
 def _seal(key: bytes, value: bytes) -> bytes:
     return hashlib.sha256(key + value).digest()[:_SEAL]
-
-
-def row_digest(vectors: np.ndarray[Any, Any], row: int) -> bytes:
-    """sha256 over a vector's numbers."""
-    return hashlib.sha256(vectors[row].tobytes()).digest()

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Unpack
+from collections.abc import Sequence
+from contextlib import closing
+from typing import Any, Unpack
 
+from tagstore.client import stats
+from tagstore.client.controls import NullBackend, RandomBackend, of_file
+from tagstore.client.local import LocalBackend
+from tagstore.client.mapfile import Map, options_of
 from tagstore.client.options import ConnectOptions, Options
+from tagstore.client.remote import RemoteBackend, Wire
+from tagstore.client.replay import ReplayBackend
 from tagstore.client.source import Backend, Source
 from tagstore.client.stats import Counters, counters
 from tagstore.client.urls import Location, locate
+from tagstore.types import StoreInfo, TagInfo
 
 
 def connect(url: str, **options: Unpack[ConnectOptions]) -> Source:
@@ -21,13 +30,14 @@ def connect(url: str, **options: Unpack[ConnectOptions]) -> Source:
         InvalidInput: a URL that names no store, an option that there is not, or a value that it cannot have.
     """
     location = locate(url)
-    return _source(url, location, Options().merged({**location.options, **options}), counters())
+    given = {**location.options, **options}
+    if location.scheme == "replay":
+        given = {**_recorded(location.place), **given}
+    return _source(url, location, Options().merged(given), counters())
 
 
 def reconnect(url: str, location: Location, options: Options, counters: str) -> Source:
     """The source that another process had, opened anew in this one."""
-    from tagstore.client import stats
-
     return _source(url, location, options, stats.counters(counters))
 
 
@@ -35,12 +45,42 @@ def _source(url: str, location: Location, options: Options, counted: Counters) -
     return Source(url, location, options, counted, _backend(location, options, counted))
 
 
-def _backend(location: Location, options: Options, counted: Counters) -> Backend:
-    from tagstore.client.local import LocalBackend
-    from tagstore.client.remote import RemoteBackend, Wire
+def _recorded(path: str) -> dict[str, Any]:
+    """The options that a map was recorded with are those it is asked with."""
+    with closing(Map(path)) as map_:
+        return options_of(map_.options)
 
+
+def _backend(location: Location, options: Options, counted: Counters) -> Backend:
     match location.scheme:
         case "file":
             return LocalBackend(location.place, location.store)
+        case "replay":
+            return ReplayBackend(location.place)
+        case "null":
+            return NullBackend()
+        case "random":
+            return _random(location, options, counted)
         case _:
             return RemoteBackend(Wire(location, options, counted))
+
+
+def _random(location: Location, options: Options, counted: Counters) -> RandomBackend:
+    if "://" not in location.place:
+        return of_file(location.place, seed=options.seed, count=options.tags)
+    inner = locate(location.place)
+    # the vocabulary of one version: what is drawn must not change when the store does
+    source = _source(location.place, inner, options, counted)
+
+    def info() -> StoreInfo:
+        source.pin()
+        return source.info()
+
+    def vocabulary() -> list[TagInfo]:
+        source.pin()
+        return list(source.vocabulary())
+
+    def lookup(tag_ids: Sequence[int], embeddings: bool) -> list[TagInfo]:
+        return source.tags(tag_ids, embeddings=embeddings)
+
+    return RandomBackend(vocabulary, info, lookup, seed=options.seed, count=options.tags)

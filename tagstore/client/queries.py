@@ -35,6 +35,8 @@ class Ask:
     search: Search
     identities: tuple[Identity, ...]
     """None, or one for each query."""
+    options: Options
+    """What the caller asked for; `search` is that with the leak guard made out for these queries."""
     version: int = 0
 
     def __len__(self) -> int:
@@ -73,7 +75,7 @@ def asks(
     def ask(some: tuple[bytes, ...], matrix: NDArray[np.floating] | None, first: int) -> Ask:
         count = len(some) if matrix is None else len(matrix)
         own = known[first : first + count]
-        return Ask(some, matrix, digest, replace(options.search, exclude=_guard(options, own, matrix is None)), own)
+        return Ask(some, matrix, digest, replace(options.search, exclude=_guard(options, own, matrix is None)), own, options)
 
     batch: list[bytes] = []
     first = size = 0

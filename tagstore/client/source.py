@@ -162,8 +162,8 @@ class Flows:
                 self._embeddings.put(found, version)
         return [known[i] for i in tag_ids]
 
-    def _pinning(self) -> Flow:
-        info: StoreInfo = yield "info", (self._version,)
+    def _pinning(self, version: int) -> Flow:
+        info: StoreInfo = yield "info", (version or self._version,)
         self._version = info.version
         return Pin(info.store, info.version, info.fingerprint)
 
@@ -200,8 +200,8 @@ class Source(Flows):
         info: StoreInfo = self._backend.info(self._version)
         return info
 
-    def pin(self) -> Pin:
-        pin: Pin = self._run(self._pinning())
+    def pin(self, version: int = 0) -> Pin:
+        pin: Pin = self._run(self._pinning(version))
         return pin
 
     def close(self) -> None:

@@ -1,0 +1,208 @@
+"""A map: the answers to all samples of a data set, in one file that needs no server. Its format is in docs/client.md.
+
+SQLite, since it is in Python's standard library, finds one row of millions without reading the others, and can be read by anything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from tagstore.client.options import Options
+from tagstore.errors import Damaged, NotFound
+from tagstore.types import Exclude, Fingerprint, Kind, Retrieval, StoreInfo, TagInfo
+
+FORMAT = 1
+SCHEMA = """
+CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE samples (
+  position INTEGER PRIMARY KEY,
+  key TEXT NOT NULL UNIQUE,
+  sha256 BLOB NOT NULL,
+  answer BLOB,
+  refused TEXT,
+  seal BLOB NOT NULL
+);
+CREATE INDEX by_sha256 ON samples (sha256);
+CREATE TABLE tags (
+  tag_id INTEGER PRIMARY KEY,
+  text TEXT NOT NULL,
+  kind TEXT NOT NULL,
+  count INTEGER NOT NULL,
+  embedding BLOB,
+  seal BLOB NOT NULL
+);
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One sample of a map."""
+
+    position: int
+    """In the data set, from 0."""
+    key: str
+    sha256: bytes
+    """Of the encoded image."""
+    answer: bytes | None
+    """A `tagstore.v1.Retrieval`, or None for a sample that was refused."""
+    refused: str | None
+    """Why."""
+
+    @property
+    def seal(self) -> bytes:
+        return seal(self.position, self.key, self.sha256, self.answer, self.refused)
+
+
+def seal(*fields: Any) -> bytes:
+    """sha256 over the fields of a row: of each its length and its bytes (text in UTF-8, numbers in decimal; none is length -1)."""
+    digest = hashlib.sha256()
+    for field in fields:
+        data = field if isinstance(field, bytes | None) else str(field).encode()
+        digest.update(b"-1 " if data is None else f"{len(data)} ".encode() + data)
+    return digest.digest()
+
+
+def tag_fields(tag: TagInfo) -> tuple[Any, ...]:
+    """A tag as a row without its seal; the embedding as float16, little endian, which is how stores keep them."""
+    embedding = None if tag.embedding is None else tag.embedding.astype("<f2").tobytes()
+    return tag.tag_id, tag.text, tag.kind, tag.count, embedding
+
+
+def asked(options: Options) -> dict[str, Any]:
+    """What decides an answer, beside the query and the version, as JSON values."""
+    search = {**asdict(options.search), "where": dict(sorted(options.search.where.items()))}
+    del search["exclude"]
+    exclude = options.exclude
+    return {
+        **search,
+        "exclude": json.loads(json.dumps(asdict(exclude))) if isinstance(exclude, Exclude) else exclude,
+        "exclude_distance": options.exclude_distance,
+        "exclude_keys": list(options.exclude_keys),
+    }
+
+
+def options_of(values: dict[str, Any]) -> dict[str, Any]:
+    """`asked`, as options that `connect` takes."""
+    exclude = values["exclude"]
+    if isinstance(exclude, dict):
+        exclude = Exclude(**{**exclude, "keys": tuple(exclude["keys"]), "entry_ids": tuple(exclude["entry_ids"])})
+    return {**values, "exclude": exclude}
+
+
+class Map:
+    """A finished map, opened to read. Of one process and thread.
+
+    Raises `NotFound` if there is none, `Damaged` if what stands there is not one or contradicts its checksums.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            part = Path(f"{path}.part")
+            hint = f"{part} is an unfinished one: run `tagstore record` again" if part.exists() else "`tagstore record` makes one"
+            raise NotFound(f"no map at {path}: {hint}")
+        try:
+            # immutable: no lock and no journal, so it works on a read-only disk and for any number of readers
+            self._db = sqlite3.connect(f"{self.path.resolve().as_uri()}?mode=ro&immutable=1", uri=True, check_same_thread=False)
+            self.meta: dict[str, str] = dict(self._db.execute("SELECT name, value FROM meta"))
+        except sqlite3.Error as error:
+            raise Damaged(f"{path} is no map ({error}): record it again") from error
+        if self.meta.get("format") != str(FORMAT):
+            raise Damaged(f"{path} is of format {self.meta.get('format')}: this reads {FORMAT}")
+        expected = self.meta.get("seal", "")
+        if expected != meta_seal(self.meta):
+            raise Damaged(f"{path}: its meta does not fit its checksum: record it again")
+
+    @property
+    def info(self) -> StoreInfo:
+        values = json.loads(self.meta["info"])
+        return StoreInfo(**{**values, "fingerprint": Fingerprint(**values["fingerprint"])})
+
+    @property
+    def options(self) -> dict[str, Any]:
+        values: dict[str, Any] = json.loads(self.meta["options"])
+        return values
+
+    def by_key(self, keys: Sequence[str]) -> dict[str, Row]:
+        return {row.key: row for row in self._rows("key", keys)}
+
+    def by_sha256(self, digests: Sequence[bytes]) -> dict[bytes, list[Row]]:
+        found: dict[bytes, list[Row]] = {}
+        for row in self._rows("sha256", digests):
+            found.setdefault(row.sha256, []).append(row)
+        return found
+
+    def tags(self, tag_ids: Iterable[int] | None = None, *, embeddings: bool = False) -> Iterator[TagInfo]:
+        """Tags by id in no order, or all in order of their ids."""
+        if tag_ids is None:
+            rows = self._run("SELECT * FROM tags ORDER BY tag_id")
+        else:
+            rows = self._run(f"SELECT * FROM tags WHERE tag_id IN ({','.join(map(str, map(int, tag_ids)))})")
+        for tag_id, text, kind, count, embedding, sealed in rows:
+            if sealed != seal(tag_id, text, kind, count, embedding):
+                raise Damaged(f"{self.path}: tag {tag_id} does not fit its checksum: record it again")
+            vector = np.frombuffer(embedding, "<f2").astype(np.float32) if embeddings and embedding is not None else None
+            yield TagInfo(tag_id, text, cast(Kind, kind), count, vector)
+
+    def answer(self, row: Row) -> Retrieval:
+        """What was recorded of a sample that was answered."""
+        from tagstore import convert
+        from tagstore_proto.v1 import tagstore_pb2 as pb
+
+        response = pb.RetrieveResponse(store=self.meta["store"], version=int(self.meta["version"]), fingerprint=self.meta["fingerprint"])
+        response.retrievals.append(pb.Retrieval.FromString(row.answer or b""))
+        return convert.retrievals_from_proto(response)[0]
+
+    def verify(self) -> None:
+        """Read all of it and compare it with its checksum. Raises `Damaged`."""
+        try:
+            if checksum(self._db) != self.meta["checksum"]:
+                raise Damaged(f"{self.path} does not fit its checksum: record it again")
+            for table, columns in (("samples", "position, key, sha256, answer, refused"), ("tags", "tag_id, text, kind, count, embedding")):
+                for *fields, sealed in self._db.execute(f"SELECT {columns}, seal FROM {table}"):
+                    if seal(*fields) != sealed:
+                        raise Damaged(f"{self.path}: {table} {fields[0]} does not fit its checksum: record it again")
+        except sqlite3.Error as error:
+            raise Damaged(f"{self.path} cannot be read: {error}. Record it again") from error
+
+    def close(self) -> None:
+        self._db.close()
+
+    def _rows(self, column: str, values: Sequence[Any]) -> Iterator[Row]:
+        for start in range(0, len(values), 500):
+            some = values[start : start + 500]
+            marks = ",".join("?" * len(some))
+            query = f"SELECT position, key, sha256, answer, refused, seal FROM samples WHERE {column} IN ({marks}) ORDER BY position"
+            for *fields, sealed in self._run(query, some):
+                row = Row(*fields)
+                if row.seal != sealed:
+                    raise Damaged(f"{self.path}: sample '{row.key}' does not fit its checksum: record it again")
+                yield row
+
+    def _run(self, query: str, values: Sequence[Any] = ()) -> list[Any]:
+        try:
+            return self._db.execute(query, values).fetchall()
+        except sqlite3.Error as error:
+            raise Damaged(f"{self.path} cannot be read: {error}. Record it again") from error
+
+
+def checksum(db: sqlite3.Connection) -> str:
+    """sha256 (hex) over the seals of all samples in order of position and of all tags in order of id."""
+    digest = hashlib.sha256()
+    for query in ("SELECT seal FROM samples ORDER BY position", "SELECT seal FROM tags ORDER BY tag_id"):
+        for (sealed,) in db.execute(query):
+            digest.update(sealed)
+    return digest.hexdigest()
+
+
+def meta_seal(meta: dict[str, str]) -> str:
+    """The seal of a map's meta: over all names and values but its own, in order of name."""
+    return seal(*(field for name in sorted(meta) if name != "seal" for field in (name, meta[name]))).hex()
