@@ -19,6 +19,8 @@ from tagstore.types import (
     Kind,
     Neighbour,
     Order,
+    Pair,
+    Rejected,
     Retrieval,
     RetrievedTag,
     Search,
@@ -27,10 +29,11 @@ from tagstore.types import (
 )
 from tagstore_proto.v1 import tagstore_pb2 as pb
 
-_TO_WIRE: dict[Kind, pb.Kind] = {kind: pb.Kind.Value(f"KIND_{kind.upper()}") for kind in KINDS}
-_FROM_WIRE: dict[int, Kind] = {pb.KIND_UNSPECIFIED: "object", **{number: kind for kind, number in _TO_WIRE.items()}}
+KIND_TO_WIRE: dict[Kind, pb.Kind] = {kind: pb.Kind.Value(f"KIND_{kind.upper()}") for kind in KINDS}
+KIND_FROM_WIRE: dict[int, Kind] = {pb.KIND_UNSPECIFIED: "object", **{number: kind for kind, number in KIND_TO_WIRE.items()}}
 _ORDER_TO_WIRE: dict[Order, pb.Order] = {order: pb.Order.Value(f"ORDER_{order.upper()}") for order in ORDERS}
 _ORDER_FROM_WIRE: dict[int, Order] = {pb.ORDER_UNSPECIFIED: "votes", **{number: order for order, number in _ORDER_TO_WIRE.items()}}
+OUTCOMES: dict[str, pb.Outcome] = {name: pb.Outcome.Value(f"OUTCOME_{name.upper()}") for name in ("added", "unchanged", "quarantined")}
 _NOBODY = Exclude()
 _DEFAULT = Search()
 _DTYPES: dict[int, np.dtype[Any]] = {
@@ -138,7 +141,7 @@ def retrieval_to_proto(retrieval: Retrieval) -> pb.Retrieval:
             pb.RetrievedTag(
                 tag_id=t.tag_id,
                 tag=t.tag,
-                kind=_TO_WIRE[t.kind] if t.tag else pb.KIND_UNSPECIFIED,  # texts were not asked for
+                kind=KIND_TO_WIRE[t.kind] if t.tag else pb.KIND_UNSPECIFIED,  # texts were not asked for
                 similarity=t.similarity,
                 relevance=t.relevance,
                 neighbours=[position[i] for i in t.neighbours],
@@ -170,7 +173,7 @@ def _tags_from_proto(message: pb.Retrieval) -> Iterator[RetrievedTag]:
         yield RetrievedTag(
             tag_id=t.tag_id,
             tag=t.tag,
-            kind=_FROM_WIRE[t.kind],
+            kind=KIND_FROM_WIRE[t.kind],
             similarity=t.similarity,
             votes=t.votes,
             relevance=t.relevance,
@@ -179,47 +182,69 @@ def _tags_from_proto(message: pb.Retrieval) -> Iterator[RetrievedTag]:
 
 
 def tags_to_proto(tags: Iterable[TagInfo]) -> list[pb.TagInfo]:
-    return [pb.TagInfo(tag_id=t.tag_id, text=t.text, kind=_TO_WIRE[t.kind], count=t.count) for t in tags]
+    return [pb.TagInfo(tag_id=t.tag_id, text=t.text, kind=KIND_TO_WIRE[t.kind], count=t.count) for t in tags]
 
 
 def tags_from_proto(response: pb.GetTagsResponse) -> list[TagInfo]:
     embeddings = vectors_from_proto(response.embeddings).astype(np.float32) if response.HasField("embeddings") else None
     return [
-        TagInfo(t.tag_id, t.text, _FROM_WIRE[t.kind], t.count, None if embeddings is None else embeddings[i])
+        TagInfo(t.tag_id, t.text, KIND_FROM_WIRE[t.kind], t.count, None if embeddings is None else embeddings[i])
         for i, t in enumerate(response.tags)
     ]
 
 
+def pair_to_proto(pair: Pair) -> pb.Pair:
+    metadata = json.dumps(dict(pair.metadata)) if pair.metadata else ""
+    return pb.Pair(key=pair.key, image=pair.image, captions=pair.captions, metadata=metadata, origin=pair.origin)
+
+
+def pair_from_proto(message: pb.Pair) -> Pair | Rejected:
+    """A pair; or a rejected one, where its metadata is no JSON object."""
+    try:
+        metadata = json.loads(message.metadata) if message.metadata else {}
+    except ValueError:
+        metadata = None
+    if not isinstance(metadata, dict):
+        return Rejected(message.key, "metadata: no JSON object", message.origin)
+    return Pair(message.key, message.image, tuple(message.captions), metadata, message.origin)
+
+
+def fingerprint_to_proto(f: Fingerprint) -> pb.Fingerprint:
+    return pb.Fingerprint(
+        model=f.model,
+        weights=f.weights,
+        preprocess=json.dumps(dict(f.preprocess), sort_keys=True),
+        quick_gelu=f.quick_gelu,
+        normalised=f.normalised,
+        dimension=f.dimension,
+    )
+
+
+def fingerprint_from_proto(f: pb.Fingerprint) -> Fingerprint:
+    return Fingerprint(f.model, f.weights, json.loads(f.preprocess), f.quick_gelu, f.normalised, f.dimension)
+
+
 def info_to_proto(info: StoreInfo) -> pb.StoreInfo:
-    f = info.fingerprint
     return pb.StoreInfo(
         store=info.store,
         version=info.version,
         entries=info.entries,
         tags=info.tags,
         unique_tags=info.unique_tags,
-        fingerprint=pb.Fingerprint(
-            model=f.model,
-            weights=f.weights,
-            preprocess=json.dumps(dict(f.preprocess), sort_keys=True),
-            quick_gelu=f.quick_gelu,
-            normalised=f.normalised,
-            dimension=f.dimension,
-        ),
+        fingerprint=fingerprint_to_proto(info.fingerprint),
         index=json.dumps(dict(info.index), sort_keys=True),
         created=info.created,
     )
 
 
 def info_from_proto(message: pb.StoreInfo) -> StoreInfo:
-    f = message.fingerprint
     return StoreInfo(
         store=message.store,
         version=message.version,
         entries=message.entries,
         tags=message.tags,
         unique_tags=message.unique_tags,
-        fingerprint=Fingerprint(f.model, f.weights, json.loads(f.preprocess), f.quick_gelu, f.normalised, f.dimension),
+        fingerprint=fingerprint_from_proto(message.fingerprint),
         index=json.loads(message.index),
         created=message.created,
     )

@@ -17,6 +17,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
+from tagstore.admin import AdminService
 from tagstore.errors import Unavailable
 from tagstore.service import TagStoreService
 from tagstore.serving import metrics, tracing
@@ -32,6 +33,7 @@ log = logging.getLogger(__name__)
 
 DRAIN_SECONDS = 30.0
 SERVICE = tagstore_pb2.DESCRIPTOR.services_by_name["TagStore"].full_name
+ADMIN = tagstore_pb2.DESCRIPTOR.services_by_name["Admin"].full_name
 SWITCH_SECONDS = 0.0005
 """How long a thread may hold the interpreter while another waits for it; Python's 5 ms are longer than our calls take."""
 
@@ -86,7 +88,9 @@ class Server:
         self._health = health.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         tagstore_pb2_grpc.add_TagStoreServicer_to_server(TagStoreService(self.catalog, self.gate), self._server)
-        names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        admin = AdminService(self.catalog, self.gate, lambda message: self.announce(message))
+        tagstore_pb2_grpc.add_AdminServicer_to_server(admin, self._server)
+        names = (SERVICE, ADMIN, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(_Reflection(names, self.gate), self._server)
         self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         self._ended = threading.Event()

@@ -20,6 +20,11 @@ miner = click.option(
 number = click.IntRange(1, (1 << 63) - 1)
 
 
+def remote(url: str) -> bool:
+    """Whether a URL is a server's: then what is done to its store is done there."""
+    return parse(url)[0] in ("grpc", "grpcs")
+
+
 def local(url: str, *, versioned: bool = False) -> tuple[str, str, int | None]:
     """(root, store, version or None) of a file:// URL.
 

@@ -11,6 +11,7 @@ import click
 
 if TYPE_CHECKING:
     from tagstore.builder import Advance, Report
+    from tagstore.remote_admin import Ingested
     from tagstore.types import Retrieval, StoreInfo
 
 
@@ -37,14 +38,15 @@ def info_json(info: StoreInfo) -> dict[str, Any]:
     return {**asdict(info), "fingerprint": {**asdict(info.fingerprint), "digest": info.fingerprint.digest}, "index": dict(info.index)}
 
 
-def print_report(report: Report) -> None:
+def print_report(report: Report | Ingested) -> None:
     s = report.seconds
     click.echo(f"{report.store}@{report.version}: {report.entries} entries, {report.tags} tags, {report.unique_tags} unique tags")
     click.echo(f"read {report.pairs} pairs: {report.added} added, {report.unchanged} unchanged, {sum(report.reasons.values())} quarantined")
     for reason, count in sorted(report.reasons.items(), key=lambda item: -item[1])[:10]:
         example = next((r for r in report.quarantined if r.reason.startswith(reason)), None)
         click.echo(f"  {count} x {reason}" + (f", for example {example.key}: {example.reason}" if example else ""))
-    click.echo("seconds: " + ", ".join(f"{stage} {spent:.1f}" for stage, spent in s.items()))
+    if s:
+        click.echo("seconds: " + ", ".join(f"{stage} {spent:.1f}" for stage, spent in s.items()))
 
 
 def print_retrieval(image: str, retrieval: Retrieval) -> None:

@@ -10,12 +10,14 @@ from typing import Any
 import click
 
 from tagstore.cli import options, output
+from tagstore.errors import InvalidInput
 
 
 @click.command()
 @click.argument("source")
-@options.root
-@click.option("--store", required=True, metavar="NAME", help="Store to add to; it is made if it isn't there.")
+@click.option("--root", metavar="DIR", help="Directory of the stores.")
+@click.option("--store", metavar="NAME", help="Store to add to; it is made if it isn't there.")
+@click.option("--to", "url", metavar="URL", help="Instead of --root and --store; grpc://HOST:PORT/NAME sends the pairs to a server.")
 @click.option("--format", "format_", metavar="F", help="folder, csv, tsv, jsonl, parquet or webdataset; found by looking if not given.")
 @click.option("--encoder", metavar="E", help="mini, NAME/PRETRAINED or local-dir:PATH; the store's own, or mini, if not given.")
 @options.miner
@@ -30,8 +32,9 @@ from tagstore.cli import options, output
 @options.as_json
 def ingest(
     source: str,
-    root: str,
-    store: str,
+    root: str | None,
+    store: str | None,
+    url: str | None,
     format_: str | None,
     encoder: str | None,
     miner: str,
@@ -51,9 +54,22 @@ def ingest(
     brace patterns are understood (quote them). A pair that can't be used is quarantined with its reason, the rest goes on. An ingest that
     was cut off goes on where it stopped when it is run again.
     """
+    from tagstore.readers import Columns
+
+    if bool(url) == bool(root or store) or (not url and not (root and store)):
+        raise InvalidInput("say where to: --root DIR --store NAME, or --to URL")
+    columns = Columns(image=image_column, caption=caption_column, key=key_column)
+    if url and options.remote(url):
+        if stoplist or synonyms:
+            raise InvalidInput("a server mines with its own stop list and synonyms: leave --stoplist and --synonyms out")
+        _send(url, source, format_, columns, allow_outside, encoder, miner, as_json)
+        return
+    if url:
+        root, store, _ = options.local(url)
+    assert root is not None
+    assert store is not None
     from tagstore.builder import ingest as run
     from tagstore.mining import load_rules
-    from tagstore.readers import Columns
 
     with output.progress() as progress:
         report = run(
@@ -61,7 +77,7 @@ def ingest(
             root=root,
             store=store,
             format=format_,
-            columns=Columns(image=image_column, caption=caption_column, key=key_column),
+            columns=columns,
             allow_outside=allow_outside,
             encoder=encoder,
             miner=miner,
@@ -70,6 +86,23 @@ def ingest(
             sync=sync,
             progress=progress,
         )
+    if as_json:
+        click.echo(json.dumps(asdict(report)))
+    else:
+        output.print_report(report)
+
+
+def _send(
+    url: str, source: str, format_: str | None, columns: Any, allow_outside: bool, encoder: str | None, miner: str, as_json: bool
+) -> None:
+    import os
+
+    from tagstore.readers import read
+    from tagstore.remote_admin import administer
+
+    pairs = read(source, format=format_, columns=columns, allow_outside=allow_outside)
+    with output.progress() as progress, administer(url) as admin:
+        report = admin.ingest(pairs, encoder=encoder or "", miner=miner, source=os.path.abspath(source), progress=progress)
     if as_json:
         click.echo(json.dumps(asdict(report)))
     else:

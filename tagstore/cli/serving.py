@@ -1,4 +1,4 @@
-"""serve, query, stats: what works on servers and directories alike."""
+"""serve, query, stats, load, unload: servers, and what is asked of them."""
 
 from __future__ import annotations
 
@@ -110,4 +110,26 @@ def stats(url: str, as_json: bool) -> None:
         output.table(("", url), [(k, json.dumps(v) if isinstance(v, dict) else v) for k, v in value.items()])
 
 
-COMMANDS = (serve, query, stats)
+@click.command()
+@click.argument("url")
+def load(url: str) -> None:
+    """Have a server serve a store: one that was unloaded, or that came since the server started."""
+    from tagstore.remote_admin import administer
+
+    with administer(url) as admin:
+        info = admin.load()
+    click.echo(f"{info.store}@{info.version} is served: {info.entries} entries")
+
+
+@click.command()
+@click.argument("url")
+def unload(url: str) -> None:
+    """Have a server serve a store no more, and give its memory back. The store's files stay as they are."""
+    from tagstore.remote_admin import administer
+
+    with administer(url) as admin:
+        admin.unload()
+    click.echo("unloaded; `tagstore load` brings it back")
+
+
+COMMANDS = (serve, query, stats, load, unload)

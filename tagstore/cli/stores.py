@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -45,10 +45,17 @@ def stores(root: str, as_json: bool) -> None:
 @options.as_json
 def versions(url: str, as_json: bool) -> None:
     """The versions of a store, newest last."""
-    from tagstore.store import Store
+    found: Sequence[Any]
+    if options.remote(url):
+        from tagstore.remote_admin import administer
 
-    root, store, _ = options.local(url)
-    found = Store(root, store).versions()
+        with administer(url) as admin:
+            found = admin.versions()
+    else:
+        from tagstore.store import Store
+
+        root, store, _ = options.local(url)
+        found = Store(root, store).versions()
     if as_json:
         skipped = ("pages", "ranges")
         click.echo(json.dumps([{k: v for k, v in asdict(version).items() if k not in skipped} for version in found]))
@@ -67,10 +74,17 @@ def versions(url: str, as_json: bool) -> None:
 @options.as_json
 def diff(url: str, before: int, after: int, limit: int, as_json: bool) -> None:
     """Entries and tags that differ between two versions."""
-    from tagstore.maintenance import diff as run
+    found: Any
+    if options.remote(url):
+        from tagstore.remote_admin import administer
 
-    root, store, _ = options.local(url)
-    found = run(root, store, before, after)
+        with administer(url) as admin:
+            found = admin.diff(before, after)
+    else:
+        from tagstore.maintenance import diff as run
+
+        root, store, _ = options.local(url)
+        found = run(root, store, before, after)
     if as_json:
         click.echo(json.dumps(asdict(found)))
         return
