@@ -5,6 +5,7 @@ Of spaCy's pipeline only tok2vec, tagger, parser and (for entities) ner run; wha
 
 from __future__ import annotations
 
+import gc
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
@@ -23,6 +24,7 @@ from tagstore.types import Pair, Tag
 
 BLOCK = 1024  # captions parsed together: the look-ahead
 VOCABULARY = 30_000  # words that spaCy may keep
+RECYCLED = 200_000  # captions that a pipeline parses before it is loaded anew, which takes about as long as parsing 300
 REMEMBERED = 4096  # captions whose tags are kept, so that a caption that comes again is not parsed again
 
 
@@ -44,6 +46,7 @@ class RuleMiner:
         self._max_chars, self._entities, self._relations = max_chars, entities, relations
         self._known: OrderedDict[str, tuple[Tag, ...]] = OrderedDict()
         self._spacy: tuple[Any, frozenset[str]] | None = None
+        self._parsed = 0
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -99,6 +102,7 @@ class RuleMiner:
             with nlp.memory_zone() if len(nlp.vocab) > VOCABULARY else nullcontext():
                 for doc, (c, caption) in nlp.pipe(texts, as_tuples=True):
                     done[caption] = tuple(self._tags(doc, c, common))
+            self._parsed += len(texts)
         return done
 
     def _tags(self, doc: Any, c: Clean, common: frozenset[str]) -> Iterator[Tag]:
@@ -116,8 +120,12 @@ class RuleMiner:
         return _finished(found, c)
 
     def _pipeline(self) -> tuple[Any, frozenset[str]]:
+        if self._spacy is not None and self._parsed >= RECYCLED:
+            # a zone gives back words, not their places in spaCy's hash tables, which double whenever used-up places fill them
+            self._spacy = None
+            gc.collect()
         if self._spacy is None:
-            self._spacy = load_pipeline(self._entities), common_nouns()
+            self._spacy, self._parsed = (load_pipeline(self._entities), common_nouns()), 0
         return self._spacy
 
 
