@@ -168,6 +168,31 @@ def test_what_was_read_is_known_after_the_versions_that_read_it_are_gone(tmp_pat
     assert [s["identity"] for s in Store(tmp_path, crash.NAME).snapshot(rest).sources()] == ["0", "20"]
 
 
+def fill(root: str) -> None:
+    """What the child of the test below does: ingest until there is no room in its small map."""
+    for i in range(1000):
+        try:
+            put(Path(root), 100 * i, 100)
+        except WriteFailed as error:
+            print(json.dumps([i, str(error), len(crash.look(Path(root), close=False)[1])]))
+            return
+
+
+def test_a_map_that_is_full_is_said_and_a_process_with_a_larger_one_goes_on(tmp_path: Path) -> None:
+    put(tmp_path, 0, 100)
+    reader = Store(tmp_path, crash.NAME)
+    env = {**os.environ, "TAGSTORE_MAP_SIZE": str(2 << 20)}
+    child = subprocess.run([sys.executable, __file__, str(tmp_path)], env=env, capture_output=True, text=True, check=True)
+    commits, said, problems = json.loads(child.stdout)
+    assert "set TAGSTORE_MAP_SIZE to more than 2097152 bytes" in said
+    assert (commits > 3, problems) == (True, 0)
+    # the one that had the store open all the time, with the map it started with, sees all of it and goes on
+    assert reader.snapshot().version.entries == 100 * commits
+    assert put(tmp_path, 100 * commits, 3000).entries == 100 * commits + 3000
+    assert (reader.generation / "data.mdb").stat().st_size > 2 << 20
+    assert verify(tmp_path, crash.NAME, full=True) == []
+
+
 # every operation, with each of its writes failing in turn; in a child, under the shim of the crash harness
 
 OPERATIONS = {
@@ -238,4 +263,4 @@ def test_a_write_that_fails_becomes_write_failed_whichever_it_is(tmp_path: Path,
 
 
 if __name__ == "__main__":
-    fail_everywhere(*sys.argv[1:])
+    fail_everywhere(*sys.argv[1:]) if len(sys.argv) > 2 else fill(*sys.argv[1:])
