@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
 
 from tagstore.client import TagSource, connect
@@ -64,7 +65,7 @@ def train(
         FingerprintMismatch: the run's checkpoint is of another store or version, and `tags.any_store` is not set.
         NotFound, Unavailable, Damaged: as their messages say.
     """
-    accelerator = Accelerator(mixed_precision=recipe.precision, step_scheduler_with_optimizer=False)
+    accelerator = make_accelerator(recipe)
     out = Path(recipe.out)
 
     # 1. everything that the recipe names
@@ -168,6 +169,19 @@ def learn(accelerator: Accelerator, model: nn.Module, optimizer: Any, step: Step
     loss = accelerator.reduce(total, "mean")
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     return float(loss), int(tokens), float(norm)
+
+
+def make_accelerator(recipe: Recipe) -> Accelerator:
+    """As the environment says that `accelerate launch` or torchrun has set up."""
+    # without cpu=True Accelerate lets every process of a CPU-only launch believe that it is alone
+    accelerator = Accelerator(mixed_precision=recipe.precision, step_scheduler_with_optimizer=False, cpu=not torch.cuda.is_available())
+    if accelerator.distributed_type is DistributedType.MULTI_CPU and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        # Accelerate takes FSDP on a CPU for DDP without a word; torch itself shards there as well, and tests live on it
+        state = accelerator.state
+        state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        state.distributed_type = DistributedType.FSDP
+        type(state)._shared_state["distributed_type"] = DistributedType.FSDP
+    return accelerator
 
 
 def build_model(recipe: Recipe) -> tuple[TunaForConditionalGeneration, TunaProcessor]:

@@ -1,0 +1,199 @@
+"""Training runs: they learn, they go on after kill -9 as if nothing had been, and two processes do what one does."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from captioned import write_llava
+from pictures import picture
+from tagstore.errors import Damaged, FingerprintMismatch, InvalidInput, NotFound, Unavailable
+from tuna_model import checkpoint
+from tuna_model.recipe import Recipe
+from tuna_model.train import train
+
+WORKER = Path(__file__).with_name("training.py")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with 200 pictures as LLaVA JSON; features of them come to lie in it."""
+    folder = tmp_path_factory.mktemp("training")
+    write_llava(folder / "data", 200)
+    return folder
+
+
+def recipe_of(place: Path, out: str, **values) -> Recipe:
+    base = {
+        "model": "tiny",
+        "out": str(place / out),
+        "steps": 6,
+        "batch_size": 8,
+        "micro_batch": 2,
+        "warmup": 2,
+        "save_every": 2,
+        "rates": {"connector": 3e-3, "tag_encoder": 3e-3, "weight_tuner": 3e-3, "language_model": 1e-3},
+        "data": {"path": str(place / "data" / "data.json"), "limit": 40, "features": str(place / "features"), "template": "plain"},
+    }
+    return Recipe.of({**base, **values})
+
+
+def everything(place: Path, root: Path, out: str, **values) -> Recipe:
+    """All that has a state or draws numbers at once: tags with noise, dropout in LoRA, a moving average, a learnt temperature."""
+    return recipe_of(
+        place,
+        out,
+        ema=0.9,
+        lora={"rank": 2, "dropout": 0.2},
+        model_config={"learn_temperature": True},
+        tags={"store": f"file://{root}/shapes", "noise": {"drop": 0.2, "wrong": 0.2, "none": 0.1, "shuffle": 0.2, "pool": 16}},
+        **values,
+    )
+
+
+def losses(out: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def same(one: Path, two: Path) -> bool:
+    """Whether two checkpoints are equal bit for bit."""
+    names = ("trained", "ema", "optimizer")
+    pairs = [(checkpoint.tensors(one, name), checkpoint.tensors(two, name)) for name in names]
+    return all(a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a) for a, b in pairs)
+
+
+@pytest.fixture(scope="module")
+def whole(place: Path, shapes_root: Path) -> Path:
+    """The last checkpoint of a run that nothing interrupted."""
+    return train(everything(place, shapes_root, "whole", keep=3))
+
+
+@pytest.mark.slow
+def test_tiny_learns_200_answers_by_heart(place: Path):
+    values = Recipe.read("tiny-overfit").to_dict()
+    data = {"path": str(place / "data" / "data.json"), "features": str(place / "features-200"), "template": "plain"}
+    recipe = Recipe.of({**values, "out": str(place / "overfit"), "save_every": 1000, "data": data})
+    train(recipe)
+    assert sum(losses(place / "overfit")[-10:]) / 10 < 0.1
+
+
+def test_a_run_that_goes_on_equals_one_that_was_not_interrupted(place: Path, shapes_root: Path, whole: Path):
+    recipe = everything(place, shapes_root, "resumed", keep=3)
+    shutil.copytree(whole.parent / "step-000002", place / "resumed" / "step-000002")
+    assert same(train(recipe), whole)
+    assert losses(place / "resumed") == losses(whole.parent)[2:]
+
+
+@pytest.mark.slow
+def test_kill_9_and_go_on(place: Path, shapes_root: Path, whole: Path):
+    recipe = everything(place, shapes_root, "killed", keep=3)
+    (place / "killed.json").write_text(json.dumps(recipe.to_dict()))
+    with subprocess.Popen([sys.executable, str(WORKER), str(place / "killed.json")], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.strip() == "5":
+                os.kill(process.pid, signal.SIGKILL)
+                break
+    assert process.returncode == -signal.SIGKILL
+    assert checkpoint.latest(place / "killed") == place / "killed" / "step-000004"
+    assert same(train(recipe), whole)
+    assert losses(place / "killed") == losses(whole.parent)
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_does(place: Path):
+    recipe = recipe_of(place, "two", ema=0.9)
+    one = train(recipe_of(place, "one", ema=0.9))
+    (place / "two.json").write_text(json.dumps(recipe.to_dict()))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(WORKER), str(place / "two.json")]
+    subprocess.run([*command, "ddp", "fsdp2"], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    for mode in ("ddp", "fsdp2"):
+        out = place / f"two-{mode}"
+        assert losses(out) == pytest.approx(losses(place / "one"), rel=1e-5)
+        for name in ("trained", "ema", "optimizer"):
+            mine, theirs = checkpoint.tensors(one, name), checkpoint.tensors(out / one.name, name)
+            assert mine.keys() == theirs.keys()
+            assert all(torch.allclose(mine[key], theirs[key], rtol=1e-3, atol=1e-5) for key in mine)
+
+
+def test_a_run_begun_by_two_processes_goes_on_in_one(place: Path):
+    """Checkpoints hold whole tensors, however many processes wrote them. Runs after the test above, or finds nothing to do."""
+    there = place / "two-fsdp2" / "step-000004"
+    if not there.exists():
+        pytest.skip("the two-process test did not run")
+    shutil.copytree(there, place / "fewer" / "step-000004")
+    train(recipe_of(place, "fewer", ema=0.9))
+    assert losses(place / "fewer") == pytest.approx(losses(place / "one")[4:], rel=1e-5)
+
+
+def test_what_a_checkpoint_says(place: Path, shapes_root: Path, whole: Path):
+    state = checkpoint.read(whole)
+    assert (state.step, state.store.store, state.store.version) == (6, "shapes", 1)
+    assert state.store.fingerprint == state.encoder
+    names = set(checkpoint.tensors(whole, "trained"))
+    assert any("lora_A" in name for name in names)
+    assert "weight_tuner.log_temperature" in names
+    assert not any(name.endswith("base_layer.weight") for name in names)
+    assert not list(whole.parent.glob("**/*.pt")) + list(whole.parent.glob("**/*.bin"))
+    assert json.loads((whole.parent / "log.jsonl").read_text().splitlines()[-1])["tags"] > 0
+
+
+def test_a_checkpoint_that_was_changed_or_is_missing(whole: Path, tmp_path: Path):
+    shutil.copytree(whole, tmp_path / "bad")
+    data = bytearray((tmp_path / "bad" / "trained.safetensors").read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "bad" / "trained.safetensors").write_bytes(data)
+    with pytest.raises(Damaged, match="its sha256 differs"):
+        checkpoint.read(tmp_path / "bad")
+    with pytest.raises(NotFound, match="there is no checkpoint"):
+        checkpoint.read(tmp_path)
+
+
+def test_another_version_of_the_store_is_refused_unless_told(place: Path, shapes_root: Path, whole: Path, tmp_path: Path, mini):
+    from tagstore.builder import ingest
+
+    root = tmp_path / "root"
+    shutil.copytree(shapes_root, root)
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "pink.png").write_bytes(picture("pink", "circle"))
+    (tmp_path / "more" / "pink.txt").write_text("A pink circle.\n")
+    ingest(str(tmp_path / "more"), root=root, store="shapes", encoder=mini)
+    recipe = everything(place, root, "newer", steps=3, warmup=2)
+    shutil.copytree(whole.parent / "step-000002", place / "newer" / "step-000002")
+    changed = json.loads((place / "newer" / "step-000002" / "tuna.json").read_text())
+    changed["recipe"]["steps"] = 3
+    (place / "newer" / "step-000002" / "tuna.json").write_text(json.dumps(changed))
+    with pytest.raises(FingerprintMismatch, match=r"was trained with store 'shapes' version 1 .* answers as store 'shapes' version 2"):
+        train(recipe)
+    values = recipe.to_dict()
+    values["tags"]["any_store"] = True
+    train(Recipe.of(values))
+    assert checkpoint.read(place / "newer" / "step-000003").store.version == 2
+
+
+def test_another_recipe_is_refused(place: Path, shapes_root: Path, whole: Path):
+    shutil.copytree(whole, place / "other" / whole.name)
+    with pytest.raises(InvalidInput, match=r"another recipe \(batch_size 8 -> 4\)"):
+        train(everything(place, shapes_root, "other", batch_size=4))
+
+
+def test_a_run_does_not_begin_without_its_store(place: Path):
+    with pytest.raises(Unavailable, match="does not begin without its store"):
+        train(recipe_of(place, "storeless", tags={"store": "grpc://127.0.0.1:1/none?retries=0"}))
+
+
+def test_what_half_a_save_left_is_swept(place: Path, whole: Path):
+    out = place / "swept"
+    for step in (1, 2, 3):
+        shutil.copytree(whole, out / checkpoint.name_of(step))
+    (out / ".step-000004.123").mkdir()
+    checkpoint.prune(out, 2)
+    assert sorted(path.name for path in out.iterdir()) == ["step-000002", "step-000003"]
