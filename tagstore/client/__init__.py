@@ -23,13 +23,26 @@ from numpy.typing import NDArray
 from tagstore.client import forks as _forks  # noqa: F401  before anything imports grpc
 from tagstore.client.connecting import connect
 from tagstore.client.options import ConnectOptions, OnFailure, Options, SearchOptions
+from tagstore.client.prefetch import TagPrefetcher
 from tagstore.client.queries import Image
 from tagstore.client.source import Pin
 from tagstore.client.stats import Stats
 from tagstore.client.urls import parse
 from tagstore.types import Fingerprint, Identity, Retrieval, StoreInfo, TagInfo
 
-__all__ = ["ConnectOptions", "Image", "OnFailure", "Options", "Pin", "SearchOptions", "Stats", "TagSource", "connect", "parse"]
+__all__ = [
+    "ConnectOptions",
+    "Image",
+    "OnFailure",
+    "Options",
+    "Pin",
+    "SearchOptions",
+    "Stats",
+    "TagPrefetcher",
+    "TagSource",
+    "connect",
+    "parse",
+]
 
 
 class TagSource(Protocol):

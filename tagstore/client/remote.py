@@ -120,34 +120,34 @@ class RemoteBackend:
     """Answers of a server, by gRPC's blocking face. Safe for threads and forks."""
 
     def __init__(self, wire: Wire) -> None:
-        self._wire = wire
+        self.wire = wire
         self._stubs: Opened[_Stubs] = Opened(lambda: _Stubs(wire))
         self._hedges: Opened[ThreadPoolExecutor] = Opened(lambda: ThreadPoolExecutor(_HEDGES, thread_name_prefix="hedge"))
 
     def retrieve(self, ask: Ask) -> list[Retrieval]:
         from tagstore import convert
 
-        return convert.retrievals_from_proto(self._call("Retrieve", self._wire.retrieve_request(ask)))
+        return convert.retrievals_from_proto(self._call("Retrieve", self.wire.retrieve_request(ask)))
 
     def tags(self, tag_ids: Sequence[int], version: int, embeddings: bool) -> tuple[list[TagInfo], int]:
         from tagstore import convert
 
-        response = self._call("GetTags", self._wire.tags_request(version, tag_ids=tag_ids, embeddings=embeddings))
+        response = self._call("GetTags", self.wire.tags_request(version, tag_ids=tag_ids, embeddings=embeddings))
         return convert.tags_from_proto(response), response.version
 
     def page(self, first: int, version: int, embeddings: bool) -> tuple[list[TagInfo], int, int]:
         from tagstore import convert
 
-        response = self._call("GetTags", self._wire.tags_request(version, first_tag_id=first, embeddings=embeddings))
+        response = self._call("GetTags", self.wire.tags_request(version, first_tag_id=first, embeddings=embeddings))
         return convert.tags_from_proto(response), response.next_tag_id, response.version
 
     def info(self, version: int) -> StoreInfo:
         from tagstore import convert
 
-        return convert.info_from_proto(self._call("GetStore", self._wire.info_request(version)).store)
+        return convert.info_from_proto(self._call("GetStore", self.wire.info_request(version)).store)
 
     def health(self) -> dict[str, str]:
-        return {e.address: e.breaker.state for e in self._wire.balancer.endpoints}
+        return {e.address: e.breaker.state for e in self.wire.balancer.endpoints}
 
     def close(self) -> None:
         if (pool := self._hedges.take()) is not None:
@@ -156,22 +156,22 @@ class RemoteBackend:
             stubs.close()
 
     def _call(self, method: str, request: Any) -> Any:
-        attempts = Attempts(self._wire.balancer)
+        attempts = Attempts(self.wire.balancer)
         try:
             attempt = attempts.first()
         except Unavailable:
-            self._wire.counters.add(skipped=1)
+            self.wire.counters.add(skipped=1)
             raise
         while True:
             if attempt.wait:
                 time.sleep(attempt.wait)
-            ask = self._hedged if self._wire.options.hedge else self._plain
+            ask = self._hedged if self.wire.options.hedge else self._plain
             attempt, answer, error = ask(attempts, attempt, method, request)
             if error is None:
                 attempts.succeeded(attempt)
                 return answer
             attempt = attempts.failed(attempt, error)
-            self._wire.counters.add(retries=1)
+            self.wire.counters.add(retries=1)
 
     def _plain(self, attempts: Attempts, attempt: Attempt, method: str, request: Any) -> Outcome:
         try:
@@ -182,13 +182,13 @@ class RemoteBackend:
     def _send(self, attempt: Attempt, method: str, request: Any) -> Any:
         import grpc
 
-        self._wire.counters.add(requests=1)
+        self.wire.counters.add(requests=1)
         with calling():
             stub = self._stubs.get().of(attempt.endpoint.address)
             try:
-                return getattr(stub, method)(request, timeout=attempt.timeout, metadata=self._wire.metadata)
+                return getattr(stub, method)(request, timeout=attempt.timeout, metadata=self.wire.metadata)
             except grpc.RpcError as error:
-                raise self._wire.error(error, attempt) from None
+                raise self.wire.error(error, attempt) from None
 
     def _hedged(self, attempts: Attempts, first: Attempt, method: str, request: Any) -> Outcome:
         """The answer of whoever is faster: a second address is asked if the first one takes long. The slower one's is dropped.
@@ -211,11 +211,11 @@ class RemoteBackend:
         pool.submit(run, first)
         second = None
         try:
-            outcome = done.get(timeout=min(self._wire.options.hedge, first.timeout))
+            outcome = done.get(timeout=min(self.wire.options.hedge, first.timeout))
         except queue.Empty:
             second = attempts.another(first.endpoint)
             if second is not None:
-                self._wire.counters.add(hedges=1)
+                self.wire.counters.add(hedges=1)
                 pool.submit(run, second)
             outcome = done.get()
         if second is not None and isinstance(outcome[2], Unavailable):

@@ -68,21 +68,16 @@ class Flows:
     """What a source does, whichever way it waits."""
 
     def __init__(self, url: str, location: Location, options: Options, counters: Counters, backend: Any) -> None:
-        self.url, self._location, self._options, self._counters, self._backend = url, location, options, counters, backend
+        self.url, self.location, self.options, self.counters, self.backend = url, location, options, counters, backend
         self._version = location.version
         self._embeddings = EmbeddingCache(options.embedding_cache)
         place = f"{location.scheme}://{location.place}/{location.store}"
         self._cache = AnswerCache(options.cache, options.cache_bytes, place) if options.cache else None
         self._log = _Seldom()
 
-    @property
-    def options(self) -> Options:
-        """What this source was told."""
-        return self._options
-
     def stats(self) -> Stats:
         """What was done so far, by all processes that share this source."""
-        return Stats(**self._counters.read(), addresses=self._backend.health())
+        return Stats(**self.counters.read(), addresses=self.backend.health())
 
     def __repr__(self) -> str:
         version = f" at version {self._version}" if self._version else ""
@@ -92,9 +87,9 @@ class Flows:
         """The configuration: what a worker needs to connect for itself."""
         return {
             "url": self.url,
-            "location": self._location._replace(version=self._version),
-            "options": self._options,
-            "counters": self._counters.path,
+            "location": self.location._replace(version=self._version),
+            "options": self.options,
+            "counters": self.counters.path,
         }
 
     def _retrieving(
@@ -106,7 +101,7 @@ class Flows:
         identities: Sequence[Identity],
         given: SearchOptions,
     ) -> Flow:
-        options = self._options.merged(given, call=True)
+        options = self.options.merged(given, call=True)
         answers: list[Retrieval] = []
         version = self._version
         for ask in asks(images, vectors, fingerprint, keys, identities, options):
@@ -119,17 +114,17 @@ class Flows:
     def _answering(self, ask: Ask) -> Flow:
         try:
             answers: list[Retrieval] = yield from self._cached(ask)
-            if self._options.preload and any(answers):
+            if self.options.preload and any(answers):
                 version = answers[0].version
                 yield from self._tags(list({t.tag_id for a in answers for t in a}), True, version)
         except TagstoreError as error:
-            if self._options.on_failure == "raise" or not _is_failure(error):
+            if self.options.on_failure == "raise" or not _is_failure(error):
                 raise
-            self._counters.add(queries=len(ask), degraded=len(ask))
+            self.counters.add(queries=len(ask), degraded=len(ask))
             self._log.warning("%s gives no tags: %s", self.url, error)
-            return [Retrieval(self._location.store, 0, "", (), (), degraded=True)] * len(ask)
+            return [Retrieval(self.location.store, 0, "", (), (), degraded=True)] * len(ask)
         excluded = [a.excluded for a in answers]
-        self._counters.add(queries=len(ask), excluded=sum(excluded), guarded=sum(map(bool, excluded)))
+        self.counters.add(queries=len(ask), excluded=sum(excluded), guarded=sum(map(bool, excluded)))
         if answers:
             self._embeddings.see(answers[0].version)
         return answers
@@ -142,7 +137,7 @@ class Flows:
         keys = [self._cache.key(ask, row) for row in range(len(ask))]
         answers = self._cache.get(keys)
         missing = [row for row, answer in enumerate(answers) if answer is None]
-        self._counters.add(cache_hits=len(ask) - len(missing), cache_misses=len(missing))
+        self.counters.add(cache_hits=len(ask) - len(missing), cache_misses=len(missing))
         if missing:
             fresh: list[Retrieval] = yield "retrieve", (ask.only(missing) if len(missing) < len(ask) else ask,)
             self._cache.put([keys[row] for row in missing], fresh)
@@ -154,13 +149,17 @@ class Flows:
         known = self._embeddings.get(tag_ids, version) if embeddings else {}
         missing = list(dict.fromkeys(i for i in tag_ids if i not in known))
         if embeddings:
-            self._counters.add(embedding_hits=len(tag_ids) - len(missing), embedding_misses=len(missing))
+            self.counters.add(embedding_hits=len(tag_ids) - len(missing), embedding_misses=len(missing))
         for start in range(0, len(missing), _TAGS_AT_ONCE):
             found, version = yield "tags", (missing[start : start + _TAGS_AT_ONCE], version, embeddings)
             known |= {tag.tag_id: tag for tag in found}
             if embeddings:
                 self._embeddings.put(found, version)
         return [known[i] for i in tag_ids]
+
+    def _close_cache(self) -> None:
+        if self._cache is not None:
+            self._cache.close()
 
     def _pinning(self, version: int) -> Flow:
         info: StoreInfo = yield "info", (version or self._version,)
@@ -191,13 +190,13 @@ class Source(Flows):
     def vocabulary(self, *, embeddings: bool = False) -> Iterator[TagInfo]:
         first, version = 0, self._version
         while True:
-            tags, first, version = self._backend.page(first, version, embeddings)
+            tags, first, version = self.backend.page(first, version, embeddings)
             yield from tags
             if not first:
                 return
 
     def info(self) -> StoreInfo:
-        info: StoreInfo = self._backend.info(self._version)
+        info: StoreInfo = self.backend.info(self._version)
         return info
 
     def pin(self, version: int = 0) -> Pin:
@@ -205,9 +204,8 @@ class Source(Flows):
         return pin
 
     def close(self) -> None:
-        self._backend.close()
-        if self._cache is not None:
-            self._cache.close()
+        self.backend.close()
+        self._close_cache()
 
     def __enter__(self) -> Self:
         return self
@@ -225,7 +223,7 @@ class Source(Flows):
             name, arguments = next(flow)
             while True:
                 try:
-                    result = getattr(self._backend, name)(*arguments)
+                    result = getattr(self.backend, name)(*arguments)
                 except TagstoreError as error:
                     name, arguments = flow.throw(error)
                 else:

@@ -1,0 +1,85 @@
+"""DataLoader workers, however they are started, each with a parent that has used the source and goes on using it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pictures import picture
+from tagstore.client import connect
+
+MATRIX = Path(__file__).parent / "fork_matrix.py"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--combinations", "fork:0", "fork:2", "fork:8", "forkserver:2", "forkserver:8"],
+        ["--combinations", "spawn:2", "--epochs", "1"],
+    ],
+    ids=["fork and forkserver", "spawn"],
+)
+def test_every_sample_comes_once_and_nothing_hangs(server_address: str, arguments: list[str]) -> None:
+    command = [sys.executable, str(MATRIX), f"grpc://{server_address}/shapes", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "all there" in result.stdout
+
+
+def test_a_fork_where_grpc_was_imported_first_is_refused_instead_of_hanging(server_address: str) -> None:
+    program = f"""
+import os, grpc
+from tagstore_proto.v1 import tagstore_pb2_grpc
+os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
+from tagstore.client import connect
+source = connect("grpc://{server_address}/shapes")
+source.info()
+if os.fork() == 0:
+    try:
+        source.info()
+    except Exception as error:
+        os.write(1, str(error).encode())
+    os._exit(0)
+os.wait()
+"""
+    env = {**os.environ, "GRPC_ENABLE_FORK_SUPPORT": "0"}
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=env).stdout
+    assert "import tagstore.client before grpc" in out
+
+
+def _ask(source, data: bytes) -> tuple[str, bool]:
+    [answer] = source.retrieve([data], keys=["red-circle"])
+    return answer.neighbours[0].key, answer.version == 1
+
+
+def test_a_source_travels_as_its_configuration(server_address: str) -> None:
+    source = connect(f"grpc://{server_address}/shapes", k=2, exclude="self", token="secret")
+    source.pin()
+    copy = pickle.loads(pickle.dumps(source))
+    assert "secret" not in repr(copy) + repr(copy.options)
+    assert (copy.options, copy.pin()) == (source.options, source.pin())
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        key, pinned = pool.apply(_ask, (source, picture("red", "circle")))
+    assert pinned
+    assert key != "red-circle"
+    # the worker's doings are in its parent's sums
+    stats = source.stats()
+    assert (stats.queries, stats.guarded) == (1, 1)
+    assert stats.excluded >= 1
+    source.close()
+
+
+def test_counters_of_another_machine_start_anew(server_address: str, tmp_path: Path) -> None:
+    source = connect(f"grpc://{server_address}/shapes")
+    state = source.__getstate__() | {"counters": str(tmp_path / "is not here")}
+    copy = connect("null://")
+    copy.__setstate__(state)
+    assert copy.stats().queries == 0
+    copy.counters.add(queries=3)
+    assert (copy.stats().queries, source.stats().queries) == (3, 0)
