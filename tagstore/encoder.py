@@ -306,8 +306,9 @@ def load_encoder(spec: str = "mini", *, device: str = "auto", precision: str = "
 
     Args:
         spec: `mini` (works offline), `NAME/TAG` (an open_clip model and one of its pretrained tags, fetched from a hub once),
-            `local-dir:PATH` (a directory in open_clip's layout: `open_clip_config.json`, weights, tokenizer), `hf:NAME-or-PATH` (transformers'
-            CLIPModel, from a hub or a directory in its layout), or `NAME/random` (that open_clip model with random weights: for tests).
+            `local-dir:PATH` (a directory in open_clip's layout: `open_clip_config.json`, weights, tokenizer), `hf:NAME-or-PATH`
+            (transformers' CLIPModel, from a hub or a directory in its layout), or `NAME/random` (that open_clip model with random
+            weights: for tests).
         device: `auto` (CUDA where there is one, else CPU), `cpu`, `cuda`, `cuda:1`.
         precision: `fp32`, `fp16` or `bf16`. Storage of vectors is another matter; the fingerprint is the same in all three.
 

@@ -5,7 +5,6 @@ LLaVA's weights were trained on the tower of such a checkpoint: store and model 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,7 +71,10 @@ def clip_grid(tower: Any, pixels: Tensor, layer: int) -> tuple[Tensor, Tensor]:
 
 
 def load_clip(place: str) -> tuple[ClipModel, Callable[[list[str]], Tensor], bool]:
-    """Model (fp32, on the CPU), tokenizer (texts to ids `[N, L]`) and whether it uses QuickGELU, of a hub's name or a directory in its layout.
+    """Model (fp32, on the CPU), tokenizer (texts to ids `[N, L]`) and whether it uses QuickGELU.
+
+    Args:
+        place: a name on the hub, or a directory in the hub's layout. Weights are read as safetensors only.
 
     Raises:
         NotFound: a directory that is not there or lacks a file.
@@ -80,30 +82,31 @@ def load_clip(place: str) -> tuple[ClipModel, Callable[[list[str]], Tensor], boo
         Unavailable: the hub cannot be reached.
     """
     from transformers import AutoTokenizer, CLIPConfig, CLIPModel
-    from transformers.utils import cached_file
+    from transformers.image_processing_utils import BaseImageProcessor
 
     directory = Path(place)
     local = directory.is_dir()
     if not local and (place.startswith((".", "/", "~")) or place.count("/") > 1 or not place):
         raise NotFound(
-            f"no directory {directory.absolute()}: 'hf:PLACE' takes a directory in the hub's layout, or a name such as openai/clip-vit-large-patch14"
+            f"no directory {directory.absolute()}: 'hf:PLACE' takes a directory in the hub's layout, or a name such as "
+            "openai/clip-vit-large-patch14"
         )
     try:
         config = CLIPConfig.from_pretrained(place)
-        file = cached_file(place, "preprocessor_config.json")
-        clip, notes = CLIPModel.from_pretrained(place, dtype=torch.float32, output_loading_info=True)
+        stored, _ = BaseImageProcessor.get_image_processor_dict(place)
+        clip, notes = CLIPModel.from_pretrained(place, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(place)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         first = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
         if local:
             raise InvalidInput(f"{directory} is no CLIPModel that transformers can load: {first}") from error
         raise Unavailable(
-            f"'hf:{place}' could not be fetched: {first}. Check the name and the network, or fetch it where there is one, copy the directory "
-            "here and pass 'hf:DIRECTORY'"
+            f"'hf:{place}' could not be fetched: {first}. Check the name and the network, or fetch it where there is one, copy the "
+            "directory here and pass 'hf:DIRECTORY'"
         ) from error
     if notes["missing_keys"]:
         raise InvalidInput(f"hf:{place} lacks weights: {', '.join(sorted(notes['missing_keys'])[:3])}")
-    preprocess = clip_preprocess(json.loads(Path(file).read_text()))
+    preprocess = clip_preprocess(stored)
     length = config.text_config.max_position_embeddings
 
     def tokenize(texts: list[str]) -> Tensor:

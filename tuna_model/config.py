@@ -39,7 +39,7 @@ class TunaConfig(PreTrainedConfig):  # type: ignore[misc]
     """
 
     model_type = "tuna"
-    sub_configs_defaults = {
+    sub_configs_defaults = {  # noqa: RUF012  as transformers declares it
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
         "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model", optional=True),
     }
@@ -185,7 +185,7 @@ class TunaConfig(PreTrainedConfig):  # type: ignore[misc]
 
 
 def _from_llava(llava: dict[str, Any]) -> dict[str, Any]:
-    """The same model in our words. Layers from the front, several layers and the CLS token as a patch are refused: no LLaVA-1.5 has them."""
+    """The same model in our words. Several layers, and the CLS token as a patch, are refused: no LLaVA-1.5 has them."""
     from transformers import LlavaConfig
 
     config = LlavaConfig.from_dict(llava)

@@ -152,8 +152,8 @@ class TunaForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: i
         digest = encoder.fingerprint.digest
         if self.config.encoder_digest and digest != self.config.encoder_digest:
             raise FingerprintMismatch(
-                f"this checkpoint was trained on encoder {self.config.encoder} with fingerprint {self.config.encoder_digest}, and {encoder.fingerprint} "
-                "was loaded: its features mean something else. Install the encoder that it was trained on"
+                f"this checkpoint was trained on encoder {self.config.encoder} with fingerprint {self.config.encoder_digest}, and "
+                f"{encoder.fingerprint} was loaded: its features mean something else. Install the encoder that it was trained on"
             )
         self._encoder = encoder
 
@@ -346,10 +346,11 @@ class TunaForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: i
 
     def _biased_mask(self, inputs_embeds: Tensor, attention_mask: Tensor | None, bias: Tensor, cache: Any) -> Tensor:
         """The causal mask `[B, 1, L, keys]` with the tags' biases added to their keys."""
-        if self.language_model.config._attn_implementation not in ("sdpa", "eager"):
+        attention = self.language_model.config._attn_implementation
+        if attention not in ("sdpa", "eager"):
             raise ValueError(
-                f"tag_coupling '{self.config.tag_coupling}' adds to attention logits, which '{self.language_model.config._attn_implementation}' "
-                "cannot: load the model with attn_implementation='sdpa' or 'eager'"
+                f"tag_coupling '{self.config.tag_coupling}' adds to attention logits, which '{attention}' cannot: "
+                "load the model with attn_implementation='sdpa' or 'eager'"
             )
         if cache is not None and getattr(cache, "is_compileable", False):
             raise ValueError(f"tag_coupling '{self.config.tag_coupling}' needs a dynamic cache: leave cache_implementation out")

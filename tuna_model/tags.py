@@ -1,8 +1,8 @@
 """The tags of one image as the model takes them, and how they are looked up, chosen and ordered. numpy only.
 
-    lookup = TagLookup(connect(URL), k=5)
-    tags = lookup(vectors, fingerprint)          # one ImageTags an image
-    chosen = TagLayout(cap=10).choose(tags[0])   # what the prompt will hold
+lookup = TagLookup(connect(URL), k=5)
+tags = lookup(vectors, fingerprint)          # one ImageTags an image
+chosen = TagLayout(cap=10).choose(tags[0])   # what the prompt will hold
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class ImageTags:
     @classmethod
     def of(cls, retrieval: Retrieval, embeddings: NDArray[np.float32]) -> ImageTags:
         """Of an answer of the store and its tags' embeddings `[n, D]`."""
-        neighbours = max(1, len(retrieval.neighbours))
+        # neighbours need not have been asked for
+        neighbours = max(1, len(retrieval.neighbours), *(tag.votes for tag in retrieval.tags))
         return cls(
             tuple(tag.tag for tag in retrieval.tags),
             np.asarray(embeddings, np.float32),
@@ -184,7 +185,12 @@ class TagLookup:
     def of(cls, source: TagSource, config: Any, *, any_store: bool = False) -> TagLookup:
         """As a checkpoint's `TunaConfig` asks for it."""
         return cls(
-            source, k=config.neighbours, store=config.store, version=config.store_version, any_store=any_store, dimension=config.tag_dimension
+            source,
+            k=config.neighbours,
+            store=config.store,
+            version=config.store_version,
+            any_store=any_store,
+            dimension=config.tag_dimension,
         )
 
     def __call__(self, vectors: Any, fingerprint: Fingerprint | str, **options: Any) -> list[ImageTags]:
@@ -209,13 +215,22 @@ class TagLookup:
             self.last_error = str(error)
             log.warning("%d images without tags: %s", len(rows), error)
             return [(ImageTags.none(rows.shape[1]), None) for _ in rows]
-        return [(self._tags(answer, rows.shape[1]), answer) for answer in answers]
+        late = sum(answer.degraded for answer in answers)
+        if late:
+            self.degraded += late
+            self.last_error = "the store did not answer in time"
+        return [
+            (ImageTags.none(len(row)), None) if answer.degraded else (self._tags(answer, row), answer)
+            for answer, row in zip(answers, rows, strict=True)
+        ]
 
-    def _tags(self, answer: Retrieval, dimension: int) -> ImageTags:
+    def _tags(self, answer: Retrieval, row: NDArray[np.float32]) -> ImageTags:
         if not answer.tags:
-            return ImageTags.none(dimension)
+            return ImageTags.none(len(row))
         known = self._embeddings
-        return ImageTags.of(answer, np.stack([known[answer.store, answer.fingerprint, tag.tag_id] for tag in answer.tags]))
+        embeddings = np.stack([known[answer.store, answer.fingerprint, tag.tag_id] for tag in answer.tags])
+        # relevance as the model itself will compute it, so that order and weights agree
+        return ImageTags.of(answer, embeddings).for_image(row)
 
     def _fetch(self, answers: Sequence[Retrieval]) -> None:
         if len(self._embeddings) > _REMEMBERED:
@@ -230,11 +245,13 @@ class TagLookup:
             keys = list(missing)
             for key, found in zip(keys, self.source.tags([key[2] for key in keys], embeddings=True), strict=True):
                 if found.embedding is None:
-                    raise InvalidInput(f"tag '{found.text}' of store '{key[0]}' has no text embedding: the store was made without; embed its tags")
+                    raise InvalidInput(
+                        f"tag '{found.text}' of store '{key[0]}' has no text embedding: the store was made without; embed its tags"
+                    )
                 self._embeddings[key] = np.asarray(found.embedding, np.float32)
 
     def _check(self, answer: Retrieval) -> None:
-        if not answer.tags:
+        if not answer.tags or answer.store == "random":  # random:// is a control experiment on purpose
             return
         if (self._store and answer.store != self._store) or (self._version and answer.version != self._version):
             raise InvalidInput(

@@ -1,0 +1,63 @@
+"""The command line of the model. Each command's module is imported when it is asked for: torch takes longer than `--help` may."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from importlib import import_module
+from typing import Any
+
+try:
+    import click
+except ModuleNotFoundError:
+    sys.exit("the tuna command needs the model extra: pip install 'tagstore[model]'")
+
+from tagstore.errors import TagstoreError
+
+COMMANDS = {
+    "generate": ("generate", "Answer a question about an image."),
+    "chat": ("chat", "Talk about images in the terminal."),
+    "prompt": ("prompt", "Write weighed tags into a prompt for any served model."),
+}
+"""Name -> (module of this package that has a click command of that name, what `--help` says of it)."""
+
+
+class _Lazy(click.Group):
+    """Knows its commands by name and imports them on use."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, _ = COMMANDS[cmd_name]
+        command: click.Command = getattr(import_module(f"tuna_model.cli.{module}"), cmd_name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, COMMANDS[name][1]) for name in self.list_commands(ctx)])
+
+
+@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("-v", "--verbose", is_flag=True, help="Log what is done to stderr.")
+@click.version_option(package_name="tagstore")
+def cli(verbose: bool) -> None:
+    """A multimodal model that grounds its answers in the tags of similar images.
+
+    A model M is a preset (smol, tiny) or a directory. A store's URL is grpc://HOST:PORT/NAME, file://DIR/NAME, or null:// for none.
+    """
+    logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """Entry point: errors of ours are one line on stderr and exit code 1."""
+    # idle OpenMP threads that spin take the cores from each other
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        return cli(arguments)
+    except (TagstoreError, OSError) as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(1)

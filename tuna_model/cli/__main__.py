@@ -1,0 +1,5 @@
+"""`python -m tuna_model.cli`."""
+
+from tuna_model.cli import main
+
+main()
