@@ -36,6 +36,8 @@ def prepare_torchvision() -> bool:
     """
     global _library
     with _lock:
+        for finder in [finder for finder in sys.meta_path if isinstance(finder, _BeforeTorchvision)]:
+            sys.meta_path.remove(finder)  # it would be asked for torchvision below, and call this function again
         spec = find_spec("torchvision")
         if spec is None or not spec.submodule_search_locations:
             return False
@@ -69,6 +71,5 @@ class _BeforeTorchvision(MetaPathFinder):
     """Finds nothing; is asked first."""
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> None:
-        if fullname == "torchvision" and self in sys.meta_path:
-            sys.meta_path.remove(self)  # prepare_torchvision looks for torchvision itself
+        if fullname == "torchvision":
             prepare_torchvision()
