@@ -22,7 +22,7 @@ from tagstore import faiss_index
 from tagstore.checks import broken
 from tagstore.environment import generation
 from tagstore.errors import Damaged, TagstoreError
-from tagstore.records import decode_entry, decode_tag, unseal
+from tagstore.records import decode_hot, decode_tag, unseal
 from tagstore.store import U64, Snapshot, Store, key_of, tag_key, unpack_ids
 from tagstore.types import KINDS
 from tagstore.writer import Writer
@@ -110,7 +110,7 @@ def _rebuild_lookups(writer: Writer) -> None:
             txn.drop(writer.db[name], delete=False)
         with txn.cursor(writer.db["entries"]) as cursor:
             for entry_id, data in cursor:
-                key = key_of(decode_entry(U64.unpack(entry_id)[0], data).key)
+                key = key_of(decode_hot(data)[0])
                 txn.put(key, (txn.get(key, db=writer.db["keys"]) or b"") + entry_id, db=writer.db["keys"])
         with txn.cursor(writer.db["tags"]) as cursor:
             for tag_id, data in cursor:
@@ -173,16 +173,16 @@ def _ranges(snapshot: Snapshot, database: str, seen: set[object]) -> Iterator[Pr
 
 def _counts(snapshot: Snapshot, database: str) -> Iterator[Problem]:
     version, counts = snapshot.version, np.zeros(snapshot.version.next_tag_id, np.int32)
-    entries = 0
-    for entry in snapshot.entries():
-        ids = [tag.tag_id for tag in entry.tags]
-        if ids and max(ids) >= len(counts):
-            yield Problem(database, f"entry {entry.entry_id} of version {version.number} carries tag {max(ids)}, which is not there", False)
-            return
-        counts[ids] += 1
-        entries += 1
-    if entries != version.entries:
-        yield Problem(database, f"version {version.number} has {entries} entries, its record says {version.entries}", False)
+    live = snapshot.live()
+    for start in range(0, len(live), 1024):
+        some = live[start : start + 1024].tolist()
+        for entry_id, (_, ids) in zip(some, snapshot.keys_and_tags(some), strict=True):
+            if ids and max(ids) >= len(counts):
+                yield Problem(database, f"entry {entry_id} of version {version.number} carries tag {max(ids)}, which is not there", False)
+                return
+            counts[ids] += 1
+    if len(live) != version.entries:
+        yield Problem(database, f"version {version.number} has {len(live)} entries, its record says {version.entries}", False)
     if not np.array_equal(counts, snapshot.counts()):
         yield Problem(database, f"the tag counts of version {version.number} are not those of its entries", False)
     carried = np.flatnonzero(counts)
@@ -242,8 +242,7 @@ def _lookups(store: Store, database: str) -> Iterator[Problem]:
         entries = found = 0
         with txn.cursor(store.db["entries"]) as cursor:
             for entry_id, data in cursor:
-                number = U64.unpack(entry_id)[0]
-                key = decode_entry(number, data).key
+                number, (key, _) = U64.unpack(entry_id)[0], decode_hot(data)
                 entries += 1
                 if number not in unpack_ids(txn.get(key_of(key), db=store.db["keys"]) or b""):
                     yield Problem(database, f"the table of keys does not lead to entry {number} ({key})", True)
