@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from tagstore.types import Fingerprint
 from tagstore.writer import Writer
 
 D = 8
+DOCS = Path(__file__).parent.parent / "docs" / "architecture.md"
 FINGERPRINT = Fingerprint("toy", "00", {"size": [8, 8]}, False, True, D)
 
 
@@ -239,6 +241,23 @@ def test_a_disk_that_fails_is_said_and_the_store_stays(tmp_path: Path, rng: np.r
     with pytest.raises(WriteFailed, match=r"No space left.*stays"):
         put(tmp_path, [draft("b")], unit(rng, 1), indexer=full)
     assert put(tmp_path, [draft("b")], unit(rng, 1)).number == 2
+
+
+def test_the_reader_in_the_documentation_reads_a_store(tmp_path: Path, rng: np.random.Generator) -> None:
+    put(tmp_path, [draft(f"{i}", f"tag {i % 9}", "all") for i in range(600)], unit(rng, 600))
+    put(tmp_path, [draft("7", "new", caption="Ça va 👍 " * 30), draft("x")], unit(rng, 2))
+    [code] = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    code = f"path = {str(tmp_path / 'toy')!r}\n{code}\n"
+    code += "names = 'key', 'tags', 'perceptual_hash', 'captions'\n"
+    code += "print(json.dumps([[i, e['sha256'].hex(), *(e[name] for name in names)] for i, e in entries.items()]))\n"
+    code += "print(json.dumps(vectors.tolist()))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    snapshot = Store(tmp_path, "toy").snapshot()
+    entries, vectors = map(json.loads, out)
+    assert entries == [
+        [e.entry_id, e.sha256.hex(), e.key, [t.tag_id for t in e.tags], e.perceptual_hash, list(e.captions)] for e in snapshot.entries()
+    ]
+    np.testing.assert_array_equal(np.array(vectors, np.float16), snapshot.vectors(snapshot.live()))
 
 
 def test_a_forked_child_opens_the_store_for_itself(tmp_path: Path, rng: np.random.Generator) -> None:
