@@ -310,7 +310,7 @@ class _Rewrite:
         bits = np.packbits(live, bitorder="little")
         with self.env.begin(write=True) as txn:
             pages = {"live": self._put_pages(txn, bits.tobytes()), "counts": self._put_pages(txn, counts.tobytes())}
-        version = replace(version, pages=pages, index={})
+        kept, version = version.index, replace(version, pages=pages, index={})
         same = parent if parent is not None and parent.next_entry_id <= version.next_entry_id else None
         embedded = min(version.next_tag_id, self.old.state()["spaces"][str(version.space)][1])
         ranges = ranges_of(
@@ -318,7 +318,8 @@ class _Rewrite:
         )
         version = replace(version, ranges=ranges)
         whole = version is self.versions[-1] or version.number == self.new_version.number
-        index = faiss_index.extend(Snapshot(store, version), self._index_parent(version, parent), store.index_directory, whole=whole)
+        snapshot = Snapshot(store, replace(version, index=kept))  # so that a tuned index is tuned again
+        index = faiss_index.extend(snapshot, self._index_parent(version, parent), store.index_directory, whole=whole)
         version = replace(version, index=index)
         with self.env.begin(write=True) as txn:
             txn.put(U64.pack(version.number), version.to_json().encode(), db=self.db["versions"])

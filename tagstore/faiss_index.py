@@ -1,8 +1,9 @@
-"""The exact FAISS index: inner products over float16 codes, the very numbers the store keeps, memory-mapped on open.
+"""The index of a version: a list of files, each of a run of entry ids, memory-mapped on open.
 
-An index is a list of files, each of a run of entry ids. A commit writes one file for what it added and merges it with the
-files before it while they are not much larger (as a binary counter carries), so there are few files, and every entry is
-written few times. Entries that died are masked in the search and dropped at the next merge.
+A commit writes one small flat file for what it added and merges it with the files before it while they are not much larger (as a
+binary counter carries), so there are few files, and every entry is written few times. A tuned file (`tuning.py`) stands first
+and is never merged: what comes after it is searched exactly beside it, and `stale` says when it is time to build it anew.
+Entries that died are masked in the search.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
+from tagstore import exact, kinds
 from tagstore.environment import sync_directory
-from tagstore.errors import Damaged
+from tagstore.errors import Damaged, InvalidInput
 from tagstore.index import PLAIN, Allowed
+from tagstore.kinds import Advance, Plan
 from tagstore.store import Snapshot, Version
 from tagstore.types import Search, Vectors
 
@@ -27,59 +30,125 @@ ABOUT = {"kind": "flat", "codes": "float16", "metric": "inner product"}
 MERGE = 2
 """A file is merged with what follows it unless it has more than this many times the rows."""
 MAX_ROWS = 1 << 20
-"""Of a file, which is built in memory: 1 GiB at 512 dimensions, whatever the size of the store."""
+"""Of a flat file, which is built in memory: 1 GiB at 512 dimensions, whatever the size of the store."""
+STALE = 0.2
+"""Share of entries beside a tuned file, or dead in it, from which on it should be built anew."""
+FEW_QUERIES = 4
+"""Up to so many, FAISS reads the float16 codes for each of them at the speed of memory; beyond, one pass of `exact` for all is faster."""
+SPLIT_ROWS = 1 << 16
+"""Rows of a flat file that are worth a thread of their own."""
+FEW_ALLOWED = 0.05
+"""Share of entries below which a filter is answered exactly: an approximate search would visit nearly everything to find them."""
 
 
-def extend(snapshot: Snapshot, parent: Version | None, directory: Path, *, whole: bool = False) -> Mapping[str, Any]:
+def extend(
+    snapshot: Snapshot, parent: Version | None, directory: Path, *, whole: bool = False, advance: Advance = lambda *_: None
+) -> Mapping[str, Any]:
     """The index of a version that is about to be committed: the parent's files and what came since, or, if `whole`, all anew.
 
-    Files are synced to disk before this returns; none that a version names is ever changed.
+    A tuned index that is made anew gets the kind and numbers that it had. Files are synced to disk before this returns; none that a
+    version names is ever changed.
     """
+    about = snapshot.version.index or (parent.index if parent else {})
     same_space = parent is not None and parent.space == snapshot.version.space
     files = list(parent.index["files"]) if parent is not None and same_space and not whole else []
     live = snapshot.live()
+    if whole and "tuned" in about and len(live):
+        try:
+            plan = _fitted(plan_of(about["tuned"]), len(live), snapshot.dimension)
+            files = [write(snapshot, plan, live, 0, snapshot.version.next_entry_id, directory, advance=advance)]
+        except InvalidInput:
+            about = ABOUT  # too few are left for such an index
+    elif not (files and tuned(files[0])):
+        about = ABOUT
     first = files[-1]["end"] if files else 0
     rows = int(np.count_nonzero(live >= first))
-    while files and files[-1]["rows"] <= MERGE * rows and files[-1]["rows"] + rows <= MAX_ROWS:
+    while files and not tuned(files[-1]) and files[-1]["rows"] <= MERGE * rows and files[-1]["rows"] + rows <= MAX_ROWS:
         first = files.pop()["first"]
         rows = int(np.count_nonzero(live >= first))
     # a file of which most rows are dead costs every search more than it gives
-    while files and np.count_nonzero((live >= files[-1]["first"]) & (live < files[-1]["end"])) * 2 < files[-1]["rows"]:
+    while files and not tuned(files[-1]) and _alive(live, files[-1]) * 2 < files[-1]["rows"]:
         first = files.pop()["first"]
         rows = int(np.count_nonzero(live >= first))
     new = live[live >= first]
     for start in range(0, len(new), MAX_ROWS):
         ids = new[start : start + MAX_ROWS]
         end = int(new[start + MAX_ROWS]) if start + MAX_ROWS < len(new) else snapshot.version.next_entry_id
-        files.append(_write(snapshot, ids, first, end, directory))
+        files.append(write(snapshot, Plan("flat"), ids, first, end, directory, advance=advance))
         first = end
-    return {**ABOUT, "files": files}
+    return record(about, files, live)
 
 
-def _write(snapshot: Snapshot, ids: NDArray[np.int64], first: int, end: int, directory: Path) -> dict[str, Any]:
-    codes = faiss.IndexScalarQuantizer(snapshot.dimension, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
-    index = faiss.IndexIDMap(codes)
-    for piece, vectors in snapshot.vector_blocks(ids):
-        index.add_with_ids(vectors, piece)
+def record(about: Mapping[str, Any], files: list[dict[str, Any]], live: NDArray[np.int64]) -> dict[str, Any]:
+    """What a version says of its index: kind and numbers, how stale it is, its files."""
+    kept = {k: v for k, v in about.items() if k not in ("files", "stale")}
+    if not (files and tuned(files[0])):
+        return {**kept, "files": files}
+    beside = 1 - _alive(live, files[0]) / max(1, len(live))
+    dead = 1 - _alive(live, files[0]) / max(1, files[0]["rows"])
+    stale = {"beside": round(beside, 4), "dead": round(dead, 4), "rebuild": beside > STALE or dead > STALE}
+    return {**kept, "stale": stale, "files": files}
+
+
+def tuned(file: Mapping[str, Any]) -> bool:
+    """Whether a file is one that `build-index` made."""
+    return "plan" in file
+
+
+def plan_of(value: Mapping[str, Any]) -> Plan:
+    return Plan(value["kind"], value["build"], value["search"])
+
+
+def _fitted(plan: Plan, rows: int, dimension: int) -> Plan:
+    """The plan, with no more lists than so many rows can teach."""
+    if "lists" not in plan.build:
+        return plan
+    lists = min(plan.build["lists"], kinds.plan_for(plan.kind, rows, dimension).build["lists"])
+    return Plan(plan.kind, {**plan.build, "lists": lists}, plan.search)
+
+
+def _alive(live: NDArray[np.int64], file: Mapping[str, Any]) -> int:
+    return int(np.count_nonzero((live >= file["first"]) & (live < file["end"])))
+
+
+def write(
+    snapshot: Snapshot,
+    plan: Plan,
+    ids: NDArray[np.int64],
+    first: int,
+    end: int,
+    directory: Path,
+    *,
+    advance: Advance = lambda *_: None,
+    held_out: NDArray[np.int64] = np.zeros(0, np.int64),  # noqa: B008  never written to
+    name: str = "",
+) -> dict[str, Any]:
+    """Build and sync one file; returns what the version says of it. One thread, so that the same entries give the same bytes."""
+    threads = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    try:
+        index = kinds.made(plan, ids, snapshot.dimension, snapshot.vector_blocks, advance, held_out)
+    finally:
+        faiss.omp_set_num_threads(threads)
     if not directory.exists():
         directory.mkdir()
         sync_directory(directory.parent)
-    path = directory / f"{snapshot.version.number:08d}-{first:012d}-{end:012d}.faiss"
+    path = directory / f"{snapshot.version.number:08d}-{first:012d}-{end:012d}{name}.faiss"
     temporary = path.with_suffix(".tmp")
     digest = hashlib.sha256()
     with temporary.open("wb") as file:
 
-        def write(piece: bytes) -> int:
+        def put(piece: bytes) -> int:
             digest.update(piece)
             return file.write(piece)
 
         # not by file name: FAISS takes no notice of a disk that is full when it closes its file
-        faiss.write_index(index, faiss.PyCallbackIOWriter(write, 1 << 20))
+        faiss.write_index(index, faiss.PyCallbackIOWriter(put, 1 << 20))
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
     sync_directory(directory)
-    return {
+    about = {
         "file": path.name,
         "first": first,
         "end": end,
@@ -87,25 +156,74 @@ def _write(snapshot: Snapshot, ids: NDArray[np.int64], first: int, end: int, dir
         "bytes": path.stat().st_size,
         "sha256": digest.hexdigest(),
     }
+    return about if plan == Plan("flat") else {**about, "plan": plan.as_json()}
+
+
+class Part:
+    """One file, opened."""
+
+    def __init__(self, path: Path, about: Mapping[str, Any], live: Allowed, dimension: int) -> None:
+        self.plan = plan_of(about["plan"]) if "plan" in about else Plan("flat")
+        self.index = open_file(path, about["rows"], dimension)
+        self.first, self.end, self.rows = about["first"], about["end"], about["rows"]
+        self.alive = live.between(self.first, self.end)
+
+    def search(self, queries: Vectors, k: int, allowed: Allowed | None, live: Allowed, search: Search) -> exact.Found:
+        """The best of the file's entries, by the index's own arithmetic; -1 where it found no more."""
+        held, bits = self.alive, live
+        if allowed is not None:
+            held, bits = allowed.between(self.first, self.end), allowed
+        if not held:
+            return np.zeros((len(queries), 0), np.float32), np.zeros((len(queries), 0), np.int64)
+        selector = faiss.IDSelectorBitmap(bits.bits) if held < self.rows else None
+        k = min(kinds.candidates(self.plan, k), held)
+        if self.plan.kind == "flat" and len(queries) <= FEW_QUERIES:
+            return self._split(queries, k, selector)
+        if "lists" in self.plan.build and len(queries) > 1:
+            return self._one_by_one(queries, k, search, held / self.rows, selector)
+        found = self.index.search(queries, k, params=kinds.parameters(self.plan, search, k, held / self.rows, selector))
+        return found[0], found[1]
+
+    def _one_by_one(self, queries: Vectors, k: int, search: Search, share: float, selector: Any) -> exact.Found:
+        """Each query alone: which lists are nearest is decided by a matrix product, whose last bits depend on its size."""
+        parts = min(exact.cores(), len(queries))
+
+        def some(part: int) -> list[tuple[NDArray[np.float32], NDArray[np.int64]]]:
+            rows = range(part, len(queries), parts)
+            return [self.index.search(queries[i : i + 1], k, params=kinds.parameters(self.plan, search, k, share, selector)) for i in rows]
+
+        found = exact.in_parallel(some, parts)
+        rows = [found[i % parts][i // parts] for i in range(len(queries))]
+        return np.concatenate([s for s, _ in rows]), np.concatenate([i for _, i in rows])
+
+    def _split(self, queries: Vectors, k: int, selector: Any) -> exact.Found:
+        parts = max(1, min(exact.cores(), self.rows // SPLIT_ROWS))
+        if parts == 1:
+            found = self.index.search(queries, k, params=faiss.SearchParameters(sel=selector))
+            return found[0], found[1]
+        edges = np.linspace(self.first, self.end, parts + 1).astype(np.int64).tolist()
+
+        def scan(part: int) -> exact.Found:
+            run = faiss.IDSelectorRange(edges[part], edges[part + 1])
+            sel = faiss.IDSelectorAnd(run, selector) if selector is not None else run
+            found = self.index.search(queries, k, params=faiss.SearchParameters(sel=sel))
+            return found[0], found[1]
+
+        return exact.merged(exact.in_parallel(scan, parts), k)
 
 
 class FaissIndex:
     """The index of a version, opened. Safe for threads; never changed after it is opened."""
 
     def __init__(self, snapshot: Snapshot) -> None:
+        self._snapshot = snapshot
         self._about = snapshot.version.index
         self._entries = snapshot.version.entries
-        mask = snapshot.live_mask()
-        self._bits = np.packbits(mask, bitorder="little")
-        self._parts: list[tuple[Any, Any]] = []
-        covered = 0
-        for about in self._about["files"]:
-            part = open_file(snapshot.store.index_directory / about["file"], about["rows"], snapshot.dimension)
-            alive = int(np.count_nonzero(mask[about["first"] : about["end"]]))
-            # the selector reads our bits: they must live as long as it does
-            selector = faiss.IDSelectorBitmap(self._bits) if alive < about["rows"] else None
-            self._parts.append((part, faiss.SearchParameters(sel=selector) if selector else None))
-            covered += alive
+        self._live = Allowed(snapshot.array("live", np.uint8), self._entries)
+        directory = snapshot.store.index_directory
+        self._parts = [Part(directory / about["file"], about, self._live, snapshot.dimension) for about in self._about["files"]]
+        self._exact = all(part.plan.exact for part in self._parts)
+        covered = sum(part.alive for part in self._parts)
         if covered != self._entries:
             raise Damaged(
                 f"the index of version {snapshot.version.number} of store '{snapshot.store.name}' covers {covered} of its "
@@ -113,21 +231,38 @@ class FaissIndex:
             )
 
     def search(self, queries: Vectors, k: int, *, allowed: Allowed | None = None, search: Search = PLAIN) -> NDArray[np.int64]:
-        k = min(k, self._entries if allowed is None else allowed.count)
+        count = self._entries if allowed is None else allowed.count
+        k = min(k, count)
         queries = np.ascontiguousarray(queries, np.float32)
         if not k:
             return np.zeros((len(queries), 0), np.int64)
-        parts = self._parts
-        if allowed is not None:
-            params = faiss.SearchParameters(sel=faiss.IDSelectorBitmap(allowed.bits))
-            parts = [(part, params) for part, _ in parts]
-        found = [part.search(queries, k, params=params) for part, params in parts]
-        if len(found) == 1:
-            return np.asarray(found[0][1])
-        similarities = np.concatenate([s for s, _ in found], axis=1)
-        ids = np.concatenate([i for _, i in found], axis=1)
-        similarities[ids < 0] = -np.inf
-        return np.take_along_axis(ids, np.lexsort((ids, -similarities), axis=1)[:, :k], axis=1)
+        everything = allowed or self._live
+        scarce = count < FEW_ALLOWED * self._entries or 2 * k > count
+        if ((search.exact or scarce) and not self._exact) or (self._exact and len(queries) > FEW_QUERIES):
+            return exact.search(self._snapshot, queries, k, everything)[1]
+        found = []
+        for part in self._parts:
+            if part.plan.exact and len(queries) > FEW_QUERIES:
+                found.append(exact.search(self._snapshot, queries, k, everything, part.first, part.end))
+            else:
+                found.append(self._refined(part, queries, part.search(queries, k, allowed, self._live, search)))
+        ids = found[0][1][:, :k] if len(found) == 1 and found[0][1].shape[1] >= k else exact.merged(found, k)[1]
+        if not self._exact and (ids[:, -1] < 0).any():
+            # an approximate search may come to an end before it has found enough: what it owes is looked up
+            short = np.flatnonzero((ids < 0).any(axis=1))
+            ids = np.array(ids)
+            ids[short] = exact.search(self._snapshot, queries[short], k, everything)[1]
+        return np.asarray(ids)
+
+    def _refined(self, part: Part, queries: Vectors, found: exact.Found) -> exact.Found:
+        """Candidates of compressed codes, with the similarities that the stored vectors have."""
+        if "refine" not in part.plan.search or not found[1].size:
+            return found
+        similarities, ids = np.array(found[0]), found[1]
+        for row in range(len(queries)):
+            there = np.flatnonzero(ids[row] >= 0)
+            similarities[row, there] = self._snapshot.vectors(ids[row, there]) @ queries[row]
+        return exact.merged([(similarities, ids)], ids.shape[1])
 
     def describe(self) -> Mapping[str, Any]:
         return self._about

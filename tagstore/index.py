@@ -35,6 +35,14 @@ class Allowed:
         """Its members, ascending."""
         return np.flatnonzero(np.unpackbits(self.bits, bitorder="little")).astype(np.int64)
 
+    def between(self, first: int, end: int) -> int:
+        """How many members there are in `[first, end)`."""
+        end = min(end, 8 * len(self.bits))
+        if first >= end:
+            return 0
+        some = np.unpackbits(self.bits[first // 8 : -(-end // 8)], bitorder="little")
+        return int(np.count_nonzero(some[first % 8 : first % 8 + end - first]))
+
     def holds(self, ids: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Which of some ids are members; negative ones and those beyond the bits are not."""
         inside = (ids >= 0) & (ids < 8 * len(self.bits))

@@ -81,7 +81,7 @@ def delete(root: str | Path, store: str, selection: Selection) -> tuple[Version,
         if not found:
             raise NotFound(f"no entry of store '{store}' fits: nothing was deleted")
         writer.delete([entry.entry_id for entry in found])
-        _embed_rest(writer)
+        embed_rest(writer)
         return writer.commit(operation="delete", indexer=faiss_index.extend), [entry.key for entry in found]
 
 
@@ -213,7 +213,7 @@ def retag(root: str | Path, store: str, *, miner: str | Miner = "rules", vocabul
                 for e, tags in zip(entries, kept, strict=True)
             ]
             writer.append(drafts, snapshot.vectors(ids))
-        _embed_rest(writer)
+        embed_rest(writer)
         return writer.commit(operation="retag", miner=about, indexer=faiss_index.extend)
 
 
@@ -266,7 +266,7 @@ def _directory(root: str | Path, store: str) -> Path:
     return Store(root, store).directory
 
 
-def _embed_rest(writer: Writer) -> None:
+def embed_rest(writer: Writer) -> None:
     """Give the tags an embedding that have none in the writer's space: new ones, or after a rollback to another encoder."""
     encoder: Encoder | None = None
     while texts := writer.new_tags(limit=4096):

@@ -13,12 +13,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import faiss
 import numpy as np
 from lmdb.verify import VerifyError
 from lmdb.verify import verify as verify_pages
 
-from tagstore import faiss_index
+from tagstore import faiss_index, kinds
 from tagstore.checks import broken
 from tagstore.environment import generation
 from tagstore.errors import Damaged, TagstoreError
@@ -221,13 +220,14 @@ def _agreement(snapshot: Snapshot, full: bool, bad: dict[str, bool]) -> Iterator
             continue
         path = snapshot.store.index_directory / about["file"]
         index = faiss_index.open_file(path, about["rows"], snapshot.dimension)
-        ids = faiss.vector_to_array(index.id_map)
+        plan = faiss_index.plan_of(about["plan"]) if "plan" in about else kinds.Plan("flat")
+        ids = kinds.ids_of(plan, index)
         rows = np.arange(len(ids)) if full else np.unique(np.linspace(0, len(ids) - 1, SAMPLE).astype(np.int64))
         rows = rows[np.isin(ids[rows], live)]
-        codes = faiss.downcast_index(index.index)
-        for start in range(0, len(rows), 1 << 15):
+        # of lists, the ids: their codes are no stored numbers, and the checksum has looked at them
+        for start in range(0, len(rows) if kinds.holds_vectors(plan) else 0, 1 << 15):
             some = rows[start : start + (1 << 15)]
-            held = np.stack([codes.reconstruct(int(row)) for row in some])
+            held = np.stack([kinds.vector_at(plan, index, int(row)) for row in some])
             wrong = np.flatnonzero((held != snapshot.vectors(ids[some])).any(axis=1))
             if len(wrong):
                 yield Problem(str(path), f"holds another vector for entry {ids[some[wrong[0]]]} than the store ({len(wrong)} such)", True)
