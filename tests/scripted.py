@@ -1,0 +1,75 @@
+"""A real gRPC server that does what a test tells it: answers, refuses, stalls until it is let go, dies and comes back."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+
+from tagstore_proto.v1 import tagstore_pb2 as pb
+from tagstore_proto.v1 import tagstore_pb2_grpc as pb_grpc
+
+Behaviour = Callable[[grpc.ServicerContext], None]
+
+
+def fails(code: grpc.StatusCode, retry_after_ms: int = 0) -> Behaviour:
+    def behave(context: grpc.ServicerContext) -> None:
+        if retry_after_ms:
+            context.set_trailing_metadata((("retry-after-ms", str(retry_after_ms)),))
+        context.abort(code, "as the test says")
+
+    return behave
+
+
+class Scripted(pb_grpc.TagStoreServicer):
+    """Does one behaviour a call, then answers for ever. Each query gets a tag with the server's name."""
+
+    def __init__(self, name: str = "one", *script: Behaviour) -> None:
+        self.name, self.script = name, list(script)
+        self.calls = 0
+        self.metadata: list[dict[str, str]] = []
+        self.go_on = threading.Event()
+        self.port = 0
+        self.start()
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        self._server = grpc.server(ThreadPoolExecutor(8), options=[("grpc.so_reuseport", 0)])
+        pb_grpc.add_TagStoreServicer_to_server(self, self._server)
+        self.port = self._server.add_insecure_port(f"127.0.0.1:{self.port}")
+        self._server.start()
+
+    def stop(self) -> None:
+        self.go_on.set()
+        self._server.stop(0).wait()
+
+    def stalls(self, context: grpc.ServicerContext) -> None:
+        """Until the test lets it go."""
+        self.go_on.wait(30)
+
+    def Retrieve(self, request: pb.RetrieveRequest, context: grpc.ServicerContext) -> pb.RetrieveResponse:  # noqa: N802
+        self.calls += 1
+        self.metadata.append(dict(context.invocation_metadata()))
+        if self.script:
+            self.script.pop(0)(context)
+        count = len(request.images) or len(request.vectors.data) // (4 * (request.vectors.dimension or 1))
+        answer = pb.Retrieval(tags=[pb.RetrievedTag(tag_id=1, tag=self.name, kind=pb.KIND_OBJECT, votes=1)], excluded=2)
+        return pb.RetrieveResponse(store=request.store, version=request.version or 1, fingerprint="f", retrievals=[answer] * count)
+
+    def GetTags(self, request: pb.GetTagsRequest, context: grpc.ServicerContext) -> pb.GetTagsResponse:  # noqa: N802
+        self.calls += 1
+        if self.script:
+            self.script.pop(0)(context)
+        tags = [pb.TagInfo(tag_id=i, text=f"tag {i}", kind=pb.KIND_OBJECT, count=1) for i in request.tag_ids]
+        vectors = pb.Vectors(data=b"\x00\x3c" * len(tags), dimension=1, dtype=pb.DTYPE_FLOAT16) if request.embeddings else None
+        return pb.GetTagsResponse(store=request.store, version=request.version or 1, tags=tags, embeddings=vectors)
+
+    def GetStore(self, request: pb.GetStoreRequest, context: grpc.ServicerContext) -> pb.GetStoreResponse:  # noqa: N802
+        fingerprint = pb.Fingerprint(model="m", weights="w", preprocess="{}", dimension=2)
+        info = pb.StoreInfo(store=request.store, version=request.version or 1, fingerprint=fingerprint, index="{}")
+        return pb.GetStoreResponse(store=info)

@@ -1,0 +1,275 @@
+"""Servers that refuse, stall, die and come back: what the client does about it, and what it says."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from itertools import accumulate, repeat
+
+import grpc
+import pytest
+
+from scripted import Behaviour, Scripted, fails
+from tagstore import errors
+from tagstore.client import aio, connect
+from tagstore.client.options import Options
+from tagstore.client.resilience import Attempts, Balancer, Breaker
+
+CODE = grpc.StatusCode
+Make = Callable[..., Scripted]
+
+
+@pytest.fixture
+def server() -> Iterator[Make]:
+    made: list[Scripted] = []
+
+    def make(*script: Behaviour, name: str = "one") -> Scripted:
+        made.append(Scripted(name, *script))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.stop()
+
+
+async def both(url: str, images: list[bytes], **options):
+    """What the two faces answer, or the errors that they raise, with their counts."""
+    with connect(url, **options) as source:
+        try:
+            blocking = source.retrieve(images)
+        except errors.TagstoreError as error:
+            blocking = error
+        first = source.stats()
+    async with aio.connect(url, **options) as source:
+        try:
+            awaited = await source.retrieve(images)
+        except errors.TagstoreError as error:
+            awaited = error
+        return blocking, awaited, first, source.stats()
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_circuit_opens_probes_once_and_closes() -> None:
+    clock = Clock()
+    breaker = Breaker(2, 10, clock)
+    breaker.failed()
+    assert breaker.allows()
+    breaker.failed()
+    assert (breaker.state, breaker.allows()) == ("open", False)
+    clock.now += 13
+    assert breaker.state == "half-open"
+    assert [breaker.allows() for _ in range(3)] == [True, False, False]
+    breaker.failed()
+    assert not breaker.allows()
+    clock.now += 13
+    assert breaker.allows()
+    # nobody heard of that probe again: another may try
+    clock.now += 11
+    assert breaker.allows()
+    breaker.succeeded()
+    assert breaker.state == "closed"
+    assert all(breaker.allows() for _ in range(3))
+
+
+def test_waits_grow_are_jittered_and_end_within_the_deadline() -> None:
+    clock = Clock()
+    options = Options(timeout=10, retries=8, breaker=0)
+    waits = []
+    attempts = Attempts(Balancer(["a:1"], options), clock)
+
+    def fail(attempt):
+        clock.now += 0.3
+        following = attempts.failed(attempt, errors.Unavailable("gone"))
+        waits.append(following.wait)
+        clock.now += following.wait
+        assert clock.now + following.timeout <= 110 + 1e-9
+        return following
+
+    attempt = attempts.first()
+    with pytest.raises(errors.Unavailable, match=r"gone \(\d tries in .* s, 10 s allowed\)"):
+        deque(accumulate(repeat(attempt, 20), lambda last, _: fail(last)), maxlen=0)
+    assert all(0.05 * 2**i <= wait <= 0.1 * 2**i for i, wait in enumerate(waits[:4]))
+    assert max(waits) <= 2
+
+
+def test_a_silent_address_costs_its_share_of_the_time_and_work_goes_to_the_idle_one() -> None:
+    balancer = Balancer(["a:1", "b:1", "c:1"], Options(timeout=9))
+    attempts = Attempts(balancer, Clock())
+    assert attempts.first().timeout == pytest.approx(3)
+    assert len({balancer.pick().address for _ in range(2)} | {attempts.first().endpoint.address}) == 3
+
+
+@pytest.mark.parametrize("code", [CODE.UNAVAILABLE, CODE.CANCELLED])
+async def test_what_another_try_may_mend_is_tried_again(server: Make, code) -> None:
+    one = server(fails(code), fails(code))
+    blocking, _, stats, _ = await both(f"grpc://{one.address}/s", [b"1"])
+    assert blocking[0][0].tag == "one"
+    assert (stats.requests, stats.retries, stats.failures, stats.queries, stats.excluded) == (3, 2, 2, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        (CODE.INVALID_ARGUMENT, errors.InvalidInput),
+        (CODE.NOT_FOUND, errors.NotFound),
+        (CODE.FAILED_PRECONDITION, errors.FingerprintMismatch),
+        (CODE.UNAUTHENTICATED, errors.NotAuthenticated),
+        (CODE.PERMISSION_DENIED, errors.NotPermitted),
+        (CODE.RESOURCE_EXHAUSTED, errors.InvalidInput),
+    ],
+)
+async def test_what_the_caller_did_wrong_is_raised_at_once_in_any_mode(server: Make, code, kind) -> None:
+    one = server(*[fails(code)] * 4)
+    for mode in ("raise", "empty"):
+        blocking, awaited, stats, _ = await both(f"grpc://{one.address}/s?on_failure={mode}", [b"1"])
+        assert type(blocking) is type(awaited) is kind
+        assert "as the test says" in str(blocking)
+        assert stats.requests == 1
+    assert one.calls == 4
+
+
+async def test_a_server_with_too_much_to_do_is_asked_again_when_it_says(server: Make) -> None:
+    one = server(fails(CODE.RESOURCE_EXHAUSTED, retry_after_ms=120))
+    start = time.monotonic()
+    with connect(f"grpc://{one.address}/s") as source:
+        assert source.retrieve([b"1"])[0][0].tag == "one"
+    assert time.monotonic() - start >= 0.12
+    # a wait beyond the deadline is not begun
+    two = server(*[fails(CODE.RESOURCE_EXHAUSTED, retry_after_ms=60_000)] * 4)
+    start = time.monotonic()
+    blocking, awaited, _, _ = await both(f"grpc://{two.address}/s?timeout=5", [b"1"])
+    assert type(blocking) is type(awaited) is errors.Overloaded
+    degraded, _, stats, _ = await both(f"grpc://{two.address}/s?timeout=5&on_failure=empty", [b"1", b"2"])
+    assert [list(a) for a in degraded] == [[], []]
+    assert (stats.degraded, stats.queries) == (2, 2)
+    assert time.monotonic() - start < 5
+
+
+async def test_a_server_that_does_not_answer_ends_with_the_deadline_and_is_named(server: Make) -> None:
+    one = server()
+    one.script = [one.stalls] * 8
+    blocking, awaited, _, _ = await both(f"grpc://{one.address}/s?timeout=0.2", [b"1"])
+    for error in (blocking, awaited):
+        assert type(error) is errors.Unavailable
+        assert one.address in str(error)
+        assert "0.2 s" in str(error)
+    blocking, awaited, stats, _ = await both(f"grpc://{one.address}/s?timeout=0.2&on_failure=empty", [b"1"])
+    assert blocking == awaited
+    assert (blocking[0].degraded, blocking[0].version, len(blocking[0]), stats.degraded) == (True, 0, 0, 1)
+
+
+async def test_the_other_address_answers_when_one_is_gone(server: Make) -> None:
+    one, two = server(name="one"), server(name="two")
+    one.stop()
+    url = f"grpc://{one.address},{two.address}/s"
+    with connect(url) as source:
+        assert [source.retrieve([b"1"])[0][0].tag for _ in range(20)] == ["two"] * 20
+        states = source.stats().addresses
+        assert (states[one.address], states[two.address]) == ("open", "closed")
+    async with aio.connect(url) as source:
+        assert [(await source.retrieve([b"1"]))[0][0].tag for _ in range(20)] == ["two"] * 20
+
+
+def test_addresses_share_the_work(server: Make) -> None:
+    one, two = server(name="one"), server(name="two")
+    with connect(f"grpc://{one.address},{two.address}/s") as source:
+        for _ in range(20):
+            source.retrieve([b"1"])
+    assert one.calls == two.calls == 10
+
+
+async def test_a_slow_address_is_hedged(server: Make) -> None:
+    slow, fast = server(name="slow"), server(name="fast")
+    slow.script = [slow.stalls] * 50
+    url = f"grpc://{slow.address},{fast.address}/s?hedge=0.05&timeout=20"
+    start = time.monotonic()
+    with connect(url) as source:
+        assert {source.retrieve([b"1"])[0][0].tag for _ in range(4)} == {"fast"}
+        assert source.stats().hedges >= 1
+        slow.go_on.set()
+    slow.go_on.clear()
+    async with aio.connect(url) as source:
+        assert {(await source.retrieve([b"1"]))[0][0].tag for _ in range(4)} == {"fast"}
+        assert source.stats().hedges >= 1
+    assert time.monotonic() - start < 20
+
+
+def test_a_hedge_survives_an_address_that_fails(server: Make) -> None:
+    slow, bad = server(name="slow"), server(*[fails(CODE.UNAVAILABLE)] * 50, name="bad")
+    slow.script = [slow.stalls]
+    with connect(f"grpc://{slow.address},{bad.address}/s?hedge=0.05&timeout=20") as source:
+        letting_go = threading.Timer(0.3, slow.go_on.set)
+        letting_go.start()
+        assert {source.retrieve([b"1"])[0][0].tag for _ in range(3)} == {"slow"}
+        letting_go.join()
+
+
+def test_a_server_that_dies_and_comes_back_costs_exactly_the_samples_in_between(server: Make, caplog: pytest.LogCaptureFixture) -> None:
+    one = server()
+    with (
+        connect(f"grpc://{one.address}/s?on_failure=empty&timeout=2&retries=1&breaker=2&cooldown=0.2") as source,
+        caplog.at_level(logging.WARNING),
+    ):
+        before = [source.retrieve([b"1", b"2"]) for _ in range(3)]
+        one.stop()
+        during = [source.retrieve([b"1", b"2"]) for _ in range(20)]
+        assert source.stats().addresses[one.address] in ("open", "half-open")
+        sent = source.stats().requests
+        one.go_on.clear()
+        one.start()
+        after: list = []
+        while not (after and not after[-1][0].degraded):
+            after.append(source.retrieve([b"1", b"2"]))
+        after += [source.retrieve([b"1", b"2"]) for _ in range(3)]
+        answers = [a for call in before + during + after for a in call]
+        stats = source.stats()
+    assert all(a.degraded for call in during for a in call)
+    assert not any(a.degraded for call in before + after[-4:] for a in call)
+    assert stats.degraded == sum(a.degraded for a in answers)
+    assert stats.queries == len(answers)
+    assert sent < 20  # an open circuit isn't knocked at
+    assert stats.skipped > 0
+    assert len([r for r in caplog.records if "gives no tags" in r.message]) == 1  # once a minute
+    with connect(f"grpc://{one.address}/s?timeout=1") as source:
+        one.stop()
+        with pytest.raises(errors.Unavailable, match=f"{one.address}.*1 s allowed"):
+            source.retrieve([b"1"])
+
+
+def test_embeddings_come_with_the_answers_if_asked_for(server: Make) -> None:
+    one = server()
+    with connect(f"grpc://{one.address}/s?preload=true&on_failure=empty&retries=0") as source:
+        [answer] = source.retrieve([b"1"])
+        one.stop()
+        [tag] = source.tags([t.tag_id for t in answer], embeddings=True)
+        assert tag.embedding.tolist() == [1.0]
+        assert not tag.embedding.flags.writeable
+        assert (source.stats().embedding_hits, source.stats().embedding_misses) == (1, 1)
+        one.go_on.clear()
+        one.script = [lambda context: None, fails(CODE.UNAVAILABLE)]
+        one.start()
+        # an answer whose embeddings could not be fetched is no answer that a model can use
+        fresh = connect(f"grpc://{one.address}/s?preload=true&on_failure=empty&retries=0")
+        assert fresh.retrieve([b"1"])[0].degraded
+        fresh.close()
+
+
+def test_a_token_is_sent_and_never_to_strangers_from_the_environment(server: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = server()
+    with connect(f"grpc://{one.address}/s", token="given") as source:
+        source.retrieve([b"1"])
+    monkeypatch.setenv("TAGSTORE_TOKEN", "of the environment")
+    with connect(f"grpc://{one.address}/s") as source:
+        source.retrieve([b"1"])
+    assert [m.get("authorization") for m in one.metadata] == ["Bearer given", "Bearer of the environment"]
+    assert connect("grpcs://example.org:1/s").backend.wire.metadata
+    assert not connect("grpc://example.org:1/s").backend.wire.metadata
