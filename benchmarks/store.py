@@ -36,7 +36,7 @@ from tagstore.types import Fingerprint
 from tagstore.verification import verify
 from tagstore.writer import Writer
 
-BATCH = 4096
+BATCH = 16384
 WORDS = 200_000
 
 

@@ -8,6 +8,7 @@ from hashlib import sha256
 import numpy as np
 from numpy.typing import NDArray
 
+from tagstore.environment import trim
 from tagstore.errors import Damaged
 from tagstore.store import ROWS, U64, Range, Snapshot, Store, Version, block_key
 
@@ -77,11 +78,13 @@ def checksum(store: Store, name: str, space: int, first: int, end: int, dimensio
     with store.env.begin(buffers=True) as txn, txn.cursor(store.db[name]) as cursor:
         if name in ("entries", "tags"):
             found = cursor.set_range(U64.pack(first))
-            for key, value in cursor if found else ():
+            for n, (key, value) in enumerate(cursor if found else ()):
                 if U64.unpack(key)[0] >= end:
                     break
                 digest.update(key)
                 digest.update(value)
+                if n % 65536 == 0:
+                    trim(store.env)
         else:
             width = dimension * 2
             for block in range(first // ROWS, -(-end // ROWS)):
@@ -89,4 +92,6 @@ def checksum(store: Store, name: str, space: int, first: int, end: int, dimensio
                 start, stop = max(0, first - block * ROWS), min(ROWS, end - block * ROWS)
                 # rows that this space never had read as zeros, as they will when a later row of the block is written
                 digest.update(bytes(data[start * width : stop * width]).ljust((stop - start) * width, b"\0"))
+                if block % 256 == 0:
+                    trim(store.env)
     return digest.hexdigest()

@@ -10,6 +10,7 @@ and readers of the old one keep it, unlinked, until they let go.
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import os
 import re
@@ -28,6 +29,7 @@ from tagstore.errors import Busy, Damaged, NotFound, TagstoreError, WriteFailed
 # Address space, not disk: the file grows as data comes, and no reader ever has to follow a resized map.
 MAP_SIZE = int(os.environ.get("TAGSTORE_MAP_SIZE", 1 << 38))
 MAX_READERS = 2048
+_MADV_DONTNEED = 4  # Linux
 
 _lock = Lock()
 _open: dict[tuple[int, int], Any] = {}
@@ -192,6 +194,25 @@ def release(env: Any) -> None:
     with _lock:
         for identity in [identity for identity, held in _open.items() if held is env]:
             del _open[identity]
+
+
+def trim(env: Any, beyond: int = 256 << 20) -> None:
+    """Let go of the pages of a database that were read, if this process has more than so many bytes of files in its memory.
+
+    They are the kernel's cache, which it takes back when it has to; but until then they count as memory of whoever mapped them: of an
+    ingest, the whole database. Reading one again costs a page fault. Does nothing where there is no /proc.
+    """
+    try:
+        resident = int(Path("/proc/self/statm").read_text().split()[2]) * os.sysconf("SC_PAGE_SIZE")
+        if resident < beyond:
+            return
+        inode = str(os.stat(os.path.join(env.path(), "data.mdb")).st_ino)
+        maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith("data.mdb")]
+    except OSError:
+        return
+    for span, *_ in (fields for fields in maps if fields[4] == inode):
+        start, end = (int(address, 16) for address in span.split("-"))
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_DONTNEED)
 
 
 def _say(descriptor: int, holder: str) -> None:

@@ -34,7 +34,7 @@ import lmdb
 import numpy as np
 from numpy.typing import NDArray
 
-from tagstore.environment import environment, generation
+from tagstore.environment import environment, generation, trim
 from tagstore.errors import Damaged, InvalidInput, NotFound
 from tagstore.records import decode_entry, decode_hot, decode_tag, unseal
 from tagstore.types import Entry, Fingerprint, Kind, Rejected, StoreInfo, Vectors
@@ -275,6 +275,7 @@ class Snapshot:
         for start in range(0, len(ids), 1 << 16):
             piece = ids[start : start + (1 << 16)]
             yield piece, self._gather("vectors", piece)
+            trim(self.store.env)
 
     def _gather(self, db: str, ids: NDArray[np.int64]) -> Vectors:
         out = np.empty((len(ids), self.dimension), np.float32)

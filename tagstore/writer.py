@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tagstore.checks import ranges_of
-from tagstore.environment import environment, generation, new_generation, sweep, switch, sync_directory, writer_lock, writing
+from tagstore.environment import environment, generation, new_generation, sweep, switch, sync_directory, trim, writer_lock, writing
 from tagstore.errors import BadVector, FingerprintMismatch, InvalidInput, NotFound, WriteFailed
 from tagstore.mining import MergedTag
 from tagstore.records import decode_entry, decode_tag, encode_entry, encode_tag, seal, unseal
@@ -129,6 +129,7 @@ class Writer:
                 yield txn
             if self._sync == "full":
                 self.env.sync(True)
+            trim(self.env)
 
     def admit(self, drafts: Sequence[Draft], *, same_miner: bool) -> tuple[list[Draft], list[Rejected], int]:
         """Sort drafts into those to append, those whose key came before in this ingest, and the number already stored unchanged."""

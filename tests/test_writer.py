@@ -6,6 +6,7 @@ import ctypes
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -166,6 +167,31 @@ def test_what_was_read_is_known_after_the_versions_that_read_it_are_gone(tmp_pat
     assert [s["identity"] for s in Store(tmp_path, crash.NAME).snapshot().sources()] == ["0", "20"]
     rest = crash.rollback(tmp_path, {"to": 5})["version"]
     assert [s["identity"] for s in Store(tmp_path, crash.NAME).snapshot(rest).sources()] == ["0", "20"]
+
+
+def test_what_was_read_of_a_database_does_not_stay_in_memory(tmp_path: Path) -> None:
+    rows = np.eye(1, 512, dtype=np.float32).repeat(2000, 0)
+    with Writer(tmp_path, "wide", Fingerprint("wide", "w", {}, False, True, 512)) as writer:
+        for start in range(0, 40_000, 2000):
+            writer.append([Draft(f"{start + i}", bytes(32), 0, ("c",)) for i in range(2000)], rows)
+        writer.commit(operation="ingest", indexer=lambda *_: {})
+
+    def mapped() -> int:
+        text = Path("/proc/self/smaps").read_text()
+        [found] = re.findall(rf"{writer.env.path()}/data.mdb\n(?:.*\n)*?Rss: +(\d+) kB", text)
+        return int(found) << 10
+
+    snapshot = Store(tmp_path, "wide").snapshot()
+    expected = snapshot.vectors(snapshot.live()[::100])
+    assert mapped() > 20 << 20
+    with writer.env.begin(buffers=True) as txn:
+        held = txn.get(b"state", db=writer.db["meta"])
+        environment.trim(writer.env, 1 << 40)
+        assert mapped() > 20 << 20
+        environment.trim(writer.env, 1)
+        assert mapped() < 4 << 20
+        assert json.loads(bytes(held).partition(b" ")[2])["current"] == 1
+    np.testing.assert_array_equal(snapshot.vectors(snapshot.live()[::100]), expected)
 
 
 def fill(root: str) -> None:
