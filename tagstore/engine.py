@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +14,8 @@ from tagstore.faiss_index import FaissIndex
 from tagstore.filters import Filters
 from tagstore.guard import NOBODY, Guard, check_exclude
 from tagstore.index import PLAIN, Allowed, Index
+from tagstore.reading import Tags, keys_and_tags
+from tagstore.reading import vectors as vectors_of
 from tagstore.store import Snapshot
 from tagstore.types import ORDERS, Identity, Kind, Neighbour, Retrieval, RetrievedTag, Search, StoreInfo, TagInfo, Vectors
 
@@ -29,6 +33,28 @@ ROWS_AT_ONCE = 1 << 15
 """Stored vectors held in memory to re-rank: 64 MiB at 512 dimensions, whatever the request."""
 
 
+class Answer(NamedTuple):
+    """One query's answer in columns: what a `Retrieval` is made of, without an object for every neighbour and tag.
+
+    A server writes its messages from this; `Engine.retrieve` returns the same as values. Positions in a column belong together.
+    """
+
+    entry_ids: list[int]
+    """Of the neighbours, best first; also where `Search.neighbours` is false."""
+    keys: list[str]
+    similarities: list[float]
+    excluded: int
+    tag_ids: list[int]
+    """In the order asked for, cut at `Search.max_tags`."""
+    texts: list[str]
+    """Empty where `Search.texts` is false, and so are `kinds`."""
+    kinds: list[Kind]
+    tag_similarities: list[float]
+    relevance: list[float]
+    carriers: list[list[int]]
+    """Positions in `entry_ids` of the neighbours that carry a tag, best first; its votes are their number."""
+
+
 class Engine:
     """Answers from one version. Safe for threads; answers depend on the version and the query alone."""
 
@@ -37,8 +63,12 @@ class Engine:
         self.version = snapshot.version
         self.fingerprint = snapshot.version.fingerprint
         self.index: Index = index or FaissIndex(snapshot)
+        self._digest = self.fingerprint.digest
         self._live = Allowed(snapshot.array("live", np.uint8), snapshot.version.entries)
         self._filters = Filters(snapshot, self._live)
+        self._tags = Tags(snapshot)
+        self.observe: Callable[[str, float], None] | None = None
+        """Called with a stage, "search" or "tags", and the seconds that it took of a request or a piece of one."""
 
     def retrieve(self, vectors: NDArray[np.floating], search: Search = PLAIN, identities: Sequence[Identity] = ()) -> list[Retrieval]:
         """The tags of the nearest entries of each query.
@@ -52,27 +82,47 @@ class Engine:
             BadVector: wrong shape, or a row with NaN, infinity or only zeros.
             InvalidInput: an option out of range, or an identity that lacks what is to be excluded.
         """
-        queries = self._checked(vectors, search, identities)
-        allowed = self._filters.find(search.where) if search.where else None
-        guard = Guard(search.exclude, identities, len(queries), self.snapshot, self._live) if search.exclude != NOBODY else None
-        step = max(1, ROWS_AT_ONCE // (search.k + SPARE))
-        starts = range(0, len(queries), step)
-        return [r for start in starts for r in self._answer(queries[start : start + step], start, search, allowed, guard)]
+        return [self._retrieval(answer, search) for answer in self.answers(vectors, search, identities)]
 
-    def _answer(self, queries: Vectors, first: int, search: Search, allowed: Allowed | None, guard: Guard | None) -> list[Retrieval]:
-        numbers = np.arange(first, first + len(queries))
-        ranked = self._nearest(queries, numbers, search.k + SPARE, search, allowed, guard)
-        flat = [i for ids, _, _ in ranked for i in ids]
-        records = dict(zip(flat, self.snapshot.keys_and_tags(flat), strict=True))
-        return [
-            self._retrieval(query, [Neighbour(records[i][0], i, s) for i, s in zip(ids, near, strict=True)], excluded, records, search)
-            for query, (ids, near, excluded) in zip(queries, ranked, strict=True)
-        ]
+    def answers(self, vectors: NDArray[np.floating], search: Search = PLAIN, identities: Sequence[Identity] = ()) -> list[Answer]:
+        """As `retrieve`, in columns."""
+        queries = self._checked(vectors, search, identities)
+        answers: list[Answer] = []
+        # in pieces, so that memory is bounded whatever the request
+        step = max(1, ROWS_AT_ONCE // (search.k + SPARE))
+        allowed, guard = self._conditions(len(queries), search, identities)
+        for start in range(0, len(queries), step):
+            some = queries[start : start + step]
+            began = time.perf_counter()
+            ranked = self._nearest(some, np.arange(start, start + len(some)), search.k + SPARE, search, allowed, guard)
+            between = time.perf_counter()
+            if len(ranked) == 1:
+                answers.append(self._answer(some[0], *ranked[0], keys_and_tags(self.snapshot, ranked[0][0]), search))
+            else:
+                unique = list({i for ids, _, _ in ranked for i in ids})
+                found = dict(zip(unique, keys_and_tags(self.snapshot, unique), strict=True))
+                answers += [self._answer(q, *near, [found[i] for i in near[0]], search) for q, near in zip(some, ranked, strict=True)]
+            if self.observe is not None:
+                self.observe("search", between - began)
+                self.observe("tags", time.perf_counter() - between)
+        return answers
+
+    def nearest(
+        self, vectors: NDArray[np.floating], search: Search = PLAIN, identities: Sequence[Identity] = ()
+    ) -> list[tuple[list[int], list[float], int]]:
+        """Of each query, up to 4096: ids and similarities of its neighbours, best first, equal ones by id; how many nearer ones were
+        kept out. Raises as `retrieve`."""
+        queries = self._checked(vectors, search, identities)
+        allowed, guard = self._conditions(len(queries), search, identities)
+        return self._nearest(queries, np.arange(len(queries)), search.k + SPARE, search, allowed, guard)
+
+    def _conditions(self, queries: int, search: Search, identities: Sequence[Identity]) -> tuple[Allowed | None, Guard | None]:
+        guard = None if search.exclude == NOBODY else Guard(search.exclude, identities, queries, self.snapshot, self._live)
+        return self._filters.find(search.where) if search.where else None, guard
 
     def _nearest(
         self, queries: Vectors, numbers: NDArray[np.int64], candidates: int, search: Search, allowed: Allowed | None, guard: Guard | None
     ) -> list[tuple[list[int], list[float], int]]:
-        """Of each query: ids and similarities of its neighbours, best first, equal ones by id; and how many nearer ones were kept out."""
         if len(queries) > (step := max(1, ROWS_AT_ONCE // candidates)):
             pieces = (slice(start, start + step) for start in range(0, len(queries), step))
             return [a for p in pieces for a in self._nearest(queries[p], numbers[p], candidates, search, allowed, guard)]
@@ -80,20 +130,30 @@ class Engine:
         found = self.index.search(queries, candidates, allowed=allowed, search=search)
         similarities = self._similarities(found, queries)
         order = np.lexsort((found, -similarities), axis=1)
-        found, similarities = np.take_along_axis(found, order, axis=1), np.take_along_axis(similarities, order, axis=1)
-        near = similarities >= search.min_similarity
-        fits = near if guard is None else near & guard.kept(numbers, found)
+        if len(queries) == 1:
+            found, similarities = found[:, order[0]], similarities[:, order[0]]
+        else:
+            found, similarities = np.take_along_axis(found, order, axis=1), np.take_along_axis(similarities, order, axis=1)
+        complete, k = found.shape[1] >= everything, search.k
         answers: list[tuple[list[int], list[float], int]] = []
         short: list[int] = []
-        for row in range(len(queries)):
-            places = np.flatnonzero(fits[row])[: search.k]
-            full = len(places) == search.k
-            if found.shape[1] < everything and self._too_few(similarities[row], places, full, candidates, search):
-                short.append(row)
-            last = int(places[-1]) + 1 if full else int(near[row].sum())
-            answers.append((found[row, places].tolist(), similarities[row, places].tolist(), last - len(places)))
+        if guard is None and search.min_similarity <= -1 and (complete or found.shape[1] >= k):
+            answers = [(i, s, 0) for i, s in zip(found[:, :k].tolist(), similarities[:, :k].tolist(), strict=True)]
+            if not complete and candidates < MAX_TIES:
+                short = np.flatnonzero(similarities[:, -1] >= similarities[:, k - 1] - EDGE).tolist()
+        else:
+            near = similarities >= search.min_similarity
+            fits = near if guard is None else near & guard.kept(numbers, found)
+            for row in range(len(queries)):
+                places = np.flatnonzero(fits[row])[:k]
+                full = len(places) == k
+                # an entry beyond the candidates may be a neighbour if the last one is not clearly less similar than ours
+                edge = similarities[row, places[-1]] if full else np.float32(search.min_similarity)
+                if not complete and similarities[row, -1] >= edge - EDGE and (not full or candidates < MAX_TIES):
+                    short.append(row)
+                last = int(places[-1]) + 1 if full else int(near[row].sum())
+                answers.append((found[row, places].tolist(), similarities[row, places].tolist(), last - len(places)))
         if short:
-            # of one query at a time, all entries may have to be looked at
             more = self._nearest(queries[short], numbers[short], 4 * candidates, search, allowed, guard)
             for row, answer in zip(short, more, strict=True):
                 answers[row] = answer
@@ -104,14 +164,75 @@ class Engine:
         if found.size > ROWS_AT_ONCE:
             columns = (found[:, start : start + ROWS_AT_ONCE] for start in range(0, found.shape[1], ROWS_AT_ONCE))
             return np.concatenate([self._similarities(some, queries) for some in columns], axis=1)
+        if len(found) == 1:
+            return _cosines(vectors_of(self.snapshot, found[0].tolist()), queries[0])[None]
         unique, where = np.unique(found, return_inverse=True)
-        return _cosines(self.snapshot.vectors(unique)[where.reshape(found.shape)], queries)
+        return _cosines(vectors_of(self.snapshot, unique.tolist())[where.reshape(found.shape)], queries)
 
-    @staticmethod
-    def _too_few(similarities: NDArray[np.float32], places: NDArray[np.int64], full: bool, candidates: int, search: Search) -> bool:
-        """Whether an entry beyond the candidates may be a neighbour: the index's last one is not clearly less similar than ours."""
-        edge = similarities[places[-1]] if full else np.float32(search.min_similarity)
-        return bool(similarities[-1] >= edge - EDGE) and (not full or candidates < MAX_TIES)
+    def _answer(
+        self,
+        query: NDArray[np.float32],
+        ids: list[int],
+        similarities: list[float],
+        excluded: int,
+        records: list[tuple[str, list[int]]],
+        search: Search,
+    ) -> Answer:
+        carriers: dict[int, list[int]] = {}
+        for position, (_, tag_ids) in enumerate(records):
+            for tag_id in tag_ids:
+                if tag_id in carriers:
+                    carriers[tag_id].append(position)
+                else:
+                    carriers[tag_id] = [position]
+        found = list(carriers)
+        names, embeddings = self._tags.find(found)
+        relevance = _cosines(embeddings, query).tolist() if found else []
+        # neighbours come best first, so a tag's first carrier is its best
+        columns = [
+            (-len(at), -similarities[at[0]], -r, t, n) for n, ((t, at), r) in enumerate(zip(carriers.items(), relevance, strict=True))
+        ]
+        if search.order == "similarity":
+            columns.sort(key=lambda c: (c[1], c[0], c[2], c[3]))
+        elif search.order == "relevance":
+            columns.sort(key=lambda c: (c[2], c[0], c[1], c[3]))
+        else:
+            columns.sort()
+        if search.max_tags:
+            del columns[search.max_tags :]
+        chosen = [c[3] for c in columns]
+        named = [names[c[4]] for c in columns] if search.texts else []
+        return Answer(
+            ids,
+            [key for key, _ in records],
+            similarities,
+            excluded,
+            chosen,
+            [text for text, _ in named],
+            [kind for _, kind in named],
+            [-c[1] for c in columns],
+            [relevance[c[4]] for c in columns],
+            [carriers[t] for t in chosen],
+        )
+
+    def _retrieval(self, answer: Answer, search: Search) -> Retrieval:
+        ids, there = answer.entry_ids, search.neighbours
+        texts = answer.texts if search.texts else [""] * len(answer.tag_ids)
+        kinds: list[Kind] = answer.kinds if search.texts else ["object"] * len(answer.tag_ids)
+        rows = zip(answer.tag_ids, texts, kinds, answer.tag_similarities, answer.carriers, answer.relevance, strict=True)
+        return Retrieval(
+            self.snapshot.store.name,
+            self.version.number,
+            self._digest,
+            tuple(map(Neighbour, answer.keys, ids, answer.similarities)) if there else (),
+            tuple(
+                [
+                    RetrievedTag(t, text, kind, s, len(at), r, tuple([ids[i] for i in at]) if there else ())
+                    for t, text, kind, s, at, r in rows
+                ]
+            ),
+            answer.excluded,
+        )
 
     def tags(self, tag_ids: Sequence[int] = (), *, first: int = 0, limit: int = 1000, embeddings: bool = False) -> list[TagInfo]:
         """Tags by id, or, without ids, up to `limit` tags from id `first` on. Raises `NotFound`."""
@@ -124,54 +245,6 @@ class Engine:
     def info(self) -> StoreInfo:
         return self.snapshot.info()
 
-    def _retrieval(
-        self,
-        query: NDArray[np.float32],
-        neighbours: list[Neighbour],
-        excluded: int,
-        records: dict[int, tuple[str, list[int]]],
-        search: Search,
-    ) -> Retrieval:
-        carriers: dict[int, list[Neighbour]] = {}
-        for neighbour in neighbours:
-            for tag_id in records[neighbour.entry_id][1]:
-                carriers.setdefault(tag_id, []).append(neighbour)
-        tag_ids = list(carriers)
-        relevance = dict(zip(tag_ids, _cosines(self.snapshot.embeddings(np.array(tag_ids, np.int64)), query).tolist(), strict=True))
-
-        def rank(t: int) -> tuple[float, float, float, int]:
-            # neighbours come best first, so a tag's first carrier is its best
-            votes, similarity = -len(carriers[t]), -carriers[t][0].similarity
-            if search.order == "similarity":
-                return similarity, votes, -relevance[t], t
-            if search.order == "relevance":
-                return -relevance[t], votes, similarity, t
-            return votes, similarity, -relevance[t], t
-
-        ranked = sorted(tag_ids, key=rank)
-        if search.max_tags:
-            ranked = ranked[: search.max_tags]
-        named: list[tuple[str, Kind, str]] = self.snapshot.tags(ranked) if search.texts else [("", "object", "")] * len(ranked)
-        return Retrieval(
-            store=self.snapshot.store.name,
-            version=self.version.number,
-            fingerprint=self.fingerprint.digest,
-            neighbours=tuple(neighbours) if search.neighbours else (),
-            tags=tuple(
-                RetrievedTag(
-                    tag_id=t,
-                    tag=text,
-                    kind=kind,
-                    similarity=carriers[t][0].similarity,
-                    votes=len(carriers[t]),
-                    relevance=relevance[t],
-                    neighbours=tuple(n.entry_id for n in carriers[t]) if search.neighbours else (),
-                )
-                for t, (text, kind, _) in zip(ranked, named, strict=True)
-            ),
-            excluded=excluded,
-        )
-
     def _checked(self, vectors: NDArray[np.floating], search: Search, identities: Sequence[Identity]) -> Vectors:
         check_request(len(vectors), search, identities)
         if vectors.ndim != 2 or vectors.shape[1] != self.fingerprint.dimension:
@@ -181,9 +254,9 @@ class Engine:
         queries = vectors.astype(np.float32)
         with np.errstate(over="ignore", invalid="ignore"):
             norms = np.sqrt((queries * queries).sum(axis=1, keepdims=True))
-        bad = np.flatnonzero(~(np.isfinite(norms) & (norms > 0)))
-        if len(bad):
-            raise BadVector(f"query {bad[0]} holds NaN, infinite or only zero values: it has no direction to search in")
+        fine = (norms > 0) & (norms < np.inf)
+        if not fine.all():
+            raise BadVector(f"query {np.flatnonzero(~fine)[0]} holds NaN, infinite or only zero values: it has no direction to search in")
         unit: Vectors = queries / norms
         return unit
 

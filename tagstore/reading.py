@@ -1,0 +1,104 @@
+"""What a query reads of a version beyond the index, with little Python around it: a few rows, a few records, tags often asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from threading import Lock
+from typing import Any
+
+import numpy as np
+
+from tagstore.errors import Damaged, NotFound
+from tagstore.records import decode_hot, decode_tag
+from tagstore.store import ROWS, SPACE, U64, Snapshot
+from tagstore.types import Kind, Vectors
+
+TAG_BYTES = 64 << 20
+"""Of a version's tags kept in memory with their embeddings: 27,000 of them at 512 dimensions. When it is full, it starts anew."""
+FEW = 256
+"""Rows up to which they are fetched one by one; for more, all rows of a block at a time."""
+
+_pack = U64.pack
+
+
+def vectors(snapshot: Snapshot, ids: list[int]) -> Vectors:
+    """Image vectors of some entries, `[n, D]` float32, in the order of `ids`."""
+    if len(ids) > FEW:
+        return snapshot.vectors(np.array(ids, np.int64))
+    with snapshot.store.env.begin(buffers=True) as txn:
+        return _rows(txn, snapshot, "vectors", ids)
+
+
+def keys_and_tags(snapshot: Snapshot, ids: list[int]) -> list[tuple[str, list[int]]]:
+    """Key and tag ids of each entry."""
+    with snapshot.store.env.begin() as txn:
+        get, db = txn.get, snapshot.store.db["entries"]
+        return [decode_hot(get(_pack(i), db=db)) for i in ids]
+
+
+def _rows(txn: Any, snapshot: Snapshot, name: str, ids: Sequence[int]) -> Vectors:
+    width, space, get, db = 2 * snapshot.dimension, snapshot.version.space << SPACE, txn.get, snapshot.store.db[name]
+    pieces = []
+    for i in ids:
+        at = i % ROWS * width
+        data = get(_pack(space | i // ROWS), db=db)
+        if data is None or len(data) < at + width:
+            raise Damaged(f"store '{snapshot.store.name}' has lost row {i} of its {name}")
+        pieces.append(data[at : at + width])
+    # joined while the transaction lasts: the pieces are the map's own memory
+    return np.frombuffer(b"".join(pieces), np.float16).astype(np.float32).reshape(len(ids), snapshot.dimension)
+
+
+class Tags:
+    """Texts, kinds and embeddings of a version's tags, the ones asked for kept at hand. Safe for threads."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self._snapshot = snapshot
+        self._lock = Lock()
+        self._table = _Table(snapshot)
+
+    def find(self, tag_ids: list[int]) -> tuple[list[tuple[str, Kind]], Vectors]:
+        """Text and kind of each tag, and their embeddings `[n, D]` float32. Raises `NotFound` for an id of none."""
+        table = self._table
+        slots = list(map(table.slots.get, tag_ids))
+        if None in slots:
+            with self._lock:
+                table = self._table
+                missing = list(dict.fromkeys(i for i in tag_ids if i not in table.slots))
+                if len(table.slots) + len(missing) > table.room:
+                    # whoever reads from the full one keeps it until then
+                    table = self._table = _Table(self._snapshot)
+                    missing = list(dict.fromkeys(tag_ids))
+                table.add(missing)
+            slots = [table.slots[i] for i in tag_ids]
+        names = table.names
+        return [names[slot] for slot in slots], table.rows[slots]  # type: ignore[index]
+
+
+class _Table:
+    """Tags in the order they were first asked for; rows are written before their slot can be found, and never again."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self._snapshot = snapshot
+        room = TAG_BYTES // (4 * snapshot.dimension + 300)
+        self.room = max(1, min(room, max(1 << 16, snapshot.version.next_tag_id)))
+        self.slots: dict[int, int] = {}
+        self.names: list[tuple[str, Kind]] = []
+        self.rows = np.empty((self.room, snapshot.dimension), np.float32)  # pages are taken as they are written
+
+    def add(self, tag_ids: list[int]) -> None:
+        snapshot = self._snapshot
+        if len(tag_ids) + len(self.names) > self.room:
+            self.rows = np.empty((len(tag_ids) + len(self.names), snapshot.dimension), np.float32)
+            self.room = len(self.rows)
+        with snapshot.store.env.begin(buffers=True) as txn:
+            db = snapshot.store.db["tags"]
+            at = len(self.names)
+            self.rows[at : at + len(tag_ids)] = _rows(txn, snapshot, "embeddings", tag_ids)
+            found = [txn.get(_pack(i), db=db) for i in tag_ids]
+            for i, data in zip(tag_ids, found, strict=True):
+                if data is None:
+                    raise NotFound(f"store '{snapshot.store.name}' has no tag {i} in version {snapshot.version.number}")
+                text, kind, _ = decode_tag(data)
+                self.names.append((text, kind))
+                self.slots[i] = len(self.names) - 1
