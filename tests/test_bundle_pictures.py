@@ -10,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from pictures import ToyEncoder, picture, write_table
 from tagstore.builder import ingest
 from tagstore.bundles import export, import_, inspect
 from tagstore.bundles.archive import ArchiveWriter
+from tagstore.cli import cli
 from tagstore.compaction import compact
 from tagstore.errors import AlreadyExists, Damaged, InvalidInput, NotFound, TagstoreError
 from tagstore.maintenance import Selection, delete, reembed
@@ -92,6 +94,18 @@ def test_unpacked_images_are_a_source_that_the_store_can_be_embedded_again_from(
     assert (report.entries, report.quarantined) == (195, [])
     again = export(tmp_path / "root", "t", tmp_path / "t", images=True)
     assert again.image_bytes == inspect(bundle).image_bytes
+
+
+def test_images_from_the_command_line(root: Path, bundle: Path, source: Path, tmp_path: Path) -> None:
+    def run(*arguments: object) -> str:
+        result = CliRunner().invoke(cli, [str(argument) for argument in arguments], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    said = run("export", f"file://{root}/s", tmp_path / "b", "--images", "--source", source)
+    assert sha256(bundle.read_bytes()).hexdigest() in said
+    assert "s@3: 195 entries" in run("import", tmp_path / "b", "--root", tmp_path / "root", "--images", tmp_path / "pictures")
+    assert (tmp_path / "pictures" / "pairs.jsonl").exists()
 
 
 def test_images_are_checked_even_if_nobody_wants_them(bundle: Path, tmp_path: Path) -> None:
