@@ -199,8 +199,10 @@ def test_a_full_cache_drops_some_and_a_damaged_answer_is_asked_again(url: str, t
     with connect(url, cache=str(tmp_path / "cache"), cache_bytes=1 << 20, k=18) as source:
         source.pin()
         first = source.retrieve(vectors=vectors, fingerprint=mini.fingerprint)
-        assert source.retrieve(vectors=vectors, fingerprint=mini.fingerprint) == first
-        assert (tmp_path / "cache" / "data.mdb").stat().st_size <= 1 << 20
+        for _ in range(3):
+            assert source.retrieve(vectors=vectors, fingerprint=mini.fingerprint) == first
+        assert source.stats().cache_hits > 600
+        assert (tmp_path / "cache" / "data.mdb").stat().st_size <= 2 << 20
     with lmdb.open(str(tmp_path / "cache"), map_size=1 << 22) as env, env.begin(write=True) as txn:
         damaged = [key for key, _ in txn.cursor()]
         assert damaged

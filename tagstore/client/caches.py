@@ -76,7 +76,7 @@ class AnswerCache:
     """Answers to queries on a node's disk, shared by its processes. Losing it costs time only, so nothing waits for the disk.
 
     LMDB: sha256 over store, version, fingerprint, options, identity and the image or vector -> 8 bytes of sha256 over key and value, and a
-    `RetrieveResponse` of one retrieval. A damaged entry is a miss. When it is full a random tenth is dropped.
+    `RetrieveResponse` of one retrieval. A damaged entry is a miss. When it is full a tenth is dropped, at random.
 
     Raises `MissingExtra` without lmdb.
     """
@@ -134,8 +134,9 @@ class AnswerCache:
 
         Path(self._directory).mkdir(parents=True, exist_ok=True)
         try:
-            # sync=False: after a crash of the machine the file may be bad, which the seals notice
-            return lmdb.open(self._directory, map_size=self._size, max_readers=2048, sync=False, metasync=False)
+            # sync=False: after a crash of the machine the file may be bad, which the seals notice.
+            # LMDB copies what it changes: dropping answers from a full file needs as much room again
+            return lmdb.open(self._directory, map_size=2 * self._size, max_readers=2048, sync=False, metasync=False)
         except lmdb.Error as error:
             raise WriteFailed(
                 f"the cache at {self._directory} cannot be opened ({error}): delete it, it holds nothing of its own"
@@ -145,29 +146,24 @@ class AnswerCache:
         import lmdb
 
         env = self._env.get()
-        for _ in range(3):
-            try:
-                with env.begin(write=True) as txn:
-                    for key, value in rows:
-                        txn.put(key, value)
+        try:
+            with env.begin(write=True) as txn:
+                stat = txn.stat()
+                if (stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"]) * stat["psize"] > self._size:
+                    self._drop_some(txn.cursor(), 1 + stat["entries"] // 10)
+                for key, value in rows:
+                    txn.put(key, value)
+        except lmdb.MapFullError:
+            log.info("the cache at %s is full of what others still read: %d answers were not kept", self._directory, len(rows))
+
+    @staticmethod
+    def _drop_some(cursor: Any, count: int) -> None:
+        """Answers from a random place on: keys are hashes, so that is as good as random ones, and touches fewer pages."""
+        if not cursor.set_range(random.randbytes(32)):
+            cursor.first()
+        for _ in range(count):
+            if not cursor.delete():
                 return
-            except lmdb.MapFullError:
-                self._drop_some(env)
-        log.info("the cache at %s is full of what others read: an answer was not kept", self._directory)
-
-    def _drop_some(self, env: Any) -> None:
-        import lmdb
-
-        with env.begin(write=True) as txn:
-            cursor = txn.cursor()
-            count = min(1024, max(1, txn.stat()["entries"] // 10))
-            try:
-                for _ in range(count):
-                    if not (cursor.set_range(random.randbytes(32)) or cursor.first()):
-                        return
-                    cursor.delete()
-            except lmdb.MapFullError:
-                txn.abort()
 
 
 def _plain(value: Any) -> Any:

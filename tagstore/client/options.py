@@ -90,7 +90,7 @@ class Options:
     cache: str = ""
     """Directory of a cache of answers, shared by the processes of the machine; needs lmdb, and a version in the URL or `pin()`."""
     cache_bytes: int = 1 << 30
-    """Size that the cache may grow to."""
+    """What the cached answers may take; the file is at most twice that."""
     embedding_cache: int = 1 << 15
     """Tags whose embeddings are kept in memory."""
     preload: bool = False
