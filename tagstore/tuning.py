@@ -82,6 +82,11 @@ class Outcome:
     queries: str
     """Where the queries came from."""
 
+    def report(self) -> dict[str, Any]:
+        """As JSON: version, kind with its numbers, measured recall, and what else was tried."""
+        index = {name: value for name, value in self.version.index.items() if name != "files"}
+        return {"version": self.version.number, "index": index, "trials": [trial.as_json() for trial in self.trials]}
+
 
 class OverBudget(InvalidInput):
     """No kind of index holds the budget; `trials` says how near each came."""

@@ -11,7 +11,7 @@ try:
 except ModuleNotFoundError:
     sys.exit("the tagstore command needs the server extra: pip install 'tagstore[server]'")
 
-from tagstore.cli import maintenance, pipeline, recording, serving, stores
+from tagstore.cli import indexing, maintenance, pipeline, recording, serving, stores
 from tagstore.errors import TagstoreError
 
 
@@ -26,7 +26,7 @@ def cli(verbose: bool) -> None:
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
 
 
-for module in (pipeline, recording, serving, stores, maintenance):
+for module in (pipeline, recording, serving, stores, maintenance, indexing):
     for command in module.COMMANDS:
         cli.add_command(command)
 

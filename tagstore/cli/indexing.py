@@ -1,0 +1,145 @@
+"""build-index: the index that a store's queries go through, chosen for a budget."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tagstore.cli import options, output
+from tagstore.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tagstore.tuning import Trial
+
+
+@click.command("build-index")
+@click.argument("url")
+@click.option("--recall", default=0.95, show_default=True, help="Least share of the true neighbours that a search must find.")
+@click.option("--k", default=5, show_default=True, help="Neighbours that recall is measured for.")
+@click.option("--memory", metavar="SIZE", help="Most memory of the index: 500M, 4G.")
+@click.option("--latency", metavar="TIME", help="Most time of one search, median: 5ms, 0.2s.")
+@click.option(
+    "--kind",
+    type=click.Choice(["auto", "flat", "flat32", "hnsw", "ivf", "ivfpq"]),
+    default="auto",
+    show_default=True,
+    help="Build this one, if it holds the budget.",
+)
+@click.option(
+    "--queries",
+    type=click.Path(exists=True, dir_okay=False),
+    metavar="NPY",
+    help="Vectors to measure with; made of stored ones if not given.",
+)
+@click.option("--explain", is_flag=True, help="Show every alternative that was tried, and what became of it.")
+@options.as_json
+def build_index(
+    url: str,
+    recall: float,
+    k: int,
+    memory: str | None,
+    latency: str | None,
+    kind: str,
+    queries: str | None,
+    explain: bool,
+    as_json: bool,
+) -> None:
+    """Choose, build and measure an index within a budget, and commit it as a new version.
+
+    Kinds are tried from the simplest to the smallest: flat, hnsw, ivf, ivfpq. If none holds the budget, nothing is changed.
+    """
+    size, seconds = _size(memory), _seconds(latency)
+    if options.remote(url):
+        from tagstore.remote_admin import administer
+
+        budget: dict[str, Any] = {"recall": recall, "kind": "" if kind == "auto" else kind}
+        budget |= {"memory_bytes": size or 0, "latency_ms": (seconds or 0) * 1e3}
+        if queries or k != 5:
+            raise InvalidInput("--queries and --k are for a store of this machine: run it where the store is, with file://")
+        with administer(url) as admin:
+            made, report = admin.build_index(progress=lambda what: click.echo(what, err=True), **budget)
+        click.echo(json.dumps(report) if as_json else f"version {made.number}: {_sentence(report['index'])}")
+        return
+    from tagstore.tuning import Budget, OverBudget
+    from tagstore.tuning import build_index as run
+
+    root, store, _ = options.local(url)
+    try:
+        with output.progress() as advance:
+            outcome = run(
+                root,
+                store,
+                Budget(recall, k, size, seconds),
+                kind=kind,
+                queries=queries,
+                advance=advance,
+                say=lambda what: click.echo(what, err=True),
+            )
+    except OverBudget as error:
+        if as_json:
+            click.echo(json.dumps({"error": str(error), "trials": [t.as_json() for t in error.trials]}))
+            sys.exit(1)
+        if explain:
+            _table(error.trials)
+        raise
+    if as_json:
+        click.echo(json.dumps(outcome.report()))
+        return
+    if explain:
+        _table(outcome.trials)
+    click.echo(f"{store}@{outcome.version.number}: {_sentence(outcome.version.index)}")
+
+
+def _sentence(index: Any) -> str:
+    found = index["recall"]
+    numbers = ", ".join(f"{name} {value}" for name, value in {**index["tuned"]["build"], **index["tuned"]["search"]}.items())
+    return (
+        f"{index['kind']}{f' ({numbers})' if numbers else ''}, recall@{found['k']} {found['recall']:.3f} on {found['queries']} queries "
+        f"({found['source']}), {found['latency_ms']:.2f} ms a query"
+    )
+
+
+def _table(trials: Sequence[Trial]) -> None:
+    output.table(
+        ("kind", "built with", "searched with", "MB", "recall", "ms", "built in", "verdict"),
+        [
+            (
+                t.plan.kind,
+                " ".join(f"{name}={value}" for name, value in t.plan.build.items()),
+                " ".join(f"{name}={value}" for name, value in t.plan.search.items()),
+                f"{t.bytes / 1e6:.0f}",
+                f"{t.recall:.3f}" if t.seconds else "",
+                f"{t.latency * 1e3:.2f}" if t.seconds else "",
+                f"{t.seconds:.0f} s" if t.seconds else "",
+                t.verdict,
+            )
+            for t in trials
+        ],
+    )
+
+
+def _size(text: str | None) -> int | None:
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKMGT]?)i?B?", text)
+    if not found or not float(found[1]):
+        raise InvalidInput(f"memory is '{text}': write a number with K, M, G or T behind it, as in 4G")
+    return int(float(found[1]) * 1024 ** " KMGT".index(found[2].upper() or " "))
+
+
+def _seconds(text: str | None) -> float | None:
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(us|ms|s)", text)
+    if not found or not float(found[1]):
+        raise InvalidInput(f"latency is '{text}': write a number with us, ms or s behind it, as in 5ms")
+    return float(found[1]) * {"us": 1e-6, "ms": 1e-3, "s": 1}[found[2]]
+
+
+COMMANDS = (build_index,)
