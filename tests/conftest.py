@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 
 from pictures import write_shapes
+from tagstore.torchvision_shim import prepare_when_imported
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if not Path("/dev/nvidia0").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, which open_clip does
+
+prepare_when_imported()  # tests import transformers before anything of ours
 
 
 @pytest.fixture(scope="session")

@@ -102,6 +102,8 @@ class TunaForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: i
         found = super().from_pretrained(*args, **{"key_mapping": _NEW_LLAVA, **kwargs})
         model = found[0] if isinstance(found, tuple) else found
         model._weight_conversions = None  # saved under our names, whatever it was read from
+        if model.config.vision_config is not None:
+            model.vision_tower.requires_grad_(False)
         return found
 
     def _init_weights(self, module: nn.Module) -> None:

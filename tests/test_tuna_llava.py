@@ -1,0 +1,140 @@
+"""A Llava of transformers is read as it is, and without tags computes what it computed there, to the last bit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPModel, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
+
+from clip import write_clip
+from tagstore.encoder import load_encoder
+from tagstore.errors import FingerprintMismatch, InvalidInput
+from tuna_model import ImageTags, TunaForConditionalGeneration, presets
+
+TEXT = {"vocab_size": 260, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+DECODERS = {"llama": LlamaConfig(**TEXT, num_key_value_heads=2), "qwen2": Qwen2Config(**TEXT, num_key_value_heads=2)}
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"hf:{write_clip(tmp_path_factory.mktemp('clip'))}"
+
+
+def write_llava(directory: Path, decoder: str, clip: str) -> LlavaForConditionalGeneration:
+    """A random Llava on the tower of a CLIP, in a directory as the hub has it."""
+    tower = CLIPModel.from_pretrained(clip.removeprefix("hf:")).vision_model
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig.from_dict(tower.config.to_dict()), text_config=DECODERS[decoder], image_token_index=259
+    )
+    torch.manual_seed(0)
+    llava = LlavaForConditionalGeneration(config).eval()
+    llava.model.vision_tower.load_state_dict(tower.state_dict())
+    llava.save_pretrained(directory)
+    presets.tiny_tokenizer().save_pretrained(directory)
+    stored = json.loads((Path(clip.removeprefix("hf:")) / "preprocessor_config.json").read_text())
+    (directory / "preprocessor_config.json").write_text(json.dumps(stored))
+    return llava
+
+
+def inputs() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, 256, (2, 20), generator=generator)
+    ids[0, 3:7] = ids[1, 10:14] = 259
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    return {"input_ids": ids, "attention_mask": mask, "pixel_values": torch.randn(2, 3, 28, 28, generator=generator)}
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_logits_are_equal_to_the_last_bit(decoder: str, clip: str, tmp_path: Path) -> None:
+    llava = write_llava(tmp_path, decoder, clip)
+    model = TunaForConditionalGeneration.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(model(**inputs()).logits, llava(**inputs()).logits)
+        # the same features, made before
+        grid, vectors = model.encode_images(inputs()["pixel_values"])
+        assert vectors is None
+        made = {name: tensor for name, tensor in inputs().items() if name != "pixel_values"}
+        assert torch.equal(model(**made, grid=grid).logits, llava(**inputs()).logits)
+    options = {"max_new_tokens": 5, "do_sample": False, "num_beams": 2, "pad_token_id": 258}
+    assert torch.equal(model.generate(**inputs(), **options), llava.generate(**inputs(), **options))
+
+
+@pytest.mark.parametrize("layout", ["hub", "memory", "first"])
+def test_names_of_weights_of_every_age(layout: str, clip: str, tmp_path: Path) -> None:
+    """As files on the hub name them, as they are in memory, and as the first files of LLaVA-1.5 did (with `vision_model.`)."""
+    from safetensors.torch import load_file, save_file
+
+    llava = write_llava(tmp_path, "llama", clip)
+    file = tmp_path / "model.safetensors"
+    if layout == "memory":
+        save_file({name: tensor.contiguous() for name, tensor in llava.state_dict().items()}, file, metadata={"format": "pt"})
+    if layout == "first":
+        named = {name.replace("vision_tower.", "vision_tower.vision_model."): tensor for name, tensor in load_file(file).items()}
+        save_file(named, file, metadata={"format": "pt"})
+    model, notes = TunaForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert all(name.startswith("tag_encoder") or name == "vision_projection" for name in notes["missing_keys"])
+    assert not notes["unexpected_keys"]
+    model.eval().save_pretrained(tmp_path / "again")
+    names = set(load_file(tmp_path / "again" / "model.safetensors"))
+    assert {"language_model.lm_head.weight", "vision_tower.post_layernorm.weight", "vision_projection"} <= names
+    again = TunaForConditionalGeneration.from_pretrained(tmp_path / "again").eval()
+    with torch.no_grad():
+        assert torch.equal(again(**inputs()).logits, llava(**inputs()).logits)
+
+
+def test_joined_to_its_encoder_one_forward_gives_grid_and_the_stores_vectors(clip: str, tmp_path: Path) -> None:
+    write_llava(tmp_path, "llama", clip)
+    model, processor = presets.load_llava(str(tmp_path), encoder=clip)
+    model.eval()
+    assert model.config.tag_coupling == "multiply"
+    encoder = load_encoder(clip, device="cpu")
+    assert model.config.encoder_digest == encoder.fingerprint.digest
+    pictures = [Image.fromarray(np.random.default_rng(i).integers(0, 256, (40, 50, 3), dtype=np.uint8)) for i in range(2)]
+    grid, vectors = model.encode_images(processor.image_processor(pictures)["pixel_values"])
+    np.testing.assert_allclose(vectors.numpy(), encoder.encode_images(pictures), atol=1e-5)
+    np.testing.assert_allclose(grid.numpy(), encoder.encode_grid(pictures, layer=-2)[0], atol=1e-5)
+    # tags run on it, and it comes back joined
+    embeddings = encoder.encode_texts(["red circle", "dog"])
+    ones = np.ones(2, np.float32)
+    tags = ImageTags(("red circle", "dog"), embeddings, ones, ones, embeddings @ vectors[0].numpy(), (1, 2))
+    batch = processor(text="<image> what?", images=pictures[:1], tags=[tags])
+    with torch.no_grad():
+        logits = model(**batch).logits
+        model.save_pretrained(tmp_path / "joined")
+        again = TunaForConditionalGeneration.from_pretrained(tmp_path / "joined").eval()
+        assert torch.equal(again(**batch).logits, logits)
+
+
+def test_another_tower_is_not_taken_for_its_encoders(clip: str, tmp_path: Path) -> None:
+    write_llava(tmp_path / "llava", "llama", clip)
+    other = f"hf:{write_clip(tmp_path / 'other', seed=1)}"
+    with pytest.raises(FingerprintMismatch, match="is not that of encoder"):
+        presets.load_llava(str(tmp_path / "llava"), encoder=other)
+    model = TunaForConditionalGeneration.from_pretrained(tmp_path / "llava")
+    with pytest.raises(InvalidInput, match="names no encoder"):
+        _ = model.encoder
+
+
+def test_llavas_that_cannot_be_read_are_refused(clip: str, tmp_path: Path) -> None:
+    write_llava(tmp_path, "llama", clip)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for field, value in (("vision_feature_select_strategy", "full"), ("vision_feature_layer", [-2, -1])):
+        (tmp_path / "config.json").write_text(json.dumps(config | {field: value}))
+        with pytest.raises(InvalidInput, match="one layer with 'default'"):
+            TunaForConditionalGeneration.from_pretrained(tmp_path)
+    shutil.rmtree(tmp_path)
+
+
+def test_a_layer_counted_from_the_front_is_the_same_layer(clip: str, tmp_path: Path) -> None:
+    llava = write_llava(tmp_path, "llama", clip)
+    config = json.loads((tmp_path / "config.json").read_text())
+    layers = llava.config.vision_config.num_hidden_layers
+    (tmp_path / "config.json").write_text(json.dumps(config | {"vision_feature_layer": layers - 1}))
+    assert TunaForConditionalGeneration.from_pretrained(tmp_path).config.feature_layer == -2

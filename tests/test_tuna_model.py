@@ -1,0 +1,364 @@
+"""The model's own truths: a batch is its members, a cache changes nothing, no tags is no tag path, weights do what they say."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, LlamaConfig, Qwen2Config
+
+from tagstore.errors import InvalidInput
+from tuna import C, features, rows, small, tags
+from tuna_model import TunaConfig, TunaForConditionalGeneration, presets
+
+PROMPTS = ["Look: <image> what is it?", "no picture", "<image><image> and now?"]
+RAGGED = [tags(3), None, tags(5, 1)]
+"""Of the three pictures of PROMPTS."""
+
+
+def ragged(processor, side: str = "left") -> dict[str, torch.Tensor]:
+    return dict(processor(text=PROMPTS, tags=RAGGED, padding_side=side)) | features(3)
+
+
+def alone(processor) -> list[dict[str, torch.Tensor]]:
+    """The prompts of `ragged`, each in a batch of its own."""
+    found, all_of = [], features(3)
+    for prompt, images in zip(PROMPTS, (slice(0, 1), slice(0, 0), slice(1, 3)), strict=True):
+        some = rows(all_of, images) if images.stop > images.start else {}
+        found.append(dict(processor(text=prompt, tags=RAGGED[images] or None)) | some)
+    return found
+
+
+QWEN = {"text_config": Qwen2Config(
+    vocab_size=260, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    tie_word_embeddings=True, bos_token_id=256, eos_token_id=257, pad_token_id=258,
+)}  # fmt: skip
+SMOLLM = {"text_config": LlamaConfig(
+    vocab_size=260, hidden_size=24, intermediate_size=64, num_hidden_layers=3, num_attention_heads=3, num_key_value_heads=1, head_dim=8,
+    tie_word_embeddings=True, rope_theta=100000.0, bos_token_id=256, eos_token_id=257, pad_token_id=258,
+)}  # fmt: skip
+
+
+KINDS = {
+    "llama": {}, "qwen2": QWEN, "smollm2": SMOLLM, "log_bias": {"tag_coupling": "log_bias"}, "drop": {"tag_coupling": "drop"},
+    "token": {"tag_queries": "token"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_batch_is_its_members_and_padding_changes_nothing(kind: str, side: str) -> None:
+    model, processor = small(**copy.deepcopy(KINDS[kind]))
+    batch = ragged(processor, side)
+    with torch.no_grad():
+        together = model(**batch).logits
+        for row, one in enumerate(alone(processor)):
+            expected = model(**one).logits[0]
+            torch.testing.assert_close(together[row][batch["attention_mask"][row].bool()], expected, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cache_changes_nothing(kind: str) -> None:
+    model, processor = small(**copy.deepcopy(KINDS[kind]))
+    batch = ragged(processor)
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    cached, plain = (model.generate(**batch, **options, use_cache=use) for use in (True, False))
+    assert torch.equal(cached.sequences, plain.sequences)
+    for with_cache, without in zip(cached.logits, plain.logits, strict=True):
+        torch.testing.assert_close(with_cache, without, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["llama", "log_bias"])
+def test_beams_of_a_batch_are_those_of_its_members(kind: str) -> None:
+    model, processor = small(**KINDS[kind])
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "num_beams": 3, "do_sample": False}
+    together = model.generate(**ragged(processor), **options)
+    for row, one in enumerate(alone(processor)):
+        assert torch.equal(together[row, -5:], model.generate(**one, **options)[0, -5:])
+    # without a cache every step looks the pictures' tokens up again
+    assert torch.equal(together, model.generate(**ragged(processor), **options, use_cache=False))
+
+
+def test_sampling_is_reproducible_and_several_answers_are_given() -> None:
+    model, processor = small()
+    drawn = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        drawn.append(model.generate(**ragged(processor), max_new_tokens=4, do_sample=True, num_return_sequences=2, top_k=20))
+    assert torch.equal(*drawn)
+    assert len(drawn[0]) == 2 * len(PROMPTS)
+
+
+def test_a_saved_model_is_the_same_model(tmp_path: Path) -> None:
+    model, processor = small(learn_temperature=True, tag_temperature=0.3)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.bin"))
+    stored = AutoConfig.from_pretrained(tmp_path).to_dict()
+    assert stored | {"_name_or_path": ""} == model.config.to_dict() | {"_name_or_path": ""}
+    again, read = AutoModelForImageTextToText.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)
+    assert type(again) is TunaForConditionalGeneration
+    batch = ragged(processor)
+    for name, tensor in ragged(read).items():
+        assert torch.equal(tensor, batch[name]), name
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits, again.eval()(**batch).logits)
+    once_more, _ = presets.load(str(tmp_path), tag_coupling="multiply")
+    assert once_more.config.tag_coupling == "multiply"
+
+
+def test_tied_embeddings_are_saved_once_and_stay_tied(tmp_path: Path) -> None:
+    model, _ = small(**copy.deepcopy(SMOLLM))
+    model.save_pretrained(tmp_path)
+    again = TunaForConditionalGeneration.from_pretrained(tmp_path)
+    assert again.get_output_embeddings().weight is again.get_input_embeddings().weight
+    assert torch.equal(again.get_input_embeddings().weight, model.get_input_embeddings().weight)
+
+
+def test_without_tags_there_is_no_tag_path() -> None:
+    model, processor = small()
+    without, _ = small(tags=False)
+    kept = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(("tag_encoder", "weight_tuner"))}
+    without.load_state_dict(kept, strict=True)
+    batch = dict(processor(text=PROMPTS, tags=[tags(0)] * 3)) | features(3)
+    assert "tag_index" not in batch
+    with torch.no_grad():
+        plain = without(**batch).logits
+        assert torch.equal(model(**batch).logits, plain)
+        empty = {"tag_embeddings": torch.zeros(0, 16), "tag_signals": torch.zeros(0, 2), "cu_tags": torch.zeros(4, dtype=torch.int32)}
+        assert torch.equal(model(**batch, **empty, tag_index=torch.full_like(batch["input_ids"], -1)).logits, plain)
+    with pytest.raises(ValueError, match="no tag path"):
+        without(**ragged(processor))
+
+
+@pytest.mark.parametrize("queries", ["tag", "token"])
+def test_kernels_give_what_the_reference_gives(queries: str) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU through Triton's interpreter, which conftest asks for
+    logits = []
+    for kernels in ("reference", "triton"):
+        model, processor = small(kernels=kernels, tag_queries=queries)
+        batch = {name: tensor.to(device) for name, tensor in ragged(processor).items()}
+        out = model.to(device)(**batch, output_tag_attention=True)
+        out.logits.square().mean().backward()
+        logits.append((out.logits, out.tag_attention, out.tag_weights, model.tag_encoder.from_tag.weight.grad))
+    for reference, kernel in zip(*logits, strict=True):
+        torch.testing.assert_close(kernel, reference, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("coupling", ["multiply", "multiply_max", "none"])
+def test_weights_scale_the_pair_of_each_tag(coupling: str) -> None:
+    """The decoder sees w H_vt and w H_t where `tag_index` says, and nothing else is touched."""
+    model, processor = small(tag_coupling=coupling)
+    batch = dict(processor(text="<image>?", tags=[tags(4)])) | features(1)
+    with torch.no_grad():
+        out = model(**batch)
+        weights = torch.softmax(torch.from_numpy(tags(4).embeddings) @ features(1)["image_vectors"][0] / 0.1, 0)
+        order = processor_order(tags(4))
+        expected = weights[order] if coupling != "multiply_max" else weights[order] / weights.max()
+        torch.testing.assert_close(out.tag_weights, expected)
+        embeds = model.get_input_embeddings()(batch["input_ids"])[0].clone()
+        ids, index = batch["input_ids"][0], batch["tag_index"][0]
+        patches = iter(out.image_hidden_states[0])
+        for place, (token, i) in enumerate(zip(ids.tolist(), index.tolist(), strict=True)):
+            if i < 0:
+                if token == model.config.image_token_id:
+                    embeds[place] = next(patches)
+                continue
+            pair = out.tag_hidden_states[i] if token == model.config.image_token_id else embeds[place]
+            embeds[place] = pair * (1 if coupling == "none" else expected[i])
+        torch.testing.assert_close(model.language_model(inputs_embeds=embeds[None]).logits, out.logits, atol=1e-5, rtol=1e-4)
+
+
+def processor_order(some) -> list[int]:
+    return sorted(range(len(some)), key=lambda i: -some.relevance[i])
+
+
+def test_log_bias_is_as_many_copies_of_the_key() -> None:
+    """With equal weights 1/n every tag token counts as an n-th of a key: what the attention gives with log(1/n) added by hand."""
+    model, processor = small(tag_coupling="log_bias", tag_signal="uniform")
+    batch = dict(processor(text="<image>?", tags=[tags(4)])) | features(1)
+    with torch.no_grad():
+        out = model(**batch)
+        bias = torch.where(batch["tag_index"] >= 0, torch.tensor(0.25).log(), 0.0)
+        torch.testing.assert_close(out.tag_bias, bias)
+        torch.testing.assert_close(out.tag_weights, torch.full((4,), 0.25))
+        plain, _ = small(tag_coupling="none")
+        assert not torch.allclose(plain(**batch).logits, out.logits, atol=1e-3)
+
+
+def test_dropped_tags_are_not_seen() -> None:
+    """The same as hiding their tokens from the attention, at the same positions."""
+    model, processor = small(tag_coupling="drop", tag_threshold=0.5)
+    batch = dict(processor(text="Q <image>?", tags=[tags(6)])) | features(1)
+    masked, _ = small(tag_coupling="multiply_max")
+    with torch.no_grad():
+        out = model(**batch)
+        dropped = out.tag_weights == 0
+        assert 0 < int(dropped.sum()) < 6
+        index = batch["tag_index"]
+        hidden = (index >= 0) & dropped[index.clamp_min(0)]
+        mask = batch["attention_mask"].masked_fill(hidden, 0)
+        seen = masked(**batch | {"attention_mask": mask}).logits
+        torch.testing.assert_close(out.logits[~hidden], seen[~hidden], atol=1e-4, rtol=1e-3)
+
+
+def test_every_trained_part_gets_a_gradient_with_and_without_tags() -> None:
+    model, processor = small(learn_temperature=True)
+    batch = ragged(processor)
+    model.train()(**batch, labels=batch["input_ids"]).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name  # noqa: PT018
+    assert model.weight_tuner.log_temperature.grad.abs().sum() > 0
+    assert model.tag_encoder.from_tag.weight.grad.abs().sum() > 0
+    # processes that wait for each other's gradients must all have them
+    model.zero_grad()
+    text = dict(processor(text=["a", "b"]))
+    model(**text, labels=text["input_ids"]).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_gradient_checkpointing_changes_no_gradient() -> None:
+    gradients = []
+    for on in (False, True):
+        model, processor = small()
+        if on:
+            model.activation_checkpointing_enable()
+        batch = ragged(processor)
+        model.train()(**batch, labels=batch["input_ids"]).loss.backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for plain, saved in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, saved)
+
+
+@pytest.mark.parametrize("coupling", ["multiply_max", "log_bias"])
+def test_forward_compiles_whole(coupling: str) -> None:
+    model, processor = small(tag_coupling=coupling)
+    batch = ragged(processor)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(**batch).logits, model(**batch).logits, atol=1e-5, rtol=1e-4)
+
+
+def test_lora_trains_and_generates() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model, processor = small()
+    batch = ragged(processor)
+    before = model.generate(**batch, max_new_tokens=3, do_sample=False)
+    modules = r".*language_model.*\.(q_proj|v_proj)"
+    tuned = get_peft_model(model, LoraConfig(r=2, target_modules=modules, modules_to_save=["multi_modal_projector", "tag_encoder"]))
+    assert torch.equal(tuned.generate(**batch, max_new_tokens=3, do_sample=False), before)
+    tuned.train()(**batch, labels=batch["input_ids"]).loss.backward()
+    trained = [name for name, parameter in tuned.named_parameters() if parameter.grad is not None]
+    assert any("lora_B" in name for name in trained)
+    assert any("tag_encoder" in name for name in trained)
+    assert not any("base_layer" in name for name in trained)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("coupling", ["multiply_max", "log_bias"])
+def test_half_precision_is_near_single(dtype: torch.dtype, coupling: str) -> None:
+    model, processor = small(tag_coupling=coupling)
+    batch = ragged(processor)
+    with torch.no_grad():
+        single = model(**batch).logits
+        half = model.to(dtype)(**batch).logits
+    assert half.dtype == dtype
+    error = (half.float() - single)[batch["attention_mask"].bool()].abs().mean() / single.abs().mean()
+    assert error < 0.1
+    assert model.generate(**batch, max_new_tokens=2, do_sample=False).shape[1] == batch["input_ids"].shape[1] + 2
+
+
+def test_what_does_not_fit_is_said() -> None:
+    model, processor = small()
+    batch = ragged(processor)
+    with pytest.raises(Exception, match="image tokens of 2 images"):
+        model(**batch | rows(features(3), slice(0, 2)) | {"cu_tags": torch.tensor([0, 3, 8], dtype=torch.int32)})
+    with pytest.raises(ValueError, match="needs image vectors"):
+        model(**{name: tensor for name, tensor in batch.items() if name != "image_vectors"})
+    with pytest.raises(ValueError, match="tags need"):
+        model(**{name: tensor for name, tensor in batch.items() if name not in ("grid", "image_vectors")})
+    with pytest.raises(ValueError, match="either input_ids"):
+        model()
+    with pytest.raises(ValueError, match="tag_word_ids"):
+        small(tag_queries="token")[0](**batch)
+    bias, _ = small(tag_coupling="log_bias")
+    with pytest.raises(ValueError, match="dynamic cache"):
+        bias.generate(**batch, max_new_tokens=2, cache_implementation="static")
+    bias.language_model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="'sdpa' or 'eager'"):
+        bias(**batch)
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"tag_copling": "multiply"}, "did you mean tag_coupling"),
+        ({"tag_coupling": "times"}, "multiply, multiply_max"),
+        ({"connector": "pooled"}, "must divide grid_side"),
+        ({"tag_queries": "token", "tag_encoder_layers": 0}, "at least 1"),
+        ({"feature_layer": 3}, "negative"),
+        ({"tag_temperature": 0.0}, "positive"),
+        ({"tag_threshold": 2.0}, "between 0 and 1"),
+        ({"tag_encoder_width": 33}, "divide among"),
+        ({"max_tags": 0}, "at least 1"),
+    ],
+)
+def test_a_configuration_that_means_nothing_is_refused(fields: dict, says: str) -> None:
+    with pytest.raises(InvalidInput, match=says):
+        presets.tiny_config(**fields)
+
+
+def test_configuration_is_json_and_comes_back(tmp_path: Path) -> None:
+    config = presets.tiny_config(tag_order="none", store="flickr8k", store_version=3)
+    config.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["store_version"] == 3
+    assert TunaConfig.from_pretrained(tmp_path).to_dict() | {"_name_or_path": ""} == config.to_dict() | {"_name_or_path": ""}
+
+
+def test_the_paper_preset_can_be_built_and_says_what_it_guesses() -> None:
+    config = presets.paper_config()
+    with torch.device("meta"):
+        model = TunaForConditionalGeneration(config)
+    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
+    assert 6.7e9 < counts["language_model"] < 6.8e9
+    assert 3.0e8 < counts["vision_tower"] < 3.1e8
+    assert counts["multi_modal_projector"] == 1024 * 4096 + 4096 + 4096 * 4096 + 4096
+    assert config.image_tokens == 576
+    assert set(presets.GUESSES) <= set(TunaConfig.__dataclass_fields__)
+    with pytest.raises(InvalidInput, match="no weights"):
+        presets.load("paper")
+
+
+def test_pooled_and_linear_connectors() -> None:
+    from tuna_model.connector import pool_grid
+
+    grid = torch.arange(16.0).view(1, 16, 1)
+    assert pool_grid(grid, 2).flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
+    assert torch.equal(pool_grid(grid, 4), grid)
+    model, processor = small(connector="pooled", pool_side=2)
+    assert processor.image_tokens == 4
+    assert model(**ragged(processor)).image_hidden_states.shape == (3, 4, 32)
+    linear, processor = small(connector="linear")
+    assert {name for name, _ in linear.multi_modal_projector.named_parameters()} == {"linear_1.weight", "linear_1.bias"}
+    assert linear(**ragged(processor)).image_hidden_states.shape == (3, 16, 32)
+
+
+def test_parameter_free_tags_look_where_they_are_seen() -> None:
+    """A tag whose embedding is a patch's own projection looks at that patch, and brings its feature."""
+    model, processor = small(tag_encoder_layers=0)
+    grid = features(1)["grid"]
+    projected = torch.nn.functional.normalize(grid[0] @ model.tag_encoder.projection, dim=-1)
+    some = tags(2)
+    some.embeddings[:] = projected[[3, 11]].numpy()
+    order = processor_order(some)
+    batch = dict(processor(text="<image>", tags=[some])) | features(1)
+    with torch.no_grad():
+        out = model(**batch, output_tag_attention=True)
+    assert out.tag_attention.argmax(-1).tolist() == [[3, 11][i] for i in order]
+    assert out.tag_attention.shape == (2, 16)
+    torch.testing.assert_close(out.tag_attention.sum(-1), torch.ones(2))
+    assert model.tag_encoder.projection.shape == (C, 16)
