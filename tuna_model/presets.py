@@ -72,7 +72,7 @@ PLAIN = VICUNA.replace("USER: ", "Q: ").replace("ASSISTANT", "A")
 
 
 def load(
-    name: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu", **fields: Any
+    name: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu", trained: bool = True, **fields: Any
 ) -> tuple[TunaForConditionalGeneration, TunaProcessor]:
     """Model and processor of a preset or a directory, the model in evaluation mode.
 
@@ -80,6 +80,7 @@ def load(
         name: a preset, or a directory that `save_pretrained` of both wrote (or a Llava checkpoint's).
         dtype: of the weights.
         device: where they go.
+        trained: of `smol`: False leaves connector and tag path as random as a training run begins with them.
         fields: of `TunaConfig`, instead of the preset's or the directory's.
 
     Raises:
@@ -89,7 +90,7 @@ def load(
     if name == "tiny":
         model, processor = _tiny(**fields)
     elif name == "smol":
-        model, processor = _smol(**fields)
+        model, processor = _smol(trained, **fields)
     elif name == "paper":
         raise InvalidInput("the preset 'paper' has no weights: load_llava(DIRECTORY) puts its tag path beside a Llava checkpoint's")
     elif Path(name, "config.json").is_file():
@@ -151,10 +152,10 @@ def smol_config(**fields: Any) -> TunaConfig:
     return TunaConfig(**{"text_config": smollm.config(), "image_token_id": smollm.IMAGE_TOKEN_ID} | fields)
 
 
-def _smol(**fields: Any) -> tuple[TunaForConditionalGeneration, TunaProcessor]:
+def _smol(trained: bool, **fields: Any) -> tuple[TunaForConditionalGeneration, TunaProcessor]:
     from tuna_model.trained import read_trained
 
-    weights, trained_fields = read_trained(TRAINED) if TRAINED.is_file() else ({}, {})
+    weights, trained_fields = read_trained(TRAINED) if trained and TRAINED.is_file() else ({}, {})
     config = smol_config(**trained_fields | fields)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -170,7 +171,7 @@ def _smol(**fields: Any) -> tuple[TunaForConditionalGeneration, TunaProcessor]:
         unfit = model.load_state_dict(weights, strict=False).unexpected_keys
         if unfit:
             raise InvalidInput(f"{TRAINED} was trained with another tag path (it has {unfit[0]}): load smol without changed fields")
-    else:
+    elif trained:
         log.warning("smol: connector and tag path are not trained; it answers as its decoder does")
     return model, processor_for(config, smollm.tokenizer(), encoder.fingerprint.preprocess, CHATML)
 

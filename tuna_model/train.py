@@ -25,17 +25,16 @@ from torch import nn
 from tagstore.client import TagSource, connect
 from tagstore.errors import InvalidInput, Unavailable
 from tuna_model import checkpoint as checkpoints
-from tuna_model import presets
 from tuna_model.checkpoint import Checkpoint, StorePin
 from tuna_model.collator import Collator, to_device
 from tuna_model.data import Sample, read_samples
 from tuna_model.features import CachedFeatures, ImageFeatures, LiveFeatures, make_cache
 from tuna_model.journal import Journal, Progress, flat, memory
 from tuna_model.loader import Loader, Step, seed_everything
-from tuna_model.lora import add_lora
 from tuna_model.model import TunaForConditionalGeneration
 from tuna_model.processor import TunaProcessor
 from tuna_model.recipe import Recipe
+from tuna_model.runs import build_model
 from tuna_model.schedule import learning_rate, parameter_groups, set_rate
 from tuna_model.tag_feed import TagFeed
 from tuna_model.tags import TagLookup
@@ -139,7 +138,6 @@ def train(
                     state = Checkpoint(done, recipe, pin, model.config.encoder_digest, scaler=scaler)
                     save_checkpoint(accelerator, out, state, wrapped, prepared.optimizer, average)
                     clock = time.perf_counter()
-    accelerator.end_training()
     last = checkpoints.latest(out)
     assert last is not None  # the last step is always saved
     return last
@@ -182,18 +180,6 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         state.distributed_type = DistributedType.FSDP
         type(state)._shared_state["distributed_type"] = DistributedType.FSDP
     return accelerator
-
-
-def build_model(recipe: Recipe) -> tuple[TunaForConditionalGeneration, TunaProcessor]:
-    """Model and processor, with LoRA where the recipe has it, nothing frozen yet."""
-    model, processor = presets.load(recipe.model, **dict(recipe.model_config))
-    if recipe.lora.rank:
-        add_lora(
-            model, rank=recipe.lora.rank, alpha=recipe.lora.alpha, dropout=recipe.lora.dropout, targets=recipe.lora.targets
-        )  # fmt: skip
-    if recipe.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model, processor
 
 
 def parts_of(model: TunaForConditionalGeneration) -> dict[str, nn.Module]:

@@ -18,6 +18,11 @@ from tagstore.errors import TagstoreError
 COMMANDS = {
     "generate": ("generate", "Answer a question about an image."),
     "chat": ("chat", "Talk about images in the terminal."),
+    "train": ("train", "Train as a recipe says."),
+    "eval": ("eval", "Run a benchmark."),
+    "audit": ("eval", "How far answers hang on the tags, and follow wrong ones."),
+    "explain": ("explain", "A page that shows why the model answers as it does."),
+    "serve": ("serve", "OpenAI's chat completions, with tags beside the answers."),
     "prompt": ("prompt", "Write weighed tags into a prompt for any served model."),
 }
 """Name -> (module of this package that has a click command of that name, what `--help` says of it)."""
@@ -49,7 +54,7 @@ def cli(verbose: bool) -> None:
 
     A model M is a preset (smol, tiny) or a directory. A store's URL is grpc://HOST:PORT/NAME, file://DIR/NAME, or null:// for none.
     """
-    logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
 
 
 def main(arguments: list[str] | None = None) -> Any:

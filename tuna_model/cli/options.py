@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -17,7 +18,9 @@ def with_model(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds --model, --store and what goes with them."""
     for option in reversed(
         (
-            click.option("--model", default="smol", show_default=True, metavar="M", help="A preset (smol, tiny) or a directory."),
+            click.option(
+                "--model", default="smol", show_default=True, metavar="M", help="A preset (smol, tiny), a directory, or a training run."
+            ),
             click.option("--store", default="null://", show_default=True, metavar="URL", help="Where tags come from; null:// for none."),
             click.option("--any-store", is_flag=True, help="Take tags of another store than the model was trained with."),
             click.option("--timeout", default=5.0, show_default=True, help="Seconds the store has; then the answer goes without tags."),
@@ -36,10 +39,15 @@ def load(model: str, store: str, any_store: bool, timeout: float, device: str, d
     import torch
     from transformers.utils import logging as transformers_logging
 
+    from tagstore.client import connect
     from tuna_model.pipeline import Pipeline
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
+    if Path(model).is_dir() and not Path(model, "config.json").exists():
+        from tuna_model.runs import load_run
+
+        return Pipeline(*load_run(model), connect(store, timeout=timeout), any_store=any_store)
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     return Pipeline.load(model, store=store, any_store=any_store, timeout=timeout, device=device, dtype=kind)
 

@@ -1,0 +1,41 @@
+"""tuna serve"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from tagstore.errors import MissingExtra
+from tuna_model.cli.options import load, with_model
+
+
+@click.command()
+@with_model
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--port", default=8000, show_default=True, help="0 for a free one.")
+@click.option("--batch", default=8, show_default=True, help="Requests answered together.")
+@click.option("--wait", default=0.01, show_default=True, help="Seconds that a request waits for others to share its batch.")
+@click.option("--waiting", default=256, show_default=True, help="Requests that may wait; the next is told to come back later (429).")
+def serve(
+    model: str, store: str, host: str, port: int, batch: int, wait: float, waiting: int, max_tokens: int, temperature: float, **options: Any
+) -> None:
+    """OpenAI's chat completions with images, streaming, and the tags beside each answer. The address goes to stdout."""
+    try:
+        import uvicorn
+
+        from tuna_model.serve import app
+    except ModuleNotFoundError as error:
+        raise MissingExtra(f"serving needs {error.name}: pip install 'tagstore[api]'") from error
+
+    class Server(uvicorn.Server):
+        """Says where it listens."""
+
+        async def startup(self, sockets: Any = None) -> None:
+            await super().startup(sockets)
+            for server in self.servers:
+                for one in server.sockets:
+                    click.echo(f"http://{host}:{one.getsockname()[1]}/v1")
+
+    served = app(load(model, store, **options), name=model, batch=batch, wait=wait, waiting=waiting)
+    Server(uvicorn.Config(served, host=host, port=port, log_level="warning")).run()

@@ -1,0 +1,3 @@
+"""The models that lmms-eval finds here: name -> class, in the module of that name."""
+
+AVAILABLE_MODELS = {"tuna": "Tuna"}
