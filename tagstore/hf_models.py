@@ -123,14 +123,15 @@ def clip_preprocess(stored: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         InvalidInput: it prepares images in a way that open_clip has no name for.
     """
-    crop, size = stored.get("crop_size", stored.get("size")), stored.get("size")
-    crop = {"height": crop, "width": crop} if isinstance(crop, int) else dict(crop or {})
+    size, crop = stored.get("size"), stored.get("crop_size", stored.get("size"))
+    # old files have one number, new ones names of sides
     size = {"shortest_edge": size} if isinstance(size, int) else dict(size or {})
-    crop = crop if "height" in crop else {"height": crop.get("shortest_edge"), "width": crop.get("shortest_edge")}
+    crop = {"height": crop, "width": crop} if isinstance(crop, int) else dict(crop or {})
     cropped = stored.get("do_center_crop", True)
-    target = (crop["height"], crop["width"]) if cropped else (size.get("height"), size.get("width"))
-    shortest = cropped and size.get("shortest_edge") == min(target)
-    if None in target or not (shortest or not cropped) or stored.get("resample", 3) not in _FILTERS:
+    sides = crop if cropped else size
+    target: list[Any] = [sides.get(name, sides.get("shortest_edge") if cropped else None) for name in ("height", "width")]
+    known = None not in target and stored.get("resample", 3) in _FILTERS
+    if not known or (cropped and size.get("shortest_edge") != min(target)):
         raise InvalidInput(
             f"images are prepared with size {stored.get('size')}, crop {stored.get('crop_size')}, filter {stored.get('resample')}: "
             "the shorter side to the size of a centre crop, or a fixed size without crop, is what can be done here"
@@ -141,6 +142,6 @@ def clip_preprocess(stored: Mapping[str, Any]) -> dict[str, Any]:
         "mean": tuple(stored["image_mean"]),
         "std": tuple(stored["image_std"]),
         "interpolation": _FILTERS[stored.get("resample", 3)],
-        "resize_mode": "shortest" if shortest else "squash",
+        "resize_mode": "shortest" if cropped else "squash",
         "fill_color": 0,
     }

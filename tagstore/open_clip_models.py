@@ -146,7 +146,7 @@ def grid_projection(visual: Any) -> torch.Tensor:
     if hasattr(visual, "projection"):
         return visual.projection.weight.T  # type: ignore[no-any-return]
     if isinstance(visual, VisionTransformer) and visual.proj is not None and visual.attn_pool is None:
-        return visual.proj
+        return visual.proj  # type: ignore[no-any-return]
     if isinstance(visual, TimmModel) and hasattr(visual.head, "proj") and hasattr(visual.head.proj, "weight"):
         return visual.head.proj.weight.T  # type: ignore[no-any-return]
     raise InvalidInput("this image tower has no matrix from its grid to its vectors: take a tag encoder with learned layers")

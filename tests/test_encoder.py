@@ -304,3 +304,87 @@ def test_importing_the_module_is_cheap_and_torchvision_then_imports() -> None:
         "    assert there and kept.tolist() == [0]\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_model_gets_tensors_of_the_same_numbers(mini: Encoder, local: dict[str, str]) -> None:
+    import copy
+
+    import torch
+
+    for encoder, layer in ((mini, -1), (load_encoder(local["vit"], device="cpu"), -2)):
+        images = pictures(10, [(60, 50)] * 5)
+        pixels = torch.cat([encoder._normalised(encoder.prepare(image)[None]) for image in images])
+        grid, vectors = encoder.forward_grid(pixels, layer=layer)
+        expected_grid, expected_vectors = encoder.encode_grid(images, layer=layer)
+        np.testing.assert_array_equal(grid.numpy(), expected_grid)
+        np.testing.assert_array_equal(vectors.numpy(), expected_vectors)
+        torch.nn.Linear(grid.shape[-1], 2)(grid).sum().backward()  # no inference tensors: a model is trained on them
+        assert encoder.forward_grid(pixels[:0], layer=layer)[0].shape == (0, *grid.shape[1:])
+        assert encoder.grid_projection().shape == (grid.shape[-1], encoder.dimension)
+        assert copy.deepcopy(encoder) is encoder
+        with pytest.raises(InvalidInput, match=r"pixels are \[N, 3"):
+            encoder.forward_grid(pixels[:, :, 1:])
+        with pytest.raises(InvalidInput, match="negative"):
+            encoder.forward_grid(pixels, layer=0)
+    with pytest.raises(InvalidInput, match="no matrix"):
+        load_encoder(local["resnet"], device="cpu").grid_projection()
+
+
+def test_a_clip_of_transformers(tmp_path: Path) -> None:
+    """What CLIPModel itself says, its layers as LLaVA reads them, and a fingerprint that knows its activation."""
+    import torch
+    from transformers import AutoTokenizer, CLIPModel
+
+    from clip import write_clip
+
+    directory = write_clip(tmp_path / "clip")
+    encoder = load_encoder(f"hf:{directory}", device="cpu")
+    clip, tokenizer = CLIPModel.from_pretrained(directory).eval(), AutoTokenizer.from_pretrained(directory)
+    images, texts = pictures(11, [(40, 50), (28, 28), (90, 30)]), ["blue sky", "a much longer text than its context", ""]
+    grid, vectors = encoder.encode_grid(images, layer=-2)
+    pixels = torch.cat([encoder._normalised(encoder.prepare(image)[None]) for image in images])
+    with torch.no_grad():
+        out = clip.vision_model(pixels, output_hidden_states=True)
+        expected = clip.get_image_features(pixels).pooler_output
+        ids = tokenizer(texts, padding=True, truncation=True, max_length=24, return_tensors="pt")
+        expected_texts = clip.get_text_features(**ids).pooler_output
+    np.testing.assert_allclose(grid, out.hidden_states[-2][:, 1:].numpy(), atol=1e-5)
+    np.testing.assert_allclose(vectors, torch.nn.functional.normalize(expected, dim=-1).numpy(), atol=1e-5)
+    np.testing.assert_allclose(encoder.encode_texts(texts), torch.nn.functional.normalize(expected_texts, dim=-1).numpy(), atol=1e-5)
+    last, _ = encoder.encode_grid(images)
+    np.testing.assert_allclose(last, clip.vision_model.post_layernorm(out.hidden_states[-1][:, 1:]).detach().numpy(), atol=1e-5)
+    assert encoder.same_tower(clip.vision_model)
+    with pytest.raises(InvalidInput, match="no layer -5"):
+        encoder.encode_grid(images, layer=-5)
+
+    assert encoder.fingerprint.quick_gelu
+    assert encoder.fingerprint.model == f"hf:{directory}"
+    assert load_encoder(f"hf:{directory}", device="cpu").fingerprint == encoder.fingerprint
+    plain = load_encoder(f"hf:{write_clip(tmp_path / 'plain', activation='gelu')}", device="cpu")
+    assert not plain.fingerprint.quick_gelu
+    assert plain.fingerprint.weights == encoder.fingerprint.weights
+    assert plain.fingerprint.digest != encoder.fingerprint.digest
+    squashed = write_clip(tmp_path / "squashed", do_center_crop=False, size={"height": 28, "width": 28})
+    assert load_encoder(f"hf:{squashed}", device="cpu").fingerprint.preprocess["resize_mode"] == "squash"
+
+
+def test_a_clip_that_is_none_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub.constants
+
+    from clip import write_clip
+
+    with pytest.raises(NotFound, match="hub's layout"):
+        load_encoder("hf:/no/such/place", device="cpu")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InvalidInput, match="no CLIPModel"):
+        load_encoder(f"hf:{tmp_path / 'empty'}", device="cpu")
+    odd = write_clip(tmp_path / "odd", size={"shortest_edge": 40})
+    with pytest.raises(InvalidInput, match="centre crop"):
+        load_encoder(f"hf:{odd}", device="cpu")
+    (odd / "model.safetensors").unlink()
+    with pytest.raises(InvalidInput, match="no CLIPModel"):
+        load_encoder(f"hf:{odd}", device="cpu")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(Unavailable, match=r"could not be fetched.*hf:DIRECTORY"):
+        load_encoder("hf:openai/no-such-clip", device="cpu")

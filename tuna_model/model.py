@@ -159,7 +159,7 @@ class TunaForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: i
             )
         self._encoder = encoder
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def encode_images(self, pixel_values: Tensor) -> tuple[Tensor, Tensor | None]:
         """One forward of the image tower.
 
@@ -373,7 +373,7 @@ class TunaForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: i
 
     def _idle(self, no_images: bool, no_tags: bool) -> Tensor | float:
         """Zero, made of the parameters that a batch did not touch: processes that wait for each other's gradients must all have them."""
-        idle = [self.multi_modal_projector] if no_images else []
+        idle: list[nn.Module] = [self.multi_modal_projector] if no_images else []
         if no_tags and self.config.tags:
             idle += [self.tag_encoder, self.weight_tuner]
         parameters = [p for module in idle for p in module.parameters() if p.requires_grad]

@@ -66,8 +66,8 @@ class TunaProcessor(ProcessorMixin):  # type: ignore[misc]
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         if self.image_token_id is None or self.image_token_id == tokenizer.unk_token_id:
             raise InvalidInput(f"the tokenizer has no token '{image_token}': add it, or name the token that stands for an image")
-        self._pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), None)
-        if self._pad_id is None:
+        self._pad_id: int = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), -1)
+        if self._pad_id < 0:
             raise InvalidInput("the tokenizer has neither a pad nor an eos token: set tokenizer.pad_token")
 
     def __call__(

@@ -213,7 +213,7 @@ class TagLookup:
         except Unavailable as error:
             self.degraded += len(rows)
             self.last_error = str(error)
-            log.warning("%d images without tags: %s", len(rows), error)
+            log.info("%d images without tags: %s", len(rows), error)
             return [(ImageTags.none(rows.shape[1]), None) for _ in rows]
         late = sum(answer.degraded for answer in answers)
         if late:

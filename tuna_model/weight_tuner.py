@@ -35,7 +35,9 @@ class WeightTuner(nn.Module):
         """Of the softmax; a tensor of one element where it is learned."""
         return self.log_temperature.float().exp() if self.config.learn_temperature else self.config.tag_temperature
 
-    def forward(self, embeddings: Tensor, image_vectors: Tensor | None, signals: Tensor, cu_tags: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def forward(
+        self, embeddings: Tensor, image_vectors: Tensor | None, signals: Tensor, cu_tags: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """
         Args:
             embeddings: `[T, D]` of the tags.
@@ -44,26 +46,30 @@ class WeightTuner(nn.Module):
             cu_tags: int32 `[N + 1]`.
 
         Returns:
-            Weights `[T]` as people read them (they sum to 1 over an image under `multiply` and `log_bias`; the best tag has 1 under the others),
-            factors `[T]`, and biases `[T]` (minus infinity: not seen) or None.
+            Weights `[T]` as people read them (over an image they sum to 1 under `multiply`, `log_bias` and `none`; the best tag has 1 under
+            the others), factors `[T]`, and biases `[T]` (minus infinity: not seen) or None.
 
         Raises:
             ValueError: `relevance` without image vectors.
         """
         config = self.config
+        # without a coupling they are still shown
         coupling = "multiply" if config.tag_coupling == "none" else config.tag_coupling
         threshold = config.tag_threshold if coupling == "drop" else 0.0
-        options = {"temperature": self.temperature, "coupling": coupling, "threshold": threshold, "impl": config.kernels}
+        temperature, impl = self.temperature, config.kernels
         if config.tag_signal == "relevance":
             if image_vectors is None:
                 raise ValueError(
                     "tag_signal 'relevance' needs image vectors in the tags' space, and this checkpoint's own tower has none: "
                     "call join_encoder(), pass image_vectors, or take another tag_signal"
                 )
-            found = tag_weights(embeddings.float(), image_vectors.float(), cu_tags, **options)
+            found = tag_weights(
+                embeddings.float(), image_vectors.float(), cu_tags,
+                temperature=temperature, coupling=coupling, threshold=threshold, impl=impl,
+            )  # fmt: skip
         else:
-            column = {"similarity": signals[:, 0], "votes": signals[:, 1], "uniform": torch.zeros_like(signals[:, 0])}
-            found = score_weights(column[config.tag_signal].float(), cu_tags, **options)
+            column = {"similarity": signals[:, 0], "votes": signals[:, 1], "uniform": torch.zeros_like(signals[:, 0])}[config.tag_signal]
+            found = score_weights(column.float(), cu_tags, temperature=temperature, coupling=coupling, threshold=threshold, impl=impl)
         if config.tag_coupling == "none":
             return found, torch.ones_like(found), None
         if config.tag_coupling == "log_bias":

@@ -1,0 +1,258 @@
+"""From a picture and a question to an answer: with a store, without, and with one that is down; and the commands on top."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from pictures import picture
+from tagstore.client import connect
+from tagstore.errors import FingerprintMismatch, InvalidInput, NotFound
+from tuna import features, small, tags
+from tuna_model import ContrastiveLogits, Pipeline, TagLookup, presets, tag_prompt
+from tuna_model.cli import COMMANDS, cli
+from tuna_model.pipeline import user_message
+from tuna_model.prompt import relative_weights
+
+NOWHERE = "grpc://127.0.0.1:9/shapes"
+
+
+@pytest.fixture(scope="module")
+def loaded(mini):
+    return presets.load("tiny")
+
+
+@pytest.fixture
+def source(shapes_root: Path):
+    with connect(f"file://{shapes_root}/shapes") as opened:
+        yield opened
+
+
+@pytest.fixture
+def tuna(loaded, source) -> Pipeline:
+    return Pipeline(*loaded, source)
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("pictures") / "red-circle.png"
+    path.write_bytes(picture("red", "circle"))
+    return str(path)
+
+
+def test_an_answer_with_its_tags(tuna: Pipeline, image: str, server_address: str) -> None:
+    answer = tuna.answer(image, "What is it?", max_new_tokens=4, min_new_tokens=4)
+    assert answer.tags[0].text == "red circle"
+    assert answer.tags[0].weight == 1.0
+    assert [tag.relevance for tag in answer.tags] == sorted((tag.relevance for tag in answer.tags), reverse=True)
+    assert answer.neighbours[0].key == "red-circle"
+    assert (answer.store, answer.version, answer.degraded, answer.finished) == ("shapes", 1, False, False)
+    # the same from a server, and from bytes
+    with connect(f"grpc://{server_address}/shapes") as remote:
+        far = Pipeline(tuna.model, tuna.processor, remote).answer(
+            Path(image).read_bytes(), "What is it?", max_new_tokens=4, min_new_tokens=4
+        )
+    assert far == answer
+
+
+def test_a_batch_of_conversations_is_its_members(tuna: Pipeline, image: str) -> None:
+    images = [[image, picture("blue", "square")], [], [picture("green", "triangle")]]
+    conversations = [[user_message("compare", 2)], [user_message("hello")], [user_message("what?", 1)]]
+    options = {"max_new_tokens": 4, "min_new_tokens": 4}
+    together = tuna.answers(images, conversations, **options)
+    for pictures, messages, answer in zip(images, conversations, together, strict=True):
+        alone = tuna.answers([pictures], [messages], **options)[0]
+        assert alone.text == answer.text
+        assert [(tag.text, tag.image) for tag in alone.tags] == [(tag.text, tag.image) for tag in answer.tags]
+        np.testing.assert_allclose([tag.weight for tag in alone.tags], [tag.weight for tag in answer.tags], atol=1e-4)
+    assert {tag.image for tag in together[0].tags} == {0, 1}
+    with pytest.raises(InvalidInput, match="1 parts"):
+        tuna.answers([[]], [[user_message("what?", 1)]])
+
+
+def test_a_store_that_is_down_costs_the_tags_and_is_counted(loaded, image: str) -> None:
+    with connect(NOWHERE, timeout=0.3) as nowhere, connect("null://") as nothing:
+        down, without = Pipeline(*loaded, nowhere), Pipeline(*loaded, nothing)
+        degraded, plain = (one.answer(image, "What?", max_new_tokens=3) for one in (down, without))
+    assert degraded.degraded
+    assert not plain.degraded
+    assert degraded.text == plain.text
+    assert not degraded.tags
+    assert down.lookup.degraded == 1
+    assert "127.0.0.1:9" in down.lookup.last_error
+    with connect(NOWHERE, timeout=0.3, on_failure="empty") as quiet:
+        assert Pipeline(*loaded, quiet).answer(image, "What?", max_new_tokens=3).degraded
+
+
+def test_another_store_than_the_checkpoints_is_refused(loaded, source, image: str) -> None:
+    vector = loaded[0].encode_images(loaded[1].image_processor(image)["pixel_values"])[1]
+    digest = loaded[0].config.encoder_digest
+    for pins in ({"store": "flickr8k"}, {"store": "shapes", "version": 7}):
+        with pytest.raises(InvalidInput, match="any_store=True"):
+            TagLookup(source, **pins)(vector, digest)
+        assert len(TagLookup(source, **pins, any_store=True)(vector, digest)[0])
+    assert len(TagLookup(source, store="shapes", version=1)(vector, digest)[0])
+    with pytest.raises(FingerprintMismatch):
+        TagLookup(source)(vector, "0" * 16)
+
+
+def test_relevance_is_the_cosine_that_the_model_weighs_by(loaded, source, image: str) -> None:
+    model, processor = loaded
+    grid, vectors = model.encode_images(processor.image_processor(image)["pixel_values"])
+    some = TagLookup(source)(vectors, model.config.encoder_digest)
+    np.testing.assert_allclose(some[0].relevance, some[0].embeddings @ vectors[0].numpy(), atol=1e-6)
+    with torch.no_grad():
+        out = model(**processor(text="<image>", tags=some), grid=grid, image_vectors=vectors)
+    chosen = sorted(some[0].relevance, reverse=True)[: len(out.tag_weights)]
+    np.testing.assert_allclose(out.tag_weights.numpy(), np.exp((np.array(chosen) - chosen[0]) / 0.1), rtol=1e-3)
+
+
+def test_a_stream_is_the_answer_in_pieces_and_can_be_left(tuna: Pipeline, image: str) -> None:
+    messages = [user_message("What is it?", 1)]
+    options = {"max_new_tokens": 12, "min_new_tokens": 12}
+    assert "".join(tuna.stream([image], messages, **options)).strip() == tuna.answers([[image]], [messages], **options)[0].text
+    pieces = tuna.stream([image], messages, max_new_tokens=100_000, min_new_tokens=100_000)
+    next(pieces)
+    pieces.close()  # ends the thread: the fixture looks for threads left behind
+    with pytest.raises(ValueError, match="top_k"):
+        list(tuna.stream([image], messages, do_sample=True, top_k=-3))
+
+
+def test_an_encoder_of_another_fingerprint_is_refused(loaded, mini) -> None:
+    config = presets.tiny_config(encoder_digest="0123456789abcdef")
+    model = presets.TunaForConditionalGeneration(config)
+    with pytest.raises(FingerprintMismatch, match="0123456789abcdef"):
+        model.use_encoder(mini)
+    assert not any("trunk" in name for name in loaded[0].state_dict())  # the frozen encoder is no part of the weights
+
+
+def contrast(alpha: float, beta: float, **options):
+    model, processor = small(tag_coupling="log_bias")
+    given = dict(processor(text=["Say <image> it", "<image>"], tags=[tags(3), tags(2, 1)])) | features(2)
+    against = dict(processor(text=["Say it", "and"]))
+    logits = [ContrastiveLogits(model, against, alpha=alpha, beta=beta)] if alpha is not None else []
+    return model, given, against, model.generate(**given, max_new_tokens=5, min_new_tokens=5, logits_processor=logits, **options)
+
+
+def test_contrastive_decoding_follows_its_formula() -> None:
+    """Step by step without any cache: (1 + alpha) with - alpha against, among tokens that are likely enough."""
+    alpha, beta = 1.5, 0.2
+    model, given, against, found = contrast(alpha, beta, do_sample=False)
+    said = torch.zeros(2, 0, dtype=torch.int64)
+    for _ in range(5):
+
+        def after(inputs, said=said):
+            longer = {
+                "input_ids": torch.cat([inputs["input_ids"], said], 1),
+                "attention_mask": torch.cat([inputs["attention_mask"], torch.ones_like(said)], 1),
+            }
+            positions = (longer["attention_mask"].cumsum(1) - 1).clamp_min(0)
+            with torch.no_grad():
+                return model(**inputs | longer, position_ids=positions).logits[:, -1]
+
+        scores = after(given)
+        scores[:, model.config.text_config.eos_token_id] = -torch.inf
+        mixed = (1 + alpha) * scores - alpha * after(against)
+        probability = scores.softmax(-1)
+        mixed[probability < beta * probability.max(-1, keepdim=True).values] = -torch.inf
+        said = torch.cat([said, mixed.argmax(-1, keepdim=True)], 1)
+    assert torch.equal(found[:, -5:], said)
+
+
+@pytest.mark.parametrize("options", [{"do_sample": False}, {"do_sample": False, "num_beams": 3}], ids=["greedy", "beams"])
+def test_contrast_of_no_strength_changes_nothing(options: dict) -> None:
+    assert torch.equal(contrast(0.0, 0.0, **options)[3], contrast(None, 0.0, **options)[3])
+    if "num_beams" in options:
+        assert contrast(1.0, 0.1, **options)[3].shape == contrast(None, 0.0, **options)[3].shape
+    with pytest.raises(InvalidInput, match="alpha"):
+        ContrastiveLogits(None, {}, alpha=-1)
+
+
+def test_prompts_for_models_that_know_nothing_of_tags() -> None:
+    some = tags(3)
+    weights = relative_weights(some)
+    assert weights.max() == 1
+    text = tag_prompt("What is it?", some)
+    assert text.endswith("\n\nWhat is it?")
+    best = int(some.relevance.argmax())
+    assert f"from 0 to 1: {some.texts[best]} (1.00)" in text
+    assert all(word in tag_prompt("?", some, style=style) for style in ("words", "list") for word in some.texts)
+    assert "fit it less well" in tag_prompt("?", some, style="words", temperature=0.01)
+    assert tag_prompt("What is it?", some.take([])) == "What is it?"
+    for wrong in ({"style": "loud"}, {"temperature": 0.0}):
+        with pytest.raises(InvalidInput):
+            tag_prompt("?", some, **wrong)
+
+
+def run(*arguments: str, text: str | None = None):
+    return CliRunner().invoke(cli, list(arguments), input=text, catch_exceptions=False)
+
+
+def test_tuna_generate(image: str, shapes_root: Path, mini) -> None:
+    store = f"file://{shapes_root}/shapes"
+    found = run("generate", "--model", "tiny", "--store", store, image, "What?", "--max-tokens", "4", "--json")
+    value = json.loads(found.stdout)
+    assert value["tags"][0]["text"] == "red circle"
+    assert value["neighbours"][0]["key"] == "red-circle"
+    plain = run("generate", "--model", "tiny", "--store", store, image, "What?", "--max-tokens", "4")
+    assert plain.stdout == value["answer"] + "\n"
+    assert not plain.stderr
+    down = run("generate", "--model", "tiny", "--store", NOWHERE, "--timeout", "0.3", image, "What?", "--max-tokens", "4")
+    assert down.exit_code == 0
+    assert down.stderr.startswith("without tags: ")
+    with pytest.raises(NotFound, match="nor a preset"):
+        run("generate", "--model", "no-such-model", image, "What?")
+
+
+def test_tuna_chat(image: str, shapes_root: Path, mini) -> None:
+    lines = f"hello\n/image {image}\nand this?\n/tags\n/image nowhere.png\nwhat?\n/help\n/reset\n/tags\n/quit\n"
+    found = run("chat", "--model", "tiny", "--store", f"file://{shapes_root}/shapes", "--max-tokens", "3", image, text=lines)
+    assert found.exit_code == 0
+    assert found.stderr.count("red circle") == 2  # of each of the two pictures
+    assert "cannot read image nowhere.png" in found.stderr
+    assert "no tags" in found.stderr
+
+
+def test_tuna_prompt(image: str, shapes_root: Path) -> None:
+    store = f"file://{shapes_root}/shapes"
+    value = json.loads(run("prompt", "--store", store, image, "What is it?", "--json").stdout)
+    assert value["tags"][0] == {"tag": "red circle", "weight": 1.0}
+    assert run("prompt", "--store", store, image, "What is it?").stdout == value["prompt"] + "\n"
+
+
+def test_help_is_quick_and_names_every_command() -> None:
+    code = (
+        "import sys\nfrom tuna_model.cli import cli\n"
+        "cli(['--help'], standalone_mode=False)\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)\n"
+    )
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert all(name in out for name in COMMANDS)
+    assert all(run(name, "--help").exit_code == 0 for name in ("generate", "chat", "prompt"))
+
+
+@pytest.mark.slow
+def test_smol_answers_sanely_without_a_network(monkeypatch: pytest.MonkeyPatch, mini, source) -> None:
+    import socket
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a network connection was tried")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    smol = Pipeline(*presets.load("smol"), source, any_store=True)
+    with_tags = smol.answer(picture("red", "circle"), "What is the capital of France?", max_new_tokens=20)
+    assert "Paris" in with_tags.text
+    assert with_tags.finished
+    assert with_tags.tags[0].text == "red circle"
+    without, _ = presets.load("smol", tags=False)
+    batch = smol.processor(text="<image> What is it?", images=[picture("red", "circle")])
+    with torch.no_grad():
+        assert torch.equal(smol.model(**batch).logits, without(**batch).logits)
