@@ -194,28 +194,35 @@ def test_what_was_read_of_a_database_does_not_stay_in_memory(tmp_path: Path) -> 
     np.testing.assert_array_equal(snapshot.vectors(snapshot.live()[::100]), expected)
 
 
+def put_plain(root: Path, first: int, n: int) -> Version:
+    """Entries without tags, in one append."""
+    with Writer(root, crash.NAME, crash.SPACES["first"]) as writer:
+        writer.append([Draft(f"{i:09d}", bytes(32), 0, ("c" * 200,)) for i in range(first, first + n)], np.full((n, crash.D), 0.25))
+        return writer.commit(operation="ingest", indexer=faiss_index.extend)
+
+
 def fill(root: str) -> None:
     """What the child of the test below does: ingest until there is no room in its small map."""
-    for i in range(1000):
+    for i in range(1, 1000):
         try:
-            put(Path(root), 100 * i, 100)
+            put_plain(Path(root), 500 * i, 500)
         except WriteFailed as error:
-            print(json.dumps([i, str(error), len(crash.look(Path(root), close=False)[1])]))
+            print(json.dumps([i, str(error)]))
             return
 
 
 def test_a_map_that_is_full_is_said_and_a_process_with_a_larger_one_goes_on(tmp_path: Path) -> None:
-    put(tmp_path, 0, 100)
+    put_plain(tmp_path, 0, 500)
     reader = Store(tmp_path, crash.NAME)
-    env = {**os.environ, "TAGSTORE_MAP_SIZE": str(2 << 20)}
+    env = {**os.environ, "TAGSTORE_MAP_SIZE": str(1 << 20)}
     child = subprocess.run([sys.executable, __file__, str(tmp_path)], env=env, capture_output=True, text=True, check=True)
-    commits, said, problems = json.loads(child.stdout)
-    assert "set TAGSTORE_MAP_SIZE to more than 2097152 bytes" in said
-    assert (commits > 3, problems) == (True, 0)
+    commits, said = json.loads(child.stdout)
+    assert "set TAGSTORE_MAP_SIZE to more than 1048576 bytes" in said
+    assert commits > 1
     # the one that had the store open all the time, with the map it started with, sees all of it and goes on
-    assert reader.snapshot().version.entries == 100 * commits
-    assert put(tmp_path, 100 * commits, 3000).entries == 100 * commits + 3000
-    assert (reader.generation / "data.mdb").stat().st_size > 2 << 20
+    assert reader.snapshot().version.entries == 500 * commits
+    assert put_plain(tmp_path, 500 * commits, 3000).entries == 500 * commits + 3000
+    assert (reader.generation / "data.mdb").stat().st_size > 1 << 20
     assert verify(tmp_path, crash.NAME, full=True) == []
 
 
