@@ -17,6 +17,7 @@ from tagstore.maintenance import Diff, Selection, delete, diff, rollback
 from tagstore.serving.access import Caller
 from tagstore.serving.gate import Gate, answering, streaming
 from tagstore.serving.live import LiveCatalog
+from tagstore.serving.parsing import parsed
 from tagstore.store import Store, Version
 from tagstore.types import Pair, Rejected
 from tagstore_proto.v1 import tagstore_pb2 as pb
@@ -41,7 +42,7 @@ class AdminService(pb_grpc.AdminServicer):
     def Ingest(self, requests: Iterator[pb.IngestRequest], context: Any) -> Iterator[pb.IngestResponse]:  # noqa: N802
         with streaming(self.gate, context, "Ingest") as caller:
             first = next(requests, None)
-            if first is None or first.WhichOneof("part") != "start":
+            if first is None or parsed(first).WhichOneof("part") != "start":
                 raise errors.InvalidInput("the first message of an ingest says which store: send `start`")
             start = first.start
             caller.check("ingest", start.store)
@@ -143,7 +144,7 @@ class _Ingest:
     def _pairs(self) -> Iterator[Pair | Rejected]:
         try:
             for request in self._requests:
-                match request.WhichOneof("part"):
+                match parsed(request).WhichOneof("part"):
                     case "pair":
                         yield convert.pair_from_proto(request.pair)
                     case "rejected":

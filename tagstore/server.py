@@ -26,6 +26,7 @@ from tagstore.serving.audit import Audit
 from tagstore.serving.certificates import Tls, credentials
 from tagstore.serving.gate import Gate, streaming
 from tagstore.serving.live import LiveCatalog
+from tagstore.serving.parsing import Registrar
 from tagstore.serving.settings import Settings, checked_host
 from tagstore_proto.v1 import tagstore_pb2, tagstore_pb2_grpc
 
@@ -87,9 +88,9 @@ class Server:
         )
         self._health = health.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        tagstore_pb2_grpc.add_TagStoreServicer_to_server(TagStoreService(self.catalog, self.gate), self._server)
+        tagstore_pb2_grpc.add_TagStoreServicer_to_server(TagStoreService(self.catalog, self.gate), Registrar(self._server))
         admin = AdminService(self.catalog, self.gate, lambda message: self.announce(message))
-        tagstore_pb2_grpc.add_AdminServicer_to_server(admin, self._server)
+        tagstore_pb2_grpc.add_AdminServicer_to_server(admin, Registrar(self._server))
         names = (SERVICE, ADMIN, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(_Reflection(names, self.gate), self._server)
         self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)

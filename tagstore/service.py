@@ -16,6 +16,7 @@ from tagstore.serving.access import Caller
 from tagstore.serving.gate import Gate, answering, set_current, streaming, understood
 from tagstore.serving.limits import Limits
 from tagstore.serving.live import LiveCatalog
+from tagstore.serving.parsing import Malformed, parsed
 from tagstore.status import error_to_proto
 from tagstore.types import Retrieval
 from tagstore_proto.v1 import tagstore_pb2 as pb
@@ -68,6 +69,7 @@ class TagStoreService(pb_grpc.TagStoreServicer):
         first = requests[0]
         code = "OK"
         try:
+            parsed(first)
             caller.check("read", first.store)
             set_current(context, first.store)
             for request in requests:
@@ -157,7 +159,7 @@ def _response(engine: Engine, retrievals: Sequence[Retrieval]) -> pb.RetrieveRes
 
 def _options(request: pb.RetrieveRequest) -> bytes | None:
     """Of a request by vector all but the vectors: those that are alike in it can be answered with one search. None for any other."""
-    if request.images or request.identities or not request.HasField("vectors"):
+    if isinstance(request, Malformed) or request.images or request.identities or not request.HasField("vectors"):
         return None
     rest = pb.RetrieveRequest()
     rest.CopyFrom(request)

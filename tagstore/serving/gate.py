@@ -18,6 +18,7 @@ from tagstore.serving.access import Access, Caller, Role, bearer
 from tagstore.serving.audit import Audit
 from tagstore.serving.current import current
 from tagstore.serving.limits import Limits
+from tagstore.serving.parsing import parsed
 from tagstore.status import code_of, trailing
 
 log = logging.getLogger(__name__)
@@ -126,6 +127,7 @@ def answering(role: Role | None, *, writes: bool = False) -> Callable[[Callable[
             code = "OK"
             try:
                 caller = gate.caller(context)
+                parsed(request)
                 if role is not None:
                     caller.check(role, store)
                 gate.enter(context, caller)

@@ -77,6 +77,12 @@ class LiveCatalog(Catalog):
             metrics.child(metrics.VERSION, store).set(engine.version.number)
         return engine
 
+    def _engine(self, store: str, version: int) -> Engine:
+        engine = super()._engine(store, version)
+        if engine.observe is None:
+            engine.observe = lambda stage, seconds: metrics.stage(stage, store, seconds)
+        return engine
+
     def _mark(self, store: str, engine: Engine) -> tuple[tuple[int, int], int] | None:
         """Changes whenever something was written to a store, or another store has its name."""
         try:
@@ -153,7 +159,7 @@ class LiveCatalog(Catalog):
         return np.split(vectors, np.cumsum([len(item) for item in items])[:-1])
 
     def _search(self, engine: Engine, queries: NDArray[np.floating], search: Search, identities: Sequence[Identity]) -> list[Retrieval]:
-        with metrics.timed("search", current.store), tracing.span("search", queries=len(queries)):
+        with tracing.span("search", queries=len(queries)):
             key = (engine, search, bool(identities))
             return self._searches(key, (queries, identities), len(queries), current.deadline)
 

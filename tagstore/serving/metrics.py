@@ -6,9 +6,7 @@ then adds up.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -41,15 +39,6 @@ def child(metric: Any, *labels: str) -> Any:
 
 def stage(name: str, store: str, seconds: float) -> None:
     child(STAGE, name, store).observe(seconds)
-
-
-@contextmanager
-def timed(name: str, store: str) -> Iterator[None]:
-    start = time.perf_counter()
-    try:
-        yield
-    finally:
-        stage(name, store, time.perf_counter() - start)
 
 
 def serve(address: str, directory: str = "") -> tuple[Callable[[], None], int]:

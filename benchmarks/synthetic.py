@@ -1,0 +1,76 @@
+"""A store like those that are served, made without images: vectors in groups of look-alikes, tags by Zipf's law.
+
+A vector is a coarse centre, moved to a fine one, moved a little: entries of a fine centre have cosine 0.90 with each other. A query is an
+entry moved by a tenth, so its first neighbour is that entry, and the next ones its look-alikes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tagstore import faiss_index
+from tagstore.mining import MergedTag
+from tagstore.staging import Draft
+from tagstore.store import Version
+from tagstore.types import Fingerprint
+from tagstore.writer import Writer
+
+STORE = "bench"
+COARSE, ALIKE, WORDS, BATCH = 1000, 20, 200_000, 4096
+APART, NEAR, QUERY = 0.7, 0.333, 0.1
+
+
+def fingerprint(dimension: int) -> Fingerprint:
+    return Fingerprint("bench", "00", {}, False, True, dimension)
+
+
+def _unit(rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    unit: NDArray[np.float32] = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    return unit
+
+
+def _noise(rng: np.random.Generator, n: int, dimension: int) -> NDArray[np.float32]:
+    return rng.standard_normal((n, dimension), dtype=np.float32) / np.float32(dimension**0.5)
+
+
+def vectors(n: int, dimension: int) -> Iterator[NDArray[np.float32]]:
+    """Unit rows in batches; the same for the same numbers."""
+    coarse = _unit(np.random.default_rng(0).standard_normal((COARSE, dimension), dtype=np.float32))
+    for start in range(0, n, BATCH):
+        rng = np.random.default_rng(start + 1)
+        size = min(BATCH, n - start)
+        groups = -(-size // ALIKE)
+        fine = _unit(coarse[rng.integers(COARSE, size=groups)] + APART * _noise(rng, groups, dimension))
+        yield _unit(np.repeat(fine, ALIKE, axis=0)[:size] + NEAR * _noise(rng, size, dimension))
+
+
+def queries(n: int, of: int, dimension: int) -> NDArray[np.float32]:
+    """`[n, dimension]` near-duplicates of entries, from the first batches of a store of `of`."""
+    rng = np.random.default_rng(7)
+    pool = np.concatenate([batch for batch, _ in zip(vectors(of, dimension), range(8), strict=False)])
+    return _unit(pool[rng.integers(len(pool), size=n)] + QUERY * _noise(rng, n, dimension))
+
+
+def build(root: Path, n: int, dimension: int) -> Version:
+    """Write the store `bench` under a directory, with the index that ingests make."""
+    with Writer(root, STORE, fingerprint(dimension), sync="batch") as writer:
+        start = 0
+        for batch in vectors(n, dimension):
+            tags = np.random.default_rng(start).zipf(1.3, (len(batch), 5)) % WORDS
+            writer.append([_draft(start + i, row.tolist()) for i, row in enumerate(tags)], batch)
+            start += len(batch)
+        rng = np.random.default_rng(3)
+        while texts := writer.new_tags(limit=4096):
+            writer.embed_tags(_unit(rng.standard_normal((len(texts), dimension), dtype=np.float32)))
+        return writer.commit(operation="ingest", indexer=faiss_index.extend)
+
+
+def _draft(i: int, tags: list[int]) -> Draft:
+    words = [f"word{t}" for t in dict.fromkeys(tags)]
+    merged = tuple(MergedTag(w, "object", w, 0.9, 1, ((0, 0, len(w)),)) for w in words)
+    return Draft(f"{i:012d}", hashlib.sha256(str(i).encode()).digest(), i, (" ".join(words),), merged)

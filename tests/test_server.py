@@ -1,0 +1,473 @@
+"""A server under stress: streams, deadlines, overload, slow and broken clients, workers that are killed."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from pictures import picture
+from tagstore import convert, errors
+from tagstore.client import connect
+from tagstore.server import Server
+from tagstore.serving.limits import Limits
+from tagstore.serving.settings import Settings
+from tagstore_proto.v1 import tagstore_pb2 as pb
+from tagstore_proto.v1 import tagstore_pb2_grpc as pb_grpc
+
+
+def vector_request(mini, seed: int = 0, **fields) -> pb.RetrieveRequest:
+    vectors = np.random.default_rng(seed).standard_normal((1, mini.dimension)).astype(np.float32)
+    return pb.RetrieveRequest(store="shapes", vectors=convert.vectors_to_proto(vectors), fingerprint=mini.fingerprint.digest, **fields)
+
+
+@pytest.fixture
+def stub(server_address: str) -> Iterator[pb_grpc.TagStoreStub]:
+    with grpc.insecure_channel(server_address) as channel:
+        yield pb_grpc.TagStoreStub(channel)
+
+
+class Held:
+    """Searches that wait until they are let go."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from tagstore.engine import Engine
+
+        self.go, self.started, self.rows = threading.Event(), threading.Semaphore(0), []
+        plain = Engine.retrieve
+
+        def retrieve(engine, vectors, *rest):
+            self.rows.append(len(vectors))
+            self.started.release()
+            assert self.go.wait(60)
+            return plain(engine, vectors, *rest)
+
+        monkeypatch.setattr(Engine, "retrieve", retrieve)
+
+
+def limited(root: Path, cores: int = 1, **limits) -> Server:
+    server = Server(root, "127.0.0.1:0", device="cpu", settings=Settings(cores=cores, limits=Limits(**limits)))
+    server.start()
+    return server
+
+
+@pytest.fixture
+def served(shapes_root: Path, mini, monkeypatch: pytest.MonkeyPatch) -> Iterator:
+    """Makes servers that have their encoder already, and stops them."""
+    from tagstore.serving.live import LiveCatalog
+
+    monkeypatch.setattr(LiveCatalog, "encoder", lambda *_: mini)
+    servers = []
+
+    def make(**limits) -> tuple[Server, pb_grpc.TagStoreStub]:
+        server = limited(shapes_root, **limits)
+        channel = grpc.insecure_channel(server.address)
+        servers.append((server, channel))
+        return server, pb_grpc.TagStoreStub(channel)
+
+    yield make
+    for server, channel in servers:
+        channel.close()
+        server.stop(0)
+
+
+def test_a_stream_answers_in_order_as_calls_do_and_survives_bad_requests(stub, mini) -> None:
+    requests = [vector_request(mini, i, k=1 + i // 50) for i in range(150)]
+    requests[7] = vector_request(mini, 7, k=0)
+    requests[8] = pb.RetrieveRequest(store="nothing")
+    requests[9] = pb.RetrieveRequest(store="shapes", images=[b"no image"])
+    requests[10] = pb.RetrieveRequest(store="shapes", images=[picture("red", "circle")])
+    requests[60].vectors.data = b"123"
+    answers = list(stub.RetrieveStream(iter(requests)))
+    assert len(answers) == 150
+    codes = dict.fromkeys((7, 9, 60), grpc.StatusCode.INVALID_ARGUMENT) | {8: grpc.StatusCode.NOT_FOUND}
+    for i, (request, answer) in enumerate(zip(requests, answers, strict=True)):
+        if i in codes:
+            assert answer.error.code == codes[i].value[0], i
+            with pytest.raises(grpc.RpcError) as caught:
+                stub.Retrieve(request)
+            assert caught.value.details() == answer.error.message
+        else:
+            assert answer.response == stub.Retrieve(request), i
+
+
+def test_calls_that_come_together_are_searched_together(served, mini, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, stub = served()
+    expected = [stub.Retrieve(vector_request(mini, i)) for i in range(9)]
+    held = Held(monkeypatch)
+    server, stub = served()
+    with ThreadPoolExecutor(9) as pool:
+        first = pool.submit(stub.Retrieve, vector_request(mini, 0))
+        held.started.acquire()
+        rest = [pool.submit(stub.Retrieve, vector_request(mini, i)) for i in range(1, 9)]
+        while server.catalog._searches.depth < 8:
+            time.sleep(0.001)
+        held.go.set()
+        assert [f.result(10) for f in (first, *rest)] == expected
+    assert held.rows == [1, 8]
+
+
+def test_images_that_come_together_give_the_vectors_that_they_give_alone(served) -> None:
+    _, stub = served()
+    images = [picture(c, s, shift=3) for c in ("red", "blue") for s in ("circle", "triangle")]
+    alone = [stub.Retrieve(pb.RetrieveRequest(store="shapes", images=[image])) for image in images]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda i: stub.Retrieve(pb.RetrieveRequest(store="shapes", images=[images[i % 4]])), range(8)))
+    assert together == alone * 2
+    assert list(stub.Retrieve(pb.RetrieveRequest(store="shapes", images=images)).retrievals) == [a.retrievals[0] for a in alone]
+
+
+def test_work_whose_deadline_has_passed_is_not_done(served, mini, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = Held(monkeypatch)
+    server, stub = served()
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(stub.Retrieve, vector_request(mini))
+        held.started.acquire()
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.Retrieve(vector_request(mini, 1), timeout=0.1)
+        assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+        while server.catalog._searches.depth:
+            time.sleep(0.001)
+        held.go.set()
+        assert first.result(10).retrievals
+    assert held.rows == [1]
+
+
+def refused(call, *arguments) -> grpc.RpcError:
+    with pytest.raises(grpc.RpcError) as caught:
+        call(*arguments)
+    assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert int(dict(caught.value.trailing_metadata())["retry-after-ms"]) > 0
+    return caught.value
+
+
+def test_more_calls_than_there_may_be_are_refused_with_a_time_to_come_again(served, mini, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = Held(monkeypatch)
+    server, stub = served(in_flight=2)
+    with ThreadPoolExecutor(2) as pool:
+        two = [pool.submit(stub.Retrieve, vector_request(mini, i)) for i in range(2)]
+        held.started.acquire()
+        while server.gate.in_flight < 2:
+            time.sleep(0.001)
+        error = refused(stub.Retrieve, vector_request(mini))
+        assert "as many as there may be" in error.details()
+        with connect(f"grpc://{server.address}/shapes", retries=0) as source, pytest.raises(errors.Overloaded) as caught:
+            source.info()
+        assert caught.value.retry_after > 0
+        held.go.set()
+        assert all(f.result(10).retrievals for f in two)
+    assert stub.Retrieve(vector_request(mini)).retrievals
+
+
+def test_a_client_may_not_have_everything_for_itself(served, mini, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = Held(monkeypatch)
+    server, stub = served(per_client=1)
+    with ThreadPoolExecutor(1) as pool, grpc.insecure_channel(server.address, [("grpc.use_local_subchannel_pool", 1)]) as other:
+        first = pool.submit(stub.Retrieve, vector_request(mini))
+        held.started.acquire()
+        error = refused(stub.Retrieve, vector_request(mini))
+        assert "as many as one client may" in error.details()
+        assert pb_grpc.TagStoreStub(other).GetStore(pb.GetStoreRequest(store="shapes")).store.entries == 18
+        held.go.set()
+        first.result(10)
+
+
+def test_a_long_queue_refuses(served, mini, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = Held(monkeypatch)
+    server, stub = served(search_wait=0.0)
+    held.go.set()
+    stub.Retrieve(vector_request(mini))
+    held.go.clear()
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(stub.Retrieve, vector_request(mini))
+        second = pool.submit(stub.Retrieve, vector_request(mini))
+        while server.catalog._searches.depth < 1:
+            time.sleep(0.001)
+        error = refused(stub.Retrieve, vector_request(mini))
+        assert "wait for the search" in error.details()
+        [answer] = stub.RetrieveStream(iter([vector_request(mini)]))
+        assert answer.error.code == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
+        assert answer.error.retry_after_ms > 0
+        held.go.set()
+        assert first.result(10).retrievals == second.result(10).retrievals
+
+
+@pytest.mark.parametrize(
+    ("limits", "images", "message"),
+    [({"images": 2}, 3, "send at most 2"), ({"image_bytes": 50}, 1, "takes at most 50"), ({"message_bytes": 1000}, 9, "larger than max")],
+)
+def test_what_is_too_large_is_refused(served, limits, images: int, message: str) -> None:
+    _, stub = served(**limits)
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.Retrieve(pb.RetrieveRequest(store="shapes", images=[picture("red", "circle")] * images))
+    assert message in caught.value.details()
+    assert caught.value.code() in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.RESOURCE_EXHAUSTED)
+    with pytest.raises(grpc.RpcError):
+        stub.Retrieve(pb.RetrieveRequest(store="shapes", images=[picture("red", "circle")] * images))
+    assert stub.GetStore(pb.GetStoreRequest(store="shapes")).store.entries == 18
+
+
+def test_a_client_that_does_not_read_is_hung_up_on(served, mini, caplog: pytest.LogCaptureFixture) -> None:
+    server, stub = served(slow_reader=0.3)
+
+    def endless() -> Iterator[pb.RetrieveRequest]:
+        while True:
+            yield vector_request(mini, k=1000)
+
+    with caplog.at_level(logging.WARNING):
+        call = stub.RetrieveStream(endless())  # and never read
+        while "did not take its answer" not in caplog.text:
+            time.sleep(0.01)
+        while server.gate.in_flight:
+            time.sleep(0.01)
+    with pytest.raises(grpc.RpcError):
+        for _ in call:
+            pass
+    assert stub.Retrieve(vector_request(mini)).retrievals
+
+
+def test_connections_that_never_speak_or_speak_nonsense_do_no_harm(server_address: str, stub, mini) -> None:
+    host, port = server_address.split(":")
+    silent = [socket.create_connection((host, int(port))) for _ in range(20)]
+    half = socket.create_connection((host, int(port)))
+    half.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(9))  # a preface, and then nothing more
+    rng = random.Random(0)
+    for _ in range(20):
+        with socket.create_connection((host, int(port))) as nonsense:
+            nonsense.sendall(rng.randbytes(200))
+    assert stub.Retrieve(vector_request(mini)).retrievals
+    for connection in (*silent, half):
+        connection.close()
+
+
+def test_malformed_messages_are_refused_and_never_a_fault(server_address: str, mini, caplog: pytest.LogCaptureFixture) -> None:
+    from benchmarks.fuzz import fuzz
+
+    outcome = fuzz(server_address, "shapes", mini.fingerprint.digest, mini.dimension, messages=1500, seed=1)
+    assert set(outcome) <= {"OK", "INVALID_ARGUMENT", "NOT_FOUND", "FAILED_PRECONDITION", "PERMISSION_DENIED"}
+    assert "Traceback" not in caplog.text
+    with connect(f"grpc://{server_address}/shapes") as source:
+        assert source.info().entries == 18
+
+
+def test_health_says_not_serving_until_the_stores_are_open(shapes_root: Path, mini, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tagstore.serving.live import LiveCatalog
+
+    opening, go = threading.Event(), threading.Event()
+
+    def slow(*_):
+        opening.set()
+        assert go.wait(60)
+        return mini
+
+    monkeypatch.setattr(LiveCatalog, "encoder", slow)
+    server = Server(shapes_root, "127.0.0.1:0", device="cpu")
+    with ThreadPoolExecutor(1) as pool, grpc.insecure_channel(server.address) as channel:
+        started = pool.submit(server.start)
+        assert opening.wait(60)
+        health = health_pb2_grpc.HealthStub(channel)
+        assert health.Check(health_pb2.HealthCheckRequest()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        with pytest.raises(grpc.RpcError) as caught:
+            pb_grpc.TagStoreStub(channel).Retrieve(vector_request(mini))
+        assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+        go.set()
+        started.result(60)
+        assert health.Check(health_pb2.HealthCheckRequest()).status == health_pb2.HealthCheckResponse.SERVING
+    server.stop(0)
+
+
+def test_metrics_count_by_stage_and_store(shapes_root: Path, served, mini) -> None:
+    from tagstore.serving import metrics
+
+    _, stub = served()
+    stub.Retrieve(pb.RetrieveRequest(store="shapes", images=[picture("red", "circle")]))
+    with pytest.raises(grpc.RpcError):
+        stub.Retrieve(pb.RetrieveRequest(store="made-up"))
+    stop, port = metrics.serve("127.0.0.1:0")
+    try:
+        text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()
+    finally:
+        stop()
+    for stage in ("queue", "decode", "embed", "search", "tags"):
+        assert f'tagstore_stage_seconds_count{{stage="{stage}",store="shapes"}}' in text
+    assert 'tagstore_requests_total{code="OK",method="Retrieve",store="shapes"}' in text
+    assert "tagstore_batch_rows_bucket" in text
+    assert "tagstore_queue_rows" in text
+    assert "made-up" not in text  # what callers make up is no label
+
+
+def test_spans_cover_the_stages_and_take_the_callers_trace(served, mini) -> None:
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    from tagstore.serving import tracing
+
+    exporter, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    _, stub = served()
+    tracing.use(provider)
+    try:
+        trace = "0af7651916cd43dd8448eb211c80319c"
+        stub.Retrieve(vector_request(mini), metadata=(("traceparent", f"00-{trace}-b7ad6b7169203331-01"),))
+    finally:
+        tracing.use(None)
+    spans = {span.name: span for span in exporter.get_finished_spans()}
+    assert {"Retrieve", "search"} <= set(spans)
+    assert {f"{span.context.trace_id:032x}" for span in spans.values()} == {trace}
+
+
+def test_logs_are_json_where_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    from tagstore.serving.logs import JsonFormatter
+
+    record = logging.LogRecord("tagstore.x", logging.WARNING, "", 0, "opened %s", ("a",), None)
+    value = json.loads(JsonFormatter().format(record))
+    assert (value["level"], value["logger"], value["message"]) == ("warning", "tagstore.x", "opened a")
+
+
+def test_many_versions_come_and_go_without_a_failed_or_mixed_answer(tmp_path: Path, mini, served) -> None:
+    from tagstore.builder import ingest_pairs
+    from tagstore.maintenance import Selection, delete, rollback
+    from tagstore.types import Pair
+
+    root = tmp_path / "root"
+    ingest_pairs((Pair(str(i), picture("red", "circle", shift=i), (f"tag{i}",)) for i in range(6)), root=root, store="live", encoder=mini)
+    server = limited(root, cores=2)
+    stop, wrong, answered = threading.Event(), [], []
+
+    def ask(i: int) -> None:
+        with connect(f"grpc://{server.address}/live", retries=0) as source:
+            vectors = np.random.default_rng(i).standard_normal((4, mini.dimension)).astype(np.float32)
+            while not stop.is_set():
+                found = source.retrieve(vectors=vectors, fingerprint=mini.fingerprint, k=10)
+                answered.append(len(found))
+                versions = {r.version for r in found}
+                entries = {5 if version % 2 == 0 else 6 for version in versions}
+                if len(versions) != 1 or {len(r.neighbours) for r in found} != entries:
+                    wrong.append(found)
+
+    try:
+        with ThreadPoolExecutor(3) as pool:
+            askers = [pool.submit(ask, i) for i in range(3)]
+            for _ in range(8):
+                version, _ = delete(root, "live", Selection(keys=["3"]))
+                assert version.number % 2 == 0
+                rollback(root, "live", version.number - 1)
+            stop.set()
+            for asker in askers:
+                asker.result(30)
+    finally:
+        stop.set()
+        server.stop(0)
+    assert not wrong
+    assert len(answered) > 16
+
+
+def test_workers_share_a_port_survive_each_other_and_drain(shapes_root: Path, tmp_path: Path, mini) -> None:
+    """One test for the whole life of a group of processes: starting it takes seconds."""
+    command = [sys.executable, "-m", "tagstore.cli", "serve", "--root", str(shapes_root), "--address", "127.0.0.1:0", "--device", "cpu"]
+    command += ["--workers", "2", "--anonymous", "admin", "--audit", str(tmp_path / "audit"), "--metrics", "127.0.0.1:0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        address = process.stdout.readline().strip()
+        children = workers_of(process.pid)
+        assert len(children) == 2
+        request = vector_request(mini)
+        expected = call(address, request)
+        # both of them answer, over connections of their own
+        for _ in range(20):
+            assert call(address, request) == expected
+        os.kill(children[0], signal.SIGKILL)
+        for _ in range(20):  # the kernel may have given a connection to the one that died: such a call fails at once and is sent again
+            assert again(address, request) == expected
+        while len(now := workers_of(process.pid)) < 2 or children[0] in now:
+            time.sleep(0.05)
+        assert again(address, request) == expected
+        from tagstore.remote_admin import administer
+
+        with administer(f"grpc://{address}/shapes") as admin:
+            admin.unload()
+        until_unloaded(address, request)
+        with grpc.insecure_channel(address) as channel:
+            stub = pb_grpc.TagStoreStub(channel)
+            pb_grpc.AdminStub(channel).Load(pb.LoadRequest(store="shapes"))
+            assert stub.Retrieve(request).retrievals
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+        assert not any(Path(f"/proc/{pid}").exists() for pid in now)
+    finally:
+        process.kill()
+        process.stdout.close()
+        process.stderr.close()
+        process.wait()
+
+
+def workers_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def call(address: str, request: pb.RetrieveRequest) -> pb.RetrieveResponse:
+    with grpc.insecure_channel(address, [("grpc.use_local_subchannel_pool", 1)]) as channel:
+        return pb_grpc.TagStoreStub(channel).Retrieve(request, timeout=30)
+
+
+def again(address: str, request: pb.RetrieveRequest) -> pb.RetrieveResponse:
+    for _ in range(100):
+        try:
+            return call(address, request)
+        except grpc.RpcError as error:
+            if error.code() != grpc.StatusCode.UNAVAILABLE:
+                raise
+    raise AssertionError("no worker answers")
+
+
+def until_unloaded(address: str, request: pb.RetrieveRequest) -> None:
+    """The other worker hears of it a moment later."""
+    refusals = 0
+    while refusals < 20:
+        try:
+            call(address, request)
+        except grpc.RpcError as error:
+            if error.code() != grpc.StatusCode.NOT_FOUND:
+                raise
+            refusals += 1
+
+
+def test_a_supervisor_refuses_what_a_server_refuses(shapes_root: Path, server_address: str, tmp_path: Path) -> None:
+    from tagstore.workers import Supervisor
+
+    with pytest.raises(errors.Unavailable, match="is another server running"):
+        Supervisor(shapes_root, server_address, settings=Settings(workers=2))
+    with pytest.raises(errors.InvalidInput, match="--insecure"):
+        Supervisor(shapes_root, "0.0.0.0:0", settings=Settings(workers=2))
+    supervisor = Supervisor(tmp_path / "nothing", "127.0.0.1:0", settings=Settings(workers=2))
+    with pytest.raises(errors.InvalidInput, match="no directory"):
+        supervisor.start()
+
+
+def test_what_is_in_flight_is_finished_before_the_end(served, mini, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = Held(monkeypatch)
+    server, stub = served()
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(stub.Retrieve, vector_request(mini))
+        held.started.acquire()
+        stopped = pool.submit(server.stop, 30)
+        held.go.set()
+        assert first.result(10).retrievals
+        stopped.result(30)
