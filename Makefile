@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY := PASSIVE
 # without bytecode every process compiles thousands of modules again: torch and its company load twice as long
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test bench bench-mining lint proto clean
+.PHONY: setup demo test bench bench-mining lint proto proto-ts proto-go clean
 setup: .venv/.ready
 
 .venv/.ready: pyproject.toml
@@ -53,5 +53,18 @@ lint: setup
 proto: setup
 	$(BIN)/python -m grpc_tools.protoc -I protos --python_out=protos --pyi_out=protos --grpc_python_out=protos protos/tagstore_proto/v1/tagstore.proto
 
+# stubs for other languages, into gen/; node and npm, or go, must be there
+proto-ts: setup
+	npm install --silent --no-save --no-audit --no-fund --prefix .proto-tools ts-proto@2.18.0
+	mkdir -p gen/ts
+	$(BIN)/python -m grpc_tools.protoc -I protos --plugin=.proto-tools/node_modules/.bin/protoc-gen-ts_proto --ts_proto_out=gen/ts --ts_proto_opt=outputServices=grpc-js,esModuleInterop=true,forceLong=string tagstore_proto/v1/tagstore.proto
+
+GO_OPTIONS := module=tagstore,Mtagstore_proto/v1/tagstore.proto=tagstore/tagstorepb
+proto-go: setup
+	GOBIN=$(CURDIR)/.proto-tools/bin go install google.golang.org/protobuf/cmd/protoc-gen-go@v1.36.6
+	GOBIN=$(CURDIR)/.proto-tools/bin go install google.golang.org/grpc/cmd/protoc-gen-go-grpc@v1.5.1
+	mkdir -p gen/go
+	PATH="$(CURDIR)/.proto-tools/bin:$$PATH" $(BIN)/python -m grpc_tools.protoc -I protos --go_out=gen/go --go_opt=$(GO_OPTIONS) --go-grpc_out=gen/go --go-grpc_opt=$(GO_OPTIONS) tagstore_proto/v1/tagstore.proto
+
 clean:
-	rm -rf .venv .bench $(OUT)
+	rm -rf .venv .bench .proto-tools gen $(OUT)
