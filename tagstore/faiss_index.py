@@ -124,12 +124,8 @@ def write(
     name: str = "",
 ) -> dict[str, Any]:
     """Build and sync one file; returns what the version says of it. One thread, so that the same entries give the same bytes."""
-    threads = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
-    try:
-        index = kinds.made(plan, ids, snapshot.dimension, snapshot.vector_blocks, advance, held_out)
-    finally:
-        faiss.omp_set_num_threads(threads)
+    exact.one_core()
+    index = kinds.made(plan, ids, snapshot.dimension, snapshot.vector_blocks, advance, held_out)
     if not directory.exists():
         directory.mkdir()
         sync_directory(directory.parent)
@@ -179,26 +175,35 @@ class Part:
         k = min(kinds.candidates(self.plan, k), held)
         if self.plan.kind == "flat" and len(queries) <= FEW_QUERIES:
             return self._split(queries, k, selector)
-        if "lists" in self.plan.build and len(queries) > 1:
-            return self._one_by_one(queries, k, search, held / self.rows, selector)
-        found = self.index.search(queries, k, params=kinds.parameters(self.plan, search, k, held / self.rows, selector))
-        return found[0], found[1]
+        share = held / self.rows
+        if len(queries) == 1:
+            exact.one_core()
+            found = self.index.search(queries, k, params=kinds.parameters(self.plan, search, k, share, selector))
+            return found[0], found[1]
+        return self._shared_out(queries, k, search, share, selector)
 
-    def _one_by_one(self, queries: Vectors, k: int, search: Search, share: float, selector: Any) -> exact.Found:
-        """Each query alone: which lists are nearest is decided by a matrix product, whose last bits depend on its size."""
+    def _shared_out(self, queries: Vectors, k: int, search: Search, share: float, selector: Any) -> exact.Found:
+        """Queries divided among the cores. Of lists, each by itself: which are nearest is decided by a matrix product, whose last bits
+        depend on its size."""
         parts = min(exact.cores(), len(queries))
+        step = 1 if "lists" in self.plan.build else -(-len(queries) // parts)
+        starts = range(0, len(queries), step)
 
-        def some(part: int) -> list[tuple[NDArray[np.float32], NDArray[np.int64]]]:
-            rows = range(part, len(queries), parts)
-            return [self.index.search(queries[i : i + 1], k, params=kinds.parameters(self.plan, search, k, share, selector)) for i in rows]
+        def some(part: int) -> list[Any]:
+            found = []
+            for i in starts[part::parts]:
+                told = kinds.parameters(self.plan, search, k, share, selector)
+                found.append(self.index.search(queries[i : i + step], k, params=told))
+            return found
 
         found = exact.in_parallel(some, parts)
-        rows = [found[i % parts][i // parts] for i in range(len(queries))]
+        rows = [found[n % parts][n // parts] for n in range(len(starts))]
         return np.concatenate([s for s, _ in rows]), np.concatenate([i for _, i in rows])
 
     def _split(self, queries: Vectors, k: int, selector: Any) -> exact.Found:
         parts = max(1, min(exact.cores(), self.rows // SPLIT_ROWS))
         if parts == 1:
+            exact.one_core()
             found = self.index.search(queries, k, params=faiss.SearchParameters(sel=selector))
             return found[0], found[1]
         edges = np.linspace(self.first, self.end, parts + 1).astype(np.int64).tolist()

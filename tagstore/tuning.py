@@ -280,7 +280,8 @@ def _queries(snapshot: Snapshot, live: NDArray[np.int64], path: str | Path | Non
             raise BadVector(f"{path} holds a vector without a direction: NaN, infinite or only zeros")
         return np.zeros(0, np.int64), rows / norms, f"{len(rows)} of {Path(path).name}"
     rng = np.random.default_rng(kinds.SEED)
-    chosen = np.sort(rng.choice(live, min(len(live), QUERIES), replace=False))
+    # at most a tenth of the entries, the rest is left to learn from
+    chosen = np.sort(rng.choice(live, min(-(-len(live) // 10), QUERIES), replace=False))
     stored = snapshot.vectors(chosen)
     allowed = Allowed(snapshot.array("live", np.uint8), len(live))
     probe = stored[:: max(1, len(stored) // 100)]
@@ -290,6 +291,7 @@ def _queries(snapshot: Snapshot, live: NDArray[np.int64], path: str | Path | Non
     noise -= (noise * stored).sum(axis=1, keepdims=True) * stored
     noise /= np.linalg.norm(noise, axis=1, keepdims=True)
     moved: Vectors = np.float32(cosine) * stored + np.float32(np.sqrt(1 - cosine**2)) * noise
+    moved /= np.linalg.norm(moved, axis=1, keepdims=True)
     return chosen, moved, f"{len(chosen)} stored vectors, moved to cosine {cosine:.2f} of themselves"
 
 
