@@ -26,12 +26,14 @@ def fails(code: grpc.StatusCode, retry_after_ms: int = 0) -> Behaviour:
 class Scripted(pb_grpc.TagStoreServicer):
     """Does one behaviour a call, then answers for ever. Each query gets a tag with the server's name."""
 
-    def __init__(self, name: str = "one", *script: Behaviour) -> None:
+    def __init__(self, name: str = "one", *script: Behaviour, tls: tuple[tuple[bytes, bytes], bytes] | None = None) -> None:
+        """`tls`: key and certificate chain, and the authority of clients' certificates."""
         self.name, self.script = name, list(script)
         self.calls = 0
         self.metadata: list[dict[str, str]] = []
         self.go_on = threading.Event()
         self.port = 0
+        self._tls = grpc.ssl_server_credentials([tls[0]], tls[1], require_client_auth=True) if tls else None
         self.start()
 
     @property
@@ -41,7 +43,8 @@ class Scripted(pb_grpc.TagStoreServicer):
     def start(self) -> None:
         self._server = grpc.server(ThreadPoolExecutor(8), options=[("grpc.so_reuseport", 0)])
         pb_grpc.add_TagStoreServicer_to_server(self, self._server)
-        self.port = self._server.add_insecure_port(f"127.0.0.1:{self.port}")
+        address = f"127.0.0.1:{self.port}"
+        self.port = self._server.add_secure_port(address, self._tls) if self._tls else self._server.add_insecure_port(address)
         self._server.start()
 
     def stop(self) -> None:

@@ -7,10 +7,16 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from itertools import accumulate, repeat
+from pathlib import Path
 
 import grpc
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
 from scripted import Behaviour, Scripted, fails
 from tagstore import errors
@@ -273,3 +279,56 @@ def test_a_token_is_sent_and_never_to_strangers_from_the_environment(server: Mak
     assert [m.get("authorization") for m in one.metadata] == ["Bearer given", "Bearer of the environment"]
     assert connect("grpcs://example.org:1/s").backend.wire.metadata
     assert not connect("grpc://example.org:1/s").backend.wire.metadata
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """An authority, and what it signed for the server `store.test` and for a client: paths of PEM files."""
+    folder = tmp_path_factory.mktemp("certificates")
+    now = datetime.now(UTC)
+
+    def name(text: str) -> x509.Name:
+        return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
+
+    def made(subject: str, issuer: str, key: ec.EllipticCurvePrivateKey, by: ec.EllipticCurvePrivateKey) -> bytes:
+        builder = x509.CertificateBuilder(name(issuer), name(subject), key.public_key(), x509.random_serial_number())
+        builder = builder.not_valid_before(now - timedelta(hours=1)).not_valid_after(now + timedelta(hours=1))
+        builder = builder.add_extension(x509.BasicConstraints(ca=subject == "authority", path_length=None), critical=True)
+        builder = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName(subject)]), critical=False)
+        return builder.sign(by, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+    keys = {one: ec.generate_private_key(ec.SECP256R1()) for one in ("authority", "store.test", "trainer")}
+    paths = {}
+    for one, key in keys.items():
+        pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+        for suffix, data in (("key", pem), ("pem", made(one, "authority", key, keys["authority"]))):
+            paths[f"{one}.{suffix}"] = str(folder / f"{one}.{suffix}")
+            (folder / f"{one}.{suffix}").write_bytes(data)
+    return paths
+
+
+async def test_tls_with_certificates_of_both_sides(certificates: dict[str, str]) -> None:
+    read = {file: Path(path).read_bytes() for file, path in certificates.items()}
+    one = Scripted("one", tls=((read["store.test.key"], read["store.test.pem"]), read["authority.pem"]))
+    url = f"grpcs://{one.address}/s?timeout=5&retries=0"
+    both_sides = {
+        "ca": certificates["authority.pem"],
+        "cert": certificates["trainer.pem"],
+        "cert_key": certificates["trainer.key"],
+        "server_name": "store.test",
+    }
+    try:
+        blocking, awaited, _, _ = await both(url, [b"1"], **both_sides, token="secret")
+        assert blocking[0][0].tag == awaited[0][0].tag == "one"
+        assert one.metadata[0]["authorization"] == "Bearer secret"
+        for missing in ("ca", "server_name"):
+            error, _, _, _ = await both(url, [b"1"], **{k: v for k, v in both_sides.items() if k != missing})
+            assert type(error) is errors.Unavailable
+            assert one.address in str(error)
+    finally:
+        one.stop()
+    for options, message in (({"cert": "a"}, "both cert and cert_key"), ({"ca": "/nowhere"}, "option ca: cannot read /nowhere")):
+        with pytest.raises(errors.TagstoreError, match=message), connect(url, **options) as source:
+            source.info()
+    with pytest.raises(errors.InvalidInput, match="write grpcs://"):
+        connect("grpc://a:1/s", ca="x")

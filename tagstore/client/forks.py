@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from tagstore.errors import TagstoreError
 
@@ -73,6 +74,8 @@ def _after_in_child() -> None:
     global _gate, _calls, _used, _inherited_use
     _gate, _calls = threading.Condition(), 0
     _used, _inherited_use = False, _used or _inherited_use
+    for opened in list(_opened):
+        opened._leave()
 
 
 os.register_at_fork(before=_before, after_in_parent=_after_in_parent, after_in_child=_after_in_child)
@@ -85,16 +88,13 @@ class Opened(Generic[T]):
         self._opener = opener
         self._lock = threading.Lock()
         self._value: T | None = None
-        self._pid = os.getpid()
-        self._left: list[T | None] = []
-        """What was inherited: kept, because destroying it would touch what the parent still uses."""
+        self._inherited: list[T | None] = []
+        """Kept, because destroying it would touch what the parent still uses."""
+        with _gate:
+            _opened.add(self)
 
     def get(self) -> T:
         """The process's own, opened now if it isn't yet."""
-        if self._pid != os.getpid():
-            # the lock may have been held by a thread of the parent, which is not here to release it
-            self._left.append(self._value)
-            self._lock, self._value, self._pid = threading.Lock(), None, os.getpid()
         with self._lock:
             if self._value is None:
                 self._value = self._opener()
@@ -102,8 +102,15 @@ class Opened(Generic[T]):
 
     def take(self) -> T | None:
         """The process's own, if open, for its owner to close; the next `get` opens another."""
-        if self._pid != os.getpid():
-            return None
         with self._lock:
             value, self._value = self._value, None
             return value
+
+    def _leave(self) -> None:
+        # the lock may have been held by a thread of the parent, which is not here to release it
+        self._lock = threading.Lock()
+        self._inherited.append(self._value)
+        self._value = None
+
+
+_opened: weakref.WeakSet[Opened[Any]] = weakref.WeakSet()

@@ -99,7 +99,8 @@ class Counters:
         if descriptor < 0:
             descriptor, path = tempfile.mkstemp(prefix="tagstore-stats-")
             os.ftruncate(descriptor, _SIZE)
-            self._remove = weakref.finalize(self, _unlink, path, os.getpid())
+            weakref.finalize(self, _unlink, path, os.getpid())
+        weakref.finalize(self, os.close, descriptor)
         self.path = path
         self._descriptor = descriptor
         self._map = mmap.mmap(descriptor, _SIZE)
