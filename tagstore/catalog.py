@@ -18,6 +18,7 @@ from tagstore.encoder import Encoder, load_encoder_of
 from tagstore.engine import Engine, check_request
 from tagstore.environment import release
 from tagstore.errors import BadImage, BadVector, Damaged, FingerprintMismatch, InvalidInput, NotFound, TagstoreError
+from tagstore.gpu import devices
 from tagstore.index import PLAIN
 from tagstore.store import Store, store_names
 from tagstore.types import Exclude, Fingerprint, Identity, Retrieval, Search, StoreInfo, Vectors
@@ -36,6 +37,9 @@ class Catalog:
     def __init__(self, root: str | PathLike[str], *, device: str = "auto") -> None:
         self.root = Path(root)
         self.device = device
+        self._index_device = device if devices() else "cpu"
+        if device.startswith("cuda") and not devices():
+            log.warning("indexes are searched on the CPU: the installed FAISS knows no GPU (the extra `gpu` has one that does)")
         self._stores: dict[str, Store] = {}
         self._engines: dict[tuple[str, int], Engine] = {}
         self._encoders: dict[str, Encoder] = {}
@@ -65,7 +69,7 @@ class Catalog:
         number = version or opened.state()["current"]
         engine = self._engines.get((store, number))
         if engine is None:
-            engine = self._engines[store, number] = Engine(opened.snapshot(number or None))
+            engine = self._engines[store, number] = Engine(opened.snapshot(number or None), device=self._index_device)
             log.info("opened %s@%d: %d entries, index %s", store, number, engine.version.entries, engine.index.describe().get("kind"))
             if not version:
                 for old in [key for key in self._engines if key[0] == store and key[1] < number]:

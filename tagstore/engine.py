@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from tagstore.errors import BadVector, InvalidInput
 from tagstore.faiss_index import FaissIndex
 from tagstore.filters import Filters
+from tagstore.gpu import GpuIndex, device_number
 from tagstore.guard import NOBODY, Guard, check_exclude
 from tagstore.index import PLAIN, Allowed, Index
 from tagstore.reading import Tags, keys_and_tags
@@ -23,8 +24,6 @@ MAX_K = 1000
 MAX_BATCH = 4096
 SPARE = 8
 """Candidates asked of the index beyond k: similarities that are equal, or nearly so, at the edge are then told apart by the engine."""
-EDGE = 1e-5
-"""How far the index's arithmetic may be from ours. Candidates that end this close to the last neighbour are too few."""
 MAX_TIES = 1 << 13
 """Beyond so many entries of equal similarity at the edge, which of them are returned is the index's choice."""
 MAX_ANSWERS = 1 << 16
@@ -58,11 +57,12 @@ class Answer(NamedTuple):
 class Engine:
     """Answers from one version. Safe for threads; answers depend on the version and the query alone."""
 
-    def __init__(self, snapshot: Snapshot, index: Index | None = None) -> None:
+    def __init__(self, snapshot: Snapshot, index: Index | None = None, *, device: str = "cpu") -> None:
         self.snapshot = snapshot
         self.version = snapshot.version
         self.fingerprint = snapshot.version.fingerprint
-        self.index: Index = index or FaissIndex(snapshot)
+        self.index: Index = index or open_index(snapshot, device)
+        self._edge = self.index.tolerance
         self._digest = self.fingerprint.digest
         self._live = Allowed(snapshot.array("live", np.uint8), snapshot.version.entries)
         self._filters = Filters(snapshot, self._live)
@@ -140,7 +140,7 @@ class Engine:
         if guard is None and search.min_similarity <= -1 and (complete or found.shape[1] >= k):
             answers = [(i, s, 0) for i, s in zip(found[:, :k].tolist(), similarities[:, :k].tolist(), strict=True)]
             if not complete and candidates < MAX_TIES:
-                short = np.flatnonzero(similarities[:, -1] >= similarities[:, k - 1] - EDGE).tolist()
+                short = np.flatnonzero(similarities[:, -1] >= similarities[:, k - 1] - self._edge).tolist()
         else:
             near = similarities >= search.min_similarity
             fits = near if guard is None else near & guard.kept(numbers, found)
@@ -149,7 +149,7 @@ class Engine:
                 full = len(places) == k
                 # an entry beyond the candidates may be a neighbour if the last one is not clearly less similar than ours
                 edge = similarities[row, places[-1]] if full else np.float32(search.min_similarity)
-                if not complete and similarities[row, -1] >= edge - EDGE and (not full or candidates < MAX_TIES):
+                if not complete and similarities[row, -1] >= edge - self._edge and (not full or candidates < MAX_TIES):
                     short.append(row)
                 last = int(places[-1]) + 1 if full else int(near[row].sum())
                 answers.append((found[row, places].tolist(), similarities[row, places].tolist(), last - len(places)))
@@ -259,6 +259,15 @@ class Engine:
             raise BadVector(f"query {np.flatnonzero(~fine)[0]} holds NaN, infinite or only zero values: it has no direction to search in")
         unit: Vectors = queries / norms
         return unit
+
+
+def open_index(snapshot: Snapshot, device: str) -> Index:
+    """The index of a version on a device: "cpu", "cuda", "cuda:N", or "auto" for a GPU if there is one that FAISS can use.
+
+    Raises `MissingExtra`, or `InvalidInput` where it does not fit.
+    """
+    number = device_number(device)
+    return FaissIndex(snapshot) if number is None else GpuIndex(snapshot, number)
 
 
 def check_request(queries: int, search: Search, identities: Sequence[Identity] = ()) -> None:

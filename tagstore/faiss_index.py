@@ -122,10 +122,11 @@ def write(
     advance: Advance = lambda *_: None,
     held_out: NDArray[np.int64] = np.zeros(0, np.int64),  # noqa: B008  never written to
     name: str = "",
+    gpu: int | None = None,
 ) -> dict[str, Any]:
     """Build and sync one file; returns what the version says of it. One thread, so that the same entries give the same bytes."""
     exact.one_core()
-    index = kinds.made(plan, ids, snapshot.dimension, snapshot.vector_blocks, advance, held_out)
+    index = kinds.made(plan, ids, snapshot.dimension, snapshot.vector_blocks, advance, held_out, gpu)
     if not directory.exists():
         directory.mkdir()
         sync_directory(directory.parent)
@@ -220,15 +221,17 @@ class Part:
 class FaissIndex:
     """The index of a version, opened. Safe for threads; never changed after it is opened."""
 
+    tolerance = 1e-5
+
     def __init__(self, snapshot: Snapshot) -> None:
         self._snapshot = snapshot
         self._about = snapshot.version.index
         self._entries = snapshot.version.entries
         self._live = Allowed(snapshot.array("live", np.uint8), self._entries)
         directory = snapshot.store.index_directory
-        self._parts = [Part(directory / about["file"], about, self._live, snapshot.dimension) for about in self._about["files"]]
-        self._exact = all(part.plan.exact for part in self._parts)
-        covered = sum(part.alive for part in self._parts)
+        self.parts = [Part(directory / about["file"], about, self._live, snapshot.dimension) for about in self._about["files"]]
+        self._exact = all(part.plan.exact for part in self.parts)
+        covered = sum(part.alive for part in self.parts)
         if covered != self._entries:
             raise Damaged(
                 f"the index of version {snapshot.version.number} of store '{snapshot.store.name}' covers {covered} of its "
@@ -246,11 +249,11 @@ class FaissIndex:
         if ((search.exact or scarce) and not self._exact) or (self._exact and len(queries) > FEW_QUERIES):
             return exact.search(self._snapshot, queries, k, everything)[1]
         found = []
-        for part in self._parts:
+        for part in self.parts:
             if part.plan.exact and len(queries) > FEW_QUERIES:
                 found.append(exact.search(self._snapshot, queries, k, everything, part.first, part.end))
             else:
-                found.append(self._refined(part, queries, part.search(queries, k, allowed, self._live, search)))
+                found.append(self.refined(part, queries, part.search(queries, k, allowed, self._live, search)))
         ids = found[0][1][:, :k] if len(found) == 1 and found[0][1].shape[1] >= k else exact.merged(found, k)[1]
         if not self._exact and (ids[:, -1] < 0).any():
             # an approximate search may come to an end before it has found enough: what it owes is looked up
@@ -259,7 +262,7 @@ class FaissIndex:
             ids[short] = exact.search(self._snapshot, queries[short], k, everything)[1]
         return np.asarray(ids)
 
-    def _refined(self, part: Part, queries: Vectors, found: exact.Found) -> exact.Found:
+    def refined(self, part: Part, queries: Vectors, found: exact.Found) -> exact.Found:
         """Candidates of compressed codes, with the similarities that the stored vectors have."""
         if "refine" not in part.plan.search or not found[1].size:
             return found

@@ -54,6 +54,11 @@ class Allowed:
 class Index(Protocol):
     """Nearest neighbours by inner product. Safe for threads."""
 
+    @property
+    def tolerance(self) -> float:
+        """How far the index's inner products may be from those of the stored vectors, where it claims to be exact."""
+        ...
+
     def search(self, queries: Vectors, k: int, *, allowed: Allowed | None = None, search: Search = PLAIN) -> NDArray[np.int64]:
         """Entry ids of the best `k` of each query, `[N, M]` int64, best first by the index's own arithmetic.
 
@@ -73,6 +78,8 @@ class Index(Protocol):
 
 class NumpyIndex:
     """The specification: all inner products, sorted; equal ones in order of entry id. The oracle of every other index."""
+
+    tolerance = 1e-5
 
     def __init__(self, vectors: Vectors, entry_ids: NDArray[np.int64]) -> None:
         self.vectors, self.entry_ids = vectors, entry_ids

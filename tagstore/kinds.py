@@ -88,13 +88,25 @@ def weight(plan: Plan, rows: int, dimension: int) -> int:
             return rows * plan.build["bytes"] + ids + plan.build["lists"] * dimension * 4 + dimension * dimension * 4 + 1024 * dimension
 
 
-def made(plan: Plan, ids: NDArray[np.int64], dimension: int, blocks: Blocks, advance: Advance, held_out: NDArray[np.int64]) -> Any:
+def made(
+    plan: Plan,
+    ids: NDArray[np.int64],
+    dimension: int,
+    blocks: Blocks,
+    advance: Advance,
+    held_out: NDArray[np.int64],
+    gpu: int | None = None,
+) -> Any:
     """The FAISS index of a plan over some entries. The same on every machine, if FAISS runs on one thread: seeds are fixed.
 
     Args:
         held_out: entries that nothing is learned from, though they are in the index.
+        gpu: number of a CUDA device to learn lists on; another result than the CPU's, as good.
     """
     index = _empty(plan, dimension)
+    if gpu is not None and "lists" in plan.build:
+        lists = faiss.extract_index_ivf(index)
+        lists.clustering_index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), gpu, faiss.IndexFlatIP(dimension))
     if plan.kind in ("ivf", "ivfpq"):
         rng = np.random.default_rng(SEED)
         free = np.setdiff1d(ids, held_out)
@@ -103,6 +115,8 @@ def made(plan: Plan, ids: NDArray[np.int64], dimension: int, blocks: Blocks, adv
         advance("train", 0)
         index.train(sample)
         advance("train", len(sample))
+        if gpu is not None:
+            faiss.extract_index_ivf(index).clustering_index = None
     for some, rows in blocks(ids):
         for start in range(0, len(some), 4096):
             index.add_with_ids(rows[start : start + 4096], some[start : start + 4096])

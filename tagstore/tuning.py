@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from tagstore import exact, faiss_index, kinds
 from tagstore.engine import Engine
 from tagstore.errors import BadVector, InvalidInput
+from tagstore.gpu import device_number
 from tagstore.index import Allowed
 from tagstore.kinds import INDEX_KINDS, Advance, IndexKind, Plan
 from tagstore.maintenance import embed_rest
@@ -103,6 +104,7 @@ def build_index(
     *,
     kind: IndexKind | str = "auto",
     queries: str | Path | None = None,
+    device: str = "auto",
     advance: Advance = lambda *_: None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Outcome:
@@ -111,13 +113,16 @@ def build_index(
     Args:
         kind: one of `INDEX_KINDS`; "auto" tries flat, hnsw, ivf and ivfpq, in this order: from exact and simple to small.
         queries: .npy file of vectors `[N, D]` of the store's encoder, as real queries are; made of stored vectors if None.
+        device: "cpu", "cuda", "cuda:N" or "auto": where lists are learned and searches measured.
         advance: progress, as (stage, rows).
         say: what is about to be done and how long it may take.
 
     Raises:
         OverBudget: nothing holds the budget; the store is as it was.
         InvalidInput, BadVector: a budget, kind or file that makes no sense.
+        MissingExtra: a GPU is asked for that FAISS cannot use.
     """
+    gpu = device_number(device)
     if kind != "auto" and kind not in INDEX_KINDS:
         raise InvalidInput(f"kind is '{kind}': it is auto or one of {', '.join(INDEX_KINDS)}")
     with Writer(root, store) as writer:
@@ -131,7 +136,7 @@ def build_index(
         say(f"exact search for {len(asked)} queries ({source}) ...")
         allowed = Allowed(current.array("live", np.uint8), len(live))
         truth = exact.search(current, asked, min(budget.k, len(live)), allowed)[0]
-        bench = _Bench(writer, current, live, held_out, asked, truth, budget, advance, say)
+        bench = _Bench(writer, current, live, held_out, asked, truth, budget, gpu, advance, say)
         tried: Sequence[IndexKind | str] = ("flat", "hnsw", "ivf", "ivfpq") if kind == "auto" else (kind,)
         trials: list[Trial] = []
         for name in tried:
@@ -183,9 +188,11 @@ class _Bench:
         queries: Vectors,
         truth: NDArray[np.float32],
         budget: Budget,
+        gpu: int | None,
         advance: Advance,
         say: Callable[[str], None],
     ) -> None:
+        self._gpu = gpu
         self._writer, self._current, self._live, self._held_out = writer, current, live, held_out
         self._queries, self._truth, self._budget, self._advance, self._say = queries, truth, budget, advance, say
 
@@ -214,6 +221,7 @@ class _Bench:
             advance=self._advance,
             held_out=self._held_out,
             name=f"-{plan.kind}",
+            gpu=self._gpu,
         )
         seconds = time.perf_counter() - start
         trial = Trial(plan, file["bytes"], seconds=seconds)
@@ -235,7 +243,8 @@ class _Bench:
 
     def _measured(self, snapshot: Snapshot, trial: Trial, file: Mapping[str, Any]) -> Trial:
         index = {**_about(trial, self._budget, 0, "", 0), "files": [{**file, "plan": trial.plan.as_json()}]}
-        engine = Engine(Snapshot(snapshot.store, replace(snapshot.version, index=index)))
+        device = "cpu" if self._gpu is None else f"cuda:{self._gpu}"
+        engine = Engine(Snapshot(snapshot.store, replace(snapshot.version, index=index)), device=device)
         search = Search(k=self._truth.shape[1])
         found = [engine.nearest(query[None], search)[0] for query in self._queries]
         # equal similarities are as good as each other; ours are summed otherwise than those of the exact search

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     help="Vectors to measure with; made of stored ones if not given.",
 )
 @click.option("--explain", is_flag=True, help="Show every alternative that was tried, and what became of it.")
+@options.device
 @options.as_json
 def build_index(
     url: str,
@@ -48,6 +49,7 @@ def build_index(
     kind: str,
     queries: str | None,
     explain: bool,
+    device: str,
     as_json: bool,
 ) -> None:
     """Choose, build and measure an index within a budget, and commit it as a new version.
@@ -78,6 +80,7 @@ def build_index(
                 Budget(recall, k, size, seconds),
                 kind=kind,
                 queries=queries,
+                device=device,
                 advance=advance,
                 say=lambda what: click.echo(what, err=True),
             )
