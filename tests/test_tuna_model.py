@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, LlamaConfig, Qwen2Config
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, LlamaConfig, PreTrainedConfig, Qwen2Config
 
 from tagstore.errors import InvalidInput
 from tuna import C, features, rows, small, tags
@@ -317,6 +317,12 @@ def test_configuration_is_json_and_comes_back(tmp_path: Path) -> None:
     config.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["store_version"] == 3
     assert TunaConfig.from_pretrained(tmp_path).to_dict() | {"_name_or_path": ""} == config.to_dict() | {"_name_or_path": ""}
+
+
+def test_every_field_is_documented() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "model.md").read_text()
+    ours = set(TunaConfig.__dataclass_fields__) - set(PreTrainedConfig.__dataclass_fields__)
+    assert not [name for name in ours if f"`{name}`" not in page]
 
 
 def test_the_paper_preset_can_be_built_and_says_what_it_guesses() -> None:
