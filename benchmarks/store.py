@@ -166,6 +166,7 @@ def measure(root: Path, n: int, dimension: int, versions: int) -> None:
     fingerprint = Fingerprint("bench", "00", {}, False, True, dimension)
     peak = {"own": 0, "mapped": 0}
     captions = 0
+    load = os.getloadavg()[0]
     start = time.perf_counter()
     with Writer(root, "bench", fingerprint, sync="batch") as writer:
         for drafts, vectors in batches(n, dimension):
@@ -215,6 +216,7 @@ def measure(root: Path, n: int, dimension: int, versions: int) -> None:
             ["figure", "value"],
             [
                 ["file system", system],
+                ["load of the machine, before and after", f"{load:.1f} / {os.getloadavg()[0]:.1f}"],
                 ["appends", f"{n / appended:,.0f} entries/s"],
                 ["whole ingest, index and checksums included", f"{total:.0f} s"],
                 ["bytes on disk: database / index", f"{database:,} / {index:,}"],
