@@ -2,8 +2,8 @@
 
     python benchmarks/faces.py [--seconds 2] [--quick]
 
-The server is a process of its own (two with SO_REUSEPORT in one row), the load another; both share the machine's cores. Rows: p50 and p99 of
-one client, calls a second of eight clients, messages a second over streams. `--work MICROSECONDS` makes the handler spend that much in C
+The server is a process of its own (two with SO_REUSEPORT in one row), the load another; both share the machine's cores. Rows: p50 and p99
+of one client, calls a second of eight clients, messages a second over streams. `--work MICROSECONDS` makes the handler spend that much in C
 without the GIL (as a search does), which shows what a face costs beside real work.
 """
 
@@ -234,7 +234,10 @@ def main() -> None:
         for face, runs in found.items()
     ]
     header = ["face", "p50 ms", "p99 ms", "8 sync clients, calls/s", "8 aio clients, calls/s", "stream, one at a time", "stream, 32 ahead"]
-    about = f"Echo of {len(REQUEST)} -> {len(RESPONSE)} bytes, handler's work {arguments.work:g} us, medians of {arguments.repeats}; load and server share the cores."
+    about = (
+        f"Echo of {len(REQUEST)} -> {len(RESPONSE)} bytes, handler's work {arguments.work:g} us, medians of {arguments.repeats}; "
+        "load and server share the cores."
+    )
     write("faces", "What gRPC costs by itself", about, table(header, rows), packages=("grpcio", "uvloop"))
 
 

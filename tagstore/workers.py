@@ -29,6 +29,8 @@ from tagstore.serving.settings import Settings, checked_host
 log = logging.getLogger(__name__)
 
 DRAIN_SECONDS = 35.0
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+"""What FAISS, numpy and torch read when they are loaded."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 30.0
 """Before a worker is started again: twice as long each time that one dies before it was ready."""
 
@@ -133,7 +135,7 @@ class Supervisor:
             "unloaded": sorted(self._unloaded),
             "level": logging.getLogger().getEffectiveLevel(),
         }
-        threads = {name: os.environ.get(name, str(self.settings.cores)) for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+        threads = {name: os.environ.get(name, str(self.settings.cores)) for name in THREADS}
         environment = {**os.environ, **threads, "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}
         if self._metrics:
             environment["PROMETHEUS_MULTIPROC_DIR"] = self._metrics
@@ -247,12 +249,10 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: stopping.set())
     try:
         import faiss
-        import torch
 
         from tagstore.server import Server
 
         faiss.omp_set_num_threads(settings.cores)
-        torch.set_num_threads(settings.cores)
         server = Server(order["root"], order["address"], device=order["device"], settings=settings, shared=True)
         server.announce = _say
         for store in order["unloaded"]:

@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from benchmarks import synthetic
 from pictures import picture
 from tagstore import convert, errors
 from tagstore.client import connect
@@ -190,7 +191,7 @@ def test_a_client_may_not_have_everything_for_itself(served, mini, monkeypatch: 
 
 def test_a_long_queue_refuses(served, mini, monkeypatch: pytest.MonkeyPatch) -> None:
     held = Held(monkeypatch)
-    server, stub = served(search_wait=0.0)
+    server, stub = served(search_wait=0.0, search_queue=0)
     held.go.set()
     stub.Retrieve(vector_request(mini))
     held.go.clear()
@@ -379,16 +380,19 @@ def test_many_versions_come_and_go_without_a_failed_or_mixed_answer(tmp_path: Pa
     assert len(answered) > 16
 
 
-def test_workers_share_a_port_survive_each_other_and_drain(shapes_root: Path, tmp_path: Path, mini) -> None:
+def test_workers_share_a_port_survive_each_other_and_drain(tmp_path: Path) -> None:
     """One test for the whole life of a group of processes: starting it takes seconds."""
-    command = [sys.executable, "-m", "tagstore.cli", "serve", "--root", str(shapes_root), "--address", "127.0.0.1:0", "--device", "cpu"]
+    root = tmp_path / "root"
+    synthetic.build(root, 300, 64)  # of an encoder that cannot be loaded, so that nobody waits for torch
+    command = [sys.executable, "-m", "tagstore.cli", "serve", "--root", str(root), "--address", "127.0.0.1:0", "--device", "cpu"]
     command += ["--workers", "2", "--anonymous", "admin", "--audit", str(tmp_path / "audit"), "--metrics", "127.0.0.1:0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         address = process.stdout.readline().strip()
         children = workers_of(process.pid)
         assert len(children) == 2
-        request = vector_request(mini)
+        vectors = convert.vectors_to_proto(synthetic.queries(1, 300, 64))
+        request = pb.RetrieveRequest(store="bench", vectors=vectors, fingerprint=synthetic.fingerprint(64).digest)
         expected = call(address, request)
         # both of them answer, over connections of their own
         for _ in range(20):
@@ -401,12 +405,13 @@ def test_workers_share_a_port_survive_each_other_and_drain(shapes_root: Path, tm
         assert again(address, request) == expected
         from tagstore.remote_admin import administer
 
-        with administer(f"grpc://{address}/shapes") as admin:
+        with administer(f"grpc://{address}/bench") as admin:
             admin.unload()
         until_unloaded(address, request)
         with grpc.insecure_channel(address) as channel:
             stub = pb_grpc.TagStoreStub(channel)
-            pb_grpc.AdminStub(channel).Load(pb.LoadRequest(store="shapes"))
+            with pytest.raises(grpc.RpcError):  # it is loaded with its encoder, which is not there; but then it is served
+                pb_grpc.AdminStub(channel).Load(pb.LoadRequest(store="bench"))
             assert stub.Retrieve(request).retrievals
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0

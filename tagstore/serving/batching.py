@@ -4,8 +4,8 @@ A call that finds a free slot runs at once, in its own thread: an idle server ad
 taken wait in a queue; whoever finishes hands its slot to the first of them, which runs everything in the queue that fits with its own
 work as one batch. So the window is as long as the work before it takes: zero when idle, and the busier, the larger the batches.
 
-The queue is bounded by time: a call that would wait longer than `max_wait` is refused at once with `Overloaded`, and one whose deadline
-passes while it waits is dropped before any work is done for it.
+The queue is bounded by time: a call that would wait longer than `max_wait` is refused at once with `Overloaded` (unless hardly anything
+waits), and one whose deadline passes while it waits is dropped before any work is done for it.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ class Batcher(Generic[T, R]):
         rows: at most so many rows a batch; an item larger than that runs alone.
         slots: batches that run at a time.
         max_wait: seconds that a call may be expected to wait.
+        spare: rows that may always wait, however slow the work is.
         observe: see `Observe`.
     """
 
@@ -59,9 +60,11 @@ class Batcher(Generic[T, R]):
         rows: int,
         slots: int,
         max_wait: float,
+        spare: int = 0,
         observe: Observe = lambda rows, waited: None,
     ) -> None:
-        self._run, self.name, self.rows, self.slots, self.max_wait, self._observe = run, name, rows, slots, max_wait, observe
+        self._run, self.name, self.rows, self.slots, self._observe = run, name, rows, slots, observe
+        self.max_wait, self.spare = max_wait, spare
         self._lock = Lock()
         self._queue: deque[_Call[T, R]] = deque()
         self._queued = 0
@@ -80,7 +83,7 @@ class Batcher(Generic[T, R]):
     def admit(self) -> None:
         """Raises `Overloaded` as a call would: for what has work to do before it gets here."""
         wait = self.expected()
-        if wait > self.max_wait:
+        if wait > self.max_wait and self._queued >= self.spare:
             raise Overloaded(f"{self._queued} queries wait for the {self.name}, {wait:.2f} s of work: try again later", wait)
 
     def __call__(self, key: object, item: T, rows: int = 1, deadline: float = float("inf")) -> R:

@@ -25,5 +25,9 @@ class Limits:
     """Seconds that a query may be expected to wait for the search."""
     embed_wait: float = 1.0
     """Seconds that an image may be expected to wait for the encoder."""
+    search_queue: int = 64
+    """Queries that may always wait, whatever that takes: with a slow index they are waited for, not refused."""
+    embed_queue: int = 8
+    """Images that may always wait."""
     slow_reader: float = 60.0
     """Seconds that a client may take to accept an answer."""

@@ -52,10 +52,22 @@ class LiveCatalog(Catalog):
         self._used: dict[tuple[str, int], float] = {}
         self._unloaded: set[str] = set()
         self._searches: Batcher[tuple[NDArray[Any], Sequence[Identity]], list[Retrieval]] = Batcher(
-            _search, name="search", rows=SEARCH_ROWS, slots=cores, max_wait=limits.search_wait, observe=partial(self._observe, "search")
+            _search,
+            name="search",
+            rows=SEARCH_ROWS,
+            slots=cores,
+            max_wait=limits.search_wait,
+            spare=limits.search_queue,
+            observe=partial(self._observe, "search"),
         )
         self._embeddings: Batcher[NDArray[np.uint8], Vectors] = Batcher(
-            self._embed_batch, name="encoder", rows=EMBED_ROWS, slots=1, max_wait=limits.embed_wait, observe=partial(self._observe, "embed")
+            self._embed_batch,
+            name="encoder",
+            rows=EMBED_ROWS,
+            slots=1,
+            max_wait=limits.embed_wait,
+            spare=limits.embed_queue,
+            observe=partial(self._observe, "embed"),
         )
 
     def engine(self, store: str, version: int = 0) -> Engine:
