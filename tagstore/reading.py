@@ -15,7 +15,7 @@ from tagstore.types import Kind, Vectors
 
 TAG_BYTES = 64 << 20
 """Of a version's tags kept in memory with their embeddings: 27,000 of them at 512 dimensions. When it is full, it starts anew."""
-FEW = 256
+FEW = 1 << 14
 """Rows up to which they are fetched one by one; for more, all rows of a block at a time."""
 
 _pack = U64.pack
