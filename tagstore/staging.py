@@ -79,8 +79,8 @@ def sweep_staged(
         if not keep:
             txn.delete(b"ingest", db=db["meta"])
             for name in ("vectors", "embeddings"):  # of a reembedding that was cut off: the next one may have another dimension
-                for key, _ in _beyond(txn, db[name], next_space << SPACE):
-                    txn.delete(U64.pack(key), db=db[name])
+                for block, _ in _beyond(txn, db[name], next_space << SPACE):
+                    txn.delete(U64.pack(block), db=db[name])
     for path in store.index_directory.glob("*"):
         # by the number of the version that a file was made for: to read what all versions name would take longer with every commit
         made_for = path.name.partition("-")[0]
