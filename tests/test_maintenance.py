@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +142,11 @@ def test_a_store_is_renamed_dropped_and_brought_back(root: Path) -> None:
     assert store_names(root) == []
     undrop(root, "t")
     assert store_names(root) == ["t"]
+    (root / ".dropped" / f"old@{int(time.time()) - 8 * 86400}").mkdir()
+    (root / ".dropped" / f"new@{int(time.time()) - 6 * 86400}").mkdir()
+    drop(root, "t")
+    assert {path.name.partition("@")[0] for path in (root / ".dropped").iterdir()} == {"t", "new"}
+    undrop(root, "t")
     rename(root, "t", "s")
     assert len(keys(root)) == 18
     with pytest.raises(NotFound, match="no dropped store"):

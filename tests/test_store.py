@@ -14,8 +14,9 @@ import pytest
 
 from tagstore.errors import Busy, Damaged, FingerprintMismatch, InvalidInput, NotFound, WriteFailed
 from tagstore.mining import MergedTag
+from tagstore.records import seal
 from tagstore.staging import Draft
-from tagstore.store import ROWS, Store, check_name, store_names
+from tagstore.store import FORMAT, ROWS, Store, check_name, store_names
 from tagstore.types import Fingerprint
 from tagstore.writer import Writer
 
@@ -221,6 +222,16 @@ def test_a_file_that_is_no_database_is_named(tmp_path: Path) -> None:
     (tmp_path / "toy" / "db-000001" / "data.mdb").write_bytes(b"not LMDB" * 2000)
     with pytest.raises(Damaged, match=r"data\.mdb"):
         Store(tmp_path, "toy")
+
+
+def test_a_store_in_another_releases_format_is_refused_by_readers_and_writers(tmp_path: Path, rng: np.random.Generator) -> None:
+    put(tmp_path, [draft("a")], unit(rng, 1))
+    store = Store(tmp_path, "toy")
+    with store.env.begin(write=True) as txn:
+        txn.put(b"state", seal(b"state", store.state() | {"format": FORMAT - 1}), db=store.db["meta"])
+    for use in (lambda: Store(tmp_path, "toy"), lambda: put(tmp_path, [draft("b")], unit(rng, 1))):
+        with pytest.raises(Damaged, match=f"format {FORMAT - 1}, this release reads {FORMAT}: use the release that wrote it"):
+            use()
 
 
 def test_the_record_of_a_version_is_json_with_a_checksum(tmp_path: Path, rng: np.random.Generator) -> None:
