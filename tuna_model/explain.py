@@ -90,7 +90,7 @@ def examine(tuna: Pipeline, image: Any, question: str, *, ban: Sequence[str] = (
         )
         for tag, heat, tag_id in zip(prepared.tags[0], heats, chosen.ids, strict=True)
     )  # fmt: skip
-    banned = list(ban) or [max(tags, key=lambda tag: tag.weight).text] * bool(tags)
+    banned = list(ban) or [tag.text for tag in sorted(tags, key=lambda tag: -tag.weight)[:1]]
     if unknown := set(banned) - {tag.text for tag in tags}:
         raise InvalidInput(f"the picture was not given the tag {', '.join(sorted(unknown))}: it has {', '.join(tag.text for tag in tags)}")
     ways: dict[str, ImageTags] = {"with tags": chosen} if tags else {}
