@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import logging
+import json
+import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from queue import Queue
-from threading import Event, Thread
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import grpc
 
@@ -19,14 +20,15 @@ from tagstore.serving.gate import Gate, answering, streaming
 from tagstore.serving.live import LiveCatalog
 from tagstore.serving.parsing import parsed
 from tagstore.store import Store, Version
+from tagstore.tuning import Budget, build_index
 from tagstore.types import Pair, Rejected
 from tagstore_proto.v1 import tagstore_pb2 as pb
 from tagstore_proto.v1 import tagstore_pb2_grpc as pb_grpc
 
-log = logging.getLogger(__name__)
+AHEAD = 8
+"""Responses that may wait for the caller; then the work waits for it."""
 
-RESULTS_AHEAD = 8
-"""Batches of results that may wait for the caller; then the ingest waits for it."""
+T = TypeVar("T")
 
 
 class AdminService(pb_grpc.AdminServicer):
@@ -48,14 +50,20 @@ class AdminService(pb_grpc.AdminServicer):
             caller.check("ingest", start.store)
             if start.encoder not in ("", "mini"):
                 caller.check("admin", start.store)  # it may name files of the server, or something to fetch
-            event: dict[str, Any] = {"method": "Ingest", "store": start.store, "caller": caller.name, "peer": context.peer()}
-            self.gate.audit.write(event="begun", **event)
-            try:
-                yield from _Ingest(self._catalog, start, requests).responses()
-            except errors.TagstoreError as error:
-                self.gate.audit.write(event="failed", reason=str(error), **event)
-                raise
-            self.gate.audit.write(event="done", **event)
+            with self._recorded("Ingest", start.store, caller, context):
+                yield from _Background(_Ingest(self._catalog, start, requests).run).responses()
+
+    @contextmanager
+    def _recorded(self, method: str, store: str, caller: Caller, context: Any) -> Iterator[None]:
+        """Audit lines around what takes long: one at its beginning, one at its end."""
+        event: dict[str, Any] = {"method": method, "store": store, "caller": caller.name, "peer": context.peer()}
+        self.gate.audit.write(event="begun", **event)
+        try:
+            yield
+        except BaseException as error:
+            self.gate.audit.write(event="failed", reason=str(error) or "the caller broke off", **event)
+            raise
+        self.gate.audit.write(event="done", **event)
 
     @answering("ingest", writes=True)
     def Delete(self, request: pb.DeleteRequest, context: Any, caller: Caller) -> pb.DeleteResponse:  # noqa: N802
@@ -67,6 +75,31 @@ class AdminService(pb_grpc.AdminServicer):
     @answering("admin", writes=True)
     def Rollback(self, request: pb.RollbackRequest, context: Any, caller: Caller) -> pb.RollbackResponse:  # noqa: N802
         return pb.RollbackResponse(version=_version(rollback(self._catalog.root, request.store, request.version)))
+
+    def BuildIndex(self, request: pb.BuildIndexRequest, context: Any) -> Iterator[pb.BuildIndexResponse]:  # noqa: N802
+        with streaming(self.gate, context, "BuildIndex") as caller:
+            caller.check("admin", parsed(request).store)
+            budget = Budget(
+                recall=request.recall or 0.95,
+                memory=request.memory_bytes or None,
+                latency=request.latency_ms / 1e3 or None,
+            )
+
+            def build(background: _Background[pb.BuildIndexResponse]) -> None:
+                outcome = build_index(
+                    self._catalog.root,
+                    request.store,
+                    budget,
+                    kind=request.kind or "auto",
+                    device=self._catalog.device,
+                    advance=lambda stage, rows: background.check(),
+                    say=lambda what: background.put(pb.BuildIndexResponse(progress=what)),
+                )
+                report = json.dumps(outcome.report(), sort_keys=True)
+                background.put(pb.BuildIndexResponse(version=_version(outcome.version), report=report))
+
+            with self._recorded("BuildIndex", request.store, caller, context):
+                yield from _Background(build).responses()
 
     @answering("admin", writes=True)
     def Load(self, request: pb.LoadRequest, context: Any, caller: Caller) -> pb.LoadResponse:  # noqa: N802
@@ -90,16 +123,25 @@ class AdminService(pb_grpc.AdminServicer):
         return _diff(diff(self._catalog.root, request.store, request.before, request.after))
 
 
-class _Ingest:
-    """One ingest: the pairs go into a thread that works on them, what became of them comes out."""
+class _Background(Generic[T]):
+    """Work in a thread of its own that says how it goes: what it puts comes out of `responses`, and so does what it raises."""
 
-    def __init__(self, catalog: LiveCatalog, start: pb.IngestStart, requests: Iterator[pb.IngestRequest]) -> None:
-        self._catalog, self._start, self._requests = catalog, start, requests
-        self._results: Queue[pb.IngestResponse | BaseException | None] = Queue(RESULTS_AHEAD)
-        self._given_up = Event()
+    def __init__(self, work: Callable[[_Background[T]], None]) -> None:
+        self._work = work
+        self._results: Queue[T | BaseException | None] = Queue(AHEAD)
+        self._given_up = threading.Event()
 
-    def responses(self) -> Iterator[pb.IngestResponse]:
-        worker = Thread(target=self._work, name="rpc-ingest", daemon=True)
+    def put(self, response: T) -> None:
+        """Hand a response over; waits while many wait already. Raises `Unavailable` once the caller has gone."""
+        self.check()
+        self._results.put(response)
+
+    def check(self) -> None:
+        if self._given_up.is_set():
+            raise errors.Unavailable("the caller has gone: nothing was changed")
+
+    def responses(self) -> Iterator[T]:
+        worker = threading.Thread(target=self._run, name="rpc-admin", daemon=True)
         worker.start()
         try:
             while (item := self._results.get()) is not None:
@@ -113,24 +155,34 @@ class _Ingest:
                     self._results.get_nowait()
                 worker.join(0.05)
 
-    def _work(self) -> None:
+    def _run(self) -> None:
         try:
-            report = ingest_pairs(
-                self._pairs(),
-                root=self._catalog.root,
-                store=self._start.store,
-                source=self._start.source,
-                encoder=self._encoder(),
-                miner=self._start.miner or "rules",
-                device=self._catalog.device,
-                settled=lambda results: self._results.put(
-                    pb.IngestResponse(results=[pb.PairResult(key=k, outcome=convert.OUTCOMES[o], reason=r) for k, o, r in results])
-                ),
-            )
-            self._results.put(pb.IngestResponse(report=_report(report)))
+            self._work(self)
             self._results.put(None)
         except BaseException as error:  # noqa: BLE001  raised again in the thread of the call
             self._results.put(error)
+
+
+class _Ingest:
+    """One ingest: the pairs of a call go into the library, what became of them comes out."""
+
+    def __init__(self, catalog: LiveCatalog, start: pb.IngestStart, requests: Iterator[pb.IngestRequest]) -> None:
+        self._catalog, self._start, self._requests = catalog, start, requests
+
+    def run(self, background: _Background[pb.IngestResponse]) -> None:
+        report = ingest_pairs(
+            self._pairs(background),
+            root=self._catalog.root,
+            store=self._start.store,
+            source=self._start.source,
+            encoder=self._encoder(),
+            miner=self._start.miner or "rules",
+            device=self._catalog.device,
+            settled=lambda results: background.put(
+                pb.IngestResponse(results=[pb.PairResult(key=k, outcome=convert.OUTCOMES[o], reason=r) for k, o, r in results])
+            ),
+        )
+        background.put(pb.IngestResponse(report=_report(report)))
 
     def _encoder(self) -> str | Encoder | None:
         """The store's encoder as it is loaded here already, unless another one is asked for."""
@@ -141,7 +193,7 @@ class _Ingest:
         except errors.NotFound:
             return None
 
-    def _pairs(self) -> Iterator[Pair | Rejected]:
+    def _pairs(self, background: _Background[pb.IngestResponse]) -> Iterator[Pair | Rejected]:
         try:
             for request in self._requests:
                 match parsed(request).WhichOneof("part"):
@@ -153,8 +205,7 @@ class _Ingest:
                         raise errors.InvalidInput(f"a message of an ingest is a pair or a rejected one, not {other or 'empty'}")
         except grpc.RpcError as error:
             raise errors.Unavailable("the caller broke off: nothing was changed") from error
-        if self._given_up.is_set():
-            raise errors.Unavailable("the caller has gone: nothing was changed")
+        background.check()
 
 
 def _version(version: Version) -> pb.VersionInfo:

@@ -137,7 +137,7 @@ class Catalog:
         """
         store = engine.snapshot.store.name
         check_request(len(images) + (0 if vectors is None else len(vectors)), search, identities)
-        if fingerprint and fingerprint != engine.fingerprint.digest:
+        if fingerprint and fingerprint != engine.digest:
             raise FingerprintMismatch.between(store, engine.fingerprint, fingerprint)
         parts = []
         if vectors is not None and len(vectors):

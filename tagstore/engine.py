@@ -63,7 +63,7 @@ class Engine:
         self.fingerprint = snapshot.version.fingerprint
         self.index: Index = index or open_index(snapshot, device)
         self._edge = self.index.tolerance
-        self._digest = self.fingerprint.digest
+        self.digest = self.fingerprint.digest
         self._live = Allowed(snapshot.array("live", np.uint8), snapshot.version.entries)
         self._filters = Filters(snapshot, self._live)
         self._tags = Tags(snapshot)
@@ -223,7 +223,7 @@ class Engine:
         return Retrieval(
             self.snapshot.store.name,
             self.version.number,
-            self._digest,
+            self.digest,
             tuple(map(Neighbour, answer.keys, ids, answer.similarities)) if there else (),
             tuple(
                 [

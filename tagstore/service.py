@@ -119,7 +119,7 @@ class TagStoreService(pb_grpc.TagStoreServicer):
         response = pb.GetTagsResponse(
             store=request.store,
             version=engine.version.number,
-            fingerprint=engine.fingerprint.digest,
+            fingerprint=engine.digest,
             tags=convert.tags_to_proto(tags),
             next_tag_id=tags[-1].tag_id + 1 if not request.tag_ids and len(tags) == limit else 0,
         )
@@ -152,7 +152,7 @@ def _response(engine: Engine, retrievals: Sequence[Retrieval]) -> pb.RetrieveRes
     return pb.RetrieveResponse(
         store=engine.snapshot.store.name,
         version=engine.version.number,
-        fingerprint=engine.fingerprint.digest,
+        fingerprint=engine.digest,
         retrievals=[convert.retrieval_to_proto(r) for r in retrievals],
     )
 

@@ -105,6 +105,21 @@ def test_delete_rollback_versions_and_diff(address: str, root: Path) -> None:
         assert [v.operation for v in admin.versions()][-2:] == ["delete", f"rollback to {first}"]
 
 
+def test_an_index_is_built_with_progress_and_its_report(address: str, root: Path) -> None:
+    said: list[str] = []
+    with administer(f"grpc://{address}/shapes") as admin, connect(f"grpc://{address}/shapes") as source:
+        before = source.retrieve([picture("red", "circle")], k=3)[0]
+        version, report = admin.build_index(progress=said.append, kind="hnsw", recall=0.9)
+        assert (version.operation, report["version"], report["index"]["kind"]) == ("build-index", version.number, "hnsw")
+        assert said
+        after = source.retrieve([picture("red", "circle")], k=3)[0]
+        assert (after.version, after.neighbours) == (version.number, before.neighbours)
+        with pytest.raises(errors.InvalidInput, match="budget"):
+            admin.build_index(recall=1.0, memory_bytes=1)
+        with pytest.raises(errors.InvalidInput, match="recall is 7"):
+            admin.build_index(recall=7)
+
+
 def test_another_writer_is_busy(address: str, root: Path) -> None:
     with administer(f"grpc://{address}/shapes") as admin, writer_lock(root / "shapes"):
         with pytest.raises(errors.Busy, match="is being written by process"):
