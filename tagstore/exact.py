@@ -12,7 +12,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from threading import Lock, local
+from contextlib import contextmanager
+from threading import Lock
 from typing import TypeVar
 
 import faiss
@@ -36,7 +37,6 @@ Found = tuple[NDArray[np.float32], NDArray[np.int64]]
 """Similarities and entry ids, `[N, M]` each; where there were not enough, -inf and -1."""
 
 _lock = Lock()
-_local = local()
 _pool: ThreadPoolExecutor | None = None
 T = TypeVar("T")
 
@@ -46,22 +46,29 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def one_core() -> None:
-    """Have FAISS use one core in this thread: for a single query, waking a second one costs more than it brings; `in_parallel` has more."""
-    if not getattr(_local, "told", False):
-        faiss.omp_set_num_threads(1)
-        _local.told = True
+@contextmanager
+def one_core() -> Iterator[None]:
+    """Have FAISS use one core in this thread: for a single query, waking a second one costs more than it brings; `in_parallel` has more.
+
+    Only within: FAISS and torch may share one OpenMP, and the last bits of a vector depend on how many cores torch has for it.
+    """
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
 
 
 def in_parallel(work: Callable[[int], T], parts: int) -> list[T]:
     """`work(0)`, ..., `work(parts - 1)`, on threads in which FAISS uses one core each."""
     global _pool
     if parts == 1:
-        one_core()
-        return [work(0)]
+        with one_core():
+            return [work(0)]
     with _lock:
         if _pool is None:
-            _pool = ThreadPoolExecutor(cores(), thread_name_prefix="scan", initializer=one_core)
+            _pool = ThreadPoolExecutor(cores(), thread_name_prefix="scan", initializer=faiss.omp_set_num_threads, initargs=(1,))
         pool = _pool
     return list(pool.map(work, range(parts)))
 

@@ -111,6 +111,7 @@ def _alive(live: NDArray[np.int64], file: Mapping[str, Any]) -> int:
     return int(np.count_nonzero((live >= file["first"]) & (live < file["end"])))
 
 
+@exact.one_core()
 def write(
     snapshot: Snapshot,
     plan: Plan,
@@ -125,7 +126,6 @@ def write(
     gpu: int | None = None,
 ) -> dict[str, Any]:
     """Build and sync one file; returns what the version says of it. One thread, so that the same entries give the same bytes."""
-    exact.one_core()
     index = kinds.made(plan, ids, snapshot.dimension, snapshot.vector_blocks, advance, held_out, gpu)
     if not directory.exists():
         directory.mkdir()
@@ -178,8 +178,8 @@ class Part:
             return self._split(queries, k, selector)
         share = held / self.rows
         if len(queries) == 1:
-            exact.one_core()
-            found = self.index.search(queries, k, params=kinds.parameters(self.plan, search, k, share, selector))
+            with exact.one_core():
+                found = self.index.search(queries, k, params=kinds.parameters(self.plan, search, k, share, selector))
             return found[0], found[1]
         return self._shared_out(queries, k, search, share, selector)
 
@@ -204,8 +204,8 @@ class Part:
     def _split(self, queries: Vectors, k: int, selector: Any) -> exact.Found:
         parts = max(1, min(exact.cores(), self.rows // SPLIT_ROWS))
         if parts == 1:
-            exact.one_core()
-            found = self.index.search(queries, k, params=faiss.SearchParameters(sel=selector))
+            with exact.one_core():
+                found = self.index.search(queries, k, params=faiss.SearchParameters(sel=selector))
             return found[0], found[1]
         edges = np.linspace(self.first, self.end, parts + 1).astype(np.int64).tolist()
 
