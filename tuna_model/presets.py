@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
 from transformers import AutoConfig, AutoTokenizer, CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast
 from transformers.initialization import no_init_weights
 
@@ -165,6 +166,7 @@ def _smol(trained: bool, **fields: Any) -> tuple[TunaForConditionalGeneration, T
         for name, module in model.named_children():
             if name != "language_model":
                 module.apply(model._init_weights)
+        _start_at_word(model, smollm.tokenizer().encode(" picture")[0])
     encoder = load_encoder("mini", device="cpu")
     model.join_encoder(encoder)
     if weights:
@@ -172,8 +174,22 @@ def _smol(trained: bool, **fields: Any) -> tuple[TunaForConditionalGeneration, T
         if unfit:
             raise InvalidInput(f"{TRAINED} was trained with another tag path (it has {unfit[0]}): load smol without changed fields")
     elif trained:
-        log.warning("smol: connector and tag path are not trained; it answers as its decoder does")
+        log.warning("smol: connector and tag path are not trained; it answers as its decoder does, blind to the picture")
     return model, processor_for(config, smollm.tokenizer(), encoder.fingerprint.preprocess, CHATML)
+
+
+def _start_at_word(model: TunaForConditionalGeneration, token: int) -> None:
+    """Let every token of the untrained connector be this word, varied a little by the image.
+
+    The decoder's norms make any vector as long as a word, so a random connector would put 49 words of noise into every prompt: it then
+    answers beside the point until it is trained.
+    """
+    connector = model.multi_modal_projector
+    last = cast(nn.Linear, connector.linear_1 if model.config.connector == "linear" else connector.linear_2)
+    with torch.no_grad():
+        last.weight.mul_(0.25)
+        if last.bias is not None:
+            last.bias.copy_(cast(nn.Embedding, model.get_input_embeddings()).weight[token])
 
 
 def paper_config(**fields: Any) -> TunaConfig:

@@ -54,7 +54,8 @@ def cli(verbose: bool) -> None:
 
     A model M is a preset (smol, tiny) or a directory. A store's URL is grpc://HOST:PORT/NAME, file://DIR/NAME, or null:// for none.
     """
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    shape = "%(asctime)s %(levelname)s %(name)s: %(message)s" if verbose else "%(message)s"
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format=shape)
 
 
 def main(arguments: list[str] | None = None) -> Any:
