@@ -42,6 +42,7 @@ bench: setup bench-mining
 	$(BIN)/python benchmarks/tag_recall.py --data '$(DATA)/flickr8k'
 	$(BIN)/python benchmarks/encoder_mini.py --data '$(DATA)'
 	$(BIN)/python benchmarks/store.py
+	$(BIN)/python benchmarks/client.py --data '$(DATA)/flickr8k'
 	$(BIN)/python benchmarks/index.py
 	$(BIN)/python benchmarks/crash.py
 
