@@ -56,9 +56,9 @@ def queries(n: int, of: int, dimension: int) -> NDArray[np.float32]:
     return _unit(pool[rng.integers(len(pool), size=n)] + QUERY * _noise(rng, n, dimension))
 
 
-def build(root: Path, n: int, dimension: int) -> Version:
-    """Write the store `bench` under a directory, with the index that ingests make."""
-    with Writer(root, STORE, fingerprint(dimension), sync="batch") as writer:
+def build(root: Path, n: int, dimension: int, store: str = STORE) -> Version:
+    """Write a store under a directory, with the index that ingests make."""
+    with Writer(root, store, fingerprint(dimension), sync="batch") as writer:
         start = 0
         for batch in vectors(n, dimension):
             tags = np.random.default_rng(start).zipf(1.3, (len(batch), 5)) % WORDS

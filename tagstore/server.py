@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from tagstore.serving import metrics, tracing
 from tagstore.serving.access import Access
 from tagstore.serving.audit import Audit
 from tagstore.serving.certificates import Tls, credentials
+from tagstore.serving.door import Door, Pool
 from tagstore.serving.gate import Gate, streaming
 from tagstore.serving.live import LiveCatalog
 from tagstore.serving.parsing import Registrar
@@ -37,6 +38,9 @@ SERVICE = tagstore_pb2.DESCRIPTOR.services_by_name["TagStore"].full_name
 ADMIN = tagstore_pb2.DESCRIPTOR.services_by_name["Admin"].full_name
 SWITCH_SECONDS = 0.0005
 """How long a thread may hold the interpreter while another waits for it; Python's 5 ms are longer than our calls take."""
+
+M_ARENA_MAX, ARENAS = -8, 2
+"""Of glibc's malloc: with an arena a thread, memory that one has freed is of no use to another, and a busy server grows."""
 
 
 class Server:
@@ -79,18 +83,19 @@ class Server:
         self.gate.closed = "the server is opening its stores: try again in a moment"
         if settings.tracing:
             tracing.enable()
-        threads = limits.in_flight + limits.streams + 16
+        self.pool = pool = Pool(limits.threads, thread_name_prefix="rpc")
+        # streams and what takes long have threads of their own: they would keep the others from the short calls
+        slow = Pool(limits.streams + 8, thread_name_prefix="rpc-long")
         self._server = grpc.server(
-            ThreadPoolExecutor(threads, thread_name_prefix="rpc"),
+            pool,
+            interceptors=[Door(pool, max(1, limits.in_flight - limits.threads))],
             options=_options(limits.message_bytes, shared),
-            # the last line: what gets here is counted and refused with a time to try again by the gate
-            maximum_concurrent_rpcs=4 * threads,
         )
         self._health = health.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        tagstore_pb2_grpc.add_TagStoreServicer_to_server(TagStoreService(self.catalog, self.gate), Registrar(self._server))
+        tagstore_pb2_grpc.add_TagStoreServicer_to_server(TagStoreService(self.catalog, self.gate), Registrar(self._server, slow))
         admin = AdminService(self.catalog, self.gate, lambda message: self.announce(message))
-        tagstore_pb2_grpc.add_AdminServicer_to_server(admin, Registrar(self._server))
+        tagstore_pb2_grpc.add_AdminServicer_to_server(admin, Registrar(self._server, slow, long=True))
         names = (SERVICE, ADMIN, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(_Reflection(names, self.gate), self._server)
         self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
@@ -118,6 +123,7 @@ class Server:
             warm_first: open the stores before listening: beside others that serve meanwhile, nobody is to meet a closed door.
         """
         sys.setswitchinterval(SWITCH_SECONDS)
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, ARENAS)
         if not warm_first:
             self._server.start()
         for info in self.catalog.warm():

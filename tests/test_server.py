@@ -112,7 +112,7 @@ def test_calls_that_come_together_are_searched_together(served, mini, monkeypatc
     _, stub = served()
     expected = [stub.Retrieve(vector_request(mini, i)) for i in range(9)]
     held = Held(monkeypatch)
-    server, stub = served()
+    server, stub = served(threads=9)
     with ThreadPoolExecutor(9) as pool:
         first = pool.submit(stub.Retrieve, vector_request(mini, 0))
         held.started.acquire()
@@ -174,6 +174,23 @@ def test_more_calls_than_there_may_be_are_refused_with_a_time_to_come_again(serv
         held.go.set()
         assert all(f.result(10).retrievals for f in two)
     assert stub.Retrieve(vector_request(mini)).retrievals
+
+
+def test_what_waits_for_a_thread_is_bounded_too_and_health_still_answers(served, mini, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = Held(monkeypatch)
+    server, stub = served(threads=1, in_flight=2)
+    with ThreadPoolExecutor(2) as pool, grpc.insecure_channel(server.address) as channel:
+        first = pool.submit(stub.Retrieve, vector_request(mini))
+        held.started.acquire()
+        second = pool.submit(stub.Retrieve, vector_request(mini))
+        while not server.pool.waiting:
+            time.sleep(0.001)
+        assert "calls wait, as many as there may be" in refused(stub.Retrieve, vector_request(mini)).details()
+        assert "calls wait" in refused(lambda: list(stub.RetrieveStream(iter([vector_request(mini)])))).details()
+        check = health_pb2_grpc.HealthStub(channel).Check.future(health_pb2.HealthCheckRequest())
+        held.go.set()
+        assert first.result(10) == second.result(10)
+        assert check.result(10).status == health_pb2.HealthCheckResponse.SERVING
 
 
 def test_a_client_may_not_have_everything_for_itself(served, mini, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -410,8 +427,7 @@ def test_workers_share_a_port_survive_each_other_and_drain(tmp_path: Path) -> No
         until_unloaded(address, request)
         with grpc.insecure_channel(address) as channel:
             stub = pb_grpc.TagStoreStub(channel)
-            with pytest.raises(grpc.RpcError):  # it is loaded with its encoder, which is not there; but then it is served
-                pb_grpc.AdminStub(channel).Load(pb.LoadRequest(store="bench"))
+            pb_grpc.AdminStub(channel).Load(pb.LoadRequest(store="bench"))
             assert stub.Retrieve(request).retrievals
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0

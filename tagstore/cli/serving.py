@@ -27,9 +27,8 @@ from tagstore.errors import InvalidInput, NotFound
 @click.option("--metrics", default="", metavar="HOST:PORT", help="Answer Prometheus there.")
 @click.option("--tracing", is_flag=True, help="Send spans to an OpenTelemetry collector (OTEL_EXPORTER_OTLP_ENDPOINT).")
 @click.option("--json-logs", is_flag=True, help="Log JSON, one object a line.")
-@click.option(
-    "--max-in-flight", type=click.IntRange(1), default=128, show_default=True, help="Calls in hand of a worker; more are refused."
-)
+@click.option("--threads", type=click.IntRange(1), default=8, show_default=True, help="Calls that a worker works on at a time.")
+@click.option("--max-in-flight", type=click.IntRange(1), default=80, show_default=True, help="Calls in hand of a worker; more are refused.")
 @click.option("--max-per-client", type=click.IntRange(1), default=64, show_default=True, help="Calls in hand of one client.")
 @click.option("--max-message", type=click.IntRange(1), default=64, show_default=True, metavar="MIB", help="Size of a request or an answer.")
 @click.option("--max-image", type=click.IntRange(1), default=32, show_default=True, metavar="MIB", help="Size of one encoded image.")
@@ -38,6 +37,7 @@ def serve(
     address: str,
     device: str,
     workers: int | None,
+    threads: int,
     max_in_flight: int,
     max_per_client: int,
     max_message: int,
@@ -48,7 +48,9 @@ def serve(
     from tagstore.serving.limits import Limits
     from tagstore.serving.settings import Settings, default_workers
 
-    limits = Limits(in_flight=max_in_flight, per_client=max_per_client, message_bytes=max_message << 20, image_bytes=max_image << 20)
+    limits = Limits(
+        threads=threads, in_flight=max_in_flight, per_client=max_per_client, message_bytes=max_message << 20, image_bytes=max_image << 20
+    )
     settings = Settings(workers=workers or default_workers(), limits=limits, **given)
     if settings.json_logs:
         from tagstore.serving.logs import use_json

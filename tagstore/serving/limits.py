@@ -9,8 +9,10 @@ from dataclasses import dataclass
 class Limits:
     """Of one worker. What goes beyond is refused with RESOURCE_EXHAUSTED; where it is worth trying again, with the time to wait."""
 
-    in_flight: int = 128
-    """Calls in hand, streams not counted."""
+    threads: int = 8
+    """Calls worked on at a time, streams not counted."""
+    in_flight: int = 80
+    """Calls in hand: worked on, waiting for a thread, or with an answer that the client has not taken yet."""
     per_client: int = 64
     """Calls and streams of one client: a caller with a token, else a connection."""
     streams: int = 64

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tagstore.catalog import Catalog
 from tagstore.encoder import Encoder
 from tagstore.engine import Engine
-from tagstore.errors import NotFound
+from tagstore.errors import NotFound, TagstoreError
 from tagstore.serving import metrics, tracing
 from tagstore.serving.batching import Batcher
 from tagstore.serving.current import current
@@ -116,7 +116,10 @@ class LiveCatalog(Catalog):
         """Serve a store that was unloaded, or that came since; returns once it is open and its encoder there. Raises `NotFound`."""
         self._unloaded.discard(check_name(store))
         engine = self.engine(store)
-        self.encoder(engine.fingerprint)
+        try:
+            self.encoder(engine.fingerprint)
+        except TagstoreError as error:
+            log.warning("store '%s' answers vectors only, its encoder cannot be loaded: %s", store, error)
         return engine.info()
 
     def unload(self, store: str) -> None:
