@@ -8,7 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, LlamaConfig, PreTrainedConfig, Qwen2Config
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PhiConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+)  # fmt: skip
 
 from tagstore.errors import InvalidInput
 from tuna import C, features, rows, small, tags
@@ -69,6 +80,39 @@ def test_a_cache_changes_nothing(kind: str) -> None:
     assert torch.equal(cached.sequences, plain.sequences)
     for with_cache, without in zip(cached.logits, plain.logits, strict=True):
         torch.testing.assert_close(with_cache, without, atol=2e-4, rtol=1e-3)
+
+
+BASE = {
+    "vocab_size": 260, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "bos_token_id": 256,
+    "eos_token_id": 257, "pad_token_id": 258,
+}  # fmt: skip
+OTHERS = {
+    "mistral": MistralConfig(**BASE, num_key_value_heads=2, sliding_window=16),
+    "gemma2": Gemma2Config(**BASE, num_key_value_heads=2, head_dim=8, sliding_window=16),
+    "phi": PhiConfig(**BASE),
+    "gpt2": GPT2Config(vocab_size=260, n_embd=32, n_layer=2, n_head=4, n_positions=512, bos_token_id=256, eos_token_id=257),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_any_decoder_of_transformers(name: str) -> None:
+    """Sliding windows, soft caps, biased heads, learned positions: the decoder's own forward runs, so its ways are kept."""
+    model, processor = small(text_config=copy.deepcopy(OTHERS[name]))
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    together = model.generate(**ragged(processor), **options)
+    assert torch.equal(together, model.generate(**ragged(processor), **options, use_cache=False))
+    for row, one in enumerate(alone(processor)):
+        assert torch.equal(together[row, -4:], model.generate(**one, **options)[0, -4:])
+    if name in ("mistral", "gemma2"):
+        with pytest.raises(ValueError, match="without sliding windows"):
+            small(text_config=copy.deepcopy(OTHERS[name]), tag_coupling="log_bias")[0](**ragged(processor))
+
+
+def test_a_static_cache_changes_nothing() -> None:
+    model, processor = small()
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    static = model.generate(**ragged(processor), **options, cache_implementation="static", disable_compile=True)
+    assert torch.equal(static, model.generate(**ragged(processor), **options))
 
 
 @pytest.mark.parametrize("kind", ["llama", "log_bias"])

@@ -356,7 +356,9 @@ class TunaForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: i
             )
         if cache is not None and getattr(cache, "is_compileable", False):
             raise ValueError(f"tag_coupling '{self.config.tag_coupling}' needs a dynamic cache: leave cache_implementation out")
-        if any("sliding" in kind for kind in getattr(self.config.text_config, "layer_types", None) or ()):
+        text = self.config.text_config
+        layers = getattr(text, "layer_types", None)
+        if any("sliding" in kind for kind in layers) if layers else getattr(text, "sliding_window", None):
             raise ValueError(
                 f"tag_coupling '{self.config.tag_coupling}' needs a decoder without sliding windows: take 'multiply' or 'multiply_max'"
             )

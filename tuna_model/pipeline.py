@@ -204,7 +204,7 @@ class Pipeline:
                 )
             elif vectors is not None and self.model.config.tags:
                 asked = True
-                found = self.lookup.detailed(vectors, self.model.config.encoder_digest)
+                found = self.lookup.detailed(vectors, self.model.config.encoder_digest or self.model.encoder.fingerprint)
         bos = self.processor.tokenizer.bos_token
         # a template that writes the first token itself must not get a second
         add = not (bos and prompts[0].startswith(bos))
