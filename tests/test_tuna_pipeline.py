@@ -133,18 +133,22 @@ def test_an_encoder_of_another_fingerprint_is_refused(loaded, mini) -> None:
     assert not any("trunk" in name for name in loaded[0].state_dict())  # the frozen encoder is no part of the weights
 
 
-def contrast(alpha: float, beta: float, **options):
+def contrast(alpha: float | None, beta: float, wrong_tags: bool = False, **options):
     model, processor = small(tag_coupling="log_bias")
     given = dict(processor(text=["Say <image> it", "<image>"], tags=[tags(3), tags(2, 1)])) | features(2)
-    against = dict(processor(text=["Say it", "and"]))
+    if wrong_tags:
+        against = dict(processor(text=["Say <image> it", "<image>"], tags=[tags(4, 7), tags(1, 8)])) | features(2)
+    else:
+        against = dict(processor(text=["Say it", "and"]))
     logits = [ContrastiveLogits(model, against, alpha=alpha, beta=beta)] if alpha is not None else []
     return model, given, against, model.generate(**given, max_new_tokens=5, min_new_tokens=5, logits_processor=logits, **options)
 
 
-def test_contrastive_decoding_follows_its_formula() -> None:
+@pytest.mark.parametrize("wrong_tags", [False, True])
+def test_contrastive_decoding_follows_its_formula(wrong_tags: bool) -> None:
     """Step by step without any cache: (1 + alpha) with - alpha against, among tokens that are likely enough."""
     alpha, beta = 1.5, 0.2
-    model, given, against, found = contrast(alpha, beta, do_sample=False)
+    model, given, against, found = contrast(alpha, beta, wrong_tags, do_sample=False)
     said = torch.zeros(2, 0, dtype=torch.int64)
     for _ in range(5):
 
@@ -170,7 +174,7 @@ def test_contrastive_decoding_follows_its_formula() -> None:
 def test_contrast_of_no_strength_changes_nothing(options: dict) -> None:
     assert torch.equal(contrast(0.0, 0.0, **options)[3], contrast(None, 0.0, **options)[3])
     if "num_beams" in options:
-        assert contrast(1.0, 0.1, **options)[3].shape == contrast(None, 0.0, **options)[3].shape
+        assert contrast(1.0, 0.1, True, **options)[3].shape == contrast(None, 0.0, **options)[3].shape
     with pytest.raises(InvalidInput, match="alpha"):
         ContrastiveLogits(None, {}, alpha=-1)
 
