@@ -76,7 +76,7 @@ def recipe_of(arm: str, options: argparse.Namespace) -> Any:
     settings = [
         f"out={options.out / arm}", f"steps={options.steps}", f"data.path={shards}", f"data.features={options.out / 'features'}",
         f"data.limit={options.limit}", f"tags.store={ARMS[arm].format(root=options.out / 'stores')}", f"seed={options.seed}",
-        f"precision={options.precision}",
+        f"precision={options.precision}", f"batch_size={options.batch}",
     ]  # fmt: skip
     return Recipe.read("smol-caption").with_values(settings)
 
@@ -156,7 +156,7 @@ def report(options: argparse.Namespace) -> str:
     recipe = recipe_of("none", options)
     seen = recipe.steps * recipe.batch_size
     head = (
-        f"`python scripts/train_smol.py --data FLICKR8K --steps {options.steps} --photographs {options.photographs}`: {recipe.steps} steps "
+        f"`python scripts/train_smol.py --data FLICKR8K --steps {options.steps} --batch {options.batch} --photographs {options.photographs}`: {recipe.steps} steps "
         f"of {recipe.batch_size} captioned photographs ({seen:,} of the 6,000 x 5 captions), seed {recipe.seed}; "
         f"{options.photographs} test photographs, greedy. Losses are means of {width} steps; intervals are 95 %, over photographs.\n"
     )
@@ -177,6 +177,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--data", type=Path, required=True, help="folder with train-*.tar and test-000.tar")
     made.add_argument("--out", type=Path, default=Path("runs/smol-caption"))
     made.add_argument("--steps", type=int, default=300)
+    made.add_argument("--batch", type=int, default=8)
     made.add_argument("--photographs", type=int, default=1000, help="of the test split, the first")
     made.add_argument("--limit", type=int, default=0, help="training photographs; 0 for all")
     made.add_argument("--seed", type=int, default=0)

@@ -1,4 +1,4 @@
-"""lmms-eval's plugin, driven through a small stand-in for the parts of lmms-eval that it touches: the real one brings a hundred packages."""
+"""lmms-eval's plugin, driven through a stand-in for the parts of lmms-eval that it touches: the real one brings a hundred packages."""
 
 from __future__ import annotations
 
