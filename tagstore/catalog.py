@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 EMBED_AT_ONCE = 128
+OPEN = 256
+"""Versions held open; beyond that, the one that was asked longest ago is closed, and opened again when it is asked."""
 
 
 class Catalog:
@@ -67,13 +69,17 @@ class Catalog:
         if opened is None:
             opened = self._stores[store] = Store(self.root, store)
         number = version or opened.state()["current"]
-        engine = self._engines.get((store, number))
-        if engine is None:
+        engine = self._engines.pop((store, number), None)
+        if engine is not None:
+            self._engines[store, number] = engine  # the last one used stands last
+        else:
             engine = self._engines[store, number] = Engine(opened.snapshot(number or None), device=self._index_device)
             log.info("opened %s@%d: %d entries, index %s", store, number, engine.version.entries, engine.index.describe().get("kind"))
             if not version:
                 for old in [key for key in self._engines if key[0] == store and key[1] < number]:
                     del self._engines[old]  # requests in flight hold their own reference
+            while len(self._engines) > OPEN:
+                del self._engines[next(iter(self._engines))]
         return engine
 
     def _let_go(self, store: str) -> None:

@@ -15,6 +15,7 @@ from tagstore.filters import Filters
 from tagstore.gpu import GpuIndex, device_number
 from tagstore.guard import NOBODY, Guard, check_exclude
 from tagstore.index import PLAIN, Allowed, Index
+from tagstore.kinds import MAX_EF
 from tagstore.reading import Tags, keys_and_tags
 from tagstore.reading import vectors as vectors_of
 from tagstore.store import Snapshot
@@ -283,6 +284,8 @@ def check_request(queries: int, search: Search, identities: Sequence[Identity] =
         raise InvalidInput(f"order is '{search.order}': it is one of {', '.join(ORDERS)}")
     if search.nprobe < 0 or search.ef_search < 0:
         raise InvalidInput(f"nprobe is {search.nprobe}, ef_search {search.ef_search}: pass 0 for what the index was tuned to, or more")
+    if search.ef_search > MAX_EF:
+        raise InvalidInput(f"ef_search is {search.ef_search}: at most {MAX_EF}, or ask for an exact search")
     if queries * k > MAX_ANSWERS:
         raise InvalidInput(f"{queries} queries with k = {k} ask for {queries * k} neighbours: at most {MAX_ANSWERS} in one request")
     if queries > MAX_BATCH:

@@ -53,7 +53,7 @@ def extend(
     same_space = parent is not None and parent.space == snapshot.version.space
     files = list(parent.index["files"]) if parent is not None and same_space and not whole else []
     live = snapshot.live()
-    if whole and "tuned" in about and len(live):
+    if whole and len(live) and about.get("tuned", ABOUT)["kind"] != "flat":
         try:
             plan = _fitted(plan_of(about["tuned"]), len(live), snapshot.dimension)
             files = [write(snapshot, plan, live, 0, snapshot.version.next_entry_id, directory, advance=advance)]

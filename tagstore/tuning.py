@@ -140,12 +140,11 @@ def build_index(
         tried: Sequence[IndexKind | str] = ("flat", "hnsw", "ivf", "ivfpq") if kind == "auto" else (kind,)
         trials: list[Trial] = []
         for name in tried:
-            file, trial = bench.tried(name)
+            files, trial = bench.tried(name)
             trials.append(trial)
             if trial.verdict == "chosen":
-                assert file is not None
                 about = _about(trial, budget, len(asked), source, writer.parent.number + 1)
-                index = faiss_index.record(about, [file], live)
+                index = faiss_index.record(about, files, live)
                 version = writer.commit(operation="build-index", indexer=lambda *_, index=index: index)
                 return Outcome(version, trials, trial, source)
         best = max(trials, key=lambda t: (t.recall, -t.latency))
@@ -196,37 +195,45 @@ class _Bench:
         self._writer, self._current, self._live, self._held_out = writer, current, live, held_out
         self._queries, self._truth, self._budget, self._advance, self._say = queries, truth, budget, advance, say
 
-    def tried(self, name: IndexKind | str) -> tuple[dict[str, Any] | None, Trial]:
+    def tried(self, name: IndexKind | str) -> tuple[list[dict[str, Any]], Trial]:
         """Build a kind and find the least that it must do for the recall."""
         rows, d, budget = len(self._live), self._current.dimension, self._budget
         try:
             plan = kinds.plan_for(name, rows, d)  # type: ignore[arg-type]
         except InvalidInput as error:
-            return None, Trial(Plan(name), 0, verdict=str(error))  # type: ignore[arg-type]
+            return [], Trial(Plan(name), 0, verdict=str(error))  # type: ignore[arg-type]
         size = kinds.weight(plan, rows, d)
         if budget.memory is not None and size > budget.memory:
-            return None, Trial(plan, size, verdict=f"not built: {size:,} bytes are more than {budget.memory:,}")
+            return [], Trial(plan, size, verdict=f"not built: {size:,} bytes are more than {budget.memory:,}")
         seconds = rows / ADDED_PER_SECOND[plan.kind] * d / 512
         self._say(f"{_named(plan)}: building for {rows:,} entries takes about {_spell(seconds)} ...")
         start = time.perf_counter()
-        snapshot = Snapshot(self._writer.store, replace(self._current.version, number=self._current.version.number + 1))
-        directory = self._writer.store.index_directory
-        file = faiss_index.write(
-            snapshot,
-            plan,
-            self._live,
-            0,
-            self._writer.next_entry_id,
-            directory,
-            advance=self._advance,
-            held_out=self._held_out,
-            name=f"-{plan.kind}",
-            gpu=self._gpu,
-        )
+        made_for = replace(self._current.version, number=self._current.version.number + 1, index={})
+        snapshot, directory = Snapshot(self._writer.store, made_for), self._writer.store.index_directory
+        if plan == Plan("flat"):
+            files = list(faiss_index.extend(snapshot, None, directory, whole=True, advance=self._advance)["files"])
+        else:
+            end, suffix = self._writer.next_entry_id, f"-{plan.kind}"
+            files = [
+                faiss_index.write(
+                    snapshot,
+                    plan,
+                    self._live,
+                    0,
+                    end,
+                    directory,
+                    advance=self._advance,
+                    held_out=self._held_out,
+                    name=suffix,
+                    gpu=self._gpu,
+                )
+            ]
         seconds = time.perf_counter() - start
-        trial = Trial(plan, file["bytes"], seconds=seconds)
+        trial = Trial(plan, sum(file["bytes"] for file in files), seconds=seconds)
         for searched in _ladder(plan):
-            trial = self._measured(snapshot, replace(trial, plan=searched), file)
+            if plan != Plan("flat"):
+                files[0] = {**files[0], "plan": searched.as_json()}
+            trial = self._measured(snapshot, replace(trial, plan=searched), files)
             late = budget.latency is not None and trial.latency > budget.latency
             if trial.recall >= budget.recall or late:
                 break
@@ -238,11 +245,12 @@ class _Bench:
         elif budget.memory is not None and trial.bytes > budget.memory:
             verdict = f"{trial.bytes:,} bytes are more than {budget.memory:,}"
         if verdict != "chosen":
-            (directory / file["file"]).unlink()
-        return {**file, "plan": trial.plan.as_json()}, replace(trial, verdict=verdict)
+            for file in files:
+                (directory / file["file"]).unlink()
+        return files, replace(trial, verdict=verdict)
 
-    def _measured(self, snapshot: Snapshot, trial: Trial, file: Mapping[str, Any]) -> Trial:
-        index = {**_about(trial, self._budget, 0, "", 0), "files": [{**file, "plan": trial.plan.as_json()}]}
+    def _measured(self, snapshot: Snapshot, trial: Trial, files: Sequence[Mapping[str, Any]]) -> Trial:
+        index = {**_about(trial, self._budget, 0, "", 0), "files": files}
         device = "cpu" if self._gpu is None else f"cuda:{self._gpu}"
         engine = Engine(Snapshot(snapshot.store, replace(snapshot.version, index=index)), device=device)
         search = Search(k=self._truth.shape[1])

@@ -68,7 +68,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("indexes")
     append(root, "large", clustered(N))
     for number, kind in enumerate(("hnsw", "ivf", "ivfpq", "flat32"), 2):
-        assert build_index(root, "large", Budget(recall=0.9), kind=kind).version.number == number
+        version = build_index(root, "large", Budget(recall=0.9), kind=kind).version
+        assert version.number == number
+        assert version.index["files"][0]["plan"] == version.index["tuned"]
     return root
 
 
@@ -257,6 +259,7 @@ def test_a_guard_that_could_not_hold_is_refused(small: Engine) -> None:
         (Search(min_similarity=float("nan")), [], "min_similarity"),
         (Search(order="best"), [], "order is 'best'"),  # type: ignore[arg-type]
         (Search(nprobe=-1), [], "nprobe is -1"),
+        (Search(ef_search=4096), [], "at most 2048"),
         (Search(where={str(i): "" for i in range(33)}), [], "names 33 fields"),
     ):
         with pytest.raises(InvalidInput, match=what):

@@ -62,8 +62,8 @@ def build_index(
 
         budget: dict[str, Any] = {"recall": recall, "kind": "" if kind == "auto" else kind}
         budget |= {"memory_bytes": size or 0, "latency_ms": (seconds or 0) * 1e3}
-        if queries or k != 5:
-            raise InvalidInput("--queries and --k are for a store of this machine: run it where the store is, with file://")
+        if queries or k != 5 or device != "auto":
+            raise InvalidInput("--queries, --k and --device are for a store of this machine: run it where the store is, with file://")
         with administer(url) as admin:
             made, report = admin.build_index(progress=lambda what: click.echo(what, err=True), **budget)
         click.echo(json.dumps(report) if as_json else f"version {made.number}: {_sentence(report['index'])}")
