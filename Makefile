@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY := PASSIVE
 # without bytecode every process compiles thousands of modules again: torch and its company load twice as long
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test bench bench-mining lint proto proto-ts proto-go clean
+.PHONY: setup demo test bench bench-mining bench-retrieval lint proto proto-ts proto-go clean
 setup: .venv/.ready
 
 .venv/.ready: pyproject.toml
@@ -34,6 +34,11 @@ bench-mining: setup
 	@test -n "$(DATA)" || { echo "make bench-mining DATA=path: the folder that holds flickr8k/, coco_mini/, captions/ ..."; exit 1; }
 	$(BIN)/uv pip install --quiet --no-deps --target .bench SceneGraphParser==0.1.0 tabulate==0.9.0
 	$(BIN)/python benchmarks/mining.py --data '$(DATA)' --comparison .bench --docs docs/mining.md
+
+# what the service adds to its parts; OTHERS=path of a Python that has other engines, DATA=path for the figures by image
+bench-retrieval: setup
+	$(BIN)/python benchmarks/faces.py --seconds 1
+	$(BIN)/python benchmarks/retrieval.py $(if $(DATA),--images '$(DATA)/flickr8k') $(if $(OTHERS),--others '$(OTHERS)')
 
 # every figure of the docs; needs the data sets: make bench DATA=path (the folders flickr8k, coco_mini, ... under it)
 bench: setup bench-mining

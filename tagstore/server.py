@@ -39,6 +39,8 @@ ADMIN = tagstore_pb2.DESCRIPTOR.services_by_name["Admin"].full_name
 SWITCH_SECONDS = 0.0005
 """How long a thread may hold the interpreter while another waits for it; Python's 5 ms are longer than our calls take."""
 
+SLOW_WAITING = 8
+"""Streams and administrators' calls that may wait for a thread."""
 M_ARENA_MAX, ARENAS = -8, 2
 """Of glibc's malloc: with an arena a thread, memory that one has freed is of no use to another, and a busy server grows."""
 
@@ -86,9 +88,14 @@ class Server:
         self.pool = pool = Pool(limits.threads, thread_name_prefix="rpc")
         # streams and what takes long have threads of their own: they would keep the others from the short calls
         slow = Pool(limits.streams + 8, thread_name_prefix="rpc-long")
+        queues = {
+            f"/{SERVICE}/RetrieveStream": (slow, SLOW_WAITING),
+            f"/{SERVICE}/": (pool, max(1, limits.in_flight - limits.threads)),
+            f"/{ADMIN}/": (slow, SLOW_WAITING),
+        }
         self._server = grpc.server(
             pool,
-            interceptors=[Door(pool, max(1, limits.in_flight - limits.threads))],
+            interceptors=[Door(queues)],
             options=_options(limits.message_bytes, shared),
         )
         self._health = health.HealthServicer()

@@ -185,8 +185,9 @@ def test_what_waits_for_a_thread_is_bounded_too_and_health_still_answers(served,
         second = pool.submit(stub.Retrieve, vector_request(mini))
         while not server.pool.waiting:
             time.sleep(0.001)
-        assert "calls wait, as many as there may be" in refused(stub.Retrieve, vector_request(mini)).details()
-        assert "calls wait" in refused(lambda: list(stub.RetrieveStream(iter([vector_request(mini)])))).details()
+        assert "as many calls wait as there may be" in refused(stub.Retrieve, vector_request(mini)).details()
+        versions = pb_grpc.AdminStub(channel).ListVersions(pb.ListVersionsRequest(store="shapes")).versions
+        assert len(versions) == 1  # administrators have threads of their own
         check = health_pb2_grpc.HealthStub(channel).Check.future(health_pb2.HealthCheckRequest())
         held.go.set()
         assert first.result(10) == second.result(10)

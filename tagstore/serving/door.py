@@ -7,7 +7,7 @@ one interpreter with the one that takes calls in: with many it gets too seldom t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, ParamSpec, TypeVar
 
@@ -20,7 +20,6 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 AGAIN_MS = 100
-_ALWAYS = "/grpc.health."
 
 
 class Pool(ThreadPoolExecutor):
@@ -41,26 +40,27 @@ class _AtOnce(ThreadPoolExecutor):
 
 
 class Door(grpc.ServerInterceptor):
-    """Refuses calls while as many as there may be wait for a thread. Health is always answered.
+    """Refuses calls while as many as there may be wait for a thread. What is of no pool here, health above all, is always let in.
 
     Args:
-        pool: whose queue it is.
-        most: calls that may wait.
+        queues: by the beginning of a method's name, the first that fits: the pool whose threads do it, and how many calls may wait for one.
     """
 
-    def __init__(self, pool: Pool, most: int) -> None:
-        self._pool, self._most = pool, most
+    def __init__(self, queues: Mapping[str, tuple[Pool, int]]) -> None:
+        self._queues = list(queues.items())
 
         def refuse(_: Any, context: Any) -> None:
             metrics.child(metrics.REFUSED, "queue").inc()
             context.set_trailing_metadata(((RETRY_AFTER, str(AGAIN_MS)),))
-            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{most} calls wait, as many as there may be: try again later")
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "as many calls wait as there may be: try again later")
 
         refuse.experimental_thread_pool = _AtOnce(1)  # type: ignore[attr-defined]  # gRPC's own name for it
         # as a method that streams in: one that takes a single message would wait for it first
         self._refusal = grpc.stream_unary_rpc_method_handler(refuse)
 
     def intercept_service(self, continuation: Callable[[Any], Any], handler_call_details: Any) -> Any:
-        if self._pool.waiting >= self._most and not handler_call_details.method.startswith(_ALWAYS):
-            return self._refusal
+        method = handler_call_details.method
+        for beginning, (pool, most) in self._queues:
+            if method.startswith(beginning):
+                return self._refusal if pool.waiting >= most else continuation(handler_call_details)
         return continuation(handler_call_details)
