@@ -59,10 +59,9 @@ def _ask(source, data: bytes) -> tuple[str, bool]:
 
 
 def test_a_source_travels_as_its_configuration(server_address: str) -> None:
-    source = connect(f"grpc://{server_address}/shapes", k=2, exclude="self", token="secret")
+    source = connect(f"grpc://{server_address}/shapes", k=2, exclude="self")
     source.pin()
     copy = pickle.loads(pickle.dumps(source))
-    assert "secret" not in repr(copy) + repr(copy.options)
     assert (copy.options, copy.pin()) == (source.options, source.pin())
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         key, pinned = pool.apply(_ask, (source, picture("red", "circle")))
@@ -73,6 +72,13 @@ def test_a_source_travels_as_its_configuration(server_address: str) -> None:
     assert (stats.queries, stats.guarded) == (1, 1)
     assert stats.excluded >= 1
     source.close()
+
+
+def test_a_token_travels_and_is_not_shown() -> None:
+    source = connect("grpc://store:1/s", token="secret")
+    copy = pickle.loads(pickle.dumps(source))
+    assert copy.options.token == "secret"
+    assert "secret" not in repr(copy) + repr(copy.options)
 
 
 def test_counters_of_another_machine_start_anew(server_address: str, tmp_path: Path) -> None:

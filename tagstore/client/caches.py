@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import random
-import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
-from tagstore.client.forks import Opened
+from tagstore.client.forks import Lock, Opened
 from tagstore.client.queries import Ask
 from tagstore.errors import MissingExtra, WriteFailed
 from tagstore.types import Retrieval, TagInfo
@@ -28,14 +26,13 @@ class EmbeddingCache:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._lock = threading.Lock()
-        self._pid = os.getpid()
+        self._lock = Lock()
         self._version = 0
         self._tags: OrderedDict[int, TagInfo] = OrderedDict()
 
     def get(self, tag_ids: Iterable[int], version: int) -> dict[int, TagInfo]:
         """Those of the tags that are known of a version, or of the newest one that was seen for 0."""
-        with self._held():
+        with self._lock:
             if version not in (0, self._version):
                 return {}
             found = {i: self._tags[i] for i in tag_ids if i in self._tags}
@@ -44,7 +41,7 @@ class EmbeddingCache:
             return found
 
     def put(self, tags: Iterable[TagInfo], version: int) -> None:
-        with self._held():
+        with self._lock:
             self._see(version)
             if version != self._version:
                 return
@@ -58,18 +55,13 @@ class EmbeddingCache:
 
     def see(self, version: int) -> None:
         """A version has answered: what is known of older ones is forgotten, since counts and embeddings may differ."""
-        with self._held():
+        with self._lock:
             self._see(version)
 
     def _see(self, version: int) -> None:
         if version > self._version:
             self._version = version
             self._tags.clear()
-
-    def _held(self) -> threading.Lock:
-        if self._pid != os.getpid():
-            self._lock, self._pid = threading.Lock(), os.getpid()  # the parent's may have been held at the fork
-        return self._lock
 
 
 class AnswerCache:

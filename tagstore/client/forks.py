@@ -75,7 +75,9 @@ def _after_in_child() -> None:
     _gate, _calls = threading.Condition(), 0
     _used, _inherited_use = False, _used or _inherited_use
     for opened in list(_opened):
-        opened._leave()
+        opened.leave()
+    for lock in list(_locks):
+        lock.renew()
 
 
 os.register_at_fork(before=_before, after_in_parent=_after_in_parent, after_in_child=_after_in_child)
@@ -106,11 +108,32 @@ class Opened(Generic[T]):
             value, self._value = self._value, None
             return value
 
-    def _leave(self) -> None:
+    def leave(self) -> None:
+        """In the child of a fork: forget the parent's."""
         # the lock may have been held by a thread of the parent, which is not here to release it
         self._lock = threading.Lock()
         self._inherited.append(self._value)
         self._value = None
 
 
+class Lock:
+    """A lock that is free in the child of a fork, whoever held it in the parent."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        with _gate:
+            _locks.add(self)
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def renew(self) -> None:
+        """In the child of a fork: the thread that may have held it is not here."""
+        self._lock = threading.Lock()
+
+
 _opened: weakref.WeakSet[Opened[Any]] = weakref.WeakSet()
+_locks: weakref.WeakSet[Lock] = weakref.WeakSet()

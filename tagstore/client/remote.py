@@ -35,10 +35,15 @@ class Wire:
 
     def __init__(self, location: Location, options: Options, counters: Counters) -> None:
         self.location, self.options, self.counters = location, options, counters
-        self.balancer = Balancer(location.addresses, options)
+        # a process's own: what its parent had in hand at a fork, or was told of an address, is not for it to wait for
+        self._balancer = Opened(lambda: Balancer(location.addresses, options))
         token = options.token or (os.environ.get(TOKEN_VARIABLE, "") if self._private() else "")
         self.metadata = (("authorization", f"Bearer {token}"),) if token else ()
         self._check_tls()
+
+    @property
+    def balancer(self) -> Balancer:
+        return self._balancer.get()
 
     def _private(self) -> bool:
         # a token of the environment was not meant for every server that somebody points at over a plain connection

@@ -7,8 +7,6 @@ that batches, caches, the leak guard, degraded answers and counting are written 
 from __future__ import annotations
 
 import logging
-import os
-import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tagstore.client.caches import AnswerCache, EmbeddingCache
+from tagstore.client.forks import Lock
 from tagstore.client.options import Options, SearchOptions
 from tagstore.client.queries import Ask, Image, asks
 from tagstore.client.stats import Counters, Stats
@@ -241,13 +240,11 @@ class _Seldom:
     """A log that speaks once a minute, and then says how often it would have."""
 
     def __init__(self) -> None:
-        self._pid, self._lock = os.getpid(), threading.Lock()
+        self._lock = Lock()
         self._next = 0.0
         self._held = 0
 
     def warning(self, message: str, *arguments: object) -> None:
-        if self._pid != os.getpid():
-            self._pid, self._lock = os.getpid(), threading.Lock()
         with self._lock:
             now = time.monotonic()
             if now < self._next:

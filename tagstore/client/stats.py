@@ -10,13 +10,14 @@ import fcntl
 import mmap
 import os
 import tempfile
-import threading
 import weakref
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
+
+from tagstore.client.forks import Lock
 
 _SIZE = 4096
 
@@ -65,17 +66,9 @@ class Stats:
 
 COUNTED = tuple(f.name for f in fields(Stats) if f.name != "addresses")
 
-_lock = threading.Lock()
+_lock = Lock()
 _mapped: weakref.WeakValueDictionary[str, Counters] = weakref.WeakValueDictionary()
 """One mapping a process and file: closing any other descriptor of the file would drop this process's record lock."""
-
-
-def _forget_lock() -> None:
-    global _lock
-    _lock = threading.Lock()
-
-
-os.register_at_fork(after_in_child=_forget_lock)
 
 
 def counters(path: str = "") -> Counters:
@@ -105,13 +98,10 @@ class Counters:
         self._descriptor = descriptor
         self._map = mmap.mmap(descriptor, _SIZE)
         self._row = np.frombuffer(self._map, np.int64, len(COUNTED))
-        self._threads = threading.Lock()
-        self._pid = os.getpid()
+        self._threads = Lock()
 
     def add(self, **counts: int) -> None:
         """Add to counters by name."""
-        if self._pid != os.getpid():
-            self._threads, self._pid = threading.Lock(), os.getpid()
         with self._threads:
             fcntl.lockf(self._descriptor, fcntl.LOCK_EX)
             try:
