@@ -93,7 +93,8 @@ class Counters:
             descriptor, path = tempfile.mkstemp(prefix="tagstore-stats-")
             os.ftruncate(descriptor, _SIZE)
             weakref.finalize(self, _unlink, path, os.getpid())
-        weakref.finalize(self, os.close, descriptor)
+        # not at the end of the process: daemon threads may be counting until then
+        weakref.finalize(self, os.close, descriptor).atexit = False
         self.path = path
         self._descriptor = descriptor
         self._map = mmap.mmap(descriptor, _SIZE)
