@@ -141,6 +141,19 @@ class Catalog:
             FingerprintMismatch: `fingerprint` is not the store's.
             BadImage, BadVector, InvalidInput: a query that means nothing; the message says which.
         """
+        matrix, identities = self.queries(engine, images, vectors, fingerprint, search, identities)
+        return engine.retrieve(matrix, search, identities) if len(matrix) else []
+
+    def queries(
+        self,
+        engine: Engine,
+        images: Sequence[bytes],
+        vectors: NDArray[np.floating] | None,
+        fingerprint: str,
+        search: Search,
+        identities: Sequence[Identity],
+    ) -> tuple[NDArray[np.floating], Sequence[Identity]]:
+        """What `retrieve` is asked, as vectors `[N, D]`, and which image each is; nothing is searched yet. Raises as `retrieve`."""
         store = engine.snapshot.store.name
         check_request(len(images) + (0 if vectors is None else len(vectors)), search, identities)
         if fingerprint and fingerprint != engine.digest:
@@ -155,7 +168,10 @@ class Catalog:
         if images:
             embedded, identities = self._embed(engine, images, search.exclude, identities, 0 if vectors is None else len(vectors))
             parts.insert(0, embedded)
-        return self._search(engine, np.concatenate(parts), search, identities) if parts else []
+        matrix = (
+            parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.zeros((0, engine.fingerprint.dimension), np.float32)
+        )
+        return matrix, identities
 
     def _embed(
         self, engine: Engine, images: Sequence[bytes], exclude: Exclude, identities: Sequence[Identity], others: int
@@ -184,13 +200,9 @@ class Catalog:
         vectors = np.concatenate([self._encode(encoder, np.stack(list(self._decoders.map(prepared, piece)))) for piece in pieces])
         return vectors, known
 
-    # seams of a server, which puts queries of several requests together
-
     def _encode(self, encoder: Encoder, pixels: NDArray[np.uint8]) -> Vectors:
+        """A server overrides this: there, images of several requests go together."""
         if encoder.device != "cpu":
             return encoder.encode_images(pixels)
         # a vector's last bits depend on how many go through a CPU's kernels at once: one at a time they are the same in whatever company
         return np.concatenate([encoder.encode_images(one[None]) for one in pixels])
-
-    def _search(self, engine: Engine, queries: NDArray[np.floating], search: Search, identities: Sequence[Identity]) -> list[Retrieval]:
-        return engine.retrieve(queries, search, identities)

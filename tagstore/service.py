@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tagstore import convert, errors
-from tagstore.engine import MAX_BATCH, Engine
+from tagstore.engine import MAX_BATCH, Answer, Engine
 from tagstore.serving import metrics, tracing
 from tagstore.serving.access import Caller
 from tagstore.serving.gate import Gate, answering, set_current, streaming, understood
@@ -18,7 +18,7 @@ from tagstore.serving.limits import Limits
 from tagstore.serving.live import LiveCatalog
 from tagstore.serving.parsing import Malformed, parsed
 from tagstore.status import error_to_proto
-from tagstore.types import Retrieval
+from tagstore.types import Search
 from tagstore_proto.v1 import tagstore_pb2 as pb
 from tagstore_proto.v1 import tagstore_pb2_grpc as pb_grpc
 
@@ -38,7 +38,7 @@ class TagStoreService(pb_grpc.TagStoreServicer):
     def Retrieve(self, request: pb.RetrieveRequest, context: Any, caller: Caller) -> pb.RetrieveResponse:  # noqa: N802
         check_sizes(request, self.gate.limits)
         engine = self._catalog.engine(request.store, request.version)
-        return _response(engine, self._retrieve(engine, request))
+        return self._answer(engine, request)
 
     def RetrieveStream(self, requests: Iterator[pb.RetrieveRequest], context: Any) -> Iterator[pb.RetrieveStreamResponse]:  # noqa: N802
         with streaming(self.gate, context, "RetrieveStream") as caller:
@@ -76,8 +76,8 @@ class TagStoreService(pb_grpc.TagStoreServicer):
                 check_sizes(request, self.gate.limits)
             with tracing.span("RetrieveStream", context.invocation_metadata(), store=first.store, requests=len(requests)):
                 engine = self._catalog.engine(first.store, first.version)
-                parts = [self._retrieve(engine, first)] if len(requests) == 1 else self._retrieve_together(engine, requests)
-            return [pb.RetrieveStreamResponse(response=_response(engine, part)) for part in parts]
+                found = [self._answer(engine, first)] if len(requests) == 1 else self._answer_together(engine, requests)
+            return [pb.RetrieveStreamResponse(response=response) for response in found]
         except Exception as error:  # noqa: BLE001  a request that fails is answered, and the stream goes on
             if len(requests) > 1 and isinstance(error, errors.InvalidInput):
                 return [answer for request in requests for answer in self._alike_answers([request], context, caller)]
@@ -87,27 +87,23 @@ class TagStoreService(pb_grpc.TagStoreServicer):
         finally:
             metrics.child(metrics.REQUESTS, "RetrieveStream", first.store if code == "OK" else "", code).inc(len(requests))
 
-    def _retrieve(self, engine: Engine, request: pb.RetrieveRequest) -> list[Retrieval]:
-        return self._catalog.retrieve(
+    def _answer(self, engine: Engine, request: pb.RetrieveRequest) -> pb.RetrieveResponse:
+        search = convert.search_from_proto(request)
+        answers = self._catalog.answers(
             engine,
             images=request.images,
             vectors=convert.vectors_from_proto(request.vectors) if request.HasField("vectors") else None,
             fingerprint=request.fingerprint,
-            search=convert.search_from_proto(request),
-            identities=convert.identities_from_proto(request),
+            search=search,
+            identities=convert.identities_from_proto(request) if request.identities else (),
         )
+        return _response(engine, answers, search)
 
-    def _retrieve_together(self, engine: Engine, requests: Sequence[pb.RetrieveRequest]) -> list[list[Retrieval]]:
+    def _answer_together(self, engine: Engine, requests: Sequence[pb.RetrieveRequest]) -> list[pb.RetrieveResponse]:
         vectors = [convert.vectors_from_proto(request.vectors) for request in requests]
-        found = iter(
-            self._catalog.retrieve(
-                engine,
-                vectors=np.concatenate(vectors),
-                fingerprint=requests[0].fingerprint,
-                search=convert.search_from_proto(requests[0]),
-            )
-        )
-        return [[next(found) for _ in some] for some in vectors]
+        search = convert.search_from_proto(requests[0])
+        found = iter(self._catalog.answers(engine, vectors=np.concatenate(vectors), fingerprint=requests[0].fingerprint, search=search))
+        return [_response(engine, [next(found) for _ in some], search) for some in vectors]
 
     @answering("read")
     def GetTags(self, request: pb.GetTagsRequest, context: Any, caller: Caller) -> pb.GetTagsResponse:  # noqa: N802
@@ -148,13 +144,31 @@ def check_sizes(request: pb.RetrieveRequest, limits: Limits) -> None:
             )
 
 
-def _response(engine: Engine, retrievals: Sequence[Retrieval]) -> pb.RetrieveResponse:
+def _response(engine: Engine, answers: Sequence[Answer], search: Search) -> pb.RetrieveResponse:
     return pb.RetrieveResponse(
         store=engine.snapshot.store.name,
         version=engine.version.number,
         fingerprint=engine.digest,
-        retrievals=[convert.retrieval_to_proto(r) for r in retrievals],
+        retrievals=[_retrieval(answer, search) for answer in answers],
     )
+
+
+def _retrieval(answer: Answer, search: Search) -> pb.Retrieval:
+    """An answer as a message: what `Engine.retrieve` would say, without making values of it first."""
+    message = pb.Retrieval(excluded=answer.excluded)
+    if search.neighbours:
+        add_neighbour = message.neighbours.add
+        for entry_id, key, similarity in zip(answer.entry_ids, answer.keys, answer.similarities, strict=True):
+            add_neighbour(entry_id=entry_id, key=key, similarity=similarity)
+    add_tag = message.tags.add
+    columns = zip(answer.tag_ids, answer.tag_similarities, answer.relevance, answer.carriers, strict=True)
+    for place, (tag_id, similarity, relevance, carriers) in enumerate(columns):
+        tag = add_tag(tag_id=tag_id, similarity=similarity, relevance=relevance, votes=len(carriers))
+        if search.neighbours:
+            tag.neighbours.extend(carriers)
+        if search.texts:
+            tag.tag, tag.kind = answer.texts[place], convert.KIND_TO_WIRE[answer.kinds[place]]
+    return message
 
 
 def _options(request: pb.RetrieveRequest) -> bytes | None:

@@ -51,15 +51,15 @@ class Held:
         from tagstore.engine import Engine
 
         self.go, self.started, self.rows = threading.Event(), threading.Semaphore(0), []
-        plain = Engine.retrieve
+        plain = Engine.answers
 
-        def retrieve(engine, vectors, *rest):
+        def answers(engine, vectors, *rest):
             self.rows.append(len(vectors))
             self.started.release()
             assert self.go.wait(60)
             return plain(engine, vectors, *rest)
 
-        monkeypatch.setattr(Engine, "retrieve", retrieve)
+        monkeypatch.setattr(Engine, "answers", answers)
 
 
 def limited(root: Path, cores: int = 1, **limits) -> Server:
@@ -106,6 +106,19 @@ def test_a_stream_answers_in_order_as_calls_do_and_survives_bad_requests(stub, m
             assert caught.value.details() == answer.error.message
         else:
             assert answer.response == stub.Retrieve(request), i
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"omit_neighbours": True}, {"omit_texts": True, "max_tags": 3}, {"omit_neighbours": True, "omit_texts": True}]
+)
+def test_the_message_of_an_answer_says_what_its_values_say(stub, shapes_root: Path, mini, fields: dict) -> None:
+    from tagstore.catalog import Catalog
+
+    catalog = Catalog(shapes_root, device="cpu")
+    request = vector_request(mini, 3, **fields)
+    vectors, search = convert.vectors_from_proto(request.vectors), convert.search_from_proto(request)
+    expected = catalog.retrieve(catalog.engine("shapes"), vectors=vectors, fingerprint=request.fingerprint, search=search)
+    assert convert.retrievals_from_proto(stub.Retrieve(request)) == expected
 
 
 def test_calls_that_come_together_are_searched_together(served, mini, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 
 from tagstore.catalog import Catalog
 from tagstore.encoder import Encoder
-from tagstore.engine import Engine
+from tagstore.engine import Answer, Engine
 from tagstore.errors import NotFound, TagstoreError
 from tagstore.serving import metrics, tracing
 from tagstore.serving.batching import Batcher
 from tagstore.serving.current import current
 from tagstore.serving.limits import Limits
 from tagstore.store import check_name
-from tagstore.types import Identity, Retrieval, Search, StoreInfo, Vectors
+from tagstore.types import Identity, Search, StoreInfo, Vectors
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class LiveCatalog(Catalog):
         self._hot: dict[str, tuple[tuple[int, int], int, Engine]] = {}
         self._used: dict[tuple[str, int], float] = {}
         self._unloaded: set[str] = set()
-        self._searches: Batcher[tuple[NDArray[Any], Sequence[Identity]], list[Retrieval]] = Batcher(
+        self._searches: Batcher[tuple[NDArray[Any], Sequence[Identity]], list[Answer]] = Batcher(
             _search,
             name="search",
             rows=SEARCH_ROWS,
@@ -173,16 +173,28 @@ class LiveCatalog(Catalog):
         vectors = super()._encode(encoder, np.concatenate(items))
         return np.split(vectors, np.cumsum([len(item) for item in items])[:-1])
 
-    def _search(self, engine: Engine, queries: NDArray[np.floating], search: Search, identities: Sequence[Identity]) -> list[Retrieval]:
+    def answers(
+        self,
+        engine: Engine,
+        *,
+        images: Sequence[bytes] = (),
+        vectors: NDArray[np.floating] | None = None,
+        fingerprint: str = "",
+        search: Search,
+        identities: Sequence[Identity] = (),
+    ) -> list[Answer]:
+        """As `retrieve`, in columns, and searched together with what others ask at the time."""
+        queries, identities = self.queries(engine, images, vectors, fingerprint, search, identities)
+        if not len(queries):
+            return []
         with tracing.span("search", queries=len(queries)):
-            key = (engine, search, bool(identities))
-            return self._searches(key, (queries, identities), len(queries), current.deadline)
+            return self._searches((engine, search, bool(identities)), (queries, identities), len(queries), current.deadline)
 
 
-def _search(key: tuple[Engine, Search, bool], items: Sequence[tuple[NDArray[Any], Sequence[Identity]]]) -> list[list[Retrieval]]:
+def _search(key: tuple[Engine, Search, bool], items: Sequence[tuple[NDArray[Any], Sequence[Identity]]]) -> list[list[Answer]]:
     engine, search, _ = key
     if len(items) == 1:
-        return [engine.retrieve(items[0][0], search, items[0][1])]
+        return [engine.answers(items[0][0], search, items[0][1])]
     identities = [identity for _, some in items for identity in some]
-    found = iter(engine.retrieve(np.concatenate([queries for queries, _ in items]), search, identities))
+    found = iter(engine.answers(np.concatenate([queries for queries, _ in items]), search, identities))
     return [[next(found) for _ in queries] for queries, _ in items]
