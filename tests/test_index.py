@@ -351,6 +351,7 @@ def test_what_comes_and_goes_beside_a_tuned_index_is_seen_at_once(copied: Path) 
     delete(copied, "s", Selection(keys=[f"k{i}" for i in range(200)]))
     third = Engine(Store(copied, "s").snapshot())
     assert third.info().index["stale"] == {"beside": 0.0541, "dead": 0.2222, "rebuild": True}
+    assert "stale" in CliRunner().invoke(cli, ["versions", f"file://{copied}/s"], env={"COLUMNS": "300"}).stdout
     old = Store(copied, "s").snapshot(1)
     found = third.nearest(old.vectors(np.arange(200)), Search(k=5))
     assert min(i for ids, _, _ in found for i in ids) >= 200

@@ -61,9 +61,15 @@ def versions(url: str, as_json: bool) -> None:
         click.echo(json.dumps([{k: v for k, v in asdict(version).items() if k not in skipped} for version in found]))
     else:
         output.table(
-            ("version", "parent", "created", "operation", "entries", "unique tags", "encoder"),
-            [(v.number, v.parent or "", v.created, v.operation, v.entries, v.unique_tags, str(v.fingerprint)) for v in found],
+            ("version", "parent", "created", "operation", "entries", "unique tags", "encoder", "index"),
+            [(v.number, v.parent or "", v.created, v.operation, v.entries, v.unique_tags, str(v.fingerprint), _index(v)) for v in found],
         )
+
+
+def _index(version: Any) -> str:
+    """Kind of a version's index, and whether it is time to build it anew; a server does not say."""
+    about: dict[str, Any] = getattr(version, "index", {})
+    return str(about.get("kind", "")) + (" (stale: run build-index)" if about.get("stale", {}).get("rebuild") else "")
 
 
 @click.command()
