@@ -260,10 +260,11 @@ class TunaForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: i
             if image_index is None:
                 image_index = self.image_positions(input_ids, tag_index)
                 count = image_tokens.shape[0] * image_tokens.shape[1]
-                torch_compilable_check(
-                    (image_index >= 0).sum() == count,
-                    f"the prompts do not hold the {count} image tokens of {len(grid)} images: make input_ids with TunaProcessor",
-                )
+                if not torch.compiler.is_compiling():
+                    torch_compilable_check(
+                        (image_index >= 0).sum() == count,
+                        f"the prompts do not hold the {count} image tokens of {len(grid)} images: make input_ids with TunaProcessor",
+                    )
             inputs_embeds = _put(inputs_embeds, image_tokens.flatten(0, 1), image_index)
         if tag_embeddings is not None and len(tag_embeddings):
             if grid is None or input_ids is None or tag_index is None or cu_tags is None or tag_signals is None:
