@@ -156,8 +156,9 @@ def report(options: argparse.Namespace) -> str:
     recipe = recipe_of("none", options)
     seen = recipe.steps * recipe.batch_size
     head = (
-        f"`python scripts/train_smol.py --data FLICKR8K --steps {options.steps} --batch {options.batch} --photographs {options.photographs}`: {recipe.steps} steps "
-        f"of {recipe.batch_size} captioned photographs ({seen:,} of the 6,000 x 5 captions), seed {recipe.seed}; "
+        f"`python scripts/train_smol.py --data FLICKR8K --steps {options.steps} --batch {options.batch} "
+        f"--photographs {options.photographs}`: {recipe.steps} steps of {recipe.batch_size} captioned photographs "
+        f"({seen:,} of the 6,000 x 5 captions), seed {recipe.seed}; "
         f"{options.photographs} test photographs, greedy. Losses are means of {width} steps; intervals are 95 %, over photographs.\n"
     )
     return "\n".join([head, *lines]) + "\n"
