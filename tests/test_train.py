@@ -108,30 +108,33 @@ def test_kill_9_and_go_on(place: Path, shapes_root: Path, whole: Path):
     assert losses(place / "killed") == losses(whole.parent)
 
 
+@pytest.fixture(scope="module")
+def one(place: Path) -> Path:
+    """The last checkpoint of a run in one process."""
+    return train(recipe_of(place, "one", ema=0.9))
+
+
+def test_micro_batches_learn_what_a_whole_batch_does(place: Path, one: Path):
+    train(recipe_of(place, "large", micro_batch=0))
+    assert losses(place / "large") == pytest.approx(losses(one.parent), rel=1e-5)
+
+
 @pytest.mark.slow
-def test_two_processes_learn_what_one_does(place: Path):
-    recipe = recipe_of(place, "two", ema=0.9)
-    one = train(recipe_of(place, "one", ema=0.9))
-    (place / "two.json").write_text(json.dumps(recipe.to_dict()))
+def test_two_processes_learn_what_one_does(place: Path, one: Path):
+    (place / "two.json").write_text(json.dumps(recipe_of(place, "two", ema=0.9, keep=3).to_dict()))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(WORKER), str(place / "two.json")]
     subprocess.run([*command, "ddp", "fsdp2"], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
     for mode in ("ddp", "fsdp2"):
         out = place / f"two-{mode}"
-        assert losses(out) == pytest.approx(losses(place / "one"), rel=1e-5)
+        assert losses(out) == pytest.approx(losses(one.parent), rel=1e-5)
         for name in ("trained", "ema", "optimizer"):
             mine, theirs = checkpoint.tensors(one, name), checkpoint.tensors(out / one.name, name)
             assert mine.keys() == theirs.keys()
             assert all(torch.allclose(mine[key], theirs[key], rtol=1e-3, atol=1e-5) for key in mine)
-
-
-def test_a_run_begun_by_two_processes_goes_on_in_one(place: Path):
-    """Checkpoints hold whole tensors, however many processes wrote them. Runs after the test above, or finds nothing to do."""
-    there = place / "two-fsdp2" / "step-000004"
-    if not there.exists():
-        pytest.skip("the two-process test did not run")
-    shutil.copytree(there, place / "fewer" / "step-000004")
+    # a checkpoint holds whole tensors: a run that two processes began goes on in one
+    shutil.copytree(place / "two-fsdp2" / "step-000004", place / "fewer" / "step-000004")
     train(recipe_of(place, "fewer", ema=0.9))
-    assert losses(place / "fewer") == pytest.approx(losses(place / "one")[4:], rel=1e-5)
+    assert losses(place / "fewer") == pytest.approx(losses(one.parent)[4:], rel=1e-5)
 
 
 def test_what_a_checkpoint_says(place: Path, shapes_root: Path, whole: Path):

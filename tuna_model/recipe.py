@@ -32,6 +32,8 @@ class DataRecipe:
     """Only the first so many samples; 0 for all."""
     prompt: str = "Describe the image in one sentence."
     """What the user says about a picture that has captions and no conversation."""
+    first_caption: bool = False
+    """Always the first caption of a picture, where it has several; else one is drawn in each epoch."""
     template: Literal["chat", "plain"] = "chat"
     """`chat`: the model's chat template. `plain`: the image and then the answer, nothing else, as LLaVA's first stage does."""
     max_length: int = 2048

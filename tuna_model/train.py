@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,8 @@ def train(
     torch.manual_seed(recipe.seed)
     model, processor = build_model(recipe)
     samples = read_samples(recipe.data.path, images=recipe.data.images or None, split=recipe.data.split, limit=recipe.data.limit)
+    if recipe.data.first_caption:
+        samples = [replace(sample, captions=sample.captions[:1]) for sample in samples]
     with closing(connect(recipe.tags.store)) as source:
         pin = pin_of(recipe, source)
         model.config.store, model.config.store_version = pin.store, pin.version

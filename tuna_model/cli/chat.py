@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from tagstore.errors import TagstoreError
-from tuna_model.cli.options import generation, load, with_model
+from tuna_model.cli.options import generation, load, with_generation, with_model
 
 HELP = "/image PATH shows a picture, /tags lists those of the last answer, /reset starts anew, /quit (or end of input) leaves."
 
@@ -15,6 +15,7 @@ HELP = "/image PATH shows a picture, /tags lists those of the last answer, /rese
 @click.command()
 @click.argument("image", required=False, type=click.Path(exists=True, dir_okay=False))
 @with_model
+@with_generation
 @click.option("--system", default="", help="The first message, before the talk.")
 def chat(image: str | None, model: str, store: str, max_tokens: int, temperature: float, system: str, **options: Any) -> None:
     """Talk about IMAGE; answers appear as they are written."""

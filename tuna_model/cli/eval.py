@@ -12,7 +12,7 @@ import click
 from tuna_model.cli.options import load, with_model
 
 if TYPE_CHECKING:
-    from tuna_model.evaluation import TaskOptions
+    from tuna_model.evaluation import Task
 
 _PATH = click.Path(path_type=Path)
 TASK_NAMES = ("pope", "mme", "vqa", "captions", "chair", "llava-bench")
@@ -32,6 +32,7 @@ def with_task(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option("--prompt", default="", help="Instead of the task's own."),
             click.option("--resamples", default=1000, show_default=True, help="Of the bootstrap; 0 for no intervals."),
             click.option("--seed", default=0, show_default=True, help="Of the bootstrap, and of tags that are drawn."),
+            click.option("--max-tokens", default=0, help="The answers' length at most; the task's own if not given."),
             click.option("--batch", default=8, show_default=True, help="Questions answered together."),
             click.option("--out", type=_PATH, help="Directory for answers (JSON lines) and figures (JSON, Markdown)."),
             click.option("--json", "as_json", is_flag=True, help="Print JSON instead of Markdown."),
@@ -51,8 +52,7 @@ def with_task(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--judge", metavar="URL", help="llava-bench: an OpenAI-compatible endpoint, with /v1; without one answers are only written.")
 @click.option("--judge-model", default="gpt-4o", show_default=True, help="What the endpoint calls its model.")
 def eval(
-    model: str, store: str, batch: int, out: Path | None, as_json: bool, judge: str | None, judge_model: str, max_tokens: int,
-    temperature: float, **options: Any,
+    model: str, store: str, batch: int, out: Path | None, as_json: bool, judge: str | None, judge_model: str, **options: Any,
 ) -> None:  # fmt: skip
     """Run the benchmark TASK. A run that was cut off goes on with what is in --out."""
     from dataclasses import asdict
@@ -60,12 +60,12 @@ def eval(
     from rich.progress import Progress
 
     from tuna_model.evaluation import evaluate as run
-    from tuna_model.evaluation import load_task, markdown
+    from tuna_model.evaluation import markdown
     from tuna_model.evaluation.answerer import PipelineAnswerer
     from tuna_model.evaluation.judge import OpenAIJudge
 
-    made = load_task(options.pop("task"), _task_options(options, judge=OpenAIJudge(judge, judge_model) if judge else None))
-    answerer = PipelineAnswerer(load(model, store, **options), name=model, store=store, **_sampling(temperature))
+    made = _task(options, judge=OpenAIJudge(judge, judge_model) if judge else None)
+    answerer = PipelineAnswerer(load(model, store, **options), name=model, store=store)
     with Progress(transient=True) as bar:
         task = bar.add_task(made.name, total=len(made.questions))
         result = run(made, answerer, batch_size=batch, out=out, progress=lambda count: bar.advance(task, count))
@@ -76,22 +76,19 @@ def eval(
 @with_task
 @with_model
 @click.option("--rate", default=0.5, show_default=True, help="Share of tags that are exchanged in `corrupted`.")
-def audit(
-    model: str, store: str, batch: int, out: Path | None, as_json: bool, rate: float, max_tokens: int, temperature: float, **options: Any
-) -> None:
+def audit(model: str, store: str, batch: int, out: Path | None, as_json: bool, rate: float, **options: Any) -> None:
     """How far the answers to TASK hang on the tags: matched, corrupted, irrelevant, random, none; and how far a wrong tag is followed."""
     from rich.progress import Progress
 
     from tuna_model.audit import audit as run
     from tuna_model.audit import plot
-    from tuna_model.evaluation import load_task
     from tuna_model.evaluation.answerer import PipelineAnswerer
     from tuna_model.evaluation.run import write_atomically
 
     seed = options["seed"]
-    made = load_task(options.pop("task"), _task_options(options))
+    made = _task(options)
     tuna = load(model, store, **options)
-    answerer = PipelineAnswerer(tuna, name=model, store=store, **_sampling(temperature))
+    answerer = PipelineAnswerer(tuna, name=model, store=store)
     with Progress(transient=True) as bar:
         task = bar.add_task("asking", total=None)
         report = run(
@@ -105,15 +102,13 @@ def audit(
     click.echo(json.dumps(report.to_dict(), default=str) if as_json else report.markdown())
 
 
-def _task_options(options: dict[str, Any], **more: Any) -> TaskOptions:
-    """Takes the options of the task out of all."""
-    from dataclasses import fields
+def _task(options: dict[str, Any], **more: Any) -> Task:
+    """Takes the options of the task out of all, and reads its files."""
+    from dataclasses import fields, replace
 
-    from tuna_model.evaluation import TaskOptions
+    from tuna_model.evaluation import TaskOptions, load_task
 
+    name, length = options.pop("task"), options.pop("max_tokens")
     mine = {field.name: options.pop(field.name) for field in fields(TaskOptions) if field.name in options}
-    return TaskOptions(**mine, **more)
-
-
-def _sampling(temperature: float) -> dict[str, Any]:
-    return {"do_sample": True, "temperature": temperature} if temperature > 0 else {}
+    made = load_task(name, TaskOptions(**mine, **more))
+    return replace(made, max_new_tokens=length) if length else made

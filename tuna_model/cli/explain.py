@@ -7,13 +7,14 @@ from typing import Any
 
 import click
 
-from tuna_model.cli.options import generation, load, with_model
+from tuna_model.cli.options import generation, load, with_generation, with_model
 
 
 @click.command()
 @click.argument("image", type=click.Path(exists=True, dir_okay=False))
 @click.argument("question")
 @with_model
+@with_generation
 @click.option("--out", type=click.Path(path_type=Path), default=Path("explain.html"), show_default=True, help="The page.")
 @click.option("--ban", multiple=True, metavar="TAG", help="Also answer without this tag; the heaviest one if none is named.")
 @click.option("--samples", metavar="PATH", help="Data set that the store was made of: pictures and captions of the neighbours.")

@@ -26,12 +26,16 @@ def with_model(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option("--timeout", default=5.0, show_default=True, help="Seconds the store has; then the answer goes without tags."),
             click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N."),
             click.option("--dtype", type=click.Choice(DTYPES), default="fp32", show_default=True, help="Of the weights."),
-            click.option("--max-tokens", default=64, show_default=True, help="The answer's length at most."),
-            click.option("--temperature", default=0.0, show_default=True, help="Above 0: sample."),
         )
     ):
         command = option(command)
     return command
+
+
+def with_generation(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds how long answers may be, and how they are drawn."""
+    command = click.option("--temperature", default=0.0, show_default=True, help="Above 0: sample.")(command)
+    return click.option("--max-tokens", default=64, show_default=True, help="The answer's length at most.")(command)
 
 
 def load(model: str, store: str, any_store: bool, timeout: float, device: str, dtype: str) -> Pipeline:
