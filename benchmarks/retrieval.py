@@ -505,9 +505,9 @@ def measure(root: Path, arguments: argparse.Namespace) -> None:
     fifth = float(np.median([r.neighbours[-1].similarity for r in in_process(root)(vectors[:200])]))
     load = os.getloadavg()[0]
     text = [
-        f"{n:,} entries of {dimension} dimensions, index {about.get('kind')}, recall@{K} {recall:.3f} against exact search; fifth neighbour "
-        f"at cosine {fifth:.2f} (median). Medians of {arguments.rounds} rounds, lowest and highest in parentheses; load and server share "
-        f"the {os.cpu_count()} cores. Load average at the end {load:.1f}. Answers of all ways to ask were compared first: equal.",
+        f"{n:,} entries of {dimension} dimensions, index {about.get('kind')}, recall@{K} {recall:.3f} against exact search; the fifth "
+        f"neighbour at cosine {fifth:.2f} (median). Medians of {arguments.rounds} rounds, lowest and highest in parentheses; load and server "
+        f"share the {os.cpu_count()} cores. Load average at the end {load:.1f}. Answers of all ways to ask were compared first: equal.",
         rows.table(names, COLUMNS),
         ratios,
     ]

@@ -43,6 +43,7 @@ def delete(
 ) -> None:
     """Make a version without the entries that fit any of the options."""
     from tagstore.images import decode, perceptual_hash
+
     fields = dict(_field(text) for text in where)
     hashes = [(perceptual_hash(decode(Path(path).read_bytes())), distance) for path in near]
     if options.remote(url) and not purge:
