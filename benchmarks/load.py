@@ -54,6 +54,8 @@ class Tally:
     codes: Counter[str] = field(default_factory=Counter)
     seconds: list[float] = field(default_factory=list)
     """Of good requests that were answered."""
+    late: list[float] = field(default_factory=list)
+    """How long after its time each request was sent: a load that is late itself sees longer answers too."""
     wrong: int = 0
     unrefused: int = 0
     """Bad requests that were not refused as such."""
@@ -136,6 +138,7 @@ class Load:
             now = time.perf_counter()
             if due > now:
                 await asyncio.sleep(due - now)
+            self.tally.late.append(time.perf_counter() - due)
             task = asyncio.create_task(self._one(calls[number % CONNECTIONS], number))
             tasks.add(task)
             task.add_done_callback(tasks.discard)
@@ -302,6 +305,7 @@ def measure(root: Path, n: int, seconds: float) -> list[str]:
             ("... own memory of the server, MiB, at tenths", ", ".join(map(str, memory))),
             ("overload at 3 x: requests", f"{sum(over.codes.values()) / flooded:,.0f}/s: {_codes(over)}"),
             ("... p50, p99 ms of the admitted", f"{over.p(50):.1f}, {over.p(99):.1f} ({over.p(99) / calm.p(99):.1f} x the calm p99)"),
+            ("... the load itself was late by, p50, p99 ms, calm / overload", f"{_late(calm)} / {_late(over)}"),
             ("SIGTERM under load: under way, lost", f"{under_way}, {len(lost)}"),
             ("kill -9 of one of two workers: answered in the next second, failed, back to two", f"{after}, {failed}, after {back:.1f} s"),
         ),
@@ -310,6 +314,11 @@ def measure(root: Path, n: int, seconds: float) -> list[str]:
         packages=("grpcio", "faiss-cpu", "lmdb"),
     )
     return broken
+
+
+def _late(tally: Tally) -> str:
+    p50, p99 = np.percentile(tally.late, [50, 99]) * 1e3
+    return f"{p50:.1f}, {p99:.1f}"
 
 
 def _codes(tally: Tally) -> str:

@@ -506,8 +506,8 @@ def measure(root: Path, arguments: argparse.Namespace) -> None:
     load = os.getloadavg()[0]
     text = [
         f"{n:,} entries of {dimension} dimensions, index {about.get('kind')}, recall@{K} {recall:.3f} against exact search; the fifth "
-        f"neighbour at cosine {fifth:.2f} (median). Medians of {arguments.rounds} rounds, lowest and highest in parentheses; load and server "
-        f"share the {os.cpu_count()} cores. Load average at the end {load:.1f}. Answers of all ways to ask were compared first: equal.",
+        f"neighbour at cosine {fifth:.2f} (median). Medians of {arguments.rounds} rounds, lowest and highest in parentheses; load and "
+        f"server share the {os.cpu_count()} cores. Load average at the end {load:.1f}. Answers of all ways to ask were compared: equal.",
         rows.table(names, COLUMNS),
         ratios,
     ]

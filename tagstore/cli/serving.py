@@ -28,7 +28,9 @@ from tagstore.errors import InvalidInput, NotFound
 @click.option("--tracing", is_flag=True, help="Send spans to an OpenTelemetry collector (OTEL_EXPORTER_OTLP_ENDPOINT).")
 @click.option("--json-logs", is_flag=True, help="Log JSON, one object a line.")
 @click.option("--threads", type=click.IntRange(1), default=8, show_default=True, help="Calls that a worker works on at a time.")
-@click.option("--max-in-flight", type=click.IntRange(1), default=80, show_default=True, help="Calls in hand of a worker; more are refused.")
+@click.option(
+    "--max-in-flight", type=click.IntRange(1), default=256, show_default=True, help="Calls in hand of a worker; more are refused."
+)
 @click.option("--max-per-client", type=click.IntRange(1), default=64, show_default=True, help="Calls in hand of one client.")
 @click.option("--max-message", type=click.IntRange(1), default=64, show_default=True, metavar="MIB", help="Size of a request or an answer.")
 @click.option("--max-image", type=click.IntRange(1), default=32, show_default=True, metavar="MIB", help="Size of one encoded image.")

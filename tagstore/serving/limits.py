@@ -11,8 +11,9 @@ class Limits:
 
     threads: int = 8
     """Calls worked on at a time, streams not counted."""
-    in_flight: int = 80
-    """Calls in hand: worked on, waiting for a thread, or with an answer that the client has not taken yet."""
+    in_flight: int = 256
+    """Calls in hand: worked on, waiting for a thread, or with an answer that the client has not taken yet. Enough for what comes while a
+    new version is opened; the more, the longer the last of them waits when there is too much to do."""
     per_client: int = 64
     """Calls and streams of one client: a caller with a token, else a connection."""
     streams: int = 64
