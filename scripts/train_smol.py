@@ -62,7 +62,8 @@ def main() -> None:
     if options.export:
         from tuna_model.runs import export
 
-        print(export(options.out / "retrieved", options.export))
+        # `smol` is for any store of its encoder: what it learnt with one it shall use with the next
+        print(export(options.out / "retrieved", options.export, pin=False))
 
 
 def recipe_of(arm: str, options: argparse.Namespace) -> Any:

@@ -52,18 +52,22 @@ def load_run(folder: str | Path, *, averaged: bool = True) -> tuple[TunaForCondi
     return model.eval(), processor
 
 
-def export(folder: str | Path, to: str | Path) -> Path:
+def export(folder: str | Path, to: str | Path, *, pin: bool = True) -> Path:
     """Write what a checkpoint learnt so that others can use it.
 
     Args:
         to: ending in .safetensors, connector and tag path alone (for a base that everybody has); else a directory for the whole model.
+        pin: keep which store and version it learnt with, so that others are refused unless told. False for a model that is meant for any
+            store of its encoder.
 
     Raises:
         InvalidInput: the decoder learnt too, so the small file would not hold what was learnt.
     """
     model, processor = load_run(folder)
-    recipe = checkpoints.read(Path(folder)).recipe
-    target = Path(to)
+    if not pin:
+        model.config.store, model.config.store_version = "", 0
+    folder, target = Path(folder), Path(to)
+    recipe = checkpoints.read(folder if (folder / "tuna.json").exists() else checkpoints.latest(folder) or folder).recipe
     if target.suffix == ".safetensors":
         if recipe.lora.rank or recipe.rates.get("language_model", 0) > 0:
             raise InvalidInput(f"the decoder learnt too: give a directory instead of {target.name}, for the whole model")
