@@ -170,6 +170,8 @@ def _smol(trained: bool, **fields: Any) -> tuple[TunaForConditionalGeneration, T
     encoder = load_encoder("mini", device="cpu")
     model.join_encoder(encoder)
     if weights:
+        if not config.tags:
+            weights = {name: value for name, value in weights.items() if name.startswith("multi_modal_projector.")}
         unfit = model.load_state_dict(weights, strict=False).unexpected_keys
         if unfit:
             raise InvalidInput(f"{TRAINED} was trained with another tag path (it has {unfit[0]}): load smol without changed fields")
