@@ -25,11 +25,12 @@ Tensors of `TunaForConditionalGeneration.forward` (B prompts of L tokens, N imag
 | tag_embeddings | `[T, D]` float32 | text embeddings, from the store |
 | tag_signals | `[T, 2]` float32 | similarity, share of votes |
 | cu_tags | `[N + 1]` int32 | image n owns the tags cu_tags[n]:cu_tags[n + 1] |
-| tag_word_ids, tag_lengths | `[M]`, `[T]` int64 | only with `tag_queries="token"`: the words of all tags, how many each has (a query is a word) |
+| tag_word_ids, tag_lengths | `[M]`, `[T]` int64 | for `tag_queries="token"`: the words of all tags, how many each has |
 | labels | `[B, L]` int64 | -100 is not learned |
 
 Without tags the last six are absent (or T = 0). The output has loss, logits, past_key_values, image_hidden_states `[N, tokens, hidden]`,
-tag_hidden_states `[T or M, hidden]` (H_vt before weighting), tag_weights `[T]`, and with `output_tag_attention=True` tag_attention `[T or M, P]`.
+tag_hidden_states `[T or M, hidden]` (H_vt before weighting), tag_weights `[T]`, and with `output_tag_attention=True` tag_attention
+`[T or M, P]`.
 """
 
 from __future__ import annotations
