@@ -1,6 +1,6 @@
 """What the service adds to its parts: raw FAISS and LMDB in process, a bare gRPC echo, and a server of forty lines, all in one run.
 
-    python benchmarks/retrieval.py [--entries 200000] [--minutes 8] [--quick] [--images FOLDER] [--others PYTHON]
+    python benchmarks/retrieval.py [--entries 200000] [--rounds N] [--index auto|hnsw|...] [--quick] [--images FOLDER] [--others PYTHON]
 
 Correctness first: answers of every way to ask are compared before anything is timed. The load runs in processes of its own; load and server
 share the machine's cores, in every row alike. Rows are measured in turn, in so many rounds as the time allows; medians, lowest and highest.
