@@ -1,4 +1,5 @@
-"""The whole way in one go: captioned pictures -> `tagstore ingest` -> `tagstore serve` -> a client asks for the tags of unseen pictures.
+"""The whole way in one go: captioned pictures -> `tagstore ingest` -> `tagstore serve` -> a client asks for the tags of unseen pictures,
+and TUNA says what it sees in some of them, with those tags and without.
 
     make demo                 the pictures of Debian's tuxpaint-stamps-default
     make demo DATA=path       anything that `tagstore ingest` can read
@@ -21,7 +22,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from fetch_stamps import PACKAGE, NoPictures, fetch
 
 HELD_OUT = 40
+ANSWERED = 8
+QUESTION = "Describe the image in one sentence."
+"""As `smol` was trained to be asked."""
 STORE = "demo"
 TAGSTORE = (sys.executable, "-m", "tagstore.cli")
 SHOWN_TAGS = 10
@@ -58,6 +62,8 @@ class Asked:
     image: bytes
     captions: tuple[str, ...]
     retrieval: Retrieval
+    answers: tuple[str, str] | None = None
+    """What TUNA said with the tags, and without."""
 
 
 def main() -> None:
@@ -72,6 +78,7 @@ def main() -> None:
     except (TagstoreError, NoPictures) as error:
         sys.exit(f"error: {error}")
     print_table(asked)
+    print_answers(asked)
     page = out / "index.html"
     origin = f"Debian package {PACKAGE} (Tux Paint)" if options.data is None else options.data
     page.write_text(render(asked, info, seconds, origin, lambda key: picture(out / "train", key)), encoding="utf-8")
@@ -97,9 +104,30 @@ def run(source: str, format: str | None, columns: Columns, out: Path) -> tuple[l
             answers = tags.retrieve([pair.image for pair in held_out], k=5)
             seconds["ask"] = time.perf_counter() - clock
             info = tags.info()
-    asked = [Asked(pair.key, pair.image, pair.captions, answer) for pair, answer in zip(held_out, answers, strict=True)]
-    # the surest first
-    return sorted(asked, key=lambda one: -max((n.similarity for n in one.retrieval.neighbours), default=0)), info, seconds
+        asked = [Asked(pair.key, pair.image, pair.captions, answer) for pair, answer in zip(held_out, answers, strict=True)]
+        # the surest first
+        asked.sort(key=lambda one: -max((n.similarity for n in one.retrieval.neighbours), default=0))
+        clock = time.perf_counter()
+        asked[:ANSWERED] = answered(asked[:ANSWERED], url)
+        seconds["answer"] = time.perf_counter() - clock
+    return asked, info, seconds
+
+
+def answered(asked: Sequence[Asked], url: str) -> list[Asked]:
+    """The same with what TUNA says of each picture: with the tags that it looks up at `url`, and without any."""
+    from tuna_model import ImageTags, Pipeline
+
+    console.print(f"[bold]$[/bold] tuna generate --model smol --store {url} PICTURE {shlex.quote(QUESTION)}", soft_wrap=True)
+    with console.status("the model loads and answers"):
+        tuna = Pipeline.load("smol", store=url)
+        pictures = [[one.image] for one in asked]
+        question = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}] for _ in asked]
+        nothing = [ImageTags.none(tuna.model.config.tag_dimension) for _ in asked]
+        grounded = tuna.answers(pictures, question, max_new_tokens=30)
+        if any(answer.degraded for answer in grounded):
+            raise Unavailable(f"the store at {url} did not answer the model in time: is the machine very busy? Try again")
+        plain = tuna.answers(pictures, question, tags=nothing, max_new_tokens=30)
+    return [replace(one, answers=(a.text, b.text)) for one, a, b in zip(asked, grounded, plain, strict=True)]
 
 
 def split(source: str, format: str | None, columns: Columns, train: Path, heldout: Path) -> list[Pair]:
@@ -191,6 +219,15 @@ def print_table(asked: Sequence[Asked]) -> None:
     console.print(table)
 
 
+def print_answers(asked: Sequence[Asked]) -> None:
+    """What TUNA said of the first pictures."""
+    table = Table("picture", "TUNA with the tags", "TUNA without", box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for one in asked:
+        if one.answers:
+            table.add_row(escape(one.key.rpartition("/")[2]), *map(escape, one.answers))
+    console.print(f"\n[bold]{QUESTION}[/bold]", table)
+
+
 def named(tag: RetrievedTag, captions: Sequence[str]) -> bool:
     """Whether the picture's own description has the words of the tag."""
     pattern = rf"(?<!\w){re.escape(tag.tag)}(?!\w)"
@@ -220,6 +257,7 @@ def render(asked: Sequence[Asked], info: StoreInfo, seconds: dict[str, float], o
             "source": thumbnail(one.image, 440),
             "neighbours": [{"key": n.key, "similarity": n.similarity, **neighbour(n.key)} for n in one.retrieval.neighbours],
             "tags": [{"tag": t, "named": named(t, one.captions)} for t in one.retrieval.tags],
+            "answers": one.answers,
         }
         for one in asked
     ]
@@ -232,7 +270,9 @@ def render(asked: Sequence[Asked], info: StoreInfo, seconds: dict[str, float], o
     )
     template = environment.get_template("demo.html.j2")
     k = max((len(one.retrieval.neighbours) for one in asked), default=0)
-    return template.render(cards=cards, info=info, seconds=seconds, origin=origin, k=k, shown=SHOWN_TAGS, hues=HUES, summary=summary(asked))
+    return template.render(
+        cards=cards, info=info, seconds=seconds, origin=origin, k=k, shown=SHOWN_TAGS, hues=HUES, summary=summary(asked), question=QUESTION
+    )
 
 
 def thumbnail(data: bytes, side: int) -> str:

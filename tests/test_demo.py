@@ -179,7 +179,8 @@ def sample(tags: int = 12) -> tuple[list[object], StoreInfo]:
     neighbours = tuple(Neighbour(f"in/{EVIL}{i}", i, 0.9 - i / 10) for i in range(5))
     found = tuple(RetrievedTag(i, f"tag {i}" if i else f"Red {EVIL}", "object", 0.9, 1 + i % 5, -0.001 * i, (i % 5,)) for i in range(tags))
     retrieval = Retrieval("demo", 3, "0" * 16, neighbours, found)
-    asked = demo.Asked(f"key {EVIL}", png("red", (900, 300)), (f"a red {EVIL} & co", "second caption"), retrieval)
+    answers = (f"with {EVIL}", "a bare answer")
+    asked = demo.Asked(f"key {EVIL}", png("red", (900, 300)), (f"a red {EVIL} & co", "second caption"), retrieval, answers)
     info = StoreInfo("demo", 3, 1498, 5, 4, Fingerprint("mini", "x", {}, False, True, 512), {"kind": "flat"}, "2026-01-01T00:00:00+00:00")
     return [asked], info
 
@@ -192,7 +193,20 @@ def render(asked: list[object], info: StoreInfo) -> str:
 def test_the_page_shows_everything() -> None:
     page = Page(render(*sample()))
     shown = " ".join(page.texts)
-    for text in ("demo@3", "1,498 entries", "mini", "flat", "embed", "2.5", "second caption", "tag 11", "0.90", "2 more", "1 picture"):
+    for text in (
+        "demo@3",
+        "1,498 entries",
+        "mini",
+        "flat",
+        "embed",
+        "2.5",
+        "second caption",
+        "tag 11",
+        "0.90",
+        "2 more",
+        "1 picture",
+        "a bare answer",
+    ):
         assert text in shown, text
     assert "For 1 of 1 unseen pictures" in shown
     assert "-0.00" not in shown
