@@ -165,7 +165,7 @@ def test_a_store_is_kept_from_the_command_line(tmp_path: Path) -> None:
     run("drop", url.removesuffix("s") + "t")
     assert "t is back" in run("undrop", url.removesuffix("s") + "t").stdout
     with pytest.raises(TagstoreError, match="where the store is"):
-        run("versions", "grpc://127.0.0.1:1/s")
+        run("export", "grpc://127.0.0.1:1/s", bundle)
     with pytest.raises(TagstoreError, match="--reason"):
         run("delete", url.removesuffix("s") + "t", "--key", "x", "--purge")
 
