@@ -19,7 +19,7 @@ setup: .venv/.ready
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or later is needed: make PYTHON=/path/to/python3.11"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { rm -rf .venv; echo "this Python cannot make virtual environments: install python3-venv, or pass another, make PYTHON=..."; exit 1; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[server,model,eval,api,otel,dev]'
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[server,model,eval,qlora,api,otel,dev]'
 	@touch $@
 
 # DATA=path takes anything that `tagstore ingest` can read instead of the default pictures

@@ -302,6 +302,36 @@ def test_lora_trains_and_generates() -> None:
     assert not any("base_layer" in name for name in trained)
 
 
+def test_qlora_trains_and_generates(tmp_path: Path) -> None:
+    from bitsandbytes.nn import Linear4bit
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from transformers import BitsAndBytesConfig
+
+    # wide enough for the blocks of 64 numbers that share a scale
+    wide = LlamaConfig(
+        vocab_size=260, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
+        bos_token_id=256, eos_token_id=257, pad_token_id=258,
+    )  # fmt: skip
+    model, processor = small(text_config=wide)
+    model.save_pretrained(tmp_path)
+    quantized = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.float32,
+        llm_int8_skip_modules=["lm_head", "multi_modal_projector", "tag_encoder", "weight_tuner"],
+    )
+    small_again = TunaForConditionalGeneration.from_pretrained(tmp_path, quantization_config=quantized)
+    assert isinstance(small_again.get_submodule("language_model.model.layers.0.self_attn.q_proj"), Linear4bit)
+    assert not any(isinstance(module, Linear4bit) for module in small_again.tag_encoder.modules())
+    tuned = get_peft_model(prepare_model_for_kbit_training(small_again), LoraConfig(r=2, target_modules=r".*\.(q_proj|v_proj)"))
+    batch = ragged(processor)
+    tuned.train()(**batch, labels=batch["input_ids"]).loss.backward()
+    trained = {name for name, parameter in tuned.named_parameters() if parameter.grad is not None}
+    assert trained
+    assert all("lora_" in name for name in trained)
+    assert tuned.eval().generate(**batch, max_new_tokens=2, do_sample=False).shape[1] == batch["input_ids"].shape[1] + 2
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("coupling", ["multiply_max", "log_bias"])
 def test_half_precision_is_near_single(dtype: torch.dtype, coupling: str) -> None:
