@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-import signal
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -156,17 +155,6 @@ class Server:
         if self._stop_metrics is not None:
             self._stop_metrics()
         self.gate.audit.close()
-
-    def run(self, ready: Callable[[str], None]) -> None:
-        """Start, call `ready` with the address, serve until SIGINT or SIGTERM, drain."""
-        stopping = threading.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: stopping.set())
-        self.start()
-        ready(self.address)
-        stopping.wait()
-        log.info("draining")
-        self.stop()
 
     def _watch_readers(self) -> None:
         while not self._ended.wait(min(1.0, self.settings.limits.slow_reader / 4)):

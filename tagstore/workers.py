@@ -114,17 +114,6 @@ class Supervisor:
         if self._metrics:
             shutil.rmtree(self._metrics, ignore_errors=True)
 
-    def run(self, ready: Callable[[str], None]) -> None:
-        """Start, call `ready` with the address, serve until SIGINT or SIGTERM, drain."""
-        stopping = threading.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: stopping.set())
-        self.start()
-        ready(self.address)
-        stopping.wait()
-        log.info("draining")
-        self.stop()
-
     def _launch(self, number: int, *, warm_first: bool) -> None:
         order = {
             "root": self._root,
@@ -263,11 +252,13 @@ def main() -> None:
         sys.exit(1)
     _say({"ready": server.address})
 
+    commands = {"load": server.catalog.load, "unload": server.catalog.unload}
+
     def listen() -> None:
         for line in sys.stdin:
             for command, store in json.loads(line).items():
                 try:
-                    getattr(server.catalog, {"load": "load", "unload": "unload"}[command])(store)
+                    commands[command](store)
                 except TagstoreError as error:
                     log.warning("%s %s: %s", command, store, error)
         stopping.set()

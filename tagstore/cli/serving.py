@@ -49,6 +49,7 @@ def serve(
     """Serve all stores under a directory; prints HOST:PORT when ready. Ctrl-C and SIGTERM finish what is in flight."""
     from tagstore.serving.limits import Limits
     from tagstore.serving.settings import Settings, default_workers
+    from tagstore.serving.signals import Runs, run
 
     limits = Limits(
         threads=threads, in_flight=max_in_flight, per_client=max_per_client, message_bytes=max_message << 20, image_bytes=max_image << 20
@@ -58,7 +59,7 @@ def serve(
         from tagstore.serving.logs import use_json
 
         use_json()
-    server: Any
+    server: Runs
     if settings.workers > 1:
         from tagstore.workers import Supervisor
 
@@ -67,7 +68,7 @@ def serve(
         from tagstore.server import Server
 
         server = Server(root, address, device=device, settings=settings)
-    server.run(click.echo)
+    run(server, click.echo)
 
 
 @click.command()
