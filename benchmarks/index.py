@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
@@ -24,7 +23,7 @@ import faiss
 import numpy as np
 import synthetic
 from numpy.typing import NDArray
-from report import table, write
+from report import seconds, table, write
 
 from tagstore import exact, faiss_index, kinds
 from tagstore.engine import Engine
@@ -35,16 +34,6 @@ from tagstore.tuning import Budget, build_index
 from tagstore.types import Search
 
 K = 5
-
-
-def seconds(work: Callable[[], Any], times: int) -> list[float]:
-    work()
-    found = []
-    for _ in range(times):
-        start = time.perf_counter()
-        work()
-        found.append(time.perf_counter() - start)
-    return found
 
 
 def spread(times: list[float]) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 import faiss
 import numpy as np
 from numpy.typing import NDArray
-from report import table, write
+from report import seconds, table, write
 
 from tagstore import gpu
 
@@ -39,13 +39,7 @@ def vectors(n: int, dimension: int) -> Iterator[NDArray[np.float32]]:
 
 
 def milliseconds(work: Callable[[], Any], times: int) -> float:
-    work()
-    found = []
-    for _ in range(times):
-        start = time.perf_counter()
-        work()
-        found.append(time.perf_counter() - start)
-    return median(found) * 1e3
+    return median(seconds(work, times)) * 1e3
 
 
 class Device:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -38,3 +40,14 @@ def write(theme: str, title: str, *parts: str, packages: Sequence[str] = ()) -> 
     print(text)
     print(f"written to {path}")
     return path
+
+
+def seconds(work: Callable[[], Any], times: int) -> list[float]:
+    """What each of so many runs of `work` took, after one that does not count."""
+    work()
+    found = []
+    for _ in range(times):
+        start = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - start)
+    return found
