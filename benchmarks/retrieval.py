@@ -52,16 +52,20 @@ def raw(root: Path) -> Callable[[np.ndarray], list[Any]]:
     """FAISS and LMDB called directly: search, get the records, decode, merge. What anybody must pay."""
     import faiss
 
+    from tagstore.faiss_index import plan_of
+    from tagstore.kinds import parameters
     from tagstore.records import decode_hot
     from tagstore.store import U64, Store
 
     snapshot = Store(root, STORE).snapshot()
     files = snapshot.version.index["files"]
     parts = [faiss.read_index(str(snapshot.store.index_directory / about["file"]), faiss.IO_FLAG_MMAP_IFC) for about in files]
+    # an index for a budget is searched as it was tuned: raw FAISS at the same recall, not at FAISS's defaults
+    told = [parameters(plan_of(about["plan"]), Search(), K, 1.0, None) if "plan" in about else None for about in files]
     env, db = snapshot.store.env, snapshot.store.db["entries"]
 
     def ask(vectors: np.ndarray) -> list[Any]:
-        found = [part.search(vectors, K) for part in parts]
+        found = [part.search(vectors, K, params=how) for part, how in zip(parts, told, strict=True)]
         ids = np.concatenate([i for _, i in found], axis=1)
         if len(parts) > 1:
             order = np.argsort(-np.concatenate([s for s, _ in found], axis=1), axis=1)[:, :K]
