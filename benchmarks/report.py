@@ -31,14 +31,15 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
-def write(theme: str, title: str, *parts: str, packages: Sequence[str] = ()) -> Path:
-    """Print a report and keep it as `results/THEME-DATE.md`."""
+def write(theme: str, title: str, *parts: str, packages: Sequence[str] = (), keep: bool = True) -> Path:
+    """Print a report and keep it as `results/THEME-DATE.md`; with `keep` false, as one of a quick run, only print it."""
     path = RESULTS / f"{theme}-{date.today().isoformat()}.md"
     text = "\n\n".join([f"# {title}", f"{date.today().isoformat()}. {machine(*packages)}.", *parts]) + "\n"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(text)
     print(text)
-    print(f"written to {path}")
+    if keep:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        print(f"written to {path}")
     return path
 
 
