@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 EMBED_AT_ONCE = 128
+MAX_TEXT = 4096
+"""Characters of a query by text; an encoder reads far fewer."""
 OPEN = 256
 """Versions held open; beyond that, the one that was asked longest ago is closed, and opened again when it is asked."""
 
@@ -126,22 +128,24 @@ class Catalog:
         *,
         images: Sequence[bytes] = (),
         vectors: NDArray[np.floating] | None = None,
+        texts: Sequence[str] = (),
         fingerprint: str = "",
         search: Search = PLAIN,
         identities: Sequence[Identity] = (),
     ) -> list[Retrieval]:
-        """Retrieved tags of encoded images, then of vectors `[N, D]`, from the version that `engine` has open.
+        """Retrieved tags of encoded images, then of vectors `[N, D]`, then of texts, from the version that `engine` has open.
 
         Args:
+            texts: embedded with the text tower of the store's encoder: entries whose pictures show what a text says.
             fingerprint: digest of the encoder that made `vectors`; required with them.
-            identities: which image each query is, for `search.exclude`: none, or one for each, images first. The hashes of images are
+            identities: which image each query is, for `search.exclude`: none, or one for each, in this order. The hashes of images are
                 computed here where they are needed and not given.
 
         Raises:
             FingerprintMismatch: `fingerprint` is not the store's.
             BadImage, BadVector, InvalidInput: a query that means nothing; the message says which.
         """
-        matrix, identities = self.queries(engine, images, vectors, fingerprint, search, identities)
+        matrix, identities = self.queries(engine, images, vectors, texts, fingerprint, search, identities)
         return engine.retrieve(matrix, search, identities) if len(matrix) else []
 
     def queries(
@@ -149,16 +153,19 @@ class Catalog:
         engine: Engine,
         images: Sequence[bytes],
         vectors: NDArray[np.floating] | None,
+        texts: Sequence[str],
         fingerprint: str,
         search: Search,
         identities: Sequence[Identity],
     ) -> tuple[NDArray[np.floating], Sequence[Identity]]:
         """What `retrieve` is asked, as vectors `[N, D]`, and which image each is; nothing is searched yet. Raises as `retrieve`."""
         store = engine.snapshot.store.name
-        check_request(len(images) + (0 if vectors is None else len(vectors)), search, identities)
+        others = (0 if vectors is None else len(vectors)) + len(texts)
+        check_request(len(images) + others, search, identities)
+        _check_texts(texts)
         if fingerprint and fingerprint != engine.digest:
             raise FingerprintMismatch.between(store, engine.fingerprint, fingerprint)
-        parts = []
+        parts: list[NDArray[np.floating]] = []
         if vectors is not None and len(vectors):
             if not fingerprint:
                 raise InvalidInput("a query by vector must say which encoder made it: pass its fingerprint")
@@ -166,8 +173,10 @@ class Catalog:
                 raise BadVector(f"queries have shape {list(vectors.shape)}, store '{store}' takes [N, {engine.fingerprint.dimension}]")
             parts.append(vectors)
         if images:
-            embedded, identities = self._embed(engine, images, search.exclude, identities, 0 if vectors is None else len(vectors))
+            embedded, identities = self._embed(engine, images, search.exclude, identities, others)
             parts.insert(0, embedded)
+        if texts:
+            parts.append(self._encode_texts(self.encoder(engine.fingerprint), texts))
         matrix = (
             parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.zeros((0, engine.fingerprint.dimension), np.float32)
         )
@@ -206,3 +215,20 @@ class Catalog:
             return encoder.encode_images(pixels)
         # a vector's last bits depend on how many go through a CPU's kernels at once: one at a time they are the same in whatever company
         return np.concatenate([encoder.encode_images(one[None]) for one in pixels])
+
+    def _encode_texts(self, encoder: Encoder, texts: Sequence[str]) -> Vectors:
+        """As `_encode`, and overridden with it."""
+        if encoder.device != "cpu":
+            return encoder.encode_texts(texts)
+        return np.concatenate([encoder.encode_texts([text]) for text in texts])
+
+
+def _check_texts(texts: Sequence[str]) -> None:
+    """Raises `InvalidInput` for a text that means nothing, or is too long."""
+    for position, text in enumerate(texts):
+        if not text.strip():
+            raise InvalidInput(f"text {position} of the request is empty: say what the pictures should show")
+        if len(text) > MAX_TEXT:
+            raise InvalidInput(
+                f"text {position} of the request has {len(text)} characters: at most {MAX_TEXT}, and an encoder reads far fewer"
+            )

@@ -93,6 +93,7 @@ class TagStoreService(pb_grpc.TagStoreServicer):
             engine,
             images=request.images,
             vectors=convert.vectors_from_proto(request.vectors) if request.HasField("vectors") else None,
+            texts=request.texts,
             fingerprint=request.fingerprint,
             search=search,
             identities=convert.identities_from_proto(request) if request.identities else (),
@@ -134,9 +135,11 @@ class TagStoreService(pb_grpc.TagStoreServicer):
 
 
 def check_sizes(request: pb.RetrieveRequest, limits: Limits) -> None:
-    """Raises `InvalidInput` for more or larger images than the server takes."""
-    if len(request.images) > min(limits.images, MAX_BATCH):
-        raise errors.InvalidInput(f"{len(request.images)} images in one request: send at most {min(limits.images, MAX_BATCH)}")
+    """Raises `InvalidInput` for more queries to embed, or larger images, than the server takes."""
+    most = min(limits.images, MAX_BATCH)
+    for name, queries in (("images", request.images), ("texts", request.texts)):
+        if len(queries) > most:
+            raise errors.InvalidInput(f"{len(queries)} {name} in one request: send at most {most}")
     for position, image in enumerate(request.images):
         if len(image) > limits.image_bytes:
             raise errors.InvalidInput(
@@ -173,7 +176,7 @@ def _retrieval(answer: Answer, search: Search) -> pb.Retrieval:
 
 def _options(request: pb.RetrieveRequest) -> bytes | None:
     """Of a request by vector all but the vectors: those that are alike in it can be answered with one search. None for any other."""
-    if isinstance(request, Malformed) or request.images or request.identities or not request.HasField("vectors"):
+    if isinstance(request, Malformed) or request.images or request.texts or request.identities or not request.HasField("vectors"):
         return None
     rest = pb.RetrieveRequest()
     rest.CopyFrom(request)

@@ -23,14 +23,14 @@ class Limits:
     image_bytes: int = 32 << 20
     """Of one encoded image."""
     images: int = 256
-    """Of one request."""
+    """Of one request; as many texts."""
     search_wait: float = 0.05
     """Seconds that a query may be expected to wait for the search."""
     embed_wait: float = 1.0
-    """Seconds that an image may be expected to wait for the encoder."""
+    """Seconds that an image or a text may be expected to wait for the encoder."""
     search_queue: int = 64
     """Queries that may always wait, whatever that takes: with a slow index they are waited for, not refused."""
     embed_queue: int = 8
-    """Images that may always wait."""
+    """Images and texts that may always wait."""
     slow_reader: float = 60.0
     """Seconds that a client may take to accept an answer."""

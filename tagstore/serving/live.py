@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 SEARCH_ROWS = 256
 """Queries of one search."""
 EMBED_ROWS = 64
-"""Images of one batch for the encoder."""
+"""Images or texts of one batch for the encoder."""
 PINNED = 32
 """Versions other than the current ones that stay open, the least recently used one goes first."""
 
@@ -60,7 +60,7 @@ class LiveCatalog(Catalog):
             spare=limits.search_queue,
             observe=partial(self._observe, "search"),
         )
-        self._embeddings: Batcher[NDArray[np.uint8], Vectors] = Batcher(
+        self._embeddings: Batcher[NDArray[np.uint8] | Sequence[str], Vectors] = Batcher(
             self._embed_batch,
             name="encoder",
             rows=EMBED_ROWS,
@@ -158,19 +158,27 @@ class LiveCatalog(Catalog):
         return answer
 
     def _encode(self, encoder: Encoder, pixels: NDArray[np.uint8]) -> Vectors:
+        return self._encode_with_others("images", encoder, pixels)
+
+    def _encode_texts(self, encoder: Encoder, texts: Sequence[str]) -> Vectors:
+        return self._encode_with_others("texts", encoder, texts)
+
+    def _encode_with_others(self, what: str, encoder: Encoder, queries: NDArray[np.uint8] | Sequence[str]) -> Vectors:
         start = time.perf_counter()
         try:
-            with tracing.span("embed", images=len(pixels)):
-                return self._embeddings(encoder, pixels, len(pixels), current.deadline)
+            with tracing.span("embed", what=what, queries=len(queries)):
+                return self._embeddings((what, encoder), queries, len(queries), current.deadline)
         finally:
             seconds = time.perf_counter() - start
             current.embedding += seconds
             metrics.stage("embed", current.store, seconds)
 
-    def _embed_batch(self, encoder: Encoder, items: Sequence[NDArray[np.uint8]]) -> list[Vectors]:
-        if len(items) == 1:
-            return [super()._encode(encoder, items[0])]
-        vectors = super()._encode(encoder, np.concatenate(items))
+    def _embed_batch(self, key: tuple[str, Encoder], items: Sequence[Any]) -> list[Vectors]:
+        what, encoder = key
+        if what == "texts":
+            vectors = super()._encode_texts(encoder, [text for item in items for text in item])
+        else:
+            vectors = super()._encode(encoder, np.concatenate(items) if len(items) > 1 else items[0])
         return np.split(vectors, np.cumsum([len(item) for item in items])[:-1])
 
     def answers(
@@ -179,12 +187,13 @@ class LiveCatalog(Catalog):
         *,
         images: Sequence[bytes] = (),
         vectors: NDArray[np.floating] | None = None,
+        texts: Sequence[str] = (),
         fingerprint: str = "",
         search: Search,
         identities: Sequence[Identity] = (),
     ) -> list[Answer]:
         """As `retrieve`, in columns, and searched together with what others ask at the time."""
-        queries, identities = self.queries(engine, images, vectors, fingerprint, search, identities)
+        queries, identities = self.queries(engine, images, vectors, texts, fingerprint, search, identities)
         if not len(queries):
             return []
         with tracing.span("search", queries=len(queries)):

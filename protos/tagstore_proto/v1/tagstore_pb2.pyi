@@ -64,7 +64,7 @@ class Vectors(_message.Message):
     def __init__(self, data: _Optional[bytes] = ..., dimension: _Optional[int] = ..., dtype: _Optional[_Union[Dtype, str]] = ...) -> None: ...
 
 class RetrieveRequest(_message.Message):
-    __slots__ = ("store", "version", "images", "vectors", "fingerprint", "k", "max_tags", "min_similarity", "order", "where", "exclude", "identities", "exact", "nprobe", "ef_search", "omit_neighbours", "omit_texts")
+    __slots__ = ("store", "version", "images", "vectors", "fingerprint", "k", "max_tags", "min_similarity", "order", "where", "exclude", "identities", "exact", "nprobe", "ef_search", "omit_neighbours", "omit_texts", "texts")
     class WhereEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -89,6 +89,7 @@ class RetrieveRequest(_message.Message):
     EF_SEARCH_FIELD_NUMBER: _ClassVar[int]
     OMIT_NEIGHBOURS_FIELD_NUMBER: _ClassVar[int]
     OMIT_TEXTS_FIELD_NUMBER: _ClassVar[int]
+    TEXTS_FIELD_NUMBER: _ClassVar[int]
     store: str
     version: int
     images: _containers.RepeatedScalarFieldContainer[bytes]
@@ -106,7 +107,8 @@ class RetrieveRequest(_message.Message):
     ef_search: int
     omit_neighbours: bool
     omit_texts: bool
-    def __init__(self, store: _Optional[str] = ..., version: _Optional[int] = ..., images: _Optional[_Iterable[bytes]] = ..., vectors: _Optional[_Union[Vectors, _Mapping]] = ..., fingerprint: _Optional[str] = ..., k: _Optional[int] = ..., max_tags: _Optional[int] = ..., min_similarity: _Optional[float] = ..., order: _Optional[_Union[Order, str]] = ..., where: _Optional[_Mapping[str, str]] = ..., exclude: _Optional[_Union[Exclude, _Mapping]] = ..., identities: _Optional[_Iterable[_Union[Identity, _Mapping]]] = ..., exact: _Optional[bool] = ..., nprobe: _Optional[int] = ..., ef_search: _Optional[int] = ..., omit_neighbours: _Optional[bool] = ..., omit_texts: _Optional[bool] = ...) -> None: ...
+    texts: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, store: _Optional[str] = ..., version: _Optional[int] = ..., images: _Optional[_Iterable[bytes]] = ..., vectors: _Optional[_Union[Vectors, _Mapping]] = ..., fingerprint: _Optional[str] = ..., k: _Optional[int] = ..., max_tags: _Optional[int] = ..., min_similarity: _Optional[float] = ..., order: _Optional[_Union[Order, str]] = ..., where: _Optional[_Mapping[str, str]] = ..., exclude: _Optional[_Union[Exclude, _Mapping]] = ..., identities: _Optional[_Iterable[_Union[Identity, _Mapping]]] = ..., exact: _Optional[bool] = ..., nprobe: _Optional[int] = ..., ef_search: _Optional[int] = ..., omit_neighbours: _Optional[bool] = ..., omit_texts: _Optional[bool] = ..., texts: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Exclude(_message.Message):
     __slots__ = ("key", "sha256", "perceptual_hash", "keys", "entry_ids")

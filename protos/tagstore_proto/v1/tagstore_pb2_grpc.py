@@ -65,7 +65,7 @@ class TagStoreServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Retrieve(self, request, context):
-        """The tags of the nearest entries of each query image or vector.
+        """The tags of the nearest entries of each query image, vector or text.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
