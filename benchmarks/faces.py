@@ -82,7 +82,7 @@ def main() -> None:
                 rows.append([face, *(f"{value:,.{digits}f}" for value, (_, digits) in zip(medians, COLUMNS, strict=True))])
             parts += [f"The handler's own work: {work:g} us.", table(["face", *(name for name, _ in COLUMNS)], rows)]
     about = (
-        f"Echo of {len(REQUEST)} -> {len(RESPONSE)} bytes, medians of {arguments.repeats}; load and server share the {os.cpu_count()} cores. "
+        f"Echo of {len(REQUEST)} -> {len(RESPONSE)} bytes, medians of {arguments.repeats}; load and server share {os.cpu_count()} cores. "
         f"Load average at the end {os.getloadavg()[0]:.1f}."
     )
     write("faces", "What gRPC costs by itself", about, *parts, packages=("grpcio", "uvloop"), keep=not arguments.quick)

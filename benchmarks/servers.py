@@ -66,8 +66,8 @@ def minimal(root: str, version: int, ready: Any, address: str) -> None:
 def echo(face: str, answer: bytes, work: float, ready: Any, address: str) -> None:
     """The same answer to everything, behind a face: "sync pool", or "aio" with uvloop and threads where its name says so.
 
-    `work` microseconds in C without the GIL, as a search has, are spent in the handler; "in threads" in the loop's pool; "one search thread"
-    gives all that waits to one thread as one batch, and the loop is woken once for it.
+    `work` microseconds in C without the GIL, as a search has, are spent in the handler; "in threads" in a pool; "one search thread" gives
+    all that waits to one thread as one batch, and the loop is woken once for it.
     """
     spin = spinner(work)
     if not face.startswith("aio"):

@@ -49,9 +49,9 @@ def vectors(n: int, dimension: int) -> Iterator[NDArray[np.float32]]:
         yield _unit(np.repeat(fine, ALIKE, axis=0)[:size] + NEAR * _noise(rng, size, dimension))
 
 
-def queries(n: int, of: int, dimension: int) -> NDArray[np.float32]:
+def queries(n: int, of: int, dimension: int, seed: int = 7) -> NDArray[np.float32]:
     """`[n, dimension]` near-duplicates of entries, from the first batches of a store of `of`."""
-    rng = np.random.default_rng(7)
+    rng = np.random.default_rng(seed)
     pool = np.concatenate([batch for batch, _ in zip(vectors(of, dimension), range(8), strict=False)])
     return _unit(pool[rng.integers(len(pool), size=n)] + QUERY * _noise(rng, n, dimension))
 
