@@ -49,8 +49,8 @@ def print_report(report: Report | Ingested) -> None:
         click.echo("seconds: " + ", ".join(f"{stage} {spent:.1f}" for stage, spent in s.items()))
 
 
-def print_retrieval(image: str, retrieval: Retrieval) -> None:
-    click.echo(f"{image}  ({retrieval.store}@{retrieval.version})")
+def print_retrieval(asked: str, retrieval: Retrieval) -> None:
+    click.echo(f"{asked}  ({retrieval.store}@{retrieval.version})")
     table(("neighbour", "similarity"), [(n.key, f"{n.similarity:.3f}") for n in retrieval.neighbours])
     table(
         ("tag", "kind", "votes", "similarity", "relevance"),

@@ -73,29 +73,34 @@ def serve(
 
 @click.command()
 @click.argument("url")
-@click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
-@click.option("--k", type=click.IntRange(1, 1000), default=5, show_default=True, help="Neighbours of each image.")
-@click.option("--max-tags", type=click.IntRange(0), default=0, help="At most so many tags of each image; 0 for all.")
+@click.argument("images", nargs=-1, metavar="IMAGE...")
+@click.option("--text", "texts", multiple=True, metavar="TEXT", help="Ask in words what the pictures should show; may be given repeatedly.")
+@click.option("--k", type=click.IntRange(1, 1000), default=5, show_default=True, help="Neighbours of each query.")
+@click.option("--max-tags", type=click.IntRange(0), default=0, help="At most so many tags of each query; 0 for all.")
 @options.as_json
-def query(url: str, images: tuple[str, ...], k: int, max_tags: int, as_json: bool) -> None:
-    """Tags of the entries nearest to each IMAGE."""
+def query(url: str, images: tuple[str, ...], texts: tuple[str, ...], k: int, max_tags: int, as_json: bool) -> None:
+    """Tags of the entries nearest to each IMAGE, then to each TEXT."""
     from tagstore.client import connect
 
+    if not (images or texts):
+        raise click.UsageError("nothing is asked: give an IMAGE, or --text TEXT")
     failed = False
     with connect(url) as source:
         source.info()
-        for image in images:
+        for kind, asked in [("image", image) for image in images] + [("text", text) for text in texts]:
             try:
-                [retrieval] = source.retrieve([image], k=k, max_tags=max_tags)
+                [retrieval] = source.retrieve(
+                    [asked] if kind == "image" else (), captions=[asked] if kind == "text" else (), k=k, max_tags=max_tags
+                )
             except (InvalidInput, NotFound) as error:
-                # this picture only: the others may be fine
-                click.echo(f"{image}: {error}", err=True)
+                # this query only: the others may be fine
+                click.echo(f"{asked}: {error}", err=True)
                 failed = True
                 continue
             if as_json:
-                click.echo(json.dumps({"image": image, **output.retrieval_json(retrieval)}))
+                click.echo(json.dumps({kind: asked, **output.retrieval_json(retrieval)}))
             else:
-                output.print_retrieval(image, retrieval)
+                output.print_retrieval(asked, retrieval)
     if failed:
         sys.exit(1)
 

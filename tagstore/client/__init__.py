@@ -53,16 +53,18 @@ class TagSource(Protocol):
         images: Sequence[Image] = (),
         *,
         vectors: NDArray[np.floating] | None = None,
+        captions: Sequence[str] = (),
         fingerprint: Fingerprint | str = "",
         keys: Sequence[str] = (),
         identities: Sequence[Identity] = (),
         **options: Unpack[SearchOptions],
     ) -> list[Retrieval]:
-        """Retrieved tags of each image, then of each vector, all from one version of the store.
+        """Retrieved tags of each image, then of each vector, then of each caption, all from one version of the store.
 
         Args:
             images: encoded images or paths; the store's side embeds them.
             vectors: `[N, D]` float32 or float16 of the store's encoder.
+            captions: what the pictures should show, in words; the store's side embeds them with the text tower of its encoder.
             fingerprint: of the encoder that made `vectors`; required with them.
             keys: of each query, for the leak guard and for replay://.
             identities: more of the same: key, sha256, perceptual hash of each query.

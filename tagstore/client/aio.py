@@ -48,13 +48,14 @@ class AsyncSource(Flows):
         images: Sequence[Image] = (),
         *,
         vectors: NDArray[np.floating] | None = None,
+        captions: Sequence[str] = (),
         fingerprint: Fingerprint | str = "",
         keys: Sequence[str] = (),
         identities: Sequence[Identity] = (),
         **options: Unpack[SearchOptions],
     ) -> list[Retrieval]:
         """See `TagSource.retrieve`."""
-        answers: list[Retrieval] = await self._run(self._retrieving(images, vectors, fingerprint, keys, identities, options))
+        answers: list[Retrieval] = await self._run(self._retrieving(images, vectors, captions, fingerprint, keys, identities, options))
         return answers
 
     async def tags(self, tag_ids: Sequence[int], *, embeddings: bool = False) -> list[TagInfo]:

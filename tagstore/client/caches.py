@@ -67,8 +67,8 @@ class EmbeddingCache:
 class AnswerCache:
     """Answers to queries on a node's disk, shared by its processes. Losing it costs time only, so nothing waits for the disk.
 
-    LMDB: sha256 over store, version, fingerprint, options, identity and the image or vector -> 8 bytes of sha256 over key and value, and a
-    `RetrieveResponse` of one retrieval. A damaged entry is a miss. When it is full a tenth is dropped, at random.
+    LMDB: sha256 over store, version, fingerprint, options, identity and the image, vector or caption -> 8 bytes of sha256 over key and
+    value, and a `RetrieveResponse` of one retrieval. A damaged entry is a miss. When it is full a tenth is dropped, at random.
 
     Raises `MissingExtra` without lmdb.
     """
@@ -83,11 +83,11 @@ class AnswerCache:
 
     def key(self, ask: Ask, row: int) -> bytes:
         """What decides the answer to one query of a request."""
-        query = ask.images[row] if ask.vectors is None else ask.vectors[row].tobytes() + ask.vectors.dtype.str.encode()
+        query = ask.query(row) + (b"" if ask.vectors is None else ask.vectors.dtype.str.encode())
         search = astuple(ask.search)
         guarded = ask.search.exclude.key or ask.search.exclude.sha256 or ask.search.exclude.perceptual_hash >= 0
         own = astuple(ask.identities[row]) if guarded and ask.identities else ()
-        parts = repr((self._place, ask.version, ask.fingerprint, _plain(search), own, ask.vectors is None)).encode()
+        parts = repr((self._place, ask.version, ask.fingerprint, _plain(search), own, ask.kind)).encode()
         return hashlib.sha256(hashlib.sha256(parts).digest() + hashlib.sha256(query).digest()).digest()
 
     def get(self, keys: Sequence[bytes]) -> list[Retrieval | None]:

@@ -44,7 +44,7 @@ class NullBackend:
 class RandomBackend:
     """Tags drawn from a vocabulary, all equally likely, without regard to the query.
 
-    The same seed and query (its key if it has one, else its image or vector) give the same tags, in any process. Signals are 0.
+    The same seed and query (its key if it has one, else its image, vector or caption) give the same tags, in any process. Signals are 0.
 
     Args:
         vocabulary: gives the tags and the version that they are of.
@@ -94,8 +94,7 @@ class RandomBackend:
 
     def _draw(self, ask: Ask, row: int, count: int) -> list[int]:
         key = ask.identities[row].key.encode() if ask.identities else b""
-        query = key or (ask.images[row] if ask.vectors is None else ask.vectors[row].tobytes())
-        seed = hashlib.sha256(f"{self._seed} ".encode() + query).digest()
+        seed = hashlib.sha256(f"{self._seed} ".encode() + (key or ask.query(row))).digest()
         drawn: list[int] = np.random.default_rng(list(seed)).choice(len(self._vocabulary.get()), count, replace=False).tolist()
         return drawn
 

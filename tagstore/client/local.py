@@ -36,6 +36,7 @@ class LocalBackend:
             catalog.engine(self._store, ask.version),
             images=ask.images,
             vectors=ask.vectors,
+            texts=ask.captions,
             fingerprint=ask.fingerprint,
             search=ask.search,
             identities=ask.identities,

@@ -128,6 +128,8 @@ class Options:
         if unknown:
             where = "retrieve takes no option" if call else "there is no option"
             raise InvalidInput(f"{where} {', '.join(map(repr, unknown))}; there are: {', '.join(sorted(known))}")
+        if not isinstance(options.get("texts", True), bool):
+            raise InvalidInput("texts says whether answers hold the tags' texts, true or false: queries by text are captions=[...]")
         search = {name: value for name, value in options.items() if name in _SEARCH}
         own = {name: value for name, value in options.items() if name in _OWN}
         if "exclude_keys" in own:

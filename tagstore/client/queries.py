@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,7 @@ from tagstore.types import Exclude, Fingerprint, Identity, Search
 Image = bytes | str | os.PathLike[str]
 """An encoded image, or the path of a file that holds one."""
 
-BATCH_IMAGES = 32
+BATCH_IMAGES = BATCH_CAPTIONS = 32
 BATCH_ROWS = 256
 _BATCH_BYTES = 16 << 20
 _BATCH_NEIGHBOURS = 1 << 14
@@ -25,7 +26,7 @@ _BATCH_NEIGHBOURS = 1 << 14
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """One request: images or vectors, never both, few enough for the wire."""
+    """One request: queries of one kind, few enough for the wire."""
 
     images: tuple[bytes, ...]
     vectors: NDArray[np.floating] | None
@@ -37,10 +38,25 @@ class Ask:
     """None, or one for each query."""
     options: Options
     """What the caller asked for; `search` is that with the leak guard made out for these queries."""
+    captions: tuple[str, ...] = ()
+    """Queries by text."""
     version: int = 0
 
     def __len__(self) -> int:
-        return len(self.images) if self.vectors is None else len(self.vectors)
+        return len(self.images or self.captions) if self.vectors is None else len(self.vectors)
+
+    @property
+    def kind(self) -> Literal["image", "vector", "caption"]:
+        if self.vectors is not None:
+            return "vector"
+        return "caption" if self.captions else "image"
+
+    def query(self, row: int) -> bytes:
+        """One of the queries; equal bytes of another kind are another query."""
+        if self.vectors is not None:
+            data: bytes = self.vectors[row].tobytes()
+            return data
+        return self.captions[row].encode() if self.captions else self.images[row]
 
     def only(self, rows: Sequence[int]) -> Ask:
         """The same of some of its queries."""
@@ -48,6 +64,7 @@ class Ask:
             self,
             images=tuple(self.images[i] for i in rows) if self.images else (),
             vectors=None if self.vectors is None else self.vectors[list(rows)],
+            captions=tuple(self.captions[i] for i in rows) if self.captions else (),
             identities=tuple(self.identities[i] for i in rows) if self.identities else (),
         )
 
@@ -55,12 +72,14 @@ class Ask:
 def asks(
     images: Iterable[Image],
     vectors: NDArray[np.floating] | None,
+    captions: Sequence[str],
     fingerprint: Fingerprint | str,
     keys: Sequence[str],
     identities: Sequence[Identity],
     options: Options,
 ) -> Iterator[Ask]:
-    """Requests small enough for the wire: first of the images, then of the vectors. Images are read as they are asked for.
+    """Requests small enough for the wire: first of the images, then of the vectors, then of the captions. Images are read as they are
+    asked for.
 
     Raises `InvalidInput`, `BadVector`, or `NotFound` for a path that cannot be read.
     """
@@ -68,31 +87,36 @@ def asks(
         raise InvalidInput("images is a list: pass [image] for one")
     images = list(images)
     rows = None if vectors is None else _matrix(vectors)
-    known = _identities(len(images) + (0 if rows is None else len(rows)), keys, identities)
+    captions = _captions(captions)
+    before = len(images) + (0 if rows is None else len(rows))
+    known = _identities(before + len(captions), keys, identities)
     digest = fingerprint if isinstance(fingerprint, str) else fingerprint.digest
     limit = max(1, _BATCH_NEIGHBOURS // max(1, options.search.k))
 
-    def ask(some: tuple[bytes, ...], matrix: NDArray[np.floating] | None, first: int) -> Ask:
-        count = len(some) if matrix is None else len(matrix)
+    def ask(first: int, some: tuple[bytes, ...] = (), matrix: NDArray[np.floating] | None = None, said: tuple[str, ...] = ()) -> Ask:
+        count = len(some or said) if matrix is None else len(matrix)
         own = known[first : first + count]
-        return Ask(some, matrix, digest, replace(options.search, exclude=_guard(options, own, matrix is None)), own, options)
+        return Ask(some, matrix, digest, replace(options.search, exclude=_guard(options, own, bool(some))), own, options, said)
 
     batch: list[bytes] = []
     first = size = 0
     for image in images:
         data = _read(image)
         if batch and (size + len(data) > _BATCH_BYTES or len(batch) == min(BATCH_IMAGES, limit)):
-            yield ask(tuple(batch), None, first)
+            yield ask(first, tuple(batch))
             first += len(batch)
             batch, size = [], 0
         batch.append(data)
         size += len(data)
     if batch:
-        yield ask(tuple(batch), None, first)
+        yield ask(first, tuple(batch))
     if rows is not None:
         step = min(BATCH_ROWS, limit)
         for start in range(0, len(rows), step):
-            yield ask((), rows[start : start + step], len(images) + start)
+            yield ask(len(images) + start, matrix=rows[start : start + step])
+    step = min(BATCH_CAPTIONS, limit)
+    for start in range(0, len(captions), step):
+        yield ask(before + start, said=captions[start : start + step])
 
 
 def _matrix(vectors: NDArray[np.floating]) -> NDArray[np.floating]:
@@ -100,6 +124,19 @@ def _matrix(vectors: NDArray[np.floating]) -> NDArray[np.floating]:
     if vectors.ndim != 2:
         raise BadVector(f"vectors have shape {list(vectors.shape)}: pass [N, D]")
     return vectors if vectors.dtype in (np.float16, np.float32) else vectors.astype(np.float32)
+
+
+def _captions(captions: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(captions, str):
+        raise InvalidInput(f"captions is a list: pass [{captions!r}] for one")
+    for position, caption in enumerate(captions):
+        if not isinstance(caption, str):
+            raise InvalidInput(f"caption {position} is of type {type(caption).__name__}, not a string")
+        try:
+            caption.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidInput(f"caption {position} is no Unicode text: {error}") from error
+    return tuple(captions)
 
 
 def _identities(queries: int, keys: Sequence[str], identities: Sequence[Identity]) -> tuple[Identity, ...]:
@@ -116,7 +153,7 @@ def _identities(queries: int, keys: Sequence[str], identities: Sequence[Identity
 
 
 def _guard(options: Options, own: Sequence[Identity], by_image: bool) -> Exclude:
-    """What the server is to keep out. Of a query by image it computes the hashes; one by vector is known by what its identity says."""
+    """What the server is to keep out. Of a query by image it computes the hashes; another is known by what its identity says."""
     exclude = options.exclude
     if exclude is None:
         exclude = Exclude()
@@ -127,7 +164,7 @@ def _guard(options: Options, own: Sequence[Identity], by_image: bool) -> Exclude
             perceptual_hash=options.exclude_distance if by_image or any(i.perceptual_hash is not None for i in own) else -1,
         )
         if not (exclude.key or exclude.sha256 or exclude.perceptual_hash >= 0):
-            raise InvalidInput('exclude="self" cannot know which image a vector is of: pass keys= or identities=')
+            raise InvalidInput('exclude="self" cannot know which image a vector or caption is of: pass keys= or identities=')
     return replace(exclude, keys=(*exclude.keys, *options.exclude_keys)) if options.exclude_keys else exclude
 
 

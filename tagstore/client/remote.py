@@ -82,7 +82,8 @@ class Wire:
         from tagstore import convert
         from tagstore_proto.v1 import tagstore_pb2 as pb
 
-        request = pb.RetrieveRequest(store=self.location.store, version=ask.version, images=ask.images, fingerprint=ask.fingerprint)
+        request = pb.RetrieveRequest(store=self.location.store, version=ask.version, images=ask.images, texts=ask.captions)
+        request.fingerprint = ask.fingerprint
         if ask.vectors is not None:
             request.vectors.CopyFrom(convert.vectors_to_proto(ask.vectors))
         convert.search_to_proto(request, ask.search, ask.identities)

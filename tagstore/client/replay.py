@@ -21,6 +21,8 @@ class ReplayBackend:
         self._threads: Opened[threading.local] = Opened(threading.local)
 
     def retrieve(self, ask: Ask) -> list[Retrieval]:
+        if ask.captions:
+            raise InvalidInput(f"map {self._path} holds answers to the images of a data set, none to captions: ask the store")
         map_ = self._map()
         self._check(map_, ask)
         keys = [i.key for i in ask.identities] or [""] * len(ask)

@@ -95,6 +95,7 @@ class Flows:
         self,
         images: Sequence[Image],
         vectors: NDArray[np.floating] | None,
+        captions: Sequence[str],
         fingerprint: Fingerprint | str,
         keys: Sequence[str],
         identities: Sequence[Identity],
@@ -103,7 +104,7 @@ class Flows:
         options = self.options.merged(given, call=True)
         answers: list[Retrieval] = []
         version = self._version
-        for ask in asks(images, vectors, fingerprint, keys, identities, options):
+        for ask in asks(images, vectors, captions, fingerprint, keys, identities, options):
             some: list[Retrieval] = yield from self._answering(replace(ask, version=version))
             # later requests come from the version that answered the first
             version = version or next((a.version for a in some), 0)
@@ -174,12 +175,13 @@ class Source(Flows):
         images: Sequence[Image] = (),
         *,
         vectors: NDArray[np.floating] | None = None,
+        captions: Sequence[str] = (),
         fingerprint: Fingerprint | str = "",
         keys: Sequence[str] = (),
         identities: Sequence[Identity] = (),
         **options: Unpack[SearchOptions],
     ) -> list[Retrieval]:
-        answers: list[Retrieval] = self._run(self._retrieving(images, vectors, fingerprint, keys, identities, options))
+        answers: list[Retrieval] = self._run(self._retrieving(images, vectors, captions, fingerprint, keys, identities, options))
         return answers
 
     def tags(self, tag_ids: Sequence[int], *, embeddings: bool = False) -> list[TagInfo]:
