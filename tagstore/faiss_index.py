@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ FEW_QUERIES = 4
 """Up to so many, FAISS reads the float16 codes for each of them at the speed of memory; beyond, one pass of `exact` for all is faster."""
 SPLIT_ROWS = 1 << 16
 """Rows of a flat file that are worth a thread of their own."""
+WHOLE_KEPT = 64
+"""Combinations of k and options for which what FAISS is told is kept; making it anew takes 5 us."""
 FEW_ALLOWED = 0.05
 """Share of entries below which a filter is answered exactly: an approximate search would visit nearly everything to find them."""
 
@@ -164,6 +167,22 @@ class Part:
         self.index = open_file(path, about["rows"], dimension)
         self.first, self.end, self.rows = about["first"], about["end"], about["rows"]
         self.alive = live.between(self.first, self.end)
+        self.holds_vectors = kinds.holds_vectors(self.plan)
+        """Whether `vectors` may be called."""
+        if self.holds_vectors:
+            self._codes = kinds.codes_of(self.plan, self.index)
+            self._ids = None if self.rows == self.end - self.first else kinds.ids_of(self.plan, self.index)
+        self._whole = lru_cache(WHOLE_KEPT)(partial(_told_of_the_whole, self.plan))
+
+    def vectors(self, ids: NDArray[np.int64]) -> Vectors:
+        """Stored vectors of some entries of the file, `[n, D]` float32 in memory of their own, read where the index lies in memory.
+
+        They are the very numbers that the store keeps: `tagstore verify` compares the file with its checksum and with the store.
+        """
+        codes = self._codes.take(ids - self.first if self._ids is None else np.searchsorted(self._ids, ids))
+        if self.plan.kind == "flat32":
+            return codes.view(np.float32).reshape(len(ids), -1)
+        return exact.widened(codes.view(np.float16)).reshape(len(ids), -1)
 
     def search(self, queries: Vectors, k: int, allowed: Allowed | None, live: Allowed, search: Search) -> exact.Found:
         """The best of the file's entries, by the index's own arithmetic; -1 where it found no more."""
@@ -179,9 +198,20 @@ class Part:
         share = held / self.rows
         if len(queries) == 1:
             with exact.one_core():
-                found = self.index.search(queries, k, params=kinds.parameters(self.plan, search, k, share, selector))
-            return found[0], found[1]
+                return self._ask(queries, k, self._told(search, k, share, selector))
         return self._shared_out(queries, k, search, share, selector)
+
+    def _told(self, search: Search, k: int, share: float, selector: Any) -> Any:
+        if selector is None:
+            return self._whole(k, search.ef_search, search.nprobe)
+        return kinds.parameters(self.plan, search, k, share, selector)
+
+    def _ask(self, queries: Vectors, k: int, told: Any) -> exact.Found:
+        """`self.index.search`, less what its wrapper checks and converts."""
+        shape = len(queries), k
+        similarities, ids = np.empty(shape, np.float32), np.empty(shape, np.int64)
+        self.index.search_c(shape[0], faiss.swig_ptr(queries), k, faiss.swig_ptr(similarities), faiss.swig_ptr(ids), told)
+        return similarities, ids
 
     def _shared_out(self, queries: Vectors, k: int, search: Search, share: float, selector: Any) -> exact.Found:
         """Queries divided among the cores. Of lists, each by itself: which are nearest is decided by a matrix product, whose last bits
@@ -190,12 +220,8 @@ class Part:
         step = 1 if "lists" in self.plan.build else -(-len(queries) // parts)
         starts = range(0, len(queries), step)
 
-        def some(part: int) -> list[Any]:
-            found = []
-            for i in starts[part::parts]:
-                told = kinds.parameters(self.plan, search, k, share, selector)
-                found.append(self.index.search(queries[i : i + step], k, params=told))
-            return found
+        def some(part: int) -> list[exact.Found]:
+            return [self._ask(queries[i : i + step], k, self._told(search, k, share, selector)) for i in starts[part::parts]]
 
         found = exact.in_parallel(some, parts)
         rows = [found[n % parts][n // parts] for n in range(len(starts))]
@@ -205,17 +231,20 @@ class Part:
         parts = max(1, min(exact.cores(), self.rows // SPLIT_ROWS))
         if parts == 1:
             with exact.one_core():
-                found = self.index.search(queries, k, params=faiss.SearchParameters(sel=selector))
-            return found[0], found[1]
+                return self._ask(queries, k, self._told(PLAIN, k, 1.0, selector))
         edges = np.linspace(self.first, self.end, parts + 1).astype(np.int64).tolist()
 
         def scan(part: int) -> exact.Found:
             run = faiss.IDSelectorRange(edges[part], edges[part + 1])
             sel = faiss.IDSelectorAnd(run, selector) if selector is not None else run
-            found = self.index.search(queries, k, params=faiss.SearchParameters(sel=sel))
-            return found[0], found[1]
+            return self._ask(queries, k, faiss.SearchParameters(sel=sel))
 
         return exact.merged(exact.in_parallel(scan, parts), k)
+
+
+def _told_of_the_whole(plan: Plan, k: int, ef_search: int, nprobe: int) -> Any:
+    """What a search without a selector is told: FAISS only reads it, so that threads may share it."""
+    return kinds.parameters(plan, Search(ef_search=ef_search, nprobe=nprobe), k, 1.0, None)
 
 
 class FaissIndex:

@@ -163,7 +163,7 @@ def candidates(plan: Plan, k: int) -> int:
 
 
 def parameters(plan: Plan, search: Search, k: int, share: float, selector: Any) -> Any:
-    """What one search of a file of this kind is told. Made anew for every search: FAISS writes into it on its way.
+    """What a search of a file of this kind is told. With a selector it is made anew for every search: FAISS writes into it on its way.
 
     Args:
         k: as `candidates` has it.
@@ -197,8 +197,21 @@ def holds_vectors(plan: Plan) -> bool:
 
 def vector_at(plan: Plan, index: Any, row: int) -> NDArray[np.float32]:
     """The vector of a row of `ids_of`, of a kind that holds them."""
-    inner = faiss.downcast_index(index.index)
-    if plan.kind == "hnsw":
-        inner = faiss.downcast_index(inner.storage)
-    found: NDArray[np.float32] = inner.reconstruct(row)
+    found: NDArray[np.float32] = _storage(plan, index).reconstruct(row)
     return found
+
+
+def codes_of(plan: Plan, index: Any) -> NDArray[np.void]:
+    """The vectors of a kind that holds them, `[rows]`, an item the bytes of one: float32 of kind flat32, else float16.
+
+    A view of the mapped file, not a copy: valid for as long as the index is, and not aligned.
+    """
+    storage = _storage(plan, index)
+    codes: NDArray[np.void] = faiss.rev_swig_ptr(storage.codes.data(), storage.codes.size()).view(f"V{storage.code_size}")
+    codes.flags.writeable = False
+    return codes
+
+
+def _storage(plan: Plan, index: Any) -> Any:
+    inner = faiss.downcast_index(index.index)
+    return faiss.downcast_index(inner.storage) if plan.kind == "hnsw" else inner
