@@ -16,8 +16,7 @@ from tagstore.gpu import GpuIndex, device_number
 from tagstore.guard import NOBODY, Guard, check_exclude
 from tagstore.index import PLAIN, Allowed, Index
 from tagstore.kinds import MAX_EF
-from tagstore.reading import Tags, keys_and_tags
-from tagstore.reading import vectors as vectors_of
+from tagstore.reading import Rows, Tags, keys_and_tags
 from tagstore.store import Snapshot
 from tagstore.types import ORDERS, Identity, Kind, Neighbour, Retrieval, RetrievedTag, Search, StoreInfo, TagInfo, Vectors
 
@@ -67,6 +66,7 @@ class Engine:
         self.digest = self.fingerprint.digest
         self._live = Allowed(snapshot.array("live", np.uint8), snapshot.version.entries)
         self._filters = Filters(snapshot, self._live)
+        self._rows = Rows(snapshot, self.index.parts if isinstance(self.index, FaissIndex) else ())
         self._tags = Tags(snapshot)
         self.observe: Callable[[str, float], None] | None = None
         """Called with a stage, "search" or "tags", and the seconds that it took of a request or a piece of one."""
@@ -165,10 +165,7 @@ class Engine:
         if found.size > ROWS_AT_ONCE:
             columns = (found[:, start : start + ROWS_AT_ONCE] for start in range(0, found.shape[1], ROWS_AT_ONCE))
             return np.concatenate([self._similarities(some, queries) for some in columns], axis=1)
-        if len(found) == 1:
-            return _cosines(vectors_of(self.snapshot, found[0].tolist()), queries[0])[None]
-        unique, where = np.unique(found, return_inverse=True)
-        return _cosines(vectors_of(self.snapshot, unique.tolist())[where.reshape(found.shape)], queries)
+        return _cosines(self._rows.find(found.reshape(-1)).reshape(*found.shape, queries.shape[1]), queries[:, None])
 
     def _answer(
         self,
@@ -293,7 +290,11 @@ def check_request(queries: int, search: Search, identities: Sequence[Identity] =
     check_exclude(search.exclude, identities, queries)
 
 
-def _cosines(rows: NDArray[np.float32], query: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Inner products of `rows` `[..., n, D]` with `query` `[..., D]`: summed row by row, so equal whatever else is in the batch."""
-    products: NDArray[np.float32] = (rows * query[..., None, :]).sum(axis=-1, dtype=np.float32)
-    return np.clip(products, -1, 1)
+def _cosines(rows: NDArray[np.float32], queries: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Inner products of `rows` `[..., n, D]`, which are overwritten, with `queries` `[..., 1, D]`.
+
+    Multiplied and summed row by row, so equal whatever else is in the batch; a matrix product is not.
+    """
+    np.multiply(rows, queries, out=rows)
+    cosines: NDArray[np.float32] = np.minimum(np.maximum(np.add.reduce(rows, axis=-1), -1), 1)
+    return cosines

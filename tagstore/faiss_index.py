@@ -166,6 +166,7 @@ class Part:
         self.plan = plan_of(about["plan"]) if "plan" in about else Plan("flat")
         self.index = open_file(path, about["rows"], dimension)
         self.first, self.end, self.rows = about["first"], about["end"], about["rows"]
+        self._dimension = dimension
         self.alive = live.between(self.first, self.end)
         self.holds_vectors = kinds.holds_vectors(self.plan)
         """Whether `vectors` may be called."""
@@ -181,8 +182,8 @@ class Part:
         """
         codes = self._codes.take(ids - self.first if self._ids is None else np.searchsorted(self._ids, ids))
         if self.plan.kind == "flat32":
-            return codes.view(np.float32).reshape(len(ids), -1)
-        return exact.widened(codes.view(np.float16)).reshape(len(ids), -1)
+            return codes.view(np.float32).reshape(len(ids), self._dimension)
+        return exact.widened(codes.view(np.float16)).reshape(len(ids), self._dimension)
 
     def search(self, queries: Vectors, k: int, allowed: Allowed | None, live: Allowed, search: Search) -> exact.Found:
         """The best of the file's entries, by the index's own arithmetic; -1 where it found no more."""

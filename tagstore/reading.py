@@ -7,8 +7,11 @@ from threading import Lock
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from tagstore import exact
 from tagstore.errors import Damaged, NotFound
+from tagstore.faiss_index import Part
 from tagstore.records import decode_hot, decode_tag
 from tagstore.store import ROWS, SPACE, U64, Snapshot
 from tagstore.types import Kind, Vectors
@@ -21,12 +24,28 @@ FEW = 1 << 14
 _pack = U64.pack
 
 
-def vectors(snapshot: Snapshot, ids: list[int]) -> Vectors:
-    """Image vectors of some entries, `[n, D]` float32, in the order of `ids`."""
-    if len(ids) > FEW:
-        return snapshot.vectors(np.array(ids, np.int64))
-    with snapshot.store.env.begin(buffers=True) as txn:
-        return _rows(txn, snapshot, "vectors", ids)
+class Rows:
+    """Image vectors of a version's entries: out of its index files where all of them hold the stored numbers, else out of the store."""
+
+    def __init__(self, snapshot: Snapshot, parts: Sequence[Part]) -> None:
+        self._snapshot = snapshot
+        self._parts = parts if all(part.holds_vectors for part in parts) else ()
+
+    def find(self, ids: NDArray[np.int64]) -> Vectors:
+        """`[n, D]` float32 in the order of `ids`, in memory of their own. Raises `Damaged` if the store has lost one."""
+        snapshot, parts = self._snapshot, self._parts
+        if len(parts) == 1:
+            return parts[0].vectors(ids)
+        if parts:
+            rows = np.empty((len(ids), snapshot.dimension), np.float32)
+            for part in parts:
+                here = (ids >= part.first) & (ids < part.end)
+                rows[here] = part.vectors(ids[here])
+            return rows
+        if len(ids) > FEW:
+            return snapshot.vectors(ids)
+        with snapshot.store.env.begin(buffers=True) as txn:
+            return _rows(txn, snapshot, "vectors", ids.tolist())
 
 
 def keys_and_tags(snapshot: Snapshot, ids: list[int]) -> list[tuple[str, list[int]]]:
@@ -46,7 +65,7 @@ def _rows(txn: Any, snapshot: Snapshot, name: str, ids: Sequence[int]) -> Vector
             raise Damaged(f"store '{snapshot.store.name}' has lost row {i} of its {name}")
         pieces.append(data[at : at + width])
     # joined while the transaction lasts: the pieces are the map's own memory
-    return np.frombuffer(b"".join(pieces), np.float16).astype(np.float32).reshape(len(ids), snapshot.dimension)
+    return exact.widened(np.frombuffer(b"".join(pieces), np.float16)).reshape(len(ids), snapshot.dimension)
 
 
 class Tags:
