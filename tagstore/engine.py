@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,25 +32,30 @@ ROWS_AT_ONCE = 1 << 15
 """Stored vectors held in memory to re-rank: 64 MiB at 512 dimensions, whatever the request."""
 
 
+_SIMILARITY = {"votes": 1, "similarity": 0, "relevance": 2}
+_RELEVANCE = {"votes": 2, "similarity": 2, "relevance": 0}
+"""Where a signal stands among the three that order tags."""
+
+
 class Answer(NamedTuple):
     """One query's answer in columns: what a `Retrieval` is made of, without an object for every neighbour and tag.
 
     A server writes its messages from this; `Engine.retrieve` returns the same as values. Positions in a column belong together.
     """
 
-    entry_ids: list[int]
+    entry_ids: Sequence[int]
     """Of the neighbours, best first; also where `Search.neighbours` is false."""
-    keys: list[str]
-    similarities: list[float]
+    keys: Sequence[str]
+    similarities: Sequence[float]
     excluded: int
-    tag_ids: list[int]
+    tag_ids: Sequence[int]
     """In the order asked for, cut at `Search.max_tags`."""
-    texts: list[str]
+    texts: Sequence[str]
     """Empty where `Search.texts` is false, and so are `kinds`."""
-    kinds: list[Kind]
-    tag_similarities: list[float]
-    relevance: list[float]
-    carriers: list[list[int]]
+    kinds: Sequence[Kind]
+    tag_similarities: Sequence[float]
+    relevance: Sequence[float]
+    carriers: Sequence[Sequence[int]]
     """Positions in `entry_ids` of the neighbours that carry a tag, best first; its votes are their number."""
 
 
@@ -97,12 +102,8 @@ class Engine:
             began = time.perf_counter()
             ranked = self._nearest(some, np.arange(start, start + len(some)), search.k + SPARE, search, allowed, guard)
             between = time.perf_counter()
-            if len(ranked) == 1:
-                answers.append(self._answer(some[0], *ranked[0], keys_and_tags(self.snapshot, ranked[0][0]), search))
-            else:
-                unique = list({i for ids, _, _ in ranked for i in ids})
-                found = dict(zip(unique, keys_and_tags(self.snapshot, unique), strict=True))
-                answers += [self._answer(q, *near, [found[i] for i in near[0]], search) for q, near in zip(some, ranked, strict=True)]
+            records = keys_and_tags(self.snapshot, [ids for ids, _, _ in ranked])
+            answers += [self._answer(q, *near, at, search) for q, near, at in zip(some, ranked, records, strict=True)]
             if self.observe is not None:
                 self.observe("search", between - began)
                 self.observe("tags", time.perf_counter() - between)
@@ -131,17 +132,15 @@ class Engine:
         found = self.index.search(queries, candidates, allowed=allowed, search=search)
         similarities = self._similarities(found, queries)
         order = np.lexsort((found, -similarities), axis=1)
-        if len(queries) == 1:
-            found, similarities = found[:, order[0]], similarities[:, order[0]]
-        else:
-            found, similarities = np.take_along_axis(found, order, axis=1), np.take_along_axis(similarities, order, axis=1)
+        rows = np.arange(len(queries))[:, None]
+        found, similarities = found[rows, order], similarities[rows, order]
         complete, k = found.shape[1] >= everything, search.k
         answers: list[tuple[list[int], list[float], int]] = []
         short: list[int] = []
         if guard is None and search.min_similarity <= -1 and (complete or found.shape[1] >= k):
             answers = [(i, s, 0) for i, s in zip(found[:, :k].tolist(), similarities[:, :k].tolist(), strict=True)]
             if not complete and candidates < MAX_TIES:
-                short = np.flatnonzero(similarities[:, -1] >= similarities[:, k - 1] - self._edge).tolist()
+                short = (similarities[:, -1] >= similarities[:, k - 1] - self._edge).nonzero()[0].tolist()
         else:
             near = similarities >= search.min_similarity
             fits = near if guard is None else near & guard.kept(numbers, found)
@@ -177,46 +176,38 @@ class Engine:
         search: Search,
     ) -> Answer:
         carriers: dict[int, list[int]] = {}
-        for position, (_, tag_ids) in enumerate(records):
-            for tag_id in tag_ids:
+        for position, (_, carried) in enumerate(records):
+            for tag_id in carried:
                 if tag_id in carriers:
                     carriers[tag_id].append(position)
                 else:
                     carriers[tag_id] = [position]
-        found = list(carriers)
-        names, embeddings = self._tags.find(found)
-        relevance = _cosines(embeddings, query).tolist() if found else []
-        # neighbours come best first, so a tag's first carrier is its best
-        columns = [
-            (-len(at), -similarities[at[0]], -r, t, n) for n, ((t, at), r) in enumerate(zip(carriers.items(), relevance, strict=True))
-        ]
-        if search.order == "similarity":
-            columns.sort(key=lambda c: (c[1], c[0], c[2], c[3]))
-        elif search.order == "relevance":
-            columns.sort(key=lambda c: (c[2], c[0], c[1], c[3]))
+        keys = [key for key, _ in records]
+        if not carriers:
+            return Answer(ids, keys, similarities, excluded, (), (), (), (), (), ())
+        names, embeddings = self._tags.find(list(carriers))
+        relevance = _cosines(embeddings, query).tolist()
+        # a row for each tag, what orders it first; neighbours come best first, so a tag's first carrier is its best
+        rows: list[tuple[Any, ...]]
+        signals = zip(carriers.items(), relevance, names, strict=True)
+        if search.order == "votes":
+            rows = [(len(at), similarities[at[0]], r, -t, t, at, n) for (t, at), r, n in signals]
+        elif search.order == "similarity":
+            rows = [(similarities[at[0]], len(at), r, -t, t, at, n) for (t, at), r, n in signals]
         else:
-            columns.sort()
+            rows = [(r, len(at), similarities[at[0]], -t, t, at, n) for (t, at), r, n in signals]
+        rows.sort(reverse=True)
         if search.max_tags:
-            del columns[search.max_tags :]
-        chosen = [c[3] for c in columns]
-        named = [names[c[4]] for c in columns] if search.texts else []
-        return Answer(
-            ids,
-            [key for key, _ in records],
-            similarities,
-            excluded,
-            chosen,
-            [text for text, _ in named],
-            [kind for _, kind in named],
-            [-c[1] for c in columns],
-            [relevance[c[4]] for c in columns],
-            [carriers[t] for t in chosen],
-        )
+            del rows[search.max_tags :]
+        *ranks, _, tag_ids, at, named = zip(*rows, strict=True)
+        similarity, relevance = ranks[_SIMILARITY[search.order]], ranks[_RELEVANCE[search.order]]
+        texts, kinds = zip(*named, strict=True) if search.texts else ((), ())
+        return Answer(ids, keys, similarities, excluded, tag_ids, texts, kinds, similarity, relevance, at)
 
     def _retrieval(self, answer: Answer, search: Search) -> Retrieval:
         ids, there = answer.entry_ids, search.neighbours
         texts = answer.texts if search.texts else [""] * len(answer.tag_ids)
-        kinds: list[Kind] = answer.kinds if search.texts else ["object"] * len(answer.tag_ids)
+        kinds: Sequence[Kind] = answer.kinds if search.texts else ["object"] * len(answer.tag_ids)
         rows = zip(answer.tag_ids, texts, kinds, answer.tag_similarities, answer.carriers, answer.relevance, strict=True)
         return Retrieval(
             self.snapshot.store.name,
@@ -252,9 +243,9 @@ class Engine:
         queries = vectors.astype(np.float32)
         with np.errstate(over="ignore", invalid="ignore"):
             norms = np.sqrt((queries * queries).sum(axis=1, keepdims=True))
-        fine = (norms > 0) & (norms < np.inf)
-        if not fine.all():
-            raise BadVector(f"query {np.flatnonzero(~fine)[0]} holds NaN, infinite or only zero values: it has no direction to search in")
+        fine = [0 < norm < np.inf for [norm] in norms.tolist()]
+        if False in fine:
+            raise BadVector(f"query {fine.index(False)} holds NaN, infinite or only zero values: it has no direction to search in")
         unit: Vectors = queries / norms
         return unit
 

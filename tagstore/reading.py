@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from threading import Lock
 from typing import Any
 
@@ -48,11 +48,12 @@ class Rows:
             return _rows(txn, snapshot, "vectors", ids.tolist())
 
 
-def keys_and_tags(snapshot: Snapshot, ids: list[int]) -> list[tuple[str, list[int]]]:
-    """Key and tag ids of each entry."""
-    with snapshot.store.env.begin() as txn:
-        get, db = txn.get, snapshot.store.db["entries"]
-        return [decode_hot(get(_pack(i), db=db)) for i in ids]
+def keys_and_tags(snapshot: Snapshot, ids: Iterable[Iterable[int]]) -> list[list[tuple[str, list[int]]]]:
+    """Key and tag ids of each entry, of the neighbours of several queries; an entry that several share is read once."""
+    found: dict[int, tuple[str, list[int]]] = {}
+    with snapshot.store.env.begin(db=snapshot.store.db["entries"]) as txn:
+        get = txn.get
+        return [[found[i] if i in found else found.setdefault(i, decode_hot(get(_pack(i)))) for i in some] for some in ids]
 
 
 def _rows(txn: Any, snapshot: Snapshot, name: str, ids: Sequence[int]) -> Vectors:
@@ -91,7 +92,7 @@ class Tags:
                 table.add(missing)
             slots = [table.slots[i] for i in tag_ids]
         names = table.names
-        return [names[slot] for slot in slots], table.rows[slots]  # type: ignore[index]
+        return [names[slot] for slot in slots], table.rows.take(slots, axis=0)  # type: ignore[index,arg-type]
 
 
 class _Table:

@@ -83,15 +83,14 @@ def decode_hot(data: bytes) -> tuple[str, list[int]]:
     n, at = (data[end], end + 1) if data[end] < 128 else _get_int(data, end)
     tag_ids = []
     for _ in range(n):
-        # `_get_int` without the call: this runs five times a neighbour
-        byte = data[at]
-        at += 1
-        value, shift = byte & 127, 7
-        while byte > 127:
-            byte = data[at]
+        # this runs five times a neighbour, and nearly all of them take one byte or two
+        value = data[at]
+        if value < 128:
             at += 1
-            value |= (byte & 127) << shift
-            shift += 7
+        elif (high := data[at + 1]) < 128:
+            value, at = value & 127 | high << 7, at + 2
+        else:
+            value, at = _get_int(data, at)
         tag_ids.append(value)
     return key, tag_ids
 
