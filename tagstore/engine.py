@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +15,8 @@ from tagstore.gpu import GpuIndex, device_number
 from tagstore.guard import NOBODY, Guard, check_exclude
 from tagstore.index import PLAIN, Allowed, Index
 from tagstore.kinds import MAX_EF
+from tagstore.merging import Answer as Answer
+from tagstore.merging import Near, cosines, merged
 from tagstore.reading import Rows, Tags, keys_and_tags
 from tagstore.store import Snapshot
 from tagstore.types import ORDERS, Identity, Kind, Neighbour, Retrieval, RetrievedTag, Search, StoreInfo, TagInfo, Vectors
@@ -30,33 +31,6 @@ MAX_ANSWERS = 1 << 16
 """Neighbours of one request, over all its queries."""
 ROWS_AT_ONCE = 1 << 15
 """Stored vectors held in memory to re-rank: 64 MiB at 512 dimensions, whatever the request."""
-
-
-_SIMILARITY = {"votes": 1, "similarity": 0, "relevance": 2}
-_RELEVANCE = {"votes": 2, "similarity": 2, "relevance": 0}
-"""Where a signal stands among the three that order tags."""
-
-
-class Answer(NamedTuple):
-    """One query's answer in columns: what a `Retrieval` is made of, without an object for every neighbour and tag.
-
-    A server writes its messages from this; `Engine.retrieve` returns the same as values. Positions in a column belong together.
-    """
-
-    entry_ids: Sequence[int]
-    """Of the neighbours, best first; also where `Search.neighbours` is false."""
-    keys: Sequence[str]
-    similarities: Sequence[float]
-    excluded: int
-    tag_ids: Sequence[int]
-    """In the order asked for, cut at `Search.max_tags`."""
-    texts: Sequence[str]
-    """Empty where `Search.texts` is false, and so are `kinds`."""
-    kinds: Sequence[Kind]
-    tag_similarities: Sequence[float]
-    relevance: Sequence[float]
-    carriers: Sequence[Sequence[int]]
-    """Positions in `entry_ids` of the neighbours that carry a tag, best first; its votes are their number."""
 
 
 class Engine:
@@ -103,15 +77,13 @@ class Engine:
             ranked = self._nearest(some, np.arange(start, start + len(some)), search.k + SPARE, search, allowed, guard)
             between = time.perf_counter()
             records = keys_and_tags(self.snapshot, [ids for ids, _, _ in ranked])
-            answers += [self._answer(q, *near, at, search) for q, near, at in zip(some, ranked, records, strict=True)]
+            answers += merged(self._tags, some, ranked, records, search)
             if self.observe is not None:
                 self.observe("search", between - began)
                 self.observe("tags", time.perf_counter() - between)
         return answers
 
-    def nearest(
-        self, vectors: NDArray[np.floating], search: Search = PLAIN, identities: Sequence[Identity] = ()
-    ) -> list[tuple[list[int], list[float], int]]:
+    def nearest(self, vectors: NDArray[np.floating], search: Search = PLAIN, identities: Sequence[Identity] = ()) -> list[Near]:
         """Of each query, up to 4096: ids and similarities of its neighbours, best first, equal ones by id; how many nearer ones were
         kept out. Raises as `retrieve`."""
         queries = self._checked(vectors, search, identities)
@@ -124,7 +96,7 @@ class Engine:
 
     def _nearest(
         self, queries: Vectors, numbers: NDArray[np.int64], candidates: int, search: Search, allowed: Allowed | None, guard: Guard | None
-    ) -> list[tuple[list[int], list[float], int]]:
+    ) -> list[Near]:
         if len(queries) > (step := max(1, ROWS_AT_ONCE // candidates)):
             pieces = (slice(start, start + step) for start in range(0, len(queries), step))
             return [a for p in pieces for a in self._nearest(queries[p], numbers[p], candidates, search, allowed, guard)]
@@ -135,7 +107,7 @@ class Engine:
         rows = np.arange(len(queries))[:, None]
         found, similarities = found[rows, order], similarities[rows, order]
         complete, k = found.shape[1] >= everything, search.k
-        answers: list[tuple[list[int], list[float], int]] = []
+        answers: list[Near] = []
         short: list[int] = []
         if guard is None and search.min_similarity <= -1 and (complete or found.shape[1] >= k):
             answers = [(i, s, 0) for i, s in zip(found[:, :k].tolist(), similarities[:, :k].tolist(), strict=True)]
@@ -164,45 +136,7 @@ class Engine:
         if found.size > ROWS_AT_ONCE:
             columns = (found[:, start : start + ROWS_AT_ONCE] for start in range(0, found.shape[1], ROWS_AT_ONCE))
             return np.concatenate([self._similarities(some, queries) for some in columns], axis=1)
-        return _cosines(self._rows.find(found.reshape(-1)).reshape(*found.shape, queries.shape[1]), queries[:, None])
-
-    def _answer(
-        self,
-        query: NDArray[np.float32],
-        ids: list[int],
-        similarities: list[float],
-        excluded: int,
-        records: list[tuple[str, list[int]]],
-        search: Search,
-    ) -> Answer:
-        carriers: dict[int, list[int]] = {}
-        for position, (_, carried) in enumerate(records):
-            for tag_id in carried:
-                if tag_id in carriers:
-                    carriers[tag_id].append(position)
-                else:
-                    carriers[tag_id] = [position]
-        keys = [key for key, _ in records]
-        if not carriers:
-            return Answer(ids, keys, similarities, excluded, (), (), (), (), (), ())
-        names, embeddings = self._tags.find(list(carriers))
-        relevance = _cosines(embeddings, query).tolist()
-        # a row for each tag, what orders it first; neighbours come best first, so a tag's first carrier is its best
-        rows: list[tuple[Any, ...]]
-        signals = zip(carriers.items(), relevance, names, strict=True)
-        if search.order == "votes":
-            rows = [(len(at), similarities[at[0]], r, -t, t, at, n) for (t, at), r, n in signals]
-        elif search.order == "similarity":
-            rows = [(similarities[at[0]], len(at), r, -t, t, at, n) for (t, at), r, n in signals]
-        else:
-            rows = [(r, len(at), similarities[at[0]], -t, t, at, n) for (t, at), r, n in signals]
-        rows.sort(reverse=True)
-        if search.max_tags:
-            del rows[search.max_tags :]
-        *ranks, _, tag_ids, at, named = zip(*rows, strict=True)
-        similarity, relevance = ranks[_SIMILARITY[search.order]], ranks[_RELEVANCE[search.order]]
-        texts, kinds = zip(*named, strict=True) if search.texts else ((), ())
-        return Answer(ids, keys, similarities, excluded, tag_ids, texts, kinds, similarity, relevance, at)
+        return cosines(self._rows.find(found.reshape(-1)).reshape(*found.shape, queries.shape[1]), queries[:, None])
 
     def _retrieval(self, answer: Answer, search: Search) -> Retrieval:
         ids, there = answer.entry_ids, search.neighbours
@@ -279,13 +213,3 @@ def check_request(queries: int, search: Search, identities: Sequence[Identity] =
     if queries > MAX_BATCH:
         raise InvalidInput(f"{queries} queries in one request: send at most {MAX_BATCH}")
     check_exclude(search.exclude, identities, queries)
-
-
-def _cosines(rows: NDArray[np.float32], queries: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Inner products of `rows` `[..., n, D]`, which are overwritten, with `queries` `[..., 1, D]`.
-
-    Multiplied and summed row by row, so equal whatever else is in the batch; a matrix product is not.
-    """
-    np.multiply(rows, queries, out=rows)
-    cosines: NDArray[np.float32] = np.minimum(np.maximum(np.add.reduce(rows, axis=-1), -1), 1)
-    return cosines

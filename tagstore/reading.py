@@ -18,6 +18,8 @@ from tagstore.types import Kind, Vectors
 
 TAG_BYTES = 64 << 20
 """Of a version's tags kept in memory with their embeddings: 27,000 of them at 512 dimensions. When it is full, it starts anew."""
+TAGS_AT_ONCE = 1 << 13
+"""Embeddings that several queries may ask for together: 16 MiB at 512 dimensions."""
 FEW = 1 << 14
 """Rows up to which they are fetched one by one; for more, all rows of a block at a time."""
 
@@ -76,6 +78,8 @@ class Tags:
         self._snapshot = snapshot
         self._lock = Lock()
         self._table = _Table(snapshot)
+        self.at_once = min(TAGS_AT_ONCE, self._table.room)
+        """Tags to ask for together, at most, on behalf of several queries; one query may have more."""
 
     def find(self, tag_ids: list[int]) -> tuple[list[tuple[str, Kind]], Vectors]:
         """Text and kind of each tag, and their embeddings `[n, D]` float32. Raises `NotFound` for an id of none."""
@@ -92,7 +96,7 @@ class Tags:
                 table.add(missing)
             slots = [table.slots[i] for i in tag_ids]
         names = table.names
-        return [names[slot] for slot in slots], table.rows.take(slots, axis=0)  # type: ignore[index,arg-type]
+        return [names[slot] for slot in slots], table.rows.take(np.array(slots, np.int64), axis=0)  # type: ignore[index]
 
 
 class _Table:
