@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -97,19 +98,46 @@ def search_from_proto(request: pb.RetrieveRequest) -> Search:
     order = _ORDER_FROM_WIRE.get(request.order)
     if order is None:
         raise InvalidInput(f"order {request.order} is unknown here: leave it out, or ask for {', '.join(ORDERS)}")
-    return Search(
-        k=request.k if request.HasField("k") else _DEFAULT.k,
-        max_tags=request.max_tags,
-        min_similarity=request.min_similarity if request.HasField("min_similarity") else _DEFAULT.min_similarity,
-        order=order,
-        where=dict(request.where),
-        exclude=_exclude_from_proto(request.exclude) if request.HasField("exclude") else _NOBODY,
-        exact=request.exact,
-        nprobe=request.nprobe,
-        ef_search=request.ef_search,
-        neighbours=not request.omit_neighbours,
-        texts=not request.omit_texts,
+    exclude = request.exclude
+    options = (
+        request.k if request.HasField("k") else _DEFAULT.k,
+        request.max_tags,
+        request.min_similarity if request.HasField("min_similarity") else _DEFAULT.min_similarity,
+        order,
+        request.exact,
+        request.nprobe,
+        request.ef_search,
+        not request.omit_neighbours,
+        not request.omit_texts,
     )
+    if request.where or exclude.keys or exclude.entry_ids:
+        return _search(options, _exclude_from_proto(exclude), dict(request.where))
+    hash_distance = exclude.perceptual_hash if exclude.HasField("perceptual_hash") else -1
+    return _plain_search(options, exclude.key, exclude.sha256, hash_distance)
+
+
+def _search(options: tuple[Any, ...], exclude: Exclude, where: Mapping[str, str]) -> Search:
+    k, max_tags, min_similarity, order, exact, nprobe, ef_search, neighbours, texts = options
+    return Search(
+        k=k,
+        max_tags=max_tags,
+        min_similarity=min_similarity,
+        order=order,
+        where=where,
+        exclude=exclude,
+        exact=exact,
+        nprobe=nprobe,
+        ef_search=ef_search,
+        neighbours=neighbours,
+        texts=texts,
+    )
+
+
+@lru_cache(1024)
+def _plain_search(options: tuple[Any, ...], key: bool, sha256: bool, perceptual_hash: int) -> Search:
+    """The same object for the same options: a server searches together what has one."""
+    nobody = not key and not sha256 and perceptual_hash < 0
+    return _search(options, _NOBODY if nobody else Exclude(key=key, sha256=sha256, perceptual_hash=perceptual_hash), {})
 
 
 def identities_from_proto(request: pb.RetrieveRequest) -> list[Identity]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,15 +20,17 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from tagstore.admin import AdminService
 from tagstore.errors import Unavailable
-from tagstore.service import TagStoreService
+from tagstore.service import Query, TagStoreService, answered
 from tagstore.serving import metrics, tracing
 from tagstore.serving.access import Access
 from tagstore.serving.audit import Audit
 from tagstore.serving.certificates import Tls, credentials
-from tagstore.serving.door import Door, Pool
-from tagstore.serving.gate import Gate, streaming
+from tagstore.serving.door import Door
+from tagstore.serving.gate import Call, Gate
 from tagstore.serving.live import LiveCatalog
-from tagstore.serving.parsing import Registrar
+from tagstore.serving.loop import loop, run
+from tagstore.serving.methods import Methods
+from tagstore.serving.searching import Searches
 from tagstore.serving.settings import Settings, checked_host
 from tagstore_proto.v1 import tagstore_pb2, tagstore_pb2_grpc
 
@@ -37,9 +41,12 @@ SERVICE = tagstore_pb2.DESCRIPTOR.services_by_name["TagStore"].full_name
 ADMIN = tagstore_pb2.DESCRIPTOR.services_by_name["Admin"].full_name
 SWITCH_SECONDS = 0.0005
 """How long a thread may hold the interpreter while another waits for it; Python's 5 ms are longer than our calls take."""
-
-SLOW_WAITING = 8
-"""Streams and administrators' calls that may wait for a thread."""
+SEARCH_ROWS = 256
+"""Queries of one search."""
+LONG_THREADS = 8
+"""Administrators' calls at a time; others wait."""
+STREAMS_A_CONNECTION = 128
+"""Calls on one connection; what exceeds them waits at the client. Also what a client can hold that takes no answers."""
 M_ARENA_MAX, ARENAS = -8, 2
 """Of glibc's malloc: with an arena a thread, memory that one has freed is of no use to another, and a busy server grows."""
 
@@ -76,7 +83,7 @@ class Server:
         self._host = checked_host(address, settings)
         self.settings = settings
         limits = settings.limits
-        self.catalog = LiveCatalog(root, device=device, limits=limits, cores=settings.cores or os.cpu_count() or 1)
+        self.catalog = LiveCatalog(root, device=device, limits=limits)
         access = Access(settings.tokens or None, anonymous=settings.anonymous, certificates=bool(settings.tls_client_ca))
         self.gate = Gate(access, limits, Audit(settings.audit or None))
         self.announce: Callable[[Mapping[str, Any]], None] = lambda message: None
@@ -84,38 +91,54 @@ class Server:
         self.gate.closed = "the server is opening its stores: try again in a moment"
         if settings.tracing:
             tracing.enable()
-        self.pool = pool = Pool(limits.threads, thread_name_prefix="rpc")
-        # streams and what takes long have threads of their own: they would keep the others from the short calls
-        slow = Pool(limits.streams + 8, thread_name_prefix="rpc-long")
-        queues = {
-            f"/{SERVICE}/RetrieveStream": (slow, SLOW_WAITING),
-            f"/{SERVICE}/": (pool, max(1, limits.in_flight - limits.threads)),
-            f"/{ADMIN}/": (slow, SLOW_WAITING),
-        }
-        self._server = grpc.server(
-            pool,
-            interceptors=[Door(queues)],
-            options=_options(limits.message_bytes, shared),
+        self.searches: Searches[Query, bytes] = Searches(
+            answered,
+            loop(),
+            rows=SEARCH_ROWS,
+            threads=max(2, settings.cores or os.cpu_count() or 1),
+            max_wait=limits.search_wait,
+            spare=limits.search_queue,
+            inline=limits.search_inline,
+            observe=self._observe,
         )
-        self._health = health.HealthServicer()
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        tagstore_pb2_grpc.add_TagStoreServicer_to_server(TagStoreService(self.catalog, self.gate), Registrar(self._server, slow))
-        admin = AdminService(self.catalog, self.gate, lambda message: self.announce(message))
-        tagstore_pb2_grpc.add_AdminServicer_to_server(admin, Registrar(self._server, slow, long=True))
-        names = (SERVICE, ADMIN, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(_Reflection(names, self.gate), self._server)
-        self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        # administrators have threads of their own: what takes long would keep the others from the short calls
+        self._threads = ThreadPoolExecutor(limits.threads, thread_name_prefix="rpc")
+        self._long_threads = ThreadPoolExecutor(LONG_THREADS, thread_name_prefix="rpc-long")
         self._ended = threading.Event()
         self._watch: threading.Thread | None = None
         self._stop_metrics: Callable[[], None] | None = None
+        self._server, self._health, self._port = run(self._bound(address, shared))
+
+    async def _bound(self, address: str, shared: bool) -> tuple[Any, _Health, int]:
+        """The parts that belong to the event loop."""
+        settings, limits = self.settings, self.settings.limits
+        calls, long = Methods(self.gate, self._threads), Methods(self.gate, self._long_threads, long=True)
+        tagstore_pb2_grpc.add_TagStoreServicer_to_server(TagStoreService(self.catalog, self.searches, limits, self._threads), calls)
+        admin = AdminService(self.catalog, self.gate, lambda message: self.announce(message))
+        tagstore_pb2_grpc.add_AdminServicer_to_server(admin, long)
+        names = (SERVICE, ADMIN, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(_Reflection(names), long)
+        limited = [f"/{SERVICE}/{method}" for method in ("Retrieve", "GetTags", "ListStores", "GetStore")]
+        checks = _Health()
+        server = grpc.aio.server(options=_options(limits.message_bytes, shared))
+        server.add_generic_rpc_handlers((Door({**calls.handlers, **long.handlers}, self.gate, limited),))
+        health_pb2_grpc.add_HealthServicer_to_server(checks, _Generic(server))
+        for name in ("", SERVICE):
+            await checks.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
         try:
             if settings.tls_certificate:
                 tls = Tls(settings.tls_certificate, settings.tls_key, settings.tls_client_ca)
-                self._port = self._server.add_secure_port(address, credentials(tls))
+                port = server.add_secure_port(address, credentials(tls))
             else:
-                self._port = self._server.add_insecure_port(address)
+                port = server.add_insecure_port(address)
         except RuntimeError as error:
             raise Unavailable(f"cannot listen on {address}: is another server running there? Port 0 picks a free one") from error
+        return server, checks, port
+
+    @staticmethod
+    def _observe(query: Query, rows: int, waited: float) -> None:
+        metrics.child(metrics.BATCH, "search").observe(rows)
+        metrics.stage("queue", query.engine.snapshot.store.name, waited)
 
     @property
     def address(self) -> str:
@@ -131,13 +154,14 @@ class Server:
         sys.setswitchinterval(SWITCH_SECONDS)
         ctypes.CDLL(None).mallopt(M_ARENA_MAX, ARENAS)
         if not warm_first:
-            self._server.start()
+            run(self._server.start())
         for info in self.catalog.warm():
             log.info("serving %s@%d: %d entries, %s", info.store, info.version, info.entries, info.fingerprint)
         self.gate.closed = ""
-        self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        for name in ("", SERVICE):
+            run(self._health.set(name, health_pb2.HealthCheckResponse.SERVING))
         if warm_first:
-            self._server.start()
+            run(self._server.start())
         self._watch = threading.Thread(target=self._watch_readers, name="rpc-watch", daemon=True)
         self._watch.start()
         if self.settings.metrics:
@@ -147,9 +171,12 @@ class Server:
 
     def stop(self, grace: float = DRAIN_SECONDS) -> None:
         """Refuse new requests, finish those in flight within `grace` seconds."""
-        self._health.enter_graceful_shutdown()
-        self._server.stop(grace).wait()
+        run(self._health.enter_graceful_shutdown())
+        run(self._server.stop(grace))
         self._ended.set()
+        self.searches.close()
+        for threads in (self._threads, self._long_threads):
+            threads.shutdown(wait=False)
         if self._watch is not None:
             self._watch.join()
         if self._stop_metrics is not None:
@@ -158,23 +185,47 @@ class Server:
 
     def _watch_readers(self) -> None:
         while not self._ended.wait(min(1.0, self.settings.limits.slow_reader / 4)):
-            self.gate.cancel_slow()
-
-    def _set_health(self, status: int) -> None:
-        for name in ("", SERVICE):
-            self._health.set(name, status)
+            loop().call_soon_threadsafe(self.gate.give_up_slow)
 
 
-class _Reflection(reflection.ReflectionServicer):
+class _Health(health.aio.HealthServicer):
+    """Health for everybody; who watches it does not keep a server from ending."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._ending = asyncio.Event()
+
+    async def Watch(self, request: Any, context: Any) -> None:  # noqa: N802
+        watching, ending = asyncio.ensure_future(super().Watch(request, context)), asyncio.ensure_future(self._ending.wait())
+        try:
+            await asyncio.wait((watching, ending), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            watching.cancel()
+            ending.cancel()
+
+    async def enter_graceful_shutdown(self) -> None:
+        await super().enter_graceful_shutdown()
+        self._ending.set()
+
+
+class _Reflection(reflection.aio.ReflectionServicer):
     """Reflection for those who may call."""
 
-    def __init__(self, names: tuple[str, ...], gate: Gate) -> None:
-        super().__init__(names)
-        self._gate = gate
+    async def ServerReflectionInfo(  # noqa: N802
+        self, requests: AsyncIterator[Any], call: Call, send: Callable[[Any], Awaitable[None]]
+    ) -> None:
+        async for response in super().ServerReflectionInfo(requests, call):
+            await send(response)
 
-    def ServerReflectionInfo(self, request_iterator: Any, context: Any) -> Any:  # noqa: N802
-        with streaming(self._gate, context, "ServerReflectionInfo"):
-            yield from super().ServerReflectionInfo(request_iterator, context)
+
+class _Generic:
+    """A server that takes handlers by name as they come: registered ones each cost every call some time in gRPC's asyncio face."""
+
+    def __init__(self, server: Any) -> None:
+        self.add_generic_rpc_handlers = server.add_generic_rpc_handlers
+
+    def add_registered_method_handlers(self, service: str, handlers: Any) -> None:
+        """They were added already."""
 
 
 def _options(message_bytes: int, shared: bool) -> list[tuple[str, int]]:
@@ -182,6 +233,7 @@ def _options(message_bytes: int, shared: bool) -> list[tuple[str, int]]:
         ("grpc.max_receive_message_length", message_bytes),
         ("grpc.max_send_message_length", message_bytes),
         ("grpc.max_metadata_size", 16 << 10),
+        ("grpc.max_concurrent_streams", STREAMS_A_CONNECTION),
         # without SO_REUSEPORT a second server on the same port is an error, not a silent half of the traffic
         ("grpc.so_reuseport", int(shared)),
         # a peer that is gone without a word is noticed, and one that never speaks is hung up on

@@ -1,95 +1,108 @@
-"""The servicer: messages in, the catalog's answer out. Access, limits and errors are the gate's business."""
+"""The servicer: messages in, the catalog's answer out. Access, limits and errors are the business of `serving.methods`."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Sequence
-from queue import SimpleQueue
-from typing import Any
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from concurrent.futures import Executor
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tagstore import convert, errors
 from tagstore.engine import MAX_BATCH, Answer, Engine
 from tagstore.serving import metrics, tracing
-from tagstore.serving.access import Caller
-from tagstore.serving.gate import Gate, answering, set_current, streaming, understood
+from tagstore.serving.gate import Call, understood
 from tagstore.serving.limits import Limits
 from tagstore.serving.live import LiveCatalog
-from tagstore.serving.parsing import Malformed, parsed
+from tagstore.serving.methods import answering, in_thread, parsed
+from tagstore.serving.searching import Searches
 from tagstore.status import error_to_proto
-from tagstore.types import Search
+from tagstore.types import Identity, Search
 from tagstore_proto.v1 import tagstore_pb2 as pb
-from tagstore_proto.v1 import tagstore_pb2_grpc as pb_grpc
 
 MAX_TAGS_A_PAGE = 10_000
 AHEAD = 64
-"""Requests of a stream that are read ahead of the answers; what is there is answered together."""
+"""Requests of a stream that are worked on before the first of them is answered."""
 
 
-class TagStoreService(pb_grpc.TagStoreServicer):
-    """`tagstore.v1.TagStore` over a catalog."""
+class Query(NamedTuple):
+    """A request that is ready to be searched."""
 
-    def __init__(self, catalog: LiveCatalog, gate: Gate) -> None:
-        self._catalog = catalog
-        self.gate = gate
+    engine: Engine
+    search: Search
+    vectors: NDArray[np.floating]
+    identities: Sequence[Identity]
+    streamed: bool
+
+
+class TagStoreService:
+    """`tagstore.v1.TagStore` over a catalog.
+
+    Args:
+        searches: runs `answered`.
+        threads: for what would keep the event loop: images, texts, versions that are not open yet.
+    """
+
+    def __init__(self, catalog: LiveCatalog, searches: Searches[Query, bytes], limits: Limits, threads: Executor) -> None:
+        self._catalog, self._searches, self._limits, self._threads = catalog, searches, limits, threads
 
     @answering("read")
-    def Retrieve(self, request: pb.RetrieveRequest, context: Any, caller: Caller) -> pb.RetrieveResponse:  # noqa: N802
-        check_sizes(request, self.gate.limits)
-        engine = self._catalog.engine(request.store, request.version)
-        return self._answer(engine, request)
-
-    def RetrieveStream(self, requests: Iterator[pb.RetrieveRequest], context: Any) -> Iterator[pb.RetrieveStreamResponse]:  # noqa: N802
-        with streaming(self.gate, context, "RetrieveStream") as caller:
-            inbox = _Inbox(requests)
-            try:
-                while batch := inbox.take():
-                    for answer in self._stream_answers(batch, context, caller):
-                        self.gate.sending(context)
-                        yield answer
-                        self.gate.sent(context)
-            finally:
-                inbox.close()
-
-    def _stream_answers(self, requests: Sequence[pb.RetrieveRequest], context: Any, caller: Caller) -> list[pb.RetrieveStreamResponse]:
-        """An answer for each request; queries by vector that are alike are answered with one search."""
-        answers: list[pb.RetrieveStreamResponse] = []
-        options = [_options(request) for request in requests] if len(requests) > 1 else [None]
-        start = 0
-        while start < len(requests):
-            end = start + 1
-            while end < len(requests) and options[start] is not None and options[start] == options[end]:
-                end += 1
-            answers += self._alike_answers(requests[start:end], context, caller)
-            start = end
-        return answers
-
-    def _alike_answers(self, requests: Sequence[pb.RetrieveRequest], context: Any, caller: Caller) -> list[pb.RetrieveStreamResponse]:
-        first = requests[0]
-        code = "OK"
+    async def Retrieve(self, request: pb.RetrieveRequest, call: Call) -> bytes:  # noqa: N802
         try:
-            parsed(first)
-            caller.check("read", first.store)
-            set_current(context, first.store)
-            for request in requests:
-                check_sizes(request, self.gate.limits)
-            with tracing.span("RetrieveStream", context.invocation_metadata(), store=first.store, requests=len(requests)):
-                engine = self._catalog.engine(first.store, first.version)
-                found = [self._answer(engine, first)] if len(requests) == 1 else self._answer_together(engine, requests)
-            return [pb.RetrieveStreamResponse(response=response) for response in found]
-        except Exception as error:  # noqa: BLE001  a request that fails is answered, and the stream goes on
-            if len(requests) > 1 and isinstance(error, errors.InvalidInput):
-                return [answer for request in requests for answer in self._alike_answers([request], context, caller)]
-            failure = understood(error, "RetrieveStream")
-            code = type(failure).__name__
-            return [pb.RetrieveStreamResponse(error=error_to_proto(failure)) for _ in requests]
-        finally:
-            metrics.child(metrics.REQUESTS, "RetrieveStream", first.store if code == "OK" else "", code).inc(len(requests))
+            return await self._begun(request, call, streamed=False)
+        except asyncio.CancelledError:
+            self._searches.sweep()
+            raise
 
-    def _answer(self, engine: Engine, request: pb.RetrieveRequest) -> pb.RetrieveResponse:
+    async def RetrieveStream(  # noqa: N802
+        self, requests: AsyncIterator[bytes], call: Call, send: Callable[[bytes], Awaitable[None]]
+    ) -> None:
+        ahead: asyncio.Queue[_Turn | None] = asyncio.Queue(AHEAD)
+
+        async def read() -> None:
+            try:
+                async for data in requests:
+                    await ahead.put(_Turn(self, data, call))
+            finally:
+                await ahead.put(None)
+
+        reader = asyncio.create_task(read())
+        try:
+            while (turn := await ahead.get()) is not None:
+                await send(await turn.answer())
+            await reader
+        finally:
+            reader.cancel()
+            while not ahead.empty():
+                turn = ahead.get_nowait()
+                if turn is not None:
+                    turn.cancel()
+            self._searches.sweep()
+
+    RetrieveStream.parses = True  # type: ignore[attr-defined]  # a message that is none is answered, and the stream goes on
+
+    def _begun(self, request: pb.RetrieveRequest, call: Call, *, streamed: bool) -> asyncio.Future[bytes]:
+        """The answer to come, a message in bytes. Raises what can be told at once."""
+        check_sizes(request, self._limits)
+        engine = self._catalog.ready(request.store, request.version)
+        if engine is None or request.images or request.texts:
+            return asyncio.ensure_future(self._answered(engine, request, call, streamed))
         search = convert.search_from_proto(request)
-        answers = self._catalog.answers(
+        return self._submitted(engine, search, *self._queries(engine, search, request), call, streamed)
+
+    async def _answered(self, engine: Engine | None, request: pb.RetrieveRequest, call: Call, streamed: bool) -> bytes:
+        """As `_begun`, for what has to be opened, decoded or embedded first."""
+        store = request.store
+        if engine is None:
+            engine = await in_thread(self._threads, call, store, self._catalog.engine, store, request.version)
+        search = convert.search_from_proto(request)
+        vectors, identities = await in_thread(self._threads, call, store, self._queries, engine, search, request)
+        return await self._submitted(engine, search, vectors, identities, call, streamed)
+
+    def _queries(self, engine: Engine, search: Search, request: pb.RetrieveRequest) -> tuple[NDArray[np.floating], Sequence[Identity]]:
+        return self._catalog.queries(
             engine,
             images=request.images,
             vectors=convert.vectors_from_proto(request.vectors) if request.HasField("vectors") else None,
@@ -98,16 +111,20 @@ class TagStoreService(pb_grpc.TagStoreServicer):
             search=search,
             identities=convert.identities_from_proto(request) if request.identities else (),
         )
-        return _response(engine, answers, search)
 
-    def _answer_together(self, engine: Engine, requests: Sequence[pb.RetrieveRequest]) -> list[pb.RetrieveResponse]:
-        vectors = [convert.vectors_from_proto(request.vectors) for request in requests]
-        search = convert.search_from_proto(requests[0])
-        found = iter(self._catalog.answers(engine, vectors=np.concatenate(vectors), fingerprint=requests[0].fingerprint, search=search))
-        return [_response(engine, [next(found) for _ in some], search) for some in vectors]
+    def _submitted(
+        self, engine: Engine, search: Search, vectors: NDArray[np.floating], identities: Sequence[Identity], call: Call, streamed: bool
+    ) -> asyncio.Future[bytes]:
+        query = Query(engine, search, vectors, identities, streamed)
+        if not len(vectors):
+            nothing: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+            nothing.set_result(_message(query, ()))
+            return nothing
+        with tracing.span("search", queries=len(vectors)):
+            return self._searches.submit((id(engine), id(search), bool(identities)), query, len(vectors), call.deadline)
 
     @answering("read")
-    def GetTags(self, request: pb.GetTagsRequest, context: Any, caller: Caller) -> pb.GetTagsResponse:  # noqa: N802
+    def GetTags(self, request: pb.GetTagsRequest, call: Call) -> pb.GetTagsResponse:  # noqa: N802
         engine = self._catalog.engine(request.store, request.version)
         limit = request.page_size or 1000
         if max(limit, len(request.tag_ids)) > MAX_TAGS_A_PAGE or request.first_tag_id < 0:
@@ -125,12 +142,12 @@ class TagStoreService(pb_grpc.TagStoreServicer):
         return response
 
     @answering(None)
-    def ListStores(self, request: pb.ListStoresRequest, context: Any, caller: Caller) -> pb.ListStoresResponse:  # noqa: N802
-        infos = [info for info in self._catalog.stores() if caller.may("read", info.store)]
+    def ListStores(self, request: pb.ListStoresRequest, call: Call) -> pb.ListStoresResponse:  # noqa: N802
+        infos = [info for info in self._catalog.stores() if call.caller.may("read", info.store)]
         return pb.ListStoresResponse(stores=[convert.info_to_proto(info) for info in infos])
 
     @answering("read")
-    def GetStore(self, request: pb.GetStoreRequest, context: Any, caller: Caller) -> pb.GetStoreResponse:  # noqa: N802
+    def GetStore(self, request: pb.GetStoreRequest, call: Call) -> pb.GetStoreResponse:  # noqa: N802
         return pb.GetStoreResponse(store=convert.info_to_proto(self._catalog.engine(request.store, request.version).info()))
 
 
@@ -147,18 +164,29 @@ def check_sizes(request: pb.RetrieveRequest, limits: Limits) -> None:
             )
 
 
-def _response(engine: Engine, answers: Sequence[Answer], search: Search) -> pb.RetrieveResponse:
-    return pb.RetrieveResponse(
-        store=engine.snapshot.store.name,
-        version=engine.version.number,
-        fingerprint=engine.digest,
-        retrievals=[_retrieval(answer, search) for answer in answers],
-    )
+def answered(queries: Sequence[Query]) -> list[bytes]:
+    """Messages for queries that are alike but for their vectors and identities, found in one search."""
+    first = queries[0]
+    vectors = first.vectors if len(queries) == 1 else np.concatenate([query.vectors for query in queries])
+    identities = first.identities if len(queries) == 1 else [identity for query in queries for identity in query.identities]
+    found = iter(first.engine.answers(vectors, first.search, identities))
+    return [_message(query, [next(found) for _ in query.vectors]) for query in queries]
 
 
-def _retrieval(answer: Answer, search: Search) -> pb.Retrieval:
-    """An answer as a message: what `Engine.retrieve` would say, without making values of it first."""
-    message = pb.Retrieval(excluded=answer.excluded)
+def _message(query: Query, answers: Iterable[Answer]) -> bytes:
+    message = pb.RetrieveStreamResponse() if query.streamed else pb.RetrieveResponse()
+    response = message.response if isinstance(message, pb.RetrieveStreamResponse) else message
+    engine = query.engine
+    response.store, response.version, response.fingerprint = engine.snapshot.store.name, engine.version.number, engine.digest
+    for answer in answers:
+        _write(response.retrievals.add(), answer, query.search)
+    data: bytes = message.SerializeToString()
+    return data
+
+
+def _write(message: pb.Retrieval, answer: Answer, search: Search) -> None:
+    """An answer into a message: what `Engine.retrieve` would say, without making values of it first."""
+    message.excluded = answer.excluded
     if search.neighbours:
         add_neighbour = message.neighbours.add
         for entry_id, key, similarity in zip(answer.entry_ids, answer.keys, answer.similarities, strict=True):
@@ -171,60 +199,38 @@ def _retrieval(answer: Answer, search: Search) -> pb.Retrieval:
             tag.neighbours.extend(carriers)
         if search.texts:
             tag.tag, tag.kind = answer.texts[place], convert.KIND_TO_WIRE[answer.kinds[place]]
-    return message
 
 
-def _options(request: pb.RetrieveRequest) -> bytes | None:
-    """Of a request by vector all but the vectors: those that are alike in it can be answered with one search. None for any other."""
-    if isinstance(request, Malformed) or request.images or request.texts or request.identities or not request.HasField("vectors"):
-        return None
-    rest = pb.RetrieveRequest()
-    rest.CopyFrom(request)
-    rest.vectors.ClearField("data")
-    options: bytes = rest.SerializeToString(deterministic=True)
-    return options
+class _Turn:
+    """One request of a stream: begun when it is read, answered when it is its turn. A failure is an answer, too."""
 
-
-class _Inbox:
-    """The requests of a stream, read by a thread of its own while those before them are answered; at most `AHEAD` at a time."""
-
-    def __init__(self, requests: Iterator[pb.RetrieveRequest]) -> None:
-        self._queue: SimpleQueue[pb.RetrieveRequest | None] = SimpleQueue()
-        self._room = threading.Event()
-        self._closed = False
-        self._ended = False
-        threading.Thread(target=self._read, args=(requests,), name="rpc-stream", daemon=True).start()
-
-    def _read(self, requests: Iterator[pb.RetrieveRequest]) -> None:
+    def __init__(self, service: TagStoreService, data: bytes, call: Call) -> None:
+        self._store = ""
+        self._future: asyncio.Future[bytes] | None = None
+        self._error: Exception | None = None
         try:
-            for request in requests:
-                self._queue.put(request)
-                if self._queue.qsize() >= AHEAD:
-                    self._room.clear()
-                    if self._queue.qsize() >= AHEAD and not self._closed:
-                        self._room.wait()
-                if self._closed:
-                    return
-        except Exception:  # noqa: BLE001  the call has ended: its servicer is told so by gRPC
-            return
+            request = parsed(pb.RetrieveRequest.FromString, data)
+            call.caller.check("read", request.store)
+            self._store = request.store
+            self._future = service._begun(request, call, streamed=True)
+        except Exception as error:  # noqa: BLE001  told in the answer
+            self._error = error
+
+    async def answer(self) -> bytes:
+        code, store = "OK", self._store
+        try:
+            if self._error is not None:
+                raise self._error
+            assert self._future is not None
+            return await self._future
+        except Exception as error:  # noqa: BLE001  a request that fails is answered, and the stream goes on
+            failure = understood(error, "RetrieveStream")
+            code, store = type(failure).__name__, ""
+            data: bytes = pb.RetrieveStreamResponse(error=error_to_proto(failure)).SerializeToString()
+            return data
         finally:
-            self._queue.put(None)
+            metrics.child(metrics.REQUESTS, "RetrieveStream", store, code).inc()
 
-    def take(self) -> list[pb.RetrieveRequest]:
-        """All requests that are there, at least one; none at the stream's end."""
-        if self._ended:
-            return []
-        found: list[pb.RetrieveRequest] = []
-        request = self._queue.get()
-        while request is not None:
-            found.append(request)
-            if self._queue.empty() or len(found) == AHEAD:
-                break
-            request = self._queue.get()
-        self._ended = request is None
-        self._room.set()
-        return found
-
-    def close(self) -> None:
-        self._closed = True
-        self._room.set()
+    def cancel(self) -> None:
+        if self._future is not None:
+            self._future.cancel()

@@ -296,6 +296,22 @@ def test_tags_at_hand_are_let_go_when_they_are_too_many(small: Engine, monkeypat
     assert len(crowded._tags._table.names) <= 18  # one query may need more than there is room for
 
 
+def test_an_index_file_lends_the_stored_vectors_without_a_copy(root: Path, engines: dict[str, Engine], tmp_path: Path) -> None:
+    append(tmp_path, "s", clustered(900))
+    delete(tmp_path, "s", Selection(keys=[f"k{i}" for i in range(0, 900, 7)]))
+    append(tmp_path, "s", clustered(50, 78), "late")
+    compact(tmp_path, "s")
+    holes = Engine(append(tmp_path, "s", clustered(40, 77), "new"))
+    assert any(part._ids is not None for part in holes.index.parts)
+    for kind, engine in {**engines, "holes": holes}.items():
+        ids = np.random.default_rng(0).permutation(engine.snapshot.live())[:300]
+        assert engine._rows.find(ids).tobytes() == engine.snapshot.vectors(ids).tobytes()
+        assert bool(engine._rows._parts) == (kind not in ("ivf", "ivfpq"))
+        for part in engine._rows._parts:
+            assert not part._codes.flags.owndata
+            assert not part._codes.flags.writeable
+
+
 def test_float16_is_widened_bit_for_bit() -> None:
     finite = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
     finite = finite[np.isfinite(finite)]

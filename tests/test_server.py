@@ -125,12 +125,12 @@ def test_calls_that_come_together_are_searched_together(served, mini, monkeypatc
     _, stub = served()
     expected = [stub.Retrieve(vector_request(mini, i)) for i in range(9)]
     held = Held(monkeypatch)
-    server, stub = served(threads=9)
+    server, stub = served()
     with ThreadPoolExecutor(9) as pool:
         first = pool.submit(stub.Retrieve, vector_request(mini, 0))
         held.started.acquire()
         rest = [pool.submit(stub.Retrieve, vector_request(mini, i)) for i in range(1, 9)]
-        while server.catalog._searches.depth < 8:
+        while server.searches.depth < 8:
             time.sleep(0.001)
         held.go.set()
         assert [f.result(10) for f in (first, *rest)] == expected
@@ -156,7 +156,7 @@ def test_work_whose_deadline_has_passed_is_not_done(served, mini, monkeypatch: p
         with pytest.raises(grpc.RpcError) as caught:
             stub.Retrieve(vector_request(mini, 1), timeout=0.1)
         assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
-        while server.catalog._searches.depth:
+        while server.searches.depth:
             time.sleep(0.001)
         held.go.set()
         assert first.result(10).retrievals
@@ -189,22 +189,20 @@ def test_more_calls_than_there_may_be_are_refused_with_a_time_to_come_again(serv
     assert stub.Retrieve(vector_request(mini)).retrievals
 
 
-def test_what_waits_for_a_thread_is_bounded_too_and_health_still_answers(served, mini, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_at_the_door_of_a_full_server_health_and_administrators_are_let_in(served, mini, monkeypatch: pytest.MonkeyPatch) -> None:
     held = Held(monkeypatch)
-    server, stub = served(threads=1, in_flight=2)
+    server, stub = served(in_flight=2)
     with ThreadPoolExecutor(2) as pool, grpc.insecure_channel(server.address) as channel:
-        first = pool.submit(stub.Retrieve, vector_request(mini))
-        held.started.acquire()
-        second = pool.submit(stub.Retrieve, vector_request(mini))
-        while not server.pool.waiting:
+        two = [pool.submit(stub.Retrieve, vector_request(mini)) for _ in range(2)]
+        while server.gate.in_flight < 2:
             time.sleep(0.001)
-        assert "as many calls wait as there may be" in refused(stub.Retrieve, vector_request(mini)).details()
+        assert "as many as there may be" in refused(stub.Retrieve, vector_request(mini)).details()
         versions = pb_grpc.AdminStub(channel).ListVersions(pb.ListVersionsRequest(store="shapes")).versions
-        assert len(versions) == 1  # administrators have threads of their own
-        check = health_pb2_grpc.HealthStub(channel).Check.future(health_pb2.HealthCheckRequest())
+        assert len(versions) == 1
+        check = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+        assert check.status == health_pb2.HealthCheckResponse.SERVING
         held.go.set()
-        assert first.result(10) == second.result(10)
-        assert check.result(10).status == health_pb2.HealthCheckResponse.SERVING
+        assert two[0].result(10) == two[1].result(10)
 
 
 def test_a_client_may_not_have_everything_for_itself(served, mini, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,14 +220,14 @@ def test_a_client_may_not_have_everything_for_itself(served, mini, monkeypatch: 
 
 def test_a_long_queue_refuses(served, mini, monkeypatch: pytest.MonkeyPatch) -> None:
     held = Held(monkeypatch)
-    server, stub = served(search_wait=0.0, search_queue=0)
+    server, stub = served(search_wait=0.0, search_queue=0, search_inline=0.0)
     held.go.set()
     stub.Retrieve(vector_request(mini))
     held.go.clear()
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(stub.Retrieve, vector_request(mini))
         second = pool.submit(stub.Retrieve, vector_request(mini))
-        while server.catalog._searches.depth < 1:
+        while server.searches.depth < 1:
             time.sleep(0.001)
         error = refused(stub.Retrieve, vector_request(mini))
         assert "wait for the search" in error.details()

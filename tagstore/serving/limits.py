@@ -10,10 +10,10 @@ class Limits:
     """Of one worker. What goes beyond is refused with RESOURCE_EXHAUSTED; where it is worth trying again, with the time to wait."""
 
     threads: int = 8
-    """Calls worked on at a time, streams not counted."""
+    """For what is not searched but embedded, read or opened."""
     in_flight: int = 256
-    """Calls in hand: worked on, waiting for a thread, or with an answer that the client has not taken yet. Enough for what comes while a
-    new version is opened; the more, the longer the last of them waits when there is too much to do."""
+    """Calls in hand: worked on, waiting, or with an answer that the client has not taken yet; streams not counted. Enough for what comes
+    while a new version is opened; the more, the longer the last of them waits when there is too much to do."""
     per_client: int = 64
     """Calls and streams of one client: a caller with a token, else a connection."""
     streams: int = 64
@@ -30,6 +30,8 @@ class Limits:
     """Seconds that an image or a text may be expected to wait for the encoder."""
     search_queue: int = 64
     """Queries that may always wait, whatever that takes: with a slow index they are waited for, not refused."""
+    search_inline: float = 0.001
+    """Seconds that a lone query's search may take in the thread that takes calls in."""
     embed_queue: int = 8
     """Images and texts that may always wait."""
     slow_reader: float = 60.0

@@ -8,7 +8,6 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +16,17 @@ from numpy.typing import NDArray
 
 from tagstore.catalog import Catalog
 from tagstore.encoder import Encoder
-from tagstore.engine import Answer, Engine
+from tagstore.engine import Engine
 from tagstore.errors import NotFound, TagstoreError
 from tagstore.serving import metrics, tracing
 from tagstore.serving.batching import Batcher
 from tagstore.serving.current import current
 from tagstore.serving.limits import Limits
 from tagstore.store import check_name
-from tagstore.types import Identity, Search, StoreInfo, Vectors
+from tagstore.types import Identity, StoreInfo, Vectors
 
 log = logging.getLogger(__name__)
 
-SEARCH_ROWS = 256
-"""Queries of one search."""
 EMBED_ROWS = 64
 """Images or texts of one batch for the encoder."""
 PINNED = 32
@@ -42,24 +39,14 @@ class LiveCatalog(Catalog):
     Args:
         root: directory of the stores.
         device: of the encoders.
-        limits: how long a query may wait.
-        cores: searches that run at a time.
+        limits: how long an image may wait.
     """
 
-    def __init__(self, root: str | Path, *, device: str = "auto", limits: Limits = Limits(), cores: int = 2) -> None:  # noqa: B008  frozen
+    def __init__(self, root: str | Path, *, device: str = "auto", limits: Limits = Limits()) -> None:  # noqa: B008  frozen
         super().__init__(root, device=device)
         self._hot: dict[str, tuple[tuple[int, int], int, Engine]] = {}
         self._used: dict[tuple[str, int], float] = {}
         self._unloaded: set[str] = set()
-        self._searches: Batcher[tuple[NDArray[Any], Sequence[Identity]], list[Answer]] = Batcher(
-            _search,
-            name="search",
-            rows=SEARCH_ROWS,
-            slots=cores,
-            max_wait=limits.search_wait,
-            spare=limits.search_queue,
-            observe=partial(self._observe, "search"),
-        )
         self._embeddings: Batcher[NDArray[np.uint8] | Sequence[str], Vectors] = Batcher(
             self._embed_batch,
             name="encoder",
@@ -67,20 +54,30 @@ class LiveCatalog(Catalog):
             slots=1,
             max_wait=limits.embed_wait,
             spare=limits.embed_queue,
-            observe=partial(self._observe, "embed"),
+            observe=self._observe,
         )
+
+    def ready(self, store: str, version: int = 0) -> Engine | None:
+        """The engine that `engine` would return, if that is seen at once and without a lock; else None. Raises `NotFound` if unloaded."""
+        if store in self._unloaded:
+            raise NotFound(f"store '{store}' is not loaded here: an administrator can load it")
+        if version:
+            engine = self._engines.get((store, version))
+            if engine is None or (store, version) not in self._used or not engine.snapshot.store.is_current():
+                return None
+            self._used[store, version] = time.monotonic()
+            return engine
+        hot = self._hot.get(store)
+        return hot[2] if hot is not None and hot[:2] == self._mark(store, hot[2]) else None
 
     def engine(self, store: str, version: int = 0) -> Engine:
         """As the catalog's; but where nothing was written since the last time, that is seen without reading anything."""
-        if store in self._unloaded:
-            raise NotFound(f"store '{store}' is not loaded here: an administrator can load it")
+        if (found := self.ready(store, version)) is not None:
+            return found
         if version:
             engine = super().engine(store, version)
             self._pin(store, version)
             return engine
-        hot = self._hot.get(store)
-        if hot is not None and hot[:2] == self._mark(store, hot[2]):
-            return hot[2]
         engine = super().engine(store)
         # the mark is of before a look at which version is current: what is written meanwhile makes it stale, never wrong
         mark = self._mark(store, engine)
@@ -107,7 +104,7 @@ class LiveCatalog(Catalog):
         self._used[store, version] = time.monotonic()
         if len(self._used) > PINNED:
             with self._lock:
-                oldest = min(self._used, key=lambda key: self._used[key])
+                oldest = min(list(self._used), key=lambda key: self._used[key])
                 self._used.pop(oldest, None)
                 if self._hot.get(oldest[0], (None, None, None))[2] is not self._engines.get(oldest):
                     self._engines.pop(oldest, None)
@@ -144,10 +141,8 @@ class LiveCatalog(Catalog):
     def stores(self) -> list[StoreInfo]:
         return [info for info in super().stores() if info.store not in self._unloaded]
 
-    def _observe(self, stage: str, rows: int, waited: float) -> None:
-        batcher: Batcher[Any, Any] = self._searches if stage == "search" else self._embeddings
-        metrics.child(metrics.BATCH, stage).observe(rows)
-        metrics.child(metrics.DEPTH, stage).set(batcher.depth)
+    def _observe(self, rows: int, waited: float) -> None:
+        metrics.batch("embed", rows, self._embeddings.depth)
         metrics.stage("queue", current.store, waited)
 
     def _embed(self, engine: Engine, images: Sequence[bytes], *rest: Any) -> tuple[NDArray[np.floating], Sequence[Identity]]:
@@ -180,30 +175,3 @@ class LiveCatalog(Catalog):
         else:
             vectors = super()._encode(encoder, np.concatenate(items) if len(items) > 1 else items[0])
         return np.split(vectors, np.cumsum([len(item) for item in items])[:-1])
-
-    def answers(
-        self,
-        engine: Engine,
-        *,
-        images: Sequence[bytes] = (),
-        vectors: NDArray[np.floating] | None = None,
-        texts: Sequence[str] = (),
-        fingerprint: str = "",
-        search: Search,
-        identities: Sequence[Identity] = (),
-    ) -> list[Answer]:
-        """As `retrieve`, in columns, and searched together with what others ask at the time."""
-        queries, identities = self.queries(engine, images, vectors, texts, fingerprint, search, identities)
-        if not len(queries):
-            return []
-        with tracing.span("search", queries=len(queries)):
-            return self._searches((engine, search, bool(identities)), (queries, identities), len(queries), current.deadline)
-
-
-def _search(key: tuple[Engine, Search, bool], items: Sequence[tuple[NDArray[Any], Sequence[Identity]]]) -> list[list[Answer]]:
-    engine, search, _ = key
-    if len(items) == 1:
-        return [engine.answers(items[0][0], search, items[0][1])]
-    identities = [identity for _, some in items for identity in some]
-    found = iter(engine.answers(np.concatenate([queries for queries, _ in items]), search, identities))
-    return [[next(found) for _ in queries] for queries, _ in items]

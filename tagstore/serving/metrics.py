@@ -41,6 +41,12 @@ def stage(name: str, store: str, seconds: float) -> None:
     child(STAGE, name, store).observe(seconds)
 
 
+def batch(name: str, rows: int, depth: int) -> None:
+    """What was worked on together, and how much waits."""
+    child(BATCH, name).observe(rows)
+    child(DEPTH, name).set(depth)
+
+
 def serve(address: str, directory: str = "") -> tuple[Callable[[], None], int]:
     """Answer scrapes at `HOST:PORT` in a thread of its own, of this process or of those that count into a directory.
 
