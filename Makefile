@@ -35,10 +35,11 @@ bench-mining: setup
 	$(BIN)/uv pip install --quiet --no-deps --target .bench SceneGraphParser==0.1.0 tabulate==0.9.0
 	$(BIN)/python benchmarks/mining.py --data '$(DATA)' --comparison .bench --docs docs/mining.md
 
-# what the service adds to its parts; OTHERS=path of a Python that has other engines, DATA=path for the figures by image
+# what the service adds to its parts; STORES=path keeps what is built for the next run, DATA=path (the folder that holds flickr8k/) for the
+# figures by image, OTHERS=path of a Python that has other engines
 bench-retrieval: setup
-	$(BIN)/python benchmarks/faces.py --seconds 1
-	$(BIN)/python benchmarks/retrieval.py $(if $(DATA),--images '$(DATA)/flickr8k') $(if $(OTHERS),--others '$(OTHERS)')
+	$(BIN)/python benchmarks/faces.py --seconds 1 --repeats 1
+	$(BIN)/python benchmarks/retrieval.py $(if $(STORES),--directory '$(STORES)') $(if $(DATA),--data '$(DATA)') $(if $(OTHERS),--others '$(OTHERS)')
 
 # every figure of the docs; needs the data sets: make bench DATA=path (the folders flickr8k, coco_mini, ... under it)
 bench: setup bench-mining

@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import beside
 import cold
@@ -119,7 +120,7 @@ def compare(root: Path, version: int, vectors: np.ndarray, rounds: int, seconds:
         start = time.perf_counter()
         while rows.rounds < rounds and (time.perf_counter() - start) * (1 + 1 / max(1, rows.rounds)) < LONGEST:
             for name, ask in inside.items():
-                p50, p99 = percentiles(timed(lambda i, ask=ask: ask(vectors[i % len(vectors)][None]), seconds))
+                p50, p99 = percentiles(timed(partial(_one, ask, vectors), seconds))
                 rows.add(name, P50, p50)
                 rows.add(name, P99, p99)
                 before = time.process_time()
@@ -131,6 +132,10 @@ def compare(root: Path, version: int, vectors: np.ndarray, rounds: int, seconds:
                 server.measure(rows, ones, batches, seconds, apart)
             rows.rounds += 1
     return rows, shares
+
+
+def _one(ask: Callable[[np.ndarray], Any], vectors: np.ndarray, i: int) -> Any:
+    return ask(vectors[i % len(vectors)][None])
 
 
 def _answer(address: str, message: bytes) -> bytes:
@@ -182,7 +187,8 @@ def said_before(arguments: argparse.Namespace, directory: Path) -> str:
     if arguments.data:
         minutes.append(f"Flickr8k {1 if (directory / 'real' / 'ingested').exists() else 4}")
     if arguments.others:
-        minutes.append(f"others {beside.needed(directory / 'others', arguments.entries[0]) / 60:.0f}")
+        n = arguments.entries[0]
+        minutes.append(f"others {beside.needed(directory / 'others' / str(n), n) / 60:.0f}")
     return f"At most about, in minutes: {', '.join(minutes)}."
 
 
@@ -230,4 +236,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    sys.exit(main())
+    main()
