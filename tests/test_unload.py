@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,52 +10,60 @@ from pathlib import Path
 import pytest
 
 from benchmarks import synthetic
+from tagstore.client import connect
+from tagstore.remote_admin import administer
 
 ENTRIES, DIMENSION = 20_000, 512
+VECTORS = ENTRIES * DIMENSION * 2
+"""Bytes of them."""
 
-PROGRAM = """
-import json, os, sys
-from benchmarks import synthetic
-from tagstore.serving.live import LiveCatalog
 
-root, entries, dimension = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-catalog = LiveCatalog(root, device="cpu")
-queries = synthetic.queries(256, entries, dimension)
+def resident(pid: int) -> int:
+    """Bytes of a process in memory, pages of mapped files included."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
-def resident():
-    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
-def answers(store):
-    engine = catalog.engine(store)
-    found = []
-    for rows in (queries, *(row[None] for row in queries[:32])):  # through the store's rows, and through the index
-        found += catalog.retrieve(engine, vectors=rows, fingerprint=engine.digest)
-    return found
+def mapped(pid: int, store: Path) -> list[str]:
+    """Files of a store in the address space of a process."""
+    return [line for line in Path(f"/proc/{pid}/maps").read_text().splitlines() if f"{store}/" in line]
 
-catalog.load("small")  # torch, which is looked for the encoder with
-answers("small")  # what any search takes: threads and their buffers
-seen, first = [resident()], None
-for _ in range(3):
-    catalog.load("bench")
-    found = answers("bench")
-    assert found == (first or found)
-    first = found
-    seen.append(resident())
-    catalog.unload("bench")
-    seen.append(resident())
-print(json.dumps(seen))
-"""
+
+def answers(address: str, store: str) -> list:
+    queries = synthetic.queries(256, ENTRIES, DIMENSION)
+    with connect(f"grpc://{address}/{store}") as source:
+        # all at once, which reads the whole store; and one by one, which goes through the index
+        parts = [queries, *(row[None] for row in queries[:32])]
+        return [source.retrieve(vectors=rows, fingerprint=synthetic.fingerprint(DIMENSION)) for rows in parts]
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc to read the memory of a process from")
 def test_unloading_gives_the_memory_back(tmp_path: Path) -> None:
-    synthetic.build(tmp_path, ENTRIES, DIMENSION)
-    synthetic.build(tmp_path, 2_000, DIMENSION, "small")
-    command = [sys.executable, "-c", PROGRAM, str(tmp_path), str(ENTRIES), str(DIMENSION)]
-    run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent.parent)
-    assert run.returncode == 0, run.stderr
-    start, *rest = json.loads(run.stdout.splitlines()[-1])
-    vectors = ENTRIES * DIMENSION * 2
-    for loaded, unloaded in zip(rest[::2], rest[1::2], strict=True):
-        assert loaded - start > vectors  # the store's pages were in memory
-        assert unloaded - start < 0.2 * (loaded - start)
+    root = tmp_path / "root"
+    for store, entries in (("bench", ENTRIES), ("small", 2_000)):  # of an encoder that cannot be loaded
+        synthetic.build(root, entries, DIMENSION, store)
+    command = [sys.executable, "-m", "tagstore.cli", "serve", "--root", str(root), "--address", "127.0.0.1:0", "--device", "cpu"]
+    command += ["--workers", "1", "--anonymous", "admin"]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+    try:
+        address = process.stdout.readline().strip()
+        with administer(f"grpc://{address}/bench") as admin:
+            admin.unload()
+            answers(address, "small")  # what any search takes: threads and their buffers
+            found, lefts = [], []
+            for _ in range(3):
+                admin.load()
+                found.append(answers(address, "bench"))
+                assert mapped(process.pid, root / "bench")
+                loaded = resident(process.pid)
+                admin.unload()
+                assert not mapped(process.pid, root / "bench")
+                lefts.append(resident(process.pid))
+                # its rows in LMDB and in the index, and the tags that were kept at hand
+                assert loaded - lefts[-1] > 2 * VECTORS
+            assert lefts[-1] - lefts[0] < VECTORS / 4
+        assert found[0] == found[1] == found[2]
+    finally:
+        process.terminate()
+        process.wait(60)
+        process.stdout.close()
