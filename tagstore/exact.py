@@ -47,13 +47,13 @@ def cores() -> int:
 
 
 @contextmanager
-def one_core() -> Iterator[None]:
-    """Have FAISS use one core in this thread: for a single query, waking a second one costs more than it brings; `in_parallel` has more.
+def on_cores(cores: int) -> Iterator[None]:
+    """Have FAISS use so many cores in this thread: for a single query one, as waking a second one costs more than it brings.
 
     Only within: FAISS and torch may share one OpenMP, and the last bits of a vector depend on how many cores torch has for it.
     """
     before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
+    faiss.omp_set_num_threads(cores)
     try:
         yield
     finally:
@@ -64,7 +64,7 @@ def in_parallel(work: Callable[[int], T], parts: int) -> list[T]:
     """`work(0)`, ..., `work(parts - 1)`, on threads in which FAISS uses one core each."""
     global _pool
     if parts == 1:
-        with one_core():
+        with on_cores(1):
             return [work(0)]
     with _lock:
         if _pool is None:

@@ -114,7 +114,7 @@ def _alive(live: NDArray[np.int64], file: Mapping[str, Any]) -> int:
     return int(np.count_nonzero((live >= file["first"]) & (live < file["end"])))
 
 
-@exact.one_core()
+@exact.on_cores(1)
 def write(
     snapshot: Snapshot,
     plan: Plan,
@@ -197,8 +197,9 @@ class Part:
         if self.plan.kind == "flat" and len(queries) <= FEW_QUERIES:
             return self._split(queries, k, selector)
         share = held / self.rows
-        if len(queries) == 1:
-            with exact.one_core():
+        if len(queries) == 1 or self.plan.kind == "hnsw":
+            # FAISS shares queries out by itself, and needs no Python for it: our own threads would wait for the interpreter
+            with exact.on_cores(min(exact.cores(), len(queries))):
                 return self._ask(queries, k, self._told(search, k, share, selector))
         return self._shared_out(queries, k, search, share, selector)
 
@@ -231,7 +232,7 @@ class Part:
     def _split(self, queries: Vectors, k: int, selector: Any) -> exact.Found:
         parts = max(1, min(exact.cores(), self.rows // SPLIT_ROWS))
         if parts == 1:
-            with exact.one_core():
+            with exact.on_cores(1):
                 return self._ask(queries, k, self._told(PLAIN, k, 1.0, selector))
         edges = np.linspace(self.first, self.end, parts + 1).astype(np.int64).tolist()
 

@@ -99,6 +99,7 @@ class Server:
             max_wait=limits.search_wait,
             spare=limits.search_queue,
             inline=limits.search_inline,
+            alone=lambda: self.gate.in_flight <= 1,
             observe=self._observe,
         )
         # administrators have threads of their own: what takes long would keep the others from the short calls

@@ -46,6 +46,7 @@ class Searches(Generic[T, R]):
         max_wait: seconds that a call may be expected to wait.
         spare: rows that may always wait, however slow the work is.
         inline: seconds that a lone item may be expected to take in the loop's thread.
+        alone: whether the loop has nothing else in hand.
         observe: called for each batch with its first item, its rows and the seconds that the first waited.
     """
 
@@ -59,10 +60,11 @@ class Searches(Generic[T, R]):
         max_wait: float,
         spare: int = 0,
         inline: float = 0.0,
+        alone: Callable[[], bool] = lambda: True,
         observe: Callable[[T, int, float], None] = lambda item, rows, waited: None,
     ) -> None:
         self._run, self._loop, self.rows, self._observe = run, loop, rows, observe
-        self.max_wait, self.spare, self.inline = max_wait, spare, inline
+        self.max_wait, self.spare, self.inline, self._alone = max_wait, spare, inline, alone
         self._waiting: dict[Hashable, deque[_Call[T, R]]] = {}
         self._running: set[Hashable] = set()
         self._seconds_a_row: dict[Hashable, float] = {}
@@ -134,7 +136,7 @@ class Searches(Generic[T, R]):
             batch = self._take(key)
             if not batch:
                 continue
-            if len(batch) == 1 and not self._running and not self._waiting and self._quick(key, batch[0].rows):
+            if len(batch) == 1 and not self._running and self._alone() and self._quick(key, batch[0].rows):
                 self._finish(key, batch, *self._answered(batch))
             else:
                 self._running.add(key)
