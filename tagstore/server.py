@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import gc
 import logging
 import os
 import sys
@@ -30,6 +31,7 @@ from tagstore.serving.gate import Call, Gate
 from tagstore.serving.live import LiveCatalog
 from tagstore.serving.loop import loop, run
 from tagstore.serving.methods import Methods
+from tagstore.serving.ports import reserved
 from tagstore.serving.searching import Searches
 from tagstore.serving.settings import Settings, checked_host
 from tagstore_proto.v1 import tagstore_pb2, tagstore_pb2_grpc
@@ -45,7 +47,13 @@ SEARCH_ROWS = 256
 """Queries of one search."""
 LONG_THREADS = 8
 """Administrators' calls at a time; others wait."""
-STREAMS_A_CONNECTION = 128
+ACCEPTORS = 8
+"""Listeners of a process. gRPC's asyncio face takes one call at a time from each, several turns of the loop apart: with one, a busy server
+takes in half of what it could answer."""
+PENDING = 64
+"""Calls of an acceptor that gRPC holds before we have seen them. Beyond that it ends them itself, with CANCELLED: what is more than can
+even be refused has to be turned away without Python."""
+STREAMS_A_CONNECTION = 1000
 """Calls on one connection; what exceeds them waits at the client. Also what a client can hold that takes no answers."""
 M_ARENA_MAX, ARENAS = -8, 2
 """Of glibc's malloc: with an arena a thread, memory that one has freed is of no use to another, and a busy server grows."""
@@ -108,9 +116,16 @@ class Server:
         self._ended = threading.Event()
         self._watch: threading.Thread | None = None
         self._stop_metrics: Callable[[], None] | None = None
-        self._server, self._health, self._port = run(self._bound(address, shared))
+        # a port of its own is held until its acceptors are there: without that a second server on it would be a silent half of the traffic
+        held = None if shared else reserved(self._host, int(address.rpartition(":")[2]), address)
+        self._port = int(address.rpartition(":")[2]) if held is None else held.getsockname()[1]
+        try:
+            self._acceptors, self._health = run(self._bound(f"{self._host}:{self._port}"))
+        finally:
+            if held is not None:
+                held.close()
 
-    async def _bound(self, address: str, shared: bool) -> tuple[Any, _Health, int]:
+    async def _bound(self, address: str) -> tuple[list[Any], _Health]:
         """The parts that belong to the event loop."""
         settings, limits = self.settings, self.settings.limits
         calls, long = Methods(self.gate, self._threads), Methods(self.gate, self._long_threads, long=True)
@@ -121,20 +136,26 @@ class Server:
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(_Reflection(names), long)
         limited = [f"/{SERVICE}/{method}" for method in ("Retrieve", "GetTags", "ListStores", "GetStore")]
         checks = _Health()
-        server = grpc.aio.server(options=_options(limits.message_bytes, shared))
-        server.add_generic_rpc_handlers((Door({**calls.handlers, **long.handlers}, self.gate, limited),))
-        health_pb2_grpc.add_HealthServicer_to_server(checks, _Generic(server))
         for name in ("", SERVICE):
             await checks.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
-        try:
-            if settings.tls_certificate:
-                tls = Tls(settings.tls_certificate, settings.tls_key, settings.tls_client_ca)
-                port = server.add_secure_port(address, credentials(tls))
-            else:
-                port = server.add_insecure_port(address)
-        except RuntimeError as error:
-            raise Unavailable(f"cannot listen on {address}: is another server running there? Port 0 picks a free one") from error
-        return server, checks, port
+        door = Door({**calls.handlers, **long.handlers}, self.gate, limited)
+        tls = Tls(settings.tls_certificate, settings.tls_key, settings.tls_client_ca) if settings.tls_certificate else None
+        secrets = credentials(tls) if tls else None
+        acceptors = [grpc.aio.server(options=_options(limits.message_bytes)) for _ in range(ACCEPTORS)]
+        for acceptor in acceptors:
+            acceptor.add_generic_rpc_handlers((door,))
+            health_pb2_grpc.add_HealthServicer_to_server(checks, _Generic(acceptor))
+            try:
+                if secrets is not None:
+                    acceptor.add_secure_port(address, secrets)
+                else:
+                    acceptor.add_insecure_port(address)
+            except RuntimeError as error:
+                raise Unavailable(f"cannot listen on {address}: is another server running there? Port 0 picks a free one") from error
+        return acceptors, checks
+
+    async def _all(self, what: Callable[[Any], Awaitable[None]]) -> None:
+        await asyncio.gather(*map(what, self._acceptors))
 
     @staticmethod
     def _observe(query: Query, rows: int, waited: float) -> None:
@@ -155,14 +176,17 @@ class Server:
         sys.setswitchinterval(SWITCH_SECONDS)
         ctypes.CDLL(None).mallopt(M_ARENA_MAX, ARENAS)
         if not warm_first:
-            run(self._server.start())
+            run(self._all(lambda acceptor: acceptor.start()))
         for info in self.catalog.warm():
             log.info("serving %s@%d: %d entries, %s", info.store, info.version, info.entries, info.fingerprint)
+        # what is there now stays: no collection, and unloading a store asks for one, has to look at all of torch again
+        gc.collect()
+        gc.freeze()
         self.gate.closed = ""
         for name in ("", SERVICE):
             run(self._health.set(name, health_pb2.HealthCheckResponse.SERVING))
         if warm_first:
-            run(self._server.start())
+            run(self._all(lambda acceptor: acceptor.start()))
         self._watch = threading.Thread(target=self._watch_readers, name="rpc-watch", daemon=True)
         self._watch.start()
         if self.settings.metrics:
@@ -173,7 +197,7 @@ class Server:
     def stop(self, grace: float = DRAIN_SECONDS) -> None:
         """Refuse new requests, finish those in flight within `grace` seconds."""
         run(self._health.enter_graceful_shutdown())
-        run(self._server.stop(grace))
+        run(self._all(lambda acceptor: acceptor.stop(grace)))
         self._ended.set()
         self.searches.close()
         for threads in (self._threads, self._long_threads):
@@ -229,14 +253,15 @@ class _Generic:
         """They were added already."""
 
 
-def _options(message_bytes: int, shared: bool) -> list[tuple[str, int]]:
+def _options(message_bytes: int) -> list[tuple[str, int]]:
     return [
         ("grpc.max_receive_message_length", message_bytes),
         ("grpc.max_send_message_length", message_bytes),
         ("grpc.max_metadata_size", 16 << 10),
         ("grpc.max_concurrent_streams", STREAMS_A_CONNECTION),
-        # without SO_REUSEPORT a second server on the same port is an error, not a silent half of the traffic
-        ("grpc.so_reuseport", int(shared)),
+        ("grpc.server.max_pending_requests", PENDING),
+        ("grpc.server.max_pending_requests_hard_limit", 2 * PENDING),
+        ("grpc.so_reuseport", 1),
         # a peer that is gone without a word is noticed, and one that never speaks is hung up on
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),

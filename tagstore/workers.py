@@ -12,7 +12,6 @@ import logging
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from tagstore.errors import InvalidInput, TagstoreError, Unavailable
+from tagstore.serving.ports import reserved
 from tagstore.serving.settings import Settings, checked_host
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class Supervisor:
         self._root, self._device = str(root), device
         cores = settings.cores or max(1, (os.cpu_count() or 1) // settings.workers)
         self.settings = replace(settings, cores=cores)
-        self._socket = _reserve(self._host, int(address.rpartition(":")[2]), address)
+        self._socket = reserved(self._host, int(address.rpartition(":")[2]), address)
         self._port = self._socket.getsockname()[1]
         self._workers: dict[int, _Worker] = {}
         self._unloaded: set[str] = set()
@@ -200,23 +200,6 @@ class _Worker:
                 self.process.stdin.flush()
             except (BrokenPipeError, ValueError):
                 log.info("worker %d has gone, and was to be told %s", self.process.pid, sorted(message))
-
-
-def _reserve(host: str, port: int, address: str) -> socket.socket:
-    """Hold a port for the workers, bound and not listened on. Raises `Unavailable` if somebody else has it."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    plain = host.strip("[]")
-    try:
-        with socket.socket(family) as probe:  # without SO_REUSEPORT: this fails if anybody is there, another group of workers too
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((plain, port))
-            port = probe.getsockname()[1]
-        held = socket.socket(family)
-        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        held.bind((plain, port))
-    except OSError as error:
-        raise Unavailable(f"cannot listen on {address}: is another server running there? Port 0 picks a free one") from error
-    return held
 
 
 def _say(message: Mapping[str, Any]) -> None:
