@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import faiss
 import numpy as np
@@ -307,11 +308,19 @@ class FaissIndex:
         return self._about
 
 
+_open: WeakValueDictionary[tuple[str, int, int], Any] = WeakValueDictionary()
+"""Files that some version has open, by path, inode and time: the next version has most of them too, and their pages are there."""
+
+
 def open_file(path: Path, rows: int, dimension: int) -> Any:
     """One index file, memory-mapped. Raises `Damaged` if it can't be read or holds something else."""
     try:
-        index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
-    except RuntimeError as error:
+        status = path.stat()
+        key = str(path), status.st_ino, status.st_mtime_ns
+        index = _open.get(key)
+        if index is None:
+            index = _open[key] = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+    except (OSError, RuntimeError) as error:
         raise Damaged(f"the index file {path} cannot be read: it is missing, cut off or no FAISS index. Run `tagstore repair`") from error
     if index.ntotal != rows or index.d != dimension:
         raise Damaged(

@@ -25,7 +25,7 @@ from tagstore.service import Query, TagStoreService, answered
 from tagstore.serving import metrics, tracing
 from tagstore.serving.access import Access
 from tagstore.serving.audit import Audit
-from tagstore.serving.certificates import Tls, credentials
+from tagstore.serving.certificates import Certificates, Tls
 from tagstore.serving.door import Door
 from tagstore.serving.gate import Call, Gate
 from tagstore.serving.live import LiveCatalog
@@ -139,15 +139,15 @@ class Server:
         for name in ("", SERVICE):
             await checks.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
         door = Door({**calls.handlers, **long.handlers}, self.gate, limited)
-        tls = Tls(settings.tls_certificate, settings.tls_key, settings.tls_client_ca) if settings.tls_certificate else None
-        secrets = credentials(tls) if tls else None
+        files = Tls(settings.tls_certificate, settings.tls_key, settings.tls_client_ca)
+        certificates = Certificates(files) if settings.tls_certificate else None
         acceptors = [grpc.aio.server(options=_options(limits.message_bytes)) for _ in range(ACCEPTORS)]
         for acceptor in acceptors:
             acceptor.add_generic_rpc_handlers((door,))
             health_pb2_grpc.add_HealthServicer_to_server(checks, _Generic(acceptor))
             try:
-                if secrets is not None:
-                    acceptor.add_secure_port(address, secrets)
+                if certificates is not None:
+                    acceptor.add_secure_port(address, certificates.credentials())
                 else:
                     acceptor.add_insecure_port(address)
             except RuntimeError as error:

@@ -23,6 +23,8 @@ from tagstore.types import Identity, Search
 from tagstore_proto.v1 import tagstore_pb2 as pb
 
 MAX_TAGS_A_PAGE = 10_000
+TRIES = 4
+"""Of finding a version open that others had opened, before a call has it opened for itself."""
 AHEAD = 64
 """Requests of a stream that are worked on before the first of them is answered."""
 
@@ -47,6 +49,7 @@ class TagStoreService:
 
     def __init__(self, catalog: LiveCatalog, searches: Searches[Query, bytes], limits: Limits, threads: Executor) -> None:
         self._catalog, self._searches, self._limits, self._threads = catalog, searches, limits, threads
+        self._opening: dict[tuple[str, int], asyncio.Future[Engine]] = {}
 
     @answering("read")
     async def Retrieve(self, request: pb.RetrieveRequest, call: Call) -> bytes:  # noqa: N802
@@ -96,10 +99,24 @@ class TagStoreService:
         """As `_begun`, for what has to be opened, decoded or embedded first."""
         store = request.store
         if engine is None:
-            engine = await in_thread(self._threads, call, store, self._catalog.engine, store, request.version)
+            engine = await self._opened(store, request.version, call)
         search = convert.search_from_proto(request)
         vectors, identities = await in_thread(self._threads, call, store, self._queries, engine, search, request)
         return await self._submitted(engine, search, vectors, identities, call, streamed)
+
+    async def _opened(self, store: str, version: int, call: Call) -> Engine:
+        """A version that has to be opened: once for all who wait for it, as many threads would keep the loop from its turn."""
+        for _ in range(TRIES):
+            opening = self._opening.get((store, version))
+            if opening is None:
+                opening = asyncio.ensure_future(in_thread(self._threads, call, store, self._catalog.engine, store, version))
+                self._opening[store, version] = opening
+                opening.add_done_callback(lambda done: (self._opening.pop((store, version), None), done.cancelled() or done.exception()))
+            await asyncio.shield(opening)
+            if (engine := self._catalog.ready(store, version)) is not None:
+                return engine
+            # what was opened when this call came may be of before a commit that it must see
+        return await in_thread(self._threads, call, store, self._catalog.engine, store, version)  # type: ignore[no-any-return]
 
     def _queries(self, engine: Engine, search: Search, request: pb.RetrieveRequest) -> tuple[NDArray[np.floating], Sequence[Identity]]:
         return self._catalog.queries(

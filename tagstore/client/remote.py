@@ -113,7 +113,8 @@ class Wire:
             case grpc.StatusCode.UNAVAILABLE:
                 return Unavailable(f"no server answers at {address} ({said}): start one with `tagstore serve`, or check the address")
             case grpc.StatusCode.CANCELLED:
-                return Unavailable(f"the server at {address} ended the call: {said}")  # it is shutting down, or has more calls than it can take in
+                # it is shutting down, or has more calls than it can take in
+                return Unavailable(f"the server at {address} ended the call: {said}")
             case grpc.StatusCode.UNIMPLEMENTED:
                 return TagstoreError(f"the server at {address} is no tagstore, or one without this: {said}")
         found = error_of(code, said, retry_after_of(error.trailing_metadata()))

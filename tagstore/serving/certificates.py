@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import ssl
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,26 +32,40 @@ class Tls:
         return [Path(name) for name in (self.certificate, self.key, self.client_ca) if name]
 
 
-def credentials(tls: Tls) -> Any:
+class Certificates:
     """Server credentials that are taken from the files as they are at each handshake. Raises `InvalidInput` for files that do not fit."""
-    seen = _identities(tls)
-    configuration = _load(tls)
 
-    def current() -> Any:
-        nonlocal seen
-        try:
-            now = _identities(tls)
-            if now == seen:
+    def __init__(self, tls: Tls) -> None:
+        self._tls = tls
+        self._lock = threading.Lock()
+        self._seen = _identities(tls)
+        self._configuration = _load(tls)
+
+    def credentials(self) -> Any:
+        """Of one listener; all of them go by the same files, whoever sees first that they changed."""
+        used = self._configuration
+
+        def current() -> Any:
+            nonlocal used
+            latest = self._latest()
+            if latest is used:
                 return None  # as before
-            seen = now
-            fresh = _load(tls)
-            log.warning("read the certificate %s again", tls.certificate)
-            return fresh
-        except InvalidInput as error:
-            log.error("the certificate of before stays in use: %s", error)
-            return None
+            used = latest
+            return latest
 
-    return grpc.dynamic_ssl_server_credentials(configuration, current, require_client_authentication=bool(tls.client_ca))
+        return grpc.dynamic_ssl_server_credentials(used, current, require_client_authentication=bool(self._tls.client_ca))
+
+    def _latest(self) -> Any:
+        with self._lock:
+            try:
+                now = _identities(self._tls)
+                if now != self._seen:
+                    self._seen = now
+                    self._configuration = _load(self._tls)
+                    log.warning("read the certificate %s again", self._tls.certificate)
+            except InvalidInput as error:
+                log.error("the certificate of before stays in use: %s", error)
+            return self._configuration
 
 
 def _identities(tls: Tls) -> list[tuple[int, int]]:

@@ -24,11 +24,11 @@ class Limits:
     """Of one encoded image."""
     images: int = 256
     """Of one request; as many texts."""
-    search_wait: float = 0.05
+    search_wait: float = 0.2
     """Seconds that a query may be expected to wait for the search."""
     embed_wait: float = 1.0
     """Seconds that an image or a text may be expected to wait for the encoder."""
-    search_queue: int = 64
+    search_queue: int = 128
     """Queries that may always wait, whatever that takes: with a slow index they are waited for, not refused."""
     search_inline: float = 0.001
     """Seconds that a lone query's search may take in the thread that takes calls in."""
