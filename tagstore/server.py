@@ -157,9 +157,8 @@ class Server:
     async def _all(self, what: Callable[[Any], Awaitable[None]]) -> None:
         await asyncio.gather(*map(what, self._acceptors))
 
-    @staticmethod
-    def _observe(query: Query, rows: int, waited: float) -> None:
-        metrics.child(metrics.BATCH, "search").observe(rows)
+    def _observe(self, query: Query, rows: int, waited: float) -> None:
+        metrics.batch("search", rows, self.searches.depth)
         metrics.stage("queue", query.engine.snapshot.store.name, waited)
 
     @property

@@ -137,6 +137,30 @@ def test_calls_that_come_together_are_searched_together(served, mini, monkeypatc
     assert held.rows == [1, 8]
 
 
+def test_a_version_that_is_not_open_is_opened_once_for_all_who_wait(served, mini, monkeypatch: pytest.MonkeyPatch) -> None:
+    server, stub = served()
+    expected = stub.Retrieve(vector_request(mini))
+    opened, go, plain = threading.Semaphore(0), threading.Event(), server.catalog.engine
+    count = []
+
+    def slow(*arguments):
+        count.append(arguments)
+        opened.release()
+        assert go.wait(60)
+        return plain(*arguments)
+
+    monkeypatch.setattr(server.catalog, "engine", slow)
+    server.catalog._hot.clear()
+    with ThreadPoolExecutor(8) as pool:
+        calls = [pool.submit(stub.Retrieve, vector_request(mini)) for _ in range(8)]
+        opened.acquire()
+        while server.gate.in_flight < 8:
+            time.sleep(0.001)
+        go.set()
+        assert [call.result(10) for call in calls] == [expected] * 8
+    assert len(count) == 1
+
+
 def test_images_that_come_together_give_the_vectors_that_they_give_alone(served) -> None:
     _, stub = served()
     images = [picture(c, s, shift=3) for c in ("red", "blue") for s in ("circle", "triangle")]
