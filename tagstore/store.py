@@ -332,12 +332,13 @@ def open_databases(env: Any, *, create: bool = False) -> dict[str, Any]:
     Raises `NotFound` where a first ingest was cut off before it made them, `Damaged` for a store in another release's format.
     """
     try:
-        meta = env.open_db(b"meta", create=create)
-        with env.begin() as txn:
+        # in a transaction of ours: in one of its own, lmdb waits for the writer with the interpreter in hand, which the writer needs
+        with env.begin(write=True) as txn:
+            meta = env.open_db(b"meta", txn=txn, create=create)
             state = txn.get(b"state", db=meta)
-        if state is not None and (found := unseal(b"state", state)["format"]) != FORMAT:
-            raise Damaged(f"{env.path()} has on-disk format {found}, this release reads {FORMAT}: use the release that wrote it")
-        return {name: env.open_db(name.encode(), create=create) for name in DATABASES}
+            if state is not None and (found := unseal(b"state", state)["format"]) != FORMAT:
+                raise Damaged(f"{env.path()} has on-disk format {found}, this release reads {FORMAT}: use the release that wrote it")
+            return {name: env.open_db(name.encode(), txn=txn, create=create) for name in DATABASES}
     except lmdb.NotFoundError:
         raise NotFound(f"{env.path()}/data.mdb holds no tag store, or its first ingest did not finish: ingest into it again") from None
 
