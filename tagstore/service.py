@@ -137,8 +137,10 @@ class TagStoreService:
             nothing: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
             nothing.set_result(_message(query, ()))
             return nothing
-        with tracing.span("search", queries=len(vectors)):
-            return self._searches.submit((id(engine), id(search), bool(identities)), query, len(vectors), call.deadline)
+        found = self._searches.submit((id(engine), id(search), bool(identities)), query, len(vectors), call.deadline)
+        if tracing.enabled():
+            found.add_done_callback(tracing.begun("search", queries=len(vectors)))
+        return found
 
     @answering("read")
     def GetTags(self, request: pb.GetTagsRequest, call: Call) -> pb.GetTagsResponse:  # noqa: N802

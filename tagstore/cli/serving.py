@@ -27,7 +27,13 @@ from tagstore.errors import InvalidInput, NotFound
 @click.option("--metrics", default="", metavar="HOST:PORT", help="Answer Prometheus there.")
 @click.option("--tracing", is_flag=True, help="Send spans to an OpenTelemetry collector (OTEL_EXPORTER_OTLP_ENDPOINT).")
 @click.option("--json-logs", is_flag=True, help="Log JSON, one object a line.")
-@click.option("--threads", type=click.IntRange(1), default=8, show_default=True, help="Calls that a worker works on at a time.")
+@click.option(
+    "--threads",
+    type=click.IntRange(1),
+    default=8,
+    show_default=True,
+    help="Threads of a worker for all but searches.",
+)
 @click.option(
     "--max-in-flight", type=click.IntRange(1), default=256, show_default=True, help="Calls in hand of a worker; more are refused."
 )

@@ -1,6 +1,6 @@
 """From a servicer's methods to gRPC's handlers: every call goes through the gate, is measured and recorded, and fails with a status code.
 
-A method is marked with what it needs (`answering`, `streaming`) and is one of these:
+A method is one of these; what answers one message is marked with what it needs (`answering`):
 
     async def Method(self, request, call) -> response       runs in the event loop, and may not keep it
     def Method(self, request, call) -> response             runs in a thread

@@ -136,7 +136,7 @@ class Searches(Generic[T, R]):
             batch = self._take(key)
             if not batch:
                 continue
-            if len(batch) == 1 and not self._running and self._alone() and self._quick(key, batch[0].rows):
+            if len(batch) == 1 and not self._running and not self._waiting and self._alone() and self._quick(key, batch[0].rows):
                 self._finish(key, batch, *self._answered(batch))
             else:
                 self._running.add(key)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from typing import Any
@@ -31,6 +31,17 @@ def use(provider: Any) -> None:
     """Take spans from a provider; None to take none."""
     global _tracer
     _tracer = provider.get_tracer("tagstore") if provider is not None else None
+
+
+def enabled() -> bool:
+    """Whether spans are taken."""
+    return _tracer is not None
+
+
+def begun(name: str, **attributes: str | int) -> Callable[[object], None]:
+    """A span that lasts until what is returned is called; a child of the one around it. Only where spans are taken."""
+    begun = _tracer.start_span(name, attributes=attributes)
+    return lambda _: begun.end()
 
 
 def span(name: str, metadata: Iterable[tuple[str, str | bytes]] = (), **attributes: str | int) -> AbstractContextManager[Any]:
