@@ -263,8 +263,8 @@ def _options(message_bytes: int) -> list[tuple[str, int]]:
         ("grpc.so_reuseport", 1),
         # a peer that is gone without a word is noticed, and one that never speaks is hung up on
         ("grpc.keepalive_time_ms", 30_000),
-        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.http2.ping_timeout_ms", 10_000),  # gRPC 1.85 heeds no keepalive_timeout_ms
         ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
         ("grpc.server_handshake_timeout_ms", 10_000),
     ]

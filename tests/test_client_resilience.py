@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import socket
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from itertools import accumulate, repeat
 from pathlib import Path
@@ -20,7 +22,7 @@ from cryptography.x509.oid import NameOID
 
 from scripted import Behaviour, Scripted, fails
 from tagstore import errors
-from tagstore.client import aio, connect
+from tagstore.client import aio, connect, remote
 from tagstore.client.options import Options
 from tagstore.client.resilience import Attempts, Balancer, Breaker
 
@@ -171,6 +173,68 @@ async def test_a_server_that_does_not_answer_ends_with_the_deadline_and_is_named
     blocking, awaited, stats, _ = await both(f"grpc://{one.address}/s?timeout=0.2&on_failure=empty", [b"1"])
     assert blocking == awaited
     assert (blocking[0].degraded, blocking[0].version, len(blocking[0]), stats.degraded) == (True, 0, 0, 1)
+
+
+class Relay:
+    """Connections to a server that pass through, until the machine behind them seems to vanish: open ones stay open, and silent."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._silent = threading.Event()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._held: list[socket.socket] = [self._listener]
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        self.connections = 0
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def vanish(self) -> None:
+        """What is connected gets nothing through any more; new connections do."""
+        self._silent.set()
+        self._silent = threading.Event()
+
+    def close(self) -> None:
+        self._silent.set()
+        for one in self._held:
+            one.close()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                ours, _ = self._listener.accept()
+                theirs = socket.create_connection(("127.0.0.1", self._port))
+                self.connections += 1
+                self._held += ours, theirs
+                for ends in ((ours, theirs), (theirs, ours)):
+                    threading.Thread(target=self._pass, args=(*ends, self._silent), daemon=True).start()
+
+    def _pass(self, one: socket.socket, other: socket.socket, silent: threading.Event) -> None:
+        with suppress(OSError):
+            while (data := one.recv(1 << 16)) and not silent.is_set():
+                other.sendall(data)
+        if not silent.is_set():
+            with suppress(OSError):
+                other.shutdown(socket.SHUT_WR)
+
+
+def test_a_machine_that_vanishes_is_noticed_and_connected_to_again(server: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "KEEPALIVE_SECONDS", 0.2)
+    monkeypatch.setattr(remote, "KEEPALIVE_TIMEOUT", 0.2)
+    one = server()
+    relay = Relay(one.port)
+    with connect(f"grpc://{relay.address}/s", timeout=0.5, retries=0, breaker=1000) as source:
+        assert source.retrieve([b"image"])
+        relay.vanish()
+        end = time.monotonic() + 20
+        failed = 0
+        while time.monotonic() < end:
+            try:
+                assert source.retrieve([b"image"])
+                break
+            except errors.Unavailable:
+                failed += 1
+        assert failed and relay.connections == 2
+        assert source.retrieve([b"image"])
+    relay.close()
 
 
 async def test_the_other_address_answers_when_one_is_gone(server: Make) -> None:

@@ -23,6 +23,9 @@ from tagstore.types import Retrieval, StoreInfo, TagInfo
 
 MAX_MESSAGE = 64 << 20
 TOKEN_VARIABLE = "TAGSTORE_TOKEN"
+KEEPALIVE_SECONDS, KEEPALIVE_TIMEOUT = 10.0, 5.0
+"""Of silence in a call's time before the other side is asked whether it is there, and for its answer. A machine that vanished closes no
+connection: without this, calls would time out on a dead one for as long as TCP repeats itself, a quarter of an hour."""
 _LOOPBACK = re.compile(r"(localhost|127\.\d+\.\d+\.\d+|\[::1\]):\d+")
 Outcome = tuple[Attempt, Any, TagstoreError | None]
 """A try with the message that answered it, or the error that ended it."""
@@ -68,6 +71,8 @@ class Wire:
             ("grpc.initial_reconnect_backoff_ms", 100),
             ("grpc.max_reconnect_backoff_ms", 2000),
             ("grpc.use_local_subchannel_pool", 1),
+            ("grpc.keepalive_time_ms", int(1000 * KEEPALIVE_SECONDS)),
+            ("grpc.http2.ping_timeout_ms", int(1000 * KEEPALIVE_TIMEOUT)),  # keepalive_timeout_ms is not heeded by gRPC 1.85
         ]
         if _LOOPBACK.fullmatch(address):
             options.append(("grpc.enable_http_proxy", 0))  # a proxy knows no loopback address of ours
