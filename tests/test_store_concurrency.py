@@ -6,6 +6,10 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
+import sys
+import threading
+import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -185,3 +189,30 @@ def test_a_reader_that_was_killed_does_not_keep_pages_from_being_used_again(tmp_
     assert str(child.pid) in env.readers()
     _write(tmp_path, 2)
     assert str(child.pid) not in env.readers()
+
+
+def _write_and_open(root: Path, seconds: float) -> None:
+    """A thread that begins to write and ends, again and again, beside others that open the store; in a process of its own."""
+    end = time.monotonic() + seconds
+
+    def write() -> None:
+        while time.monotonic() < end:
+            with Writer(root, crash.NAME, crash.SPACES["first"]):
+                pass
+
+    def read() -> None:
+        while time.monotonic() < end:
+            Store(root, crash.NAME)
+
+    threads = [threading.Thread(target=write), *(threading.Thread(target=read) for _ in range(3))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def test_a_store_is_opened_beside_a_writer_of_the_same_process(tmp_path: Path) -> None:
+    _write(tmp_path, 1)
+    # lmdb's own way to open a database waits for the writer with the interpreter in hand: this froze within a second
+    work = f"from pathlib import Path; import test_store_concurrency as t; t._write_and_open(Path({str(tmp_path)!r}), 3.0)"
+    subprocess.run([sys.executable, "-c", work], cwd=Path(__file__).parent, check=True, timeout=60)
