@@ -41,7 +41,9 @@ class Scripted(pb_grpc.TagStoreServicer):
         return f"127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        self._server = grpc.server(ThreadPoolExecutor(8), options=[("grpc.so_reuseport", 0), ("grpc.http2.min_ping_interval_without_data_ms", 10)])
+        self._server = grpc.server(
+            ThreadPoolExecutor(8), options=[("grpc.so_reuseport", 0), ("grpc.http2.min_ping_interval_without_data_ms", 10)]
+        )
         pb_grpc.add_TagStoreServicer_to_server(self, self._server)
         address = f"127.0.0.1:{self.port}"
         self.port = self._server.add_secure_port(address, self._tls) if self._tls else self._server.add_insecure_port(address)

@@ -232,7 +232,8 @@ def test_a_machine_that_vanishes_is_noticed_and_connected_to_again(server: Make,
                 break
             except errors.Unavailable:
                 failed += 1
-        assert failed and relay.connections == 2
+        assert failed
+        assert relay.connections == 2
         assert source.retrieve([b"image"])
     relay.close()
 

@@ -213,6 +213,31 @@ def test_more_calls_than_there_may_be_are_refused_with_a_time_to_come_again(serv
     assert stub.Retrieve(vector_request(mini)).retrievals
 
 
+def test_a_burst_is_taken_in_and_a_queue_that_stands_is_not(served, mini, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = Held(monkeypatch)
+    server, stub = served(in_flight=4, standing=1, soon=0.2, burst=0.5)
+
+    def ask(pool: ThreadPoolExecutor, calls: int) -> list:
+        asked = [pool.submit(stub.Retrieve, vector_request(mini)) for _ in range(calls)]
+        while server.gate.in_flight < calls:
+            time.sleep(0.001)
+        return asked
+
+    with ThreadPoolExecutor(4) as pool:
+        burst = ask(pool, 3)
+        time.sleep(0.6)  # none of them was answered soon
+        assert "3 calls are in hand" in refused(stub.Retrieve, vector_request(mini)).details()
+        held.go.set()
+        assert all(f.result(10).retrievals for f in burst)
+        time.sleep(0.6)
+        assert stub.Retrieve(vector_request(mini)).retrievals
+        held.go.clear()
+        burst = ask(pool, 4)
+        assert "4 calls are in hand" in refused(stub.Retrieve, vector_request(mini)).details()
+        held.go.set()
+        assert all(f.result(10).retrievals for f in burst)
+
+
 def test_at_the_door_of_a_full_server_health_and_administrators_are_let_in(served, mini, monkeypatch: pytest.MonkeyPatch) -> None:
     held = Held(monkeypatch)
     server, stub = served(in_flight=2)

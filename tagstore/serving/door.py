@@ -1,7 +1,7 @@
 """The door: which handler a call gets, decided before anything of it but its name has been read.
 
-A refusal in a handler would cost nearly as much as an answer: a message received and parsed. At the door it costs one message sent, so
-that three times as many calls as there can be leave the server time for those it has admitted.
+A refusal in a handler would cost nearly as much as an answer: a message received and parsed. At the door it costs one message sent: about
+a third of an answer, which is what gRPC's asyncio face takes for any call.
 """
 
 from __future__ import annotations
@@ -11,11 +11,8 @@ from typing import Any
 
 import grpc
 
-from tagstore.errors import Overloaded
 from tagstore.serving import metrics
 from tagstore.serving.gate import Gate, abort
-
-AGAIN_SECONDS = 0.1
 
 
 class Door(grpc.GenericRpcHandler):
@@ -31,7 +28,7 @@ class Door(grpc.GenericRpcHandler):
 
         async def refuse(_: Any, context: Any) -> None:
             metrics.child(metrics.REFUSED, "queue").inc()
-            await abort(context, Overloaded("the calls in hand are as many as there may be: try again later", AGAIN_SECONDS))
+            await abort(context, gate.overloaded())
 
         # as a method that streams in: one that takes a single message would wait for it first
         self._refusal = grpc.stream_unary_rpc_method_handler(refuse)

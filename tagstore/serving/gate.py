@@ -23,13 +23,14 @@ REFUSALS = (errors.NotAuthenticated, errors.NotPermitted, errors.Overloaded)
 class Call:
     """A call in hand, or a stream. Its context is for the event loop's thread alone; the rest may be read in any."""
 
-    __slots__ = ("caller", "context", "counted", "deadline", "gone", "peer", "slow", "stream", "task")
+    __slots__ = ("caller", "context", "counted", "deadline", "entered", "gone", "peer", "slow", "stream", "task")
 
     def __init__(self, context: Any, caller: Caller) -> None:
         self.context, self.caller = context, caller
         self.peer: str = context.peer()
         left = context.time_remaining()
-        self.deadline = float("inf") if left is None else time.monotonic() + left
+        self.entered = time.monotonic()
+        self.deadline = float("inf") if left is None else self.entered + left
         """On the monotonic clock."""
         self.task = asyncio.current_task()
         self.counted: str | None = None
@@ -55,6 +56,8 @@ class Gate:
         """Why nothing is answered now, while the stores are being opened."""
         self._calls = 0
         self._streams = 0
+        self._quick = 0.0
+        """When a call was last answered soon, or came to an idle server."""
         self._clients: dict[str, int] = {}
         self._sending: dict[Call, float] = {}
 
@@ -64,8 +67,18 @@ class Gate:
 
     @property
     def full(self) -> bool:
-        """Whether as many calls are in hand as there may be."""
-        return self._calls >= self.limits.in_flight
+        """Whether as many calls are in hand as there may be.
+
+        Fewer, when they have been answered late for longer than a burst lasts: after Nichols and Jacobson's CoDel (ACM Queue 10(5), 2012),
+        which tells a queue that drains from one that stands by the shortest wait in it, not by its length.
+        """
+        if self._calls < min(self.limits.standing, self.limits.in_flight):
+            return False
+        return self._calls >= self.limits.in_flight or time.monotonic() - self._quick > self.limits.burst
+
+    def overloaded(self) -> errors.Overloaded:
+        """What a call is told that finds the server full."""
+        return errors.Overloaded(f"{self._calls} calls are in hand, as many as there may be: try again later", 0.1)
 
     def call(self, context: Any) -> Call:
         """Whose call this is. Raises `NotAuthenticated`."""
@@ -83,7 +96,9 @@ class Gate:
         if stream and self._streams >= self.limits.streams:
             raise errors.Overloaded(f"{self._streams} streams are open, as many as there may be: try again later", 1.0)
         if not stream and self.full:
-            raise errors.Overloaded(f"{self._calls} calls are in hand, as many as there may be: try again later", 0.1)
+            raise self.overloaded()
+        if not self._calls:
+            self._quick = call.entered
         self._clients[client] = mine + 1
         self._streams += stream
         self._calls += not stream
@@ -97,6 +112,8 @@ class Gate:
             return
         self._streams -= call.stream
         self._calls -= not call.stream
+        if not call.stream and (now := time.monotonic()) - call.entered <= self.limits.soon:
+            self._quick = now
         if self._clients[call.counted] == 1:
             del self._clients[call.counted]
         else:

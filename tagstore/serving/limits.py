@@ -11,9 +11,16 @@ class Limits:
 
     threads: int = 8
     """For what is not searched but embedded, read or opened."""
-    in_flight: int = 256
-    """Calls in hand: worked on, waiting, or with an answer that the client has not taken yet; streams not counted. Enough for what comes
-    while a new version is opened; the more, the longer the last of them waits when there is too much to do."""
+    in_flight: int = 512
+    """Calls in hand: worked on, waiting, or with an answer that the client has not taken yet; streams not counted. Room for a burst, such
+    as what comes while a new version is opened."""
+    standing: int = 128
+    """Calls in hand when there is too much to do: when for as long as `burst` none was answered as soon as `soon`. What would wait longer
+    then is refused, so that what is taken in is still answered in time."""
+    soon: float = 0.05
+    """Seconds."""
+    burst: float = 1.0
+    """Seconds."""
     per_client: int = 64
     """Calls and streams of one client: a caller with a token, else a connection."""
     streams: int = 64
@@ -24,7 +31,7 @@ class Limits:
     """Of one encoded image."""
     images: int = 256
     """Of one request; as many texts."""
-    search_wait: float = 0.2
+    search_wait: float = 1.0
     """Seconds that a query may be expected to wait for the search."""
     embed_wait: float = 1.0
     """Seconds that an image or a text may be expected to wait for the encoder."""
