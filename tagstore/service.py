@@ -50,6 +50,7 @@ class TagStoreService:
     def __init__(self, catalog: LiveCatalog, searches: Searches[Query, bytes], limits: Limits, threads: Executor) -> None:
         self._catalog, self._searches, self._limits, self._threads = catalog, searches, limits, threads
         self._opening: dict[tuple[str, int], asyncio.Future[Engine]] = {}
+        self._seen: dict[tuple[str, int], Engine] = {}
 
     @answering("read")
     async def Retrieve(self, request: pb.RetrieveRequest, call: Call) -> bytes:  # noqa: N802
@@ -89,11 +90,20 @@ class TagStoreService:
     def _begun(self, request: pb.RetrieveRequest, call: Call, *, streamed: bool) -> asyncio.Future[bytes]:
         """The answer to come, a message in bytes. Raises what can be told at once."""
         check_sizes(request, self._limits)
-        engine = self._catalog.ready(request.store, request.version)
+        engine = self._ready(request.store, request.version)
         if engine is None or request.images or request.texts:
             return asyncio.ensure_future(self._answered(engine, request, call, streamed))
         search = convert.search_from_proto(request)
         return self._submitted(engine, search, *self._queries(engine, search, request), call, streamed)
+
+    def _ready(self, store: str, version: int) -> Engine | None:
+        """As the catalog's, looked at once a turn of the loop: what else is begun in this turn had arrived before that look."""
+        engine = self._seen.get((store, version))
+        if engine is None and (engine := self._catalog.ready(store, version)) is not None:
+            if not self._seen:
+                asyncio.get_running_loop().call_soon(self._seen.clear)
+            self._seen[store, version] = engine
+        return engine
 
     async def _answered(self, engine: Engine | None, request: pb.RetrieveRequest, call: Call, streamed: bool) -> bytes:
         """As `_begun`, for what has to be opened, decoded or embedded first."""
