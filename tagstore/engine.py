@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +32,14 @@ MAX_ANSWERS = 1 << 16
 """Neighbours of one request, over all its queries."""
 ROWS_AT_ONCE = 1 << 15
 """Stored vectors held in memory to re-rank: 64 MiB at 512 dimensions, whatever the request."""
+
+
+class Found(NamedTuple):
+    """What a search found, before it is said what that means."""
+
+    queries: Vectors
+    """`[N, D]`, normalised."""
+    near: list[Near]
 
 
 class Engine:
@@ -66,29 +75,39 @@ class Engine:
 
     def answers(self, vectors: NDArray[np.floating], search: Search = PLAIN, identities: Sequence[Identity] = ()) -> list[Answer]:
         """As `retrieve`, in columns."""
+        return self.merge(self.find(vectors, search, identities), search)
+
+    def find(self, vectors: NDArray[np.floating], search: Search = PLAIN, identities: Sequence[Identity] = ()) -> Found:
+        """The neighbours of each query, up to 4096: the half of an answer that is FAISS's work, and keeps the interpreter free.
+
+        Raises as `retrieve`.
+        """
+        began = time.perf_counter()
         queries = self._checked(vectors, search, identities)
+        allowed, guard = self._conditions(len(queries), search, identities)
+        near = self._nearest(queries, np.arange(len(queries)), search.k + SPARE, search, allowed, guard)
+        if self.observe is not None:
+            self.observe("search", time.perf_counter() - began)
+        return Found(queries, near)
+
+    def merge(self, found: Found, search: Search = PLAIN) -> list[Answer]:
+        """What the neighbours of each query say together: the other half, which is Python's work."""
+        began = time.perf_counter()
         answers: list[Answer] = []
         # in pieces, so that memory is bounded whatever the request
         step = max(1, ROWS_AT_ONCE // (search.k + SPARE))
-        allowed, guard = self._conditions(len(queries), search, identities)
-        for start in range(0, len(queries), step):
-            some = queries[start : start + step]
-            began = time.perf_counter()
-            ranked = self._nearest(some, np.arange(start, start + len(some)), search.k + SPARE, search, allowed, guard)
-            between = time.perf_counter()
-            records = keys_and_tags(self.snapshot, [ids for ids, _, _ in ranked])
-            answers += merged(self._tags, some, ranked, records, search)
-            if self.observe is not None:
-                self.observe("search", between - began)
-                self.observe("tags", time.perf_counter() - between)
+        for start in range(0, len(found.near), step):
+            near = found.near[start : start + step]
+            records = keys_and_tags(self.snapshot, [ids for ids, _, _ in near])
+            answers += merged(self._tags, found.queries[start : start + step], near, records, search)
+        if self.observe is not None:
+            self.observe("tags", time.perf_counter() - began)
         return answers
 
     def nearest(self, vectors: NDArray[np.floating], search: Search = PLAIN, identities: Sequence[Identity] = ()) -> list[Near]:
         """Of each query, up to 4096: ids and similarities of its neighbours, best first, equal ones by id; how many nearer ones were
         kept out. Raises as `retrieve`."""
-        queries = self._checked(vectors, search, identities)
-        allowed, guard = self._conditions(len(queries), search, identities)
-        return self._nearest(queries, np.arange(len(queries)), search.k + SPARE, search, allowed, guard)
+        return self.find(vectors, search, identities).near
 
     def _conditions(self, queries: int, search: Search, identities: Sequence[Identity]) -> tuple[Allowed | None, Guard | None]:
         guard = None if search.exclude == NOBODY else Guard(search.exclude, identities, queries, self.snapshot, self._live)

@@ -20,8 +20,9 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from tagstore.admin import AdminService
+from tagstore.engine import Found
 from tagstore.errors import Unavailable
-from tagstore.service import Query, TagStoreService, answered
+from tagstore.service import Query, TagStoreService, answered, found
 from tagstore.serving import metrics, tracing
 from tagstore.serving.access import Access
 from tagstore.serving.audit import Audit
@@ -99,7 +100,8 @@ class Server:
         self.gate.closed = "the server is opening its stores: try again in a moment"
         if settings.tracing:
             tracing.enable()
-        self.searches: Searches[Query, bytes] = Searches(
+        self.searches: Searches[Query, Found, bytes] = Searches(
+            found,
             answered,
             loop(),
             rows=SEARCH_ROWS,

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tagstore import convert, errors
-from tagstore.engine import MAX_BATCH, Answer, Engine
+from tagstore.engine import MAX_BATCH, Answer, Engine, Found
 from tagstore.serving import metrics, tracing
 from tagstore.serving.gate import Call, understood
 from tagstore.serving.limits import Limits
@@ -43,11 +43,11 @@ class TagStoreService:
     """`tagstore.v1.TagStore` over a catalog.
 
     Args:
-        searches: runs `answered`.
+        searches: of `found`, then `answered`.
         threads: for what would keep the event loop: images, texts, versions that are not open yet.
     """
 
-    def __init__(self, catalog: LiveCatalog, searches: Searches[Query, bytes], limits: Limits, threads: Executor) -> None:
+    def __init__(self, catalog: LiveCatalog, searches: Searches[Query, Found, bytes], limits: Limits, threads: Executor) -> None:
         self._catalog, self._searches, self._limits, self._threads = catalog, searches, limits, threads
         self._opening: dict[tuple[str, int], asyncio.Future[Engine]] = {}
         self._seen: dict[tuple[str, int], Engine] = {}
@@ -147,10 +147,10 @@ class TagStoreService:
             nothing: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
             nothing.set_result(_message(query, ()))
             return nothing
-        found = self._searches.submit((id(engine), id(search), bool(identities)), query, len(vectors), call.deadline)
+        answer = self._searches.submit((id(engine), id(search), bool(identities)), query, len(vectors), call.deadline)
         if tracing.enabled():
-            found.add_done_callback(tracing.begun("search", queries=len(vectors)))
-        return found
+            answer.add_done_callback(tracing.begun("search", queries=len(vectors)))
+        return answer
 
     @answering("read")
     def GetTags(self, request: pb.GetTagsRequest, call: Call) -> pb.GetTagsResponse:  # noqa: N802
@@ -193,13 +193,18 @@ def check_sizes(request: pb.RetrieveRequest, limits: Limits) -> None:
             )
 
 
-def answered(queries: Sequence[Query]) -> list[bytes]:
-    """Messages for queries that are alike but for their vectors and identities, found in one search."""
+def found(queries: Sequence[Query]) -> Found:
+    """The neighbours of queries that are alike but for their vectors and identities, in one search."""
     first = queries[0]
     vectors = first.vectors if len(queries) == 1 else np.concatenate([query.vectors for query in queries])
     identities = first.identities if len(queries) == 1 else [identity for query in queries for identity in query.identities]
-    found = iter(first.engine.answers(vectors, first.search, identities))
-    return [_message(query, [next(found) for _ in query.vectors]) for query in queries]
+    return first.engine.find(vectors, first.search, identities)
+
+
+def answered(queries: Sequence[Query], found: Found) -> list[bytes]:
+    """Messages for queries and what was found for them."""
+    answers = iter(queries[0].engine.merge(found, queries[0].search))
+    return [_message(query, [next(answers) for _ in query.vectors]) for query in queries]
 
 
 def _message(query: Query, answers: Iterable[Answer]) -> bytes:

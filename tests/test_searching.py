@@ -14,11 +14,13 @@ from tagstore.serving.searching import Searches
 
 
 class Work:
-    """Doubles numbers, in the batches that it writes down; may be held up."""
+    """Finds numbers, in the batches that it writes down, and doubles them; may be held up."""
 
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
         self.threads: set[int] = set()
+        self.finishers: set[int] = set()
+        self.pause = 0.0
         self.go = threading.Event()
         self.go.set()
 
@@ -28,11 +30,19 @@ class Work:
         assert self.go.wait(30)
         if 13 in items:
             raise ValueError("13")
+        return list(items)
+
+    def double(self, items: Sequence[int], found: list[int]) -> list[int]:
+        assert list(items) == found
+        self.finishers.add(threading.get_ident())
+        time.sleep(self.pause)
+        if 17 in items:
+            raise ValueError("17")
         return [2 * item for item in items]
 
 
-def searches(work: Work, **options) -> Searches[int, int]:
-    return Searches(work, asyncio.get_running_loop(), **{"rows": 4, "threads": 2, "max_wait": 10.0, **options})
+def searches(work: Work, **options) -> Searches[int, list[int], int]:
+    return Searches(work, work.double, asyncio.get_running_loop(), **{"rows": 4, "threads": 2, "max_wait": 10.0, **options})
 
 
 async def begun(work: Work, batches: int) -> None:
@@ -87,6 +97,25 @@ async def test_only_a_lone_item_of_a_quick_kind_is_worked_on_in_the_loop() -> No
     alone[0] = False
     await together.submit("a", 5)
     assert threading.get_ident() not in work.threads
+    together.close()
+
+
+async def test_results_are_made_in_the_loop_where_that_is_quick() -> None:
+    work, here = Work(), threading.get_ident()
+    together = searches(work)
+    await together.submit("a", 1)  # how quick it is is not known yet
+    assert here not in work.finishers
+    work.finishers.clear()
+    assert await asyncio.gather(together.submit("a", 2), together.submit("a", 3)) == [4, 6]
+    assert (work.finishers, here in work.threads) == ({here}, False)
+    found = await asyncio.gather(*(together.submit("a", i) for i in (16, 17, 18)), return_exceptions=True)
+    assert (found[0], found[2]) == (32, 36)
+    assert isinstance(found[1], ValueError)
+    work.pause = 0.1
+    await together.submit("slow", 1)
+    work.finishers.clear()
+    assert await together.submit("slow", 2) == 4
+    assert here not in work.finishers
     together.close()
 
 

@@ -51,15 +51,15 @@ class Held:
         from tagstore.engine import Engine
 
         self.go, self.started, self.rows = threading.Event(), threading.Semaphore(0), []
-        plain = Engine.answers
+        plain = Engine.find
 
-        def answers(engine, vectors, *rest):
+        def find(engine, vectors, *rest):
             self.rows.append(len(vectors))
             self.started.release()
             assert self.go.wait(60)
             return plain(engine, vectors, *rest)
 
-        monkeypatch.setattr(Engine, "answers", answers)
+        monkeypatch.setattr(Engine, "find", find)
 
 
 def limited(root: Path, cores: int = 1, **limits) -> Server:

@@ -3,8 +3,10 @@
 The loop takes calls in and sends answers; threads search. What comes while a search of its kind is under way waits for it, and then goes
 with all the others that wait: no window to tune, zero when idle, and the busier, the larger the batches. One search of a kind at a time: it
 uses the cores by itself, and more Python threads at work would only take the interpreter from each other and from the loop (four threads
-cost twice the CPU of one here). A query that comes alone to an idle server, of a kind known to be quick, is searched at once in
-the loop: to hand it to a thread and back takes longer than it may take.
+cost twice the CPU of one here). For the same reason what is made of the finds, which is Python's work, is made in the loop where that is
+known to be quick; a thread that did it beside the loop would only make both of them wait for the interpreter (a sixth fewer answers here).
+A query that comes alone to an idle server, of a kind known to be quick, is searched at once in the loop: to hand it to a thread and back
+takes longer than it may take.
 
 The queue is bounded by time: a call that would wait longer than `max_wait` is refused at once with `Overloaded` (unless hardly anything
 waits). One whose caller has gone, or whose deadline passes, while it waits is dropped before any work is done for it.
@@ -23,9 +25,12 @@ from typing import Generic, TypeVar
 from tagstore.errors import Overloaded, TimedOut
 
 T = TypeVar("T")
+F = TypeVar("F")
 R = TypeVar("R")
 
 KINDS_REMEMBERED = 4096
+FINISH_SECONDS = 0.005
+"""What may be made in the loop's thread of a batch's finds: half as long again as 64 plain queries take on a slow core."""
 
 
 class _Call(Generic[T, R]):
@@ -35,12 +40,40 @@ class _Call(Generic[T, R]):
         self.item, self.rows, self.deadline, self.arrived, self.future = item, rows, deadline, arrived, future
 
 
-class Searches(Generic[T, R]):
-    """Runs items of concurrent calls together. All of it is used in the loop's thread, but for `run`.
+class _Pace:
+    """Seconds a row that a kind took lately."""
+
+    __slots__ = ("finish", "run")
+
+    def __init__(self) -> None:
+        self.run = self.finish = float("inf")  # not known
+
+    def took(self, rows: int, run: float, finish: float) -> None:
+        known = self.run < float("inf")
+        self.run = 0.9 * self.run + 0.1 * run / rows if known else run / rows
+        self.finish = 0.9 * self.finish + 0.1 * finish / rows if known else finish / rows
+
+
+class _Batch(Generic[T, F, R]):
+    """Calls of one kind, on their way through."""
+
+    __slots__ = ("calls", "finish_seconds", "found", "key", "results", "rows", "run_seconds")
+
+    def __init__(self, key: Hashable, calls: list[_Call[T, R]], rows: int) -> None:
+        self.key, self.calls, self.rows = key, calls, rows
+        self.found: F | None = None
+        self.results: Sequence[R | Exception] | None = None
+        self.run_seconds = self.finish_seconds = 0.0
+
+
+class Searches(Generic[T, F, R]):
+    """Runs items of concurrent calls together. All of it is used in the loop's thread, but for `run` and `finish`.
 
     Args:
-        run: computes the results of items that have the same key, in their order; called in any thread. If it raises for several, each is
-            run by itself, so that one bad item does not fail the others.
+        run: finds what there is to find for items that have the same key; called in any thread. Has most of the work, and leaves the
+            interpreter to others while it does it. If it or `finish` raises for several items, each is run by itself, so that one bad item
+            does not fail the others.
+        finish: makes the results of the items from it, in their order; called in any thread.
         rows: at most so many rows a batch; an item larger than that runs alone.
         threads: batches that run at a time, of different keys.
         max_wait: seconds that a call may be expected to wait.
@@ -52,7 +85,8 @@ class Searches(Generic[T, R]):
 
     def __init__(
         self,
-        run: Callable[[Sequence[T]], Sequence[R]],
+        run: Callable[[Sequence[T]], F],
+        finish: Callable[[Sequence[T], F], Sequence[R]],
         loop: asyncio.AbstractEventLoop,
         *,
         rows: int,
@@ -63,24 +97,24 @@ class Searches(Generic[T, R]):
         alone: Callable[[], bool] = lambda: True,
         observe: Callable[[T, int, float], None] = lambda item, rows, waited: None,
     ) -> None:
-        self._run, self._loop, self.rows, self._observe = run, loop, rows, observe
+        self._run, self._finish, self._loop, self.rows, self._observe = run, finish, loop, rows, observe
         self.max_wait, self.spare, self.inline, self._alone = max_wait, spare, inline, alone
         self._waiting: dict[Hashable, deque[_Call[T, R]]] = {}
         self._running: set[Hashable] = set()
-        self._seconds_a_row: dict[Hashable, float] = {}
+        self._paces: dict[Hashable, _Pace] = {}
         self._free = threads
         self._scheduled = False
         self.depth = 0
         """Rows that wait."""
-        self._work: SimpleQueue[tuple[Hashable, list[_Call[T, R]]] | None] = SimpleQueue()
+        self._work: SimpleQueue[_Batch[T, F, R] | None] = SimpleQueue()
         self._threads = [threading.Thread(target=self._serve, name=f"search-{i}", daemon=True) for i in range(threads)]
         for thread in self._threads:
             thread.start()
 
     def expected(self, key: Hashable) -> float:
         """Seconds that a call which comes now would wait for others of its kind, as things went lately."""
-        waiting = self._waiting.get(key)
-        return sum(call.rows for call in waiting) * self._seconds_a_row.get(key, 0.0) if waiting else 0.0
+        waiting, pace = self._waiting.get(key), self._paces.get(key)
+        return sum(call.rows for call in waiting) * (pace.run + pace.finish) if waiting and pace else 0.0
 
     def close(self) -> None:
         """Let the threads end."""
@@ -110,7 +144,7 @@ class Searches(Generic[T, R]):
         call: _Call[T, R] = _Call(item, rows, deadline, now, self._loop.create_future())
         waiting.append(call)
         self.depth += rows
-        if self._free and not self._scheduled and key not in self._running:
+        if self._free > 0 and not self._scheduled and key not in self._running:
             self._scheduled = True
             self._loop.call_soon(self._start)  # after what else came in this turn of the loop: it goes along
         return call.future
@@ -129,24 +163,26 @@ class Searches(Generic[T, R]):
         """Give what waits to free threads, the kind that has waited longest first."""
         self._scheduled = False
         for key in list(self._waiting):
-            if not self._free:
+            if self._free <= 0:
                 return
             if key in self._running:
                 continue
             batch = self._take(key)
-            if not batch:
+            if batch is None:
                 continue
-            if len(batch) == 1 and not self._running and not self._waiting and self._alone() and self._quick(key, batch[0].rows):
-                self._finish(key, batch, *self._answered(batch))
+            if len(batch.calls) == 1 and not self._running and not self._waiting and self._alone() and self._quick(batch):
+                self._work_on(batch, whole=True)
+                self._answer(batch)
             else:
                 self._running.add(key)
                 self._free -= 1
-                self._work.put((key, batch))
+                self._work.put(batch)
 
-    def _quick(self, key: Hashable, rows: int) -> bool:
-        return self._seconds_a_row.get(key, float("inf")) * rows <= self.inline
+    def _quick(self, batch: _Batch[T, F, R]) -> bool:
+        pace = self._paces.get(batch.key)
+        return pace is not None and (pace.run + pace.finish) * batch.rows <= self.inline
 
-    def _take(self, key: Hashable) -> list[_Call[T, R]]:
+    def _take(self, key: Hashable) -> _Batch[T, F, R] | None:
         """The first of a kind and what fits with it; what nobody waits for any more is left out."""
         waiting = self._waiting.pop(key)
         batch: list[_Call[T, R]] = []
@@ -163,43 +199,68 @@ class Searches(Generic[T, R]):
             taken += call.rows
         if waiting:
             self._waiting[key] = waiting  # behind the others
-        if batch:
-            self._observe(batch[0].item, taken, now - batch[0].arrived)
-        return batch
+        if not batch:
+            return None
+        self._observe(batch[0].item, taken, now - batch[0].arrived)
+        return _Batch(key, batch, taken)
 
     def _serve(self) -> None:
-        while (work := self._work.get()) is not None:
-            key, batch = work
-            results, seconds = self._answered(batch)
-            self._loop.call_soon_threadsafe(self._done, key, batch, results, seconds)
-            del work, batch, results
+        while (batch := self._work.get()) is not None:
+            pace = self._paces.get(batch.key)
+            self._work_on(batch, whole=pace is None or pace.finish * batch.rows > FINISH_SECONDS)
+            self._loop.call_soon_threadsafe(self._done, batch)
+            del batch
 
-    def _answered(self, batch: Sequence[_Call[T, R]]) -> tuple[Sequence[R | Exception], float]:
-        start = time.monotonic()
-        return self._results([call.item for call in batch]), time.monotonic() - start
-
-    def _results(self, items: Sequence[T]) -> Sequence[R | Exception]:
+    def _work_on(self, batch: _Batch[T, F, R], *, whole: bool) -> None:
+        """Find what there is to find, and with `whole` make the results of it. One by one, if together they fail."""
+        items = [call.item for call in batch.calls]
+        start = middle = time.monotonic()
         try:
-            return self._run(items)
+            batch.found = self._run(items)
+            middle = time.monotonic()
+            if whole:
+                batch.results = self._finish(items, batch.found)
         except Exception as error:  # noqa: BLE001  it is raised in the call that it belongs to
-            if len(items) == 1:
-                return [error]
-            return [result for item in items for result in self._results([item])]
+            batch.results = [error] if len(items) == 1 else [self._result(item) for item in items]
+        batch.run_seconds, batch.finish_seconds = middle - start, time.monotonic() - middle
 
-    def _done(self, key: Hashable, batch: Sequence[_Call[T, R]], results: Sequence[R | Exception], seconds: float) -> None:
-        self._running.discard(key)
+    def _result(self, item: T) -> R | Exception:
+        try:
+            return self._finish([item], self._run([item]))[0]
+        except Exception as error:  # noqa: BLE001  as above
+            return error
+
+    def _done(self, batch: _Batch[T, F, R]) -> None:
+        self._running.discard(batch.key)
         self._free += 1
         if self._waiting:
-            self._start()
-        self._finish(key, batch, results, seconds)
+            self._start()  # first, so that the next search is under way meanwhile
+        if batch.results is None and not self._finished(batch):
+            self._running.add(batch.key)
+            self._free -= 1
+            self._work.put(batch)  # again, by a thread, one by one
+            return
+        self._answer(batch)
 
-    def _finish(self, key: Hashable, batch: Sequence[_Call[T, R]], results: Sequence[R | Exception], seconds: float) -> None:
-        now = seconds / sum(call.rows for call in batch)
-        before = self._seconds_a_row.pop(key, now)
-        self._seconds_a_row[key] = 0.9 * before + 0.1 * now
-        if len(self._seconds_a_row) > KINDS_REMEMBERED:
-            del self._seconds_a_row[next(iter(self._seconds_a_row))]
-        for call, result in zip(batch, results, strict=True):
+    def _finished(self, batch: _Batch[T, F, R]) -> bool:
+        assert batch.found is not None
+        start = time.monotonic()
+        try:
+            batch.results = self._finish([call.item for call in batch.calls], batch.found)
+        except Exception:  # noqa: BLE001  a thread finds out whose it is
+            self._paces.pop(batch.key, None)  # with no pace, it does all of the work
+            return False
+        batch.finish_seconds = time.monotonic() - start
+        return True
+
+    def _answer(self, batch: _Batch[T, F, R]) -> None:
+        pace = self._paces.pop(batch.key, None) or _Pace()
+        pace.took(batch.rows, batch.run_seconds, batch.finish_seconds)
+        self._paces[batch.key] = pace  # the last one used stands last
+        if len(self._paces) > KINDS_REMEMBERED:
+            del self._paces[next(iter(self._paces))]
+        assert batch.results is not None
+        for call, result in zip(batch.calls, batch.results, strict=True):
             if call.future.done():
                 continue  # its caller has gone
             if isinstance(result, Exception):
