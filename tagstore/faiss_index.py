@@ -35,7 +35,7 @@ MAX_ROWS = 1 << 20
 """Of a flat file, which is built in memory: 1 GiB at 512 dimensions, whatever the size of the store."""
 STALE = 0.2
 """Share of entries beside a tuned file, or dead in it, from which on it should be built anew."""
-FEW_QUERIES = 4
+FEW_QUERIES = 6
 """Up to so many, FAISS reads the float16 codes for each of them at the speed of memory; beyond, one pass of `exact` for all is faster."""
 SPLIT_ROWS = 1 << 16
 """Rows of a flat file that are worth a thread of their own."""
@@ -195,10 +195,10 @@ class Part:
             return np.zeros((len(queries), 0), np.float32), np.zeros((len(queries), 0), np.int64)
         selector = faiss.IDSelectorBitmap(bits.bits) if held < self.rows else None
         k = min(kinds.candidates(self.plan, k), held)
-        if self.plan.kind == "flat" and len(queries) <= FEW_QUERIES:
+        if self.plan.kind == "flat" and len(queries) == 1:
             return self._split(queries, k, selector)
         share = held / self.rows
-        if len(queries) == 1 or self.plan.kind == "hnsw":
+        if len(queries) == 1 or self.plan.kind in ("flat", "hnsw"):
             # FAISS shares queries out by itself, and needs no Python for it: our own threads would wait for the interpreter
             with exact.on_cores(min(exact.cores(), len(queries))):
                 return self._ask(queries, k, self._told(search, k, share, selector))
@@ -231,6 +231,7 @@ class Part:
         return np.concatenate([s for s, _ in rows]), np.concatenate([i for _, i in rows])
 
     def _split(self, queries: Vectors, k: int, selector: Any) -> exact.Found:
+        """Rows divided among the cores."""
         parts = max(1, min(exact.cores(), self.rows // SPLIT_ROWS))
         if parts == 1:
             with exact.on_cores(1):

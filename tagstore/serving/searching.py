@@ -29,6 +29,9 @@ F = TypeVar("F")
 R = TypeVar("R")
 
 KINDS_REMEMBERED = 4096
+PAUSE, SHORTEST_PAUSE = 0.1, 0.001
+"""After a batch of a slow kind, as a share of what it took, and the least worth a timer, in seconds: those who are answered ask again, and
+go along with those that came meanwhile. Without it callers fall into two groups that wait for each other."""
 FINISH_SECONDS = 0.005
 """What may be made in the loop's thread of a batch's finds: half as long again as 64 plain queries take on a slow core."""
 
@@ -231,8 +234,12 @@ class Searches(Generic[T, F, R]):
             return error
 
     def _done(self, batch: _Batch[T, F, R]) -> None:
-        self._running.discard(batch.key)
         self._free += 1
+        pause = PAUSE * batch.run_seconds
+        if pause > SHORTEST_PAUSE and 1 < batch.rows < self.rows:
+            self._loop.call_later(pause, self._go_on, batch.key)
+        else:
+            self._running.discard(batch.key)
         if self._waiting:
             self._start()  # first, so that the next search is under way meanwhile
         if batch.results is None and not self._finished(batch):
@@ -241,6 +248,11 @@ class Searches(Generic[T, F, R]):
             self._work.put(batch)  # again, by a thread, one by one
             return
         self._answer(batch)
+
+    def _go_on(self, key: Hashable) -> None:
+        self._running.discard(key)
+        if self._waiting:
+            self._start()
 
     def _finished(self, batch: _Batch[T, F, R]) -> bool:
         assert batch.found is not None
