@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from hashlib import sha256
@@ -98,9 +98,14 @@ class Catalog:
                 encoder = self._encoders[fingerprint.digest] = load_encoder_of(fingerprint, device=self.device)
             return encoder
 
-    def warm(self) -> list[StoreInfo]:
-        """Open every store and load its encoder, so that the first request finds them there; returns what was opened."""
+    def warm(self, opened: Callable[[], None] = lambda: None) -> list[StoreInfo]:
+        """Open every store and load its encoder, so that the first request finds them there; returns what was opened.
+
+        Args:
+            opened: called between the two: queries by vector can be answered from then on, and loading encoders takes seconds.
+        """
         infos = self.stores()
+        opened()
         for info in infos:
             try:
                 self.encoder(info.fingerprint)

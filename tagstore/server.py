@@ -169,7 +169,9 @@ class Server:
         return f"{self._host}:{self._port}"
 
     def start(self, *, warm_first: bool = False) -> None:
-        """Listen, open and warm the stores, then answer; until then health says NOT_SERVING, and calls are refused with UNAVAILABLE.
+        """Listen, open the stores and answer, load the encoders; until then health says NOT_SERVING.
+
+        Calls are refused with UNAVAILABLE until the stores are open, and those by image or text until the encoders are there.
 
         Args:
             warm_first: open the stores before listening: beside others that serve meanwhile, nobody is to meet a closed door.
@@ -178,12 +180,11 @@ class Server:
         ctypes.CDLL(None).mallopt(M_ARENA_MAX, ARENAS)
         if not warm_first:
             run(self._all(lambda acceptor: acceptor.start()))
-        for info in self.catalog.warm():
+        for info in self.catalog.warm(opened=self._open):
             log.info("serving %s@%d: %d entries, %s", info.store, info.version, info.entries, info.fingerprint)
         # what is there now stays: no collection, and unloading a store asks for one, has to look at all of torch again
         gc.collect()
         gc.freeze()
-        self.gate.closed = ""
         for name in ("", SERVICE):
             run(self._health.set(name, health_pb2.HealthCheckResponse.SERVING))
         if warm_first:
@@ -194,6 +195,9 @@ class Server:
             self._stop_metrics, port = metrics.serve(self.settings.metrics)
             log.info("metrics on port %d", port)
         log.info("listening on %s: %s", self.address, self.settings.describe())
+
+    def _open(self) -> None:
+        self.gate.closed = ""
 
     def stop(self, grace: float = DRAIN_SECONDS) -> None:
         """Refuse new requests, finish those in flight within `grace` seconds."""

@@ -345,29 +345,53 @@ def test_malformed_messages_are_refused_and_never_a_fault(server_address: str, m
         assert source.info().entries == 18
 
 
-def test_health_says_not_serving_until_the_stores_are_open(shapes_root: Path, mini, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tagstore.serving.live import LiveCatalog
+def test_vectors_are_answered_once_the_stores_are_open_and_health_waits_for_the_encoders(
+    shapes_root: Path, mini, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tagstore import catalog
 
-    opening, go = threading.Event(), threading.Event()
+    opening, opened, loading, loaded = (threading.Event() for _ in range(4))
+    plain = catalog.Catalog.stores
 
-    def slow(*_):
+    def stores(self):
         opening.set()
-        assert go.wait(60)
+        assert opened.wait(60)
+        return plain(self)
+
+    def load(*_, **__):
+        loading.set()
+        assert loaded.wait(60)
         return mini
 
-    monkeypatch.setattr(LiveCatalog, "encoder", slow)
+    monkeypatch.setattr(catalog.Catalog, "stores", stores)
+    monkeypatch.setattr(catalog, "load_encoder_of", load)
     server = Server(shapes_root, "127.0.0.1:0", device="cpu")
+    by_image = pb.RetrieveRequest(store="shapes", images=[picture("red", "circle")])
     with ThreadPoolExecutor(1) as pool, grpc.insecure_channel(server.address) as channel:
         started = pool.submit(server.start)
+        health, stub = health_pb2_grpc.HealthStub(channel), pb_grpc.TagStoreStub(channel)
+
+        def state() -> int:
+            return health.Check(health_pb2.HealthCheckRequest()).status
+
+        def unavailable(request: pb.RetrieveRequest) -> str:
+            with pytest.raises(grpc.RpcError) as caught:
+                stub.Retrieve(request)
+            assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+            return caught.value.details()
+
         assert opening.wait(60)
-        health = health_pb2_grpc.HealthStub(channel)
-        assert health.Check(health_pb2.HealthCheckRequest()).status == health_pb2.HealthCheckResponse.NOT_SERVING
-        with pytest.raises(grpc.RpcError) as caught:
-            pb_grpc.TagStoreStub(channel).Retrieve(vector_request(mini))
-        assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
-        go.set()
+        assert state() == health_pb2.HealthCheckResponse.NOT_SERVING
+        assert "opening its stores" in unavailable(vector_request(mini))
+        opened.set()
+        assert loading.wait(60)
+        assert stub.Retrieve(vector_request(mini)).retrievals
+        assert "loading its encoders" in unavailable(by_image)
+        assert state() == health_pb2.HealthCheckResponse.NOT_SERVING
+        loaded.set()
         started.result(60)
-        assert health.Check(health_pb2.HealthCheckRequest()).status == health_pb2.HealthCheckResponse.SERVING
+        assert state() == health_pb2.HealthCheckResponse.SERVING
+        assert stub.Retrieve(by_image).retrievals
     server.stop(0)
 
 

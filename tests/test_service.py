@@ -169,7 +169,7 @@ def test_a_fault_of_ours_shows_nothing_of_itself(
         raise KeyError("secret path")
 
     monkeypatch.setattr(server.catalog, "engine", broken)
-    monkeypatch.setattr(server.catalog, "warm", list)
+    monkeypatch.setattr(server.catalog, "stores", list)
     server.start()
     try:
         with grpc.insecure_channel(server.address) as channel, pytest.raises(grpc.RpcError) as caught:

@@ -6,8 +6,9 @@ import ctypes
 import gc
 import logging
 import os
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,13 @@ from numpy.typing import NDArray
 from tagstore.catalog import Catalog
 from tagstore.encoder import Encoder
 from tagstore.engine import Engine
-from tagstore.errors import NotFound, TagstoreError
+from tagstore.errors import NotFound, TagstoreError, Unavailable
 from tagstore.serving import metrics, tracing
 from tagstore.serving.batching import Batcher
 from tagstore.serving.current import current
 from tagstore.serving.limits import Limits
 from tagstore.store import check_name
-from tagstore.types import Identity, StoreInfo, Vectors
+from tagstore.types import Fingerprint, Identity, StoreInfo, Vectors
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,8 @@ class LiveCatalog(Catalog):
         self._hot: dict[str, tuple[tuple[int, int], int, Engine]] = {}
         self._used: dict[tuple[str, int], float] = {}
         self._unloaded: set[str] = set()
+        self._warming = 0
+        """The thread that loads the encoders at start-up."""
         self._embeddings: Batcher[NDArray[np.uint8] | Sequence[str], Vectors] = Batcher(
             self._embed_batch,
             name="encoder",
@@ -108,6 +111,19 @@ class LiveCatalog(Catalog):
                 self._used.pop(oldest, None)
                 if self._hot.get(oldest[0], (None, None, None))[2] is not self._engines.get(oldest):
                     self._engines.pop(oldest, None)
+
+    def warm(self, opened: Callable[[], None] = lambda: None) -> list[StoreInfo]:
+        """As the catalog's; meanwhile, who asks for an encoder that is not there yet is refused with `Unavailable`, not kept waiting."""
+        self._warming = threading.get_ident()
+        try:
+            return super().warm(opened)
+        finally:
+            self._warming = 0
+
+    def encoder(self, fingerprint: Fingerprint) -> Encoder:
+        if self._warming not in (0, threading.get_ident()) and fingerprint.digest not in self._encoders:
+            raise Unavailable("the server is loading its encoders: try again in a moment")
+        return super().encoder(fingerprint)
 
     def load(self, store: str) -> StoreInfo:
         """Serve a store that was unloaded, or that came since; returns once it is open and its encoder there. Raises `NotFound`."""
