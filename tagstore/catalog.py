@@ -211,7 +211,8 @@ class Catalog:
 
         # in pieces, so that a request of many small files is not a memory of many large pictures
         pieces = [range(len(images))[start : start + EMBED_AT_ONCE] for start in range(0, len(images), EMBED_AT_ONCE)]
-        vectors = np.concatenate([self._encode(encoder, np.stack(list(self._decoders.map(prepared, piece)))) for piece in pieces])
+        over = map if len(images) == 1 else self._decoders.map  # a thread of its own would cost one image more than it saves
+        vectors = np.concatenate([self._encode(encoder, np.stack(list(over(prepared, piece)))) for piece in pieces])
         return vectors, known
 
     def _encode(self, encoder: Encoder, pixels: NDArray[np.uint8]) -> Vectors:
