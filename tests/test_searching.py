@@ -119,6 +119,24 @@ async def test_results_are_made_in_the_loop_where_that_is_quick() -> None:
     together.close()
 
 
+async def test_those_who_are_answered_and_ask_again_go_along_with_those_who_wait() -> None:
+    work = Work()
+    together = searches(work, rows=8)
+
+    async def caller(number: int) -> None:
+        for _ in range(3):
+            await together.submit("a", number)
+
+    slow = asyncio.create_task(asyncio.to_thread(lambda: (time.sleep(0.3), work.go.set())))
+    work.go.clear()
+    one, two = asyncio.create_task(caller(1)), asyncio.create_task(caller(2))
+    await begun(work, 1)
+    three = asyncio.create_task(caller(3))  # comes while the others are worked on
+    await asyncio.gather(one, two, three, slow)
+    assert sorted(work.batches[1]) == [1, 2, 3]
+    together.close()
+
+
 async def test_a_long_queue_refuses_and_says_for_how_long() -> None:
     work = Work()
     together = searches(work, max_wait=0.0, spare=2, rows=1)

@@ -236,7 +236,7 @@ class Searches(Generic[T, F, R]):
     def _done(self, batch: _Batch[T, F, R]) -> None:
         self._free += 1
         pause = PAUSE * batch.run_seconds
-        if pause > SHORTEST_PAUSE and 1 < batch.rows < self.rows:
+        if pause > SHORTEST_PAUSE and len(batch.calls) > 1 and batch.rows < self.rows:
             self._loop.call_later(pause, self._go_on, batch.key)
         else:
             self._running.discard(batch.key)
