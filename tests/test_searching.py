@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import pytest
 
 from tagstore.errors import Overloaded, TimedOut
+from tagstore.serving import searching
 from tagstore.serving.searching import Searches
 
 
@@ -100,7 +101,8 @@ async def test_only_a_lone_item_of_a_quick_kind_is_worked_on_in_the_loop() -> No
     together.close()
 
 
-async def test_results_are_made_in_the_loop_where_that_is_quick() -> None:
+async def test_results_are_made_in_the_loop_where_that_is_quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(searching, "FINISH_SECONDS", 0.2)
     work, here = Work(), threading.get_ident()
     together = searches(work)
     await together.submit("a", 1)  # how quick it is is not known yet
@@ -111,7 +113,7 @@ async def test_results_are_made_in_the_loop_where_that_is_quick() -> None:
     found = await asyncio.gather(*(together.submit("a", i) for i in (16, 17, 18)), return_exceptions=True)
     assert (found[0], found[2]) == (32, 36)
     assert isinstance(found[1], ValueError)
-    work.pause = 0.1
+    work.pause = 0.25
     await together.submit("slow", 1)
     work.finishers.clear()
     assert await together.submit("slow", 2) == 4
