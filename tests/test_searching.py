@@ -142,17 +142,16 @@ async def test_those_who_are_answered_and_ask_again_go_along_with_those_who_wait
 async def test_a_long_queue_refuses_and_says_for_how_long() -> None:
     work = Work()
     together = searches(work, max_wait=0.0, spare=2, rows=1)
-    slow = asyncio.get_running_loop().run_in_executor(None, lambda: (time.sleep(0.05), work.go.set()))
-    work.go.clear()
-    await together.submit("a", 0)
-    await slow
+    work.pause = 0.02
+    for _ in range(searching.FEWEST_BATCHES):
+        await together.submit("a", 0)
     work.go.clear()
     first = together.submit("a", 1)
-    await begun(work, 2)
+    await begun(work, searching.FEWEST_BATCHES + 1)
     waiting = [together.submit("a", i) for i in (2, 3)]
     with pytest.raises(Overloaded) as caught:
         together.submit("a", 4)
-    assert caught.value.retry_after > 0.05
+    assert caught.value.retry_after > 0.02
     assert together.submit("b", 5) is not None  # of a kind that nothing waits for
     work.go.set()
     assert await asyncio.gather(first, *waiting) == [2, 4, 6]

@@ -28,6 +28,7 @@ from tagstore import convert, errors
 from tagstore.client import connect
 from tagstore.server import Server
 from tagstore.serving.limits import Limits
+from tagstore.serving.searching import FEWEST_BATCHES
 from tagstore.serving.settings import Settings
 from tagstore_proto.v1 import tagstore_pb2 as pb
 from tagstore_proto.v1 import tagstore_pb2_grpc as pb_grpc
@@ -271,7 +272,8 @@ def test_a_long_queue_refuses(served, mini, monkeypatch: pytest.MonkeyPatch) -> 
     held = Held(monkeypatch)
     server, stub = served(search_wait=0.0, search_queue=0, search_inline=0.0)
     held.go.set()
-    stub.Retrieve(vector_request(mini))
+    for _ in range(FEWEST_BATCHES):
+        stub.Retrieve(vector_request(mini))
     held.go.clear()
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(stub.Retrieve, vector_request(mini))

@@ -35,7 +35,7 @@ from tagstore.errors import InvalidInput, NotFound
     help="Threads of a worker for all but searches.",
 )
 @click.option(
-    "--max-in-flight", type=click.IntRange(1), default=512, show_default=True, help="Calls in hand of a worker; more are refused."
+    "--max-in-flight", type=click.IntRange(1), default=1024, show_default=True, help="Calls in hand of a worker; more are refused."
 )
 @click.option("--max-per-client", type=click.IntRange(1), default=64, show_default=True, help="Calls in hand of one client.")
 @click.option("--max-message", type=click.IntRange(1), default=64, show_default=True, metavar="MIB", help="Size of a request or an answer.")

@@ -11,7 +11,7 @@ class Limits:
 
     threads: int = 8
     """For what is not searched but embedded, read or opened."""
-    in_flight: int = 512
+    in_flight: int = 1024
     """Calls in hand: worked on, waiting, or with an answer that the client has not taken yet; streams not counted. Room for a burst, such
     as what comes while a new version is opened."""
     standing: int = 128

@@ -32,6 +32,8 @@ KINDS_REMEMBERED = 4096
 PAUSE, SHORTEST_PAUSE = 0.1, 0.001
 """After a batch of a slow kind, as a share of what it took, and the least worth a timer, in seconds: those who are answered ask again, and
 go along with those that came meanwhile. Without it callers fall into two groups that wait for each other."""
+FEWEST_BATCHES = 8
+"""From which on it is known what a kind takes: the first ones of a new version read what nobody has read yet, and are small."""
 FINISH_SECONDS = 0.005
 """What may be made in the loop's thread of a batch's finds: half as long again as 64 plain queries take on a slow core."""
 
@@ -46,13 +48,15 @@ class _Call(Generic[T, R]):
 class _Pace:
     """Seconds a row that a kind took lately."""
 
-    __slots__ = ("finish", "run")
+    __slots__ = ("batches", "finish", "run")
 
     def __init__(self) -> None:
         self.run = self.finish = float("inf")  # not known
+        self.batches = 0
 
     def took(self, rows: int, run: float, finish: float) -> None:
-        known = self.run < float("inf")
+        known = self.batches > 0
+        self.batches += 1
         self.run = 0.9 * self.run + 0.1 * run / rows if known else run / rows
         self.finish = 0.9 * self.finish + 0.1 * finish / rows if known else finish / rows
 
@@ -115,9 +119,11 @@ class Searches(Generic[T, F, R]):
             thread.start()
 
     def expected(self, key: Hashable) -> float:
-        """Seconds that a call which comes now would wait for others of its kind, as things went lately."""
+        """Seconds that a call which comes now would wait for others of its kind, as things went lately; 0 while that is not known."""
         waiting, pace = self._waiting.get(key), self._paces.get(key)
-        return sum(call.rows for call in waiting) * (pace.run + pace.finish) if waiting and pace else 0.0
+        if not waiting or pace is None or pace.batches < FEWEST_BATCHES:
+            return 0.0
+        return sum(call.rows for call in waiting) * (pace.run + pace.finish)
 
     def close(self) -> None:
         """Let the threads end."""
