@@ -430,11 +430,16 @@ def test_spans_cover_the_stages_and_take_the_callers_trace(served, mini) -> None
     tracing.use(provider)
     try:
         trace = "0af7651916cd43dd8448eb211c80319c"
-        stub.Retrieve(vector_request(mini), metadata=(("traceparent", f"00-{trace}-b7ad6b7169203331-01"),))
+        metadata = (("traceparent", f"00-{trace}-b7ad6b7169203331-01"),)
+        stub.Retrieve(vector_request(mini), metadata=metadata)
+        assert len(list(stub.RetrieveStream(iter([vector_request(mini)]), metadata=metadata))) == 1
+        while not any(span.name == "RetrieveStream" for span in exporter.get_finished_spans()):
+            time.sleep(0.001)  # it ends after its last answer
     finally:
         tracing.use(None)
     spans = {span.name: span for span in exporter.get_finished_spans()}
-    assert {"Retrieve", "search"} <= set(spans)
+    assert {"Retrieve", "RetrieveStream", "search"} <= set(spans)
+    assert spans["search"].parent.span_id == spans["RetrieveStream"].context.span_id
     assert {f"{span.context.trace_id:032x}" for span in spans.values()} == {trace}
 
 

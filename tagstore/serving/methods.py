@@ -141,10 +141,11 @@ class Methods:
                 call = gate.call(context)
                 gate.enter(call, stream=True)
                 taken = parsed(parse, given) if one else requests()
-                if quick:
-                    await method(taken, call, send)
-                else:
-                    await _in_thread_with_stream(threads, call, method, taken, send)
+                with tracing.span(name, context.invocation_metadata()):
+                    if quick:
+                        await method(taken, call, send)
+                    else:
+                        await _in_thread_with_stream(threads, call, method, taken, send)
                 return
             except asyncio.CancelledError:
                 if call is None or not call.slow:
