@@ -128,6 +128,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="ten seconds")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    from report import table, write
     from synthetic import build, fingerprint
 
     from tagstore.server import Server
@@ -145,8 +146,18 @@ def main() -> None:
         server.stop(5)
         if time.monotonic() - start > 5:
             faults.records.append("calls were in hand after their end")
-    print(f"{found.total()} calls in {seconds:.0f} s: " + ", ".join(f"{name} {n}" for name, n in found.most_common()))
     strange = [name for name in found if name not in (*REFUSED, "OK")]
+    rows = [[name, n] for name, n in found.most_common()]
+    how = f"unary and on streams, seed {arguments.seed}"
+    about = f"{found.total():,} calls in {seconds:.0f} s, {how}; {len(faults.records)} faults of the server."
+    write(
+        "fuzz",
+        "Malformed messages",
+        about,
+        table(["answered with", "calls"], rows),
+        packages=("grpcio", "protobuf"),
+        keep=not arguments.quick,
+    )
     if strange or faults.records:
         sys.exit(f"unexpected: {strange} {faults.records[:3]}")
 
