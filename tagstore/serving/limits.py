@@ -37,7 +37,7 @@ class Limits:
     """Seconds that an image or a text may be expected to wait for the encoder."""
     search_queue: int = 128
     """Queries that may always wait, whatever that takes: with a slow index they are waited for, not refused."""
-    search_inline: float = 0.001
+    search_inline: float = 0.003
     """Seconds that a lone query's search may take in the thread that takes calls in."""
     embed_queue: int = 8
     """Images and texts that may always wait."""
