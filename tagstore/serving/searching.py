@@ -51,23 +51,25 @@ class _Pace:
     __slots__ = ("batches", "finish", "run")
 
     def __init__(self) -> None:
-        self.run = self.finish = float("inf")  # not known
+        self.run = self.finish = 0.0
         self.batches = 0
 
     def took(self, rows: int, run: float, finish: float) -> None:
-        known = self.batches > 0
+        share = 0.1 if self.batches else 1.0
+        self.run += share * (run / rows - self.run)
+        self.finish += share * (finish / rows - self.finish)
         self.batches += 1
-        self.run = 0.9 * self.run + 0.1 * run / rows if known else run / rows
-        self.finish = 0.9 * self.finish + 0.1 * finish / rows if known else finish / rows
 
 
 class _Batch(Generic[T, F, R]):
     """Calls of one kind, on their way through."""
 
-    __slots__ = ("calls", "finish_seconds", "found", "key", "results", "rows", "run_seconds")
+    __slots__ = ("calls", "finish_seconds", "found", "key", "results", "rows", "run_seconds", "whole")
 
-    def __init__(self, key: Hashable, calls: list[_Call[T, R]], rows: int) -> None:
+    def __init__(self, key: Hashable, calls: list[_Call[T, R]], rows: int, whole: bool) -> None:
         self.key, self.calls, self.rows = key, calls, rows
+        self.whole = whole
+        """Whether who runs it makes its results too."""
         self.found: F | None = None
         self.results: Sequence[R | Exception] | None = None
         self.run_seconds = self.finish_seconds = 0.0
@@ -180,7 +182,8 @@ class Searches(Generic[T, F, R]):
             if batch is None:
                 continue
             if len(batch.calls) == 1 and not self._running and not self._waiting and self._alone() and self._quick(batch):
-                self._work_on(batch, whole=True)
+                batch.whole = True
+                self._work_on(batch)
                 self._answer(batch)
             else:
                 self._running.add(key)
@@ -211,23 +214,23 @@ class Searches(Generic[T, F, R]):
         if not batch:
             return None
         self._observe(batch[0].item, taken, now - batch[0].arrived)
-        return _Batch(key, batch, taken)
+        pace = self._paces.get(key)
+        return _Batch(key, batch, taken, whole=pace is None or pace.finish * taken > FINISH_SECONDS)
 
     def _serve(self) -> None:
         while (batch := self._work.get()) is not None:
-            pace = self._paces.get(batch.key)
-            self._work_on(batch, whole=pace is None or pace.finish * batch.rows > FINISH_SECONDS)
+            self._work_on(batch)
             self._loop.call_soon_threadsafe(self._done, batch)
             del batch
 
-    def _work_on(self, batch: _Batch[T, F, R], *, whole: bool) -> None:
-        """Find what there is to find, and with `whole` make the results of it. One by one, if together they fail."""
+    def _work_on(self, batch: _Batch[T, F, R]) -> None:
+        """Find what there is to find, and of a whole batch make the results. One by one, if together they fail."""
         items = [call.item for call in batch.calls]
         start = middle = time.monotonic()
         try:
             batch.found = self._run(items)
             middle = time.monotonic()
-            if whole:
+            if batch.whole:
                 batch.results = self._finish(items, batch.found)
         except Exception as error:  # noqa: BLE001  it is raised in the call that it belongs to
             batch.results = [error] if len(items) == 1 else [self._result(item) for item in items]
@@ -244,10 +247,9 @@ class Searches(Generic[T, F, R]):
         pause = PAUSE * batch.run_seconds
         if pause > SHORTEST_PAUSE and len(batch.calls) > 1 and batch.rows < self.rows:
             self._loop.call_later(pause, self._go_on, batch.key)
+            self._start()
         else:
-            self._running.discard(batch.key)
-        if self._waiting:
-            self._start()  # first, so that the next search is under way meanwhile
+            self._go_on(batch.key)  # first, so that the next search is under way meanwhile
         if batch.results is None and not self._finished(batch):
             self._running.add(batch.key)
             self._free -= 1
@@ -257,8 +259,7 @@ class Searches(Generic[T, F, R]):
 
     def _go_on(self, key: Hashable) -> None:
         self._running.discard(key)
-        if self._waiting:
-            self._start()
+        self._start()
 
     def _finished(self, batch: _Batch[T, F, R]) -> bool:
         assert batch.found is not None
@@ -266,7 +267,7 @@ class Searches(Generic[T, F, R]):
         try:
             batch.results = self._finish([call.item for call in batch.calls], batch.found)
         except Exception:  # noqa: BLE001  a thread finds out whose it is
-            self._paces.pop(batch.key, None)  # with no pace, it does all of the work
+            batch.whole = True
             return False
         batch.finish_seconds = time.monotonic() - start
         return True
