@@ -30,7 +30,7 @@ faiss.cvar.distance_compute_blas_threshold = 1
 
 BLOCKS = 4
 """Blocks of the store that are multiplied at once: 1,020 rows, 2 MiB at 512 dimensions."""
-FOUR = 4
+MULTIPLE = 4
 """Queries are filled up to a multiple of it: BLAS takes a third longer for 7 of them than for 8."""
 MERGE_AT = 1 << 22
 """Candidates held by a thread before they are cut to the best again: 48 MiB."""
@@ -91,9 +91,9 @@ def search(snapshot: Snapshot, queries: Vectors, k: int, allowed: Allowed, first
     end = min(snapshot.version.next_entry_id if end is None else end, 8 * len(allowed.bits))
     groups = range(first // ROWS, -(-end // ROWS), BLOCKS)
     count = len(queries)
-    if count > 2 and count % FOUR:
-        queries = np.concatenate([queries, np.zeros((-count % FOUR, queries.shape[1]), np.float32)])
     queries = np.ascontiguousarray(queries, np.float32)
+    if count > 2 and count % MULTIPLE:
+        queries = np.pad(queries, ((0, -count % MULTIPLE), (0, 0)))
     parts = max(1, min(cores(), len(groups) // 4))
 
     def scan(part: int) -> Found:
@@ -103,8 +103,8 @@ def search(snapshot: Snapshot, queries: Vectors, k: int, allowed: Allowed, first
             best.add(similarities, ids[at])
         return best.take()
 
-    found = [(similarities[:count], ids[:count]) for similarities, ids in in_parallel(scan, parts)]
-    return merged(found, k)
+    similarities, ids = merged(in_parallel(scan, parts), k)
+    return similarities[:count], ids[:count]
 
 
 def merged(found: list[Found], k: int) -> Found:

@@ -195,8 +195,9 @@ class Part:
             return np.zeros((len(queries), 0), np.float32), np.zeros((len(queries), 0), np.int64)
         selector = faiss.IDSelectorBitmap(bits.bits) if held < self.rows else None
         k = min(kinds.candidates(self.plan, k), held)
-        if self.plan.kind == "flat" and len(queries) == 1:
-            return self._split(queries, k, selector)
+        parts = min(exact.cores(), self.rows // SPLIT_ROWS)
+        if self.plan.kind == "flat" and len(queries) == 1 and parts > 1:
+            return self._split(queries, k, selector, parts)
         share = held / self.rows
         if len(queries) == 1 or self.plan.kind in ("flat", "hnsw"):
             # FAISS shares queries out by itself, and needs no Python for it: our own threads would wait for the interpreter
@@ -230,12 +231,8 @@ class Part:
         rows = [found[n % parts][n // parts] for n in range(len(starts))]
         return np.concatenate([s for s, _ in rows]), np.concatenate([i for _, i in rows])
 
-    def _split(self, queries: Vectors, k: int, selector: Any) -> exact.Found:
+    def _split(self, queries: Vectors, k: int, selector: Any, parts: int) -> exact.Found:
         """Rows divided among the cores."""
-        parts = max(1, min(exact.cores(), self.rows // SPLIT_ROWS))
-        if parts == 1:
-            with exact.on_cores(1):
-                return self._ask(queries, k, self._told(PLAIN, k, 1.0, selector))
         edges = np.linspace(self.first, self.end, parts + 1).astype(np.int64).tolist()
 
         def scan(part: int) -> exact.Found:
