@@ -107,11 +107,14 @@ class Catalog:
         infos = self.stores()
         opened()
         for info in infos:
-            try:
-                self.encoder(info.fingerprint)
-            except TagstoreError as error:
-                log.warning("store '%s' answers vectors only, its encoder cannot be loaded: %s", info.store, error)
+            self._warm_encoder(info)
         return infos
+
+    def _warm_encoder(self, info: StoreInfo) -> None:
+        try:
+            self.encoder(info.fingerprint)
+        except TagstoreError as error:
+            log.warning("store '%s' answers vectors only, its encoder cannot be loaded: %s", info.store, error)
 
     def stores(self) -> list[StoreInfo]:
         """The current version of every store; one that can't be opened is logged and left out."""

@@ -180,7 +180,7 @@ class Server:
         ctypes.CDLL(None).mallopt(M_ARENA_MAX, ARENAS)
         if not warm_first:
             run(self._all(lambda acceptor: acceptor.start()))
-        for info in self.catalog.warm(opened=self._open):
+        for info in self.catalog.warm(opened=self.gate.open):
             log.info("serving %s@%d: %d entries, %s", info.store, info.version, info.entries, info.fingerprint)
         # what is there now stays: no collection, and unloading a store asks for one, has to look at all of torch again
         gc.collect()
@@ -195,9 +195,6 @@ class Server:
             self._stop_metrics, port = metrics.serve(self.settings.metrics)
             log.info("metrics on port %d", port)
         log.info("listening on %s: %s", self.address, self.settings.describe())
-
-    def _open(self) -> None:
-        self.gate.closed = ""
 
     def stop(self, grace: float = DRAIN_SECONDS) -> None:
         """Refuse new requests, finish those in flight within `grace` seconds."""

@@ -61,6 +61,10 @@ class Gate:
         self._clients: dict[str, int] = {}
         self._sending: dict[Call, float] = {}
 
+    def open(self) -> None:
+        """From now on calls are answered."""
+        self.closed = ""
+
     @property
     def in_flight(self) -> int:
         return self._calls + self._streams

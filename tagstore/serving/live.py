@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tagstore.catalog import Catalog
 from tagstore.encoder import Encoder
 from tagstore.engine import Engine
-from tagstore.errors import NotFound, TagstoreError, Unavailable
+from tagstore.errors import NotFound, Unavailable
 from tagstore.serving import metrics, tracing
 from tagstore.serving.batching import Batcher
 from tagstore.serving.current import current
@@ -128,12 +128,9 @@ class LiveCatalog(Catalog):
     def load(self, store: str) -> StoreInfo:
         """Serve a store that was unloaded, or that came since; returns once it is open and its encoder there. Raises `NotFound`."""
         self._unloaded.discard(check_name(store))
-        engine = self.engine(store)
-        try:
-            self.encoder(engine.fingerprint)
-        except TagstoreError as error:
-            log.warning("store '%s' answers vectors only, its encoder cannot be loaded: %s", store, error)
-        return engine.info()
+        info = self.engine(store).info()
+        self._warm_encoder(info)
+        return info
 
     def unload(self, store: str) -> None:
         """Serve a store no more and give its memory back; calls in flight end as they would have. Raises `NotFound`."""
