@@ -201,9 +201,9 @@ def found(queries: Sequence[Query]) -> Found:
     return first.engine.find(vectors, first.search, identities)
 
 
-def answered(queries: Sequence[Query], found: Found) -> list[bytes]:
+def answered(queries: Sequence[Query], finds: Found) -> list[bytes]:
     """Messages for queries and what was found for them."""
-    answers = iter(queries[0].engine.merge(found, queries[0].search))
+    answers = iter(queries[0].engine.merge(finds, queries[0].search))
     return [_message(query, [next(answers) for _ in query.vectors]) for query in queries]
 
 
