@@ -48,6 +48,30 @@ def server_address(shapes_root: Path) -> Iterator[str]:
 
 
 @pytest.fixture
+def served(shapes_root: Path, mini, monkeypatch: pytest.MonkeyPatch) -> Iterator:
+    """Makes servers that have their encoder already, and stops them: called with limits, returns a server and its stub."""
+    import grpc
+
+    from serving import limited
+    from tagstore.serving.live import LiveCatalog
+    from tagstore_proto.v1 import tagstore_pb2_grpc as pb_grpc
+
+    monkeypatch.setattr(LiveCatalog, "encoder", lambda *_: mini)
+    servers = []
+
+    def make(**limits):
+        server = limited(shapes_root, **limits)
+        channel = grpc.insecure_channel(server.address)
+        servers.append((server, channel))
+        return server, pb_grpc.TagStoreStub(channel)
+
+    yield make
+    for server, channel in servers:
+        channel.close()
+        server.stop(0)
+
+
+@pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
 

@@ -1,15 +1,11 @@
-"""A server under stress: streams, deadlines, overload, slow and broken clients, workers that are killed."""
+"""A server and its callers: streams, batches, versions, broken connections, health, metrics, spans, the end."""
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import random
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 import urllib.request
@@ -22,71 +18,19 @@ import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from benchmarks import synthetic
 from pictures import picture
-from tagstore import convert, errors
+from serving import Held, limited, vector_request
+from tagstore import convert
 from tagstore.client import connect
 from tagstore.server import Server
-from tagstore.serving.limits import Limits
-from tagstore.serving.searching import FEWEST_BATCHES
-from tagstore.serving.settings import Settings
 from tagstore_proto.v1 import tagstore_pb2 as pb
 from tagstore_proto.v1 import tagstore_pb2_grpc as pb_grpc
-
-
-def vector_request(mini, seed: int = 0, **fields) -> pb.RetrieveRequest:
-    vectors = np.random.default_rng(seed).standard_normal((1, mini.dimension)).astype(np.float32)
-    return pb.RetrieveRequest(store="shapes", vectors=convert.vectors_to_proto(vectors), fingerprint=mini.fingerprint.digest, **fields)
 
 
 @pytest.fixture
 def stub(server_address: str) -> Iterator[pb_grpc.TagStoreStub]:
     with grpc.insecure_channel(server_address) as channel:
         yield pb_grpc.TagStoreStub(channel)
-
-
-class Held:
-    """Searches that wait until they are let go."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from tagstore.engine import Engine
-
-        self.go, self.started, self.rows = threading.Event(), threading.Semaphore(0), []
-        plain = Engine.find
-
-        def find(engine, vectors, *rest):
-            self.rows.append(len(vectors))
-            self.started.release()
-            assert self.go.wait(60)
-            return plain(engine, vectors, *rest)
-
-        monkeypatch.setattr(Engine, "find", find)
-
-
-def limited(root: Path, cores: int = 1, **limits) -> Server:
-    server = Server(root, "127.0.0.1:0", device="cpu", settings=Settings(cores=cores, limits=Limits(**limits)))
-    server.start()
-    return server
-
-
-@pytest.fixture
-def served(shapes_root: Path, mini, monkeypatch: pytest.MonkeyPatch) -> Iterator:
-    """Makes servers that have their encoder already, and stops them."""
-    from tagstore.serving.live import LiveCatalog
-
-    monkeypatch.setattr(LiveCatalog, "encoder", lambda *_: mini)
-    servers = []
-
-    def make(**limits) -> tuple[Server, pb_grpc.TagStoreStub]:
-        server = limited(shapes_root, **limits)
-        channel = grpc.insecure_channel(server.address)
-        servers.append((server, channel))
-        return server, pb_grpc.TagStoreStub(channel)
-
-    yield make
-    for server, channel in servers:
-        channel.close()
-        server.stop(0)
 
 
 def test_a_stream_answers_in_order_as_calls_do_and_survives_bad_requests(stub, mini) -> None:
@@ -170,157 +114,6 @@ def test_images_that_come_together_give_the_vectors_that_they_give_alone(served)
         together = list(pool.map(lambda i: stub.Retrieve(pb.RetrieveRequest(store="shapes", images=[images[i % 4]])), range(8)))
     assert together == alone * 2
     assert list(stub.Retrieve(pb.RetrieveRequest(store="shapes", images=images)).retrievals) == [a.retrievals[0] for a in alone]
-
-
-def test_work_whose_deadline_has_passed_is_not_done(served, mini, monkeypatch: pytest.MonkeyPatch) -> None:
-    held = Held(monkeypatch)
-    server, stub = served()
-    with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(stub.Retrieve, vector_request(mini))
-        held.started.acquire()
-        with pytest.raises(grpc.RpcError) as caught:
-            stub.Retrieve(vector_request(mini, 1), timeout=0.1)
-        assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
-        while server.searches.depth:
-            time.sleep(0.001)
-        held.go.set()
-        assert first.result(10).retrievals
-    assert held.rows == [1]
-
-
-def refused(call, *arguments) -> grpc.RpcError:
-    with pytest.raises(grpc.RpcError) as caught:
-        call(*arguments)
-    assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert int(dict(caught.value.trailing_metadata())["retry-after-ms"]) > 0
-    return caught.value
-
-
-def test_more_calls_than_there_may_be_are_refused_with_a_time_to_come_again(served, mini, monkeypatch: pytest.MonkeyPatch) -> None:
-    held = Held(monkeypatch)
-    server, stub = served(in_flight=2)
-    with ThreadPoolExecutor(2) as pool:
-        two = [pool.submit(stub.Retrieve, vector_request(mini, i)) for i in range(2)]
-        held.started.acquire()
-        while server.gate.in_flight < 2:
-            time.sleep(0.001)
-        error = refused(stub.Retrieve, vector_request(mini))
-        assert "as many as there may be" in error.details()
-        with connect(f"grpc://{server.address}/shapes", retries=0) as source, pytest.raises(errors.Overloaded) as caught:
-            source.info()
-        assert caught.value.retry_after > 0
-        held.go.set()
-        assert all(f.result(10).retrievals for f in two)
-    assert stub.Retrieve(vector_request(mini)).retrievals
-
-
-def test_a_burst_is_taken_in_and_a_queue_that_stands_is_not(served, mini, monkeypatch: pytest.MonkeyPatch) -> None:
-    held = Held(monkeypatch)
-    server, stub = served(in_flight=4, standing=1, soon=0.2, burst=0.5)
-
-    def ask(pool: ThreadPoolExecutor, calls: int) -> list:
-        asked = [pool.submit(stub.Retrieve, vector_request(mini)) for _ in range(calls)]
-        while server.gate.in_flight < calls:
-            time.sleep(0.001)
-        return asked
-
-    with ThreadPoolExecutor(4) as pool:
-        burst = ask(pool, 3)
-        time.sleep(0.6)  # none of them was answered soon
-        assert "3 calls are in hand" in refused(stub.Retrieve, vector_request(mini)).details()
-        held.go.set()
-        assert all(f.result(10).retrievals for f in burst)
-        time.sleep(0.6)
-        assert stub.Retrieve(vector_request(mini)).retrievals
-        held.go.clear()
-        burst = ask(pool, 4)
-        assert "4 calls are in hand" in refused(stub.Retrieve, vector_request(mini)).details()
-        held.go.set()
-        assert all(f.result(10).retrievals for f in burst)
-
-
-def test_at_the_door_of_a_full_server_health_and_administrators_are_let_in(served, mini, monkeypatch: pytest.MonkeyPatch) -> None:
-    held = Held(monkeypatch)
-    server, stub = served(in_flight=2)
-    with ThreadPoolExecutor(2) as pool, grpc.insecure_channel(server.address) as channel:
-        two = [pool.submit(stub.Retrieve, vector_request(mini)) for _ in range(2)]
-        while server.gate.in_flight < 2:
-            time.sleep(0.001)
-        assert "as many as there may be" in refused(stub.Retrieve, vector_request(mini)).details()
-        versions = pb_grpc.AdminStub(channel).ListVersions(pb.ListVersionsRequest(store="shapes")).versions
-        assert len(versions) == 1
-        check = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
-        assert check.status == health_pb2.HealthCheckResponse.SERVING
-        held.go.set()
-        assert two[0].result(10) == two[1].result(10)
-
-
-def test_a_client_may_not_have_everything_for_itself(served, mini, monkeypatch: pytest.MonkeyPatch) -> None:
-    held = Held(monkeypatch)
-    server, stub = served(per_client=1)
-    with ThreadPoolExecutor(1) as pool, grpc.insecure_channel(server.address, [("grpc.use_local_subchannel_pool", 1)]) as other:
-        first = pool.submit(stub.Retrieve, vector_request(mini))
-        held.started.acquire()
-        error = refused(stub.Retrieve, vector_request(mini))
-        assert "as many as one client may" in error.details()
-        assert pb_grpc.TagStoreStub(other).GetStore(pb.GetStoreRequest(store="shapes")).store.entries == 18
-        held.go.set()
-        first.result(10)
-
-
-def test_a_long_queue_refuses(served, mini, monkeypatch: pytest.MonkeyPatch) -> None:
-    held = Held(monkeypatch)
-    server, stub = served(search_wait=0.0, search_queue=0, search_inline=0.0)
-    held.go.set()
-    for _ in range(FEWEST_BATCHES):
-        stub.Retrieve(vector_request(mini))
-    held.go.clear()
-    with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(stub.Retrieve, vector_request(mini))
-        second = pool.submit(stub.Retrieve, vector_request(mini))
-        while server.searches.depth < 1:
-            time.sleep(0.001)
-        error = refused(stub.Retrieve, vector_request(mini))
-        assert "wait for the search" in error.details()
-        [answer] = stub.RetrieveStream(iter([vector_request(mini)]))
-        assert answer.error.code == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
-        assert answer.error.retry_after_ms > 0
-        held.go.set()
-        assert first.result(10).retrievals == second.result(10).retrievals
-
-
-@pytest.mark.parametrize(
-    ("limits", "images", "message"),
-    [({"images": 2}, 3, "send at most 2"), ({"image_bytes": 50}, 1, "takes at most 50"), ({"message_bytes": 1000}, 9, "larger than max")],
-)
-def test_what_is_too_large_is_refused(served, limits, images: int, message: str) -> None:
-    _, stub = served(**limits)
-    with pytest.raises(grpc.RpcError) as caught:
-        stub.Retrieve(pb.RetrieveRequest(store="shapes", images=[picture("red", "circle")] * images))
-    assert message in caught.value.details()
-    assert caught.value.code() in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.RESOURCE_EXHAUSTED)
-    with pytest.raises(grpc.RpcError):
-        stub.Retrieve(pb.RetrieveRequest(store="shapes", images=[picture("red", "circle")] * images))
-    assert stub.GetStore(pb.GetStoreRequest(store="shapes")).store.entries == 18
-
-
-def test_a_client_that_does_not_read_is_hung_up_on(served, mini, caplog: pytest.LogCaptureFixture) -> None:
-    server, stub = served(slow_reader=0.3)
-
-    def endless() -> Iterator[pb.RetrieveRequest]:
-        while True:
-            yield vector_request(mini, k=1000)
-
-    with caplog.at_level(logging.WARNING):
-        call = stub.RetrieveStream(endless())  # and never read
-        while "did not take its answer" not in caplog.text:
-            time.sleep(0.01)
-        while server.gate.in_flight:
-            time.sleep(0.01)
-    with pytest.raises(grpc.RpcError):
-        for _ in call:
-            pass
-    assert stub.Retrieve(vector_request(mini)).retrievals
 
 
 def test_connections_that_never_speak_or_speak_nonsense_do_no_harm(server_address: str, stub, mini) -> None:
@@ -487,91 +280,6 @@ def test_many_versions_come_and_go_without_a_failed_or_mixed_answer(tmp_path: Pa
         server.stop(0)
     assert not wrong
     assert len(answered) > 16
-
-
-def test_workers_share_a_port_survive_each_other_and_drain(tmp_path: Path) -> None:
-    """One test for the whole life of a group of processes: starting it takes seconds."""
-    root = tmp_path / "root"
-    synthetic.build(root, 300, 64)  # of an encoder that cannot be loaded, so that nobody waits for torch
-    command = [sys.executable, "-m", "tagstore.cli", "serve", "--root", str(root), "--address", "127.0.0.1:0", "--device", "cpu"]
-    command += ["--workers", "2", "--anonymous", "admin", "--audit", str(tmp_path / "audit"), "--metrics", "127.0.0.1:0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        address = process.stdout.readline().strip()
-        children = workers_of(process.pid)
-        assert len(children) == 2
-        vectors = convert.vectors_to_proto(synthetic.queries(1, 300, 64))
-        request = pb.RetrieveRequest(store="bench", vectors=vectors, fingerprint=synthetic.fingerprint(64).digest)
-        expected = call(address, request)
-        # both of them answer, over connections of their own
-        for _ in range(20):
-            assert call(address, request) == expected
-        os.kill(children[0], signal.SIGKILL)
-        for _ in range(20):  # the kernel may have given a connection to the one that died: such a call fails at once and is sent again
-            assert again(address, request) == expected
-        while len(now := workers_of(process.pid)) < 2 or children[0] in now:
-            time.sleep(0.05)
-        assert again(address, request) == expected
-        from tagstore.remote_admin import administer
-
-        with administer(f"grpc://{address}/bench") as admin:
-            admin.unload()
-        until_unloaded(address, request)
-        with grpc.insecure_channel(address) as channel:
-            stub = pb_grpc.TagStoreStub(channel)
-            pb_grpc.AdminStub(channel).Load(pb.LoadRequest(store="bench"))
-            assert stub.Retrieve(request).retrievals
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0
-        assert not any(Path(f"/proc/{pid}").exists() for pid in now)
-    finally:
-        process.kill()
-        process.stdout.close()
-        process.stderr.close()
-        process.wait()
-
-
-def workers_of(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def call(address: str, request: pb.RetrieveRequest) -> pb.RetrieveResponse:
-    with grpc.insecure_channel(address, [("grpc.use_local_subchannel_pool", 1)]) as channel:
-        return pb_grpc.TagStoreStub(channel).Retrieve(request, timeout=30)
-
-
-def again(address: str, request: pb.RetrieveRequest) -> pb.RetrieveResponse:
-    for _ in range(100):
-        try:
-            return call(address, request)
-        except grpc.RpcError as error:
-            if error.code() != grpc.StatusCode.UNAVAILABLE:
-                raise
-    raise AssertionError("no worker answers")
-
-
-def until_unloaded(address: str, request: pb.RetrieveRequest) -> None:
-    """The other worker hears of it a moment later."""
-    refusals = 0
-    while refusals < 20:
-        try:
-            call(address, request)
-        except grpc.RpcError as error:
-            if error.code() != grpc.StatusCode.NOT_FOUND:
-                raise
-            refusals += 1
-
-
-def test_a_supervisor_refuses_what_a_server_refuses(shapes_root: Path, server_address: str, tmp_path: Path) -> None:
-    from tagstore.workers import Supervisor
-
-    with pytest.raises(errors.Unavailable, match="is another server running"):
-        Supervisor(shapes_root, server_address, settings=Settings(workers=2))
-    with pytest.raises(errors.InvalidInput, match="--insecure"):
-        Supervisor(shapes_root, "0.0.0.0:0", settings=Settings(workers=2))
-    supervisor = Supervisor(tmp_path / "nothing", "127.0.0.1:0", settings=Settings(workers=2))
-    with pytest.raises(errors.InvalidInput, match="no directory"):
-        supervisor.start()
 
 
 def test_what_is_in_flight_is_finished_before_the_end(served, mini, monkeypatch: pytest.MonkeyPatch) -> None:

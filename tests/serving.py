@@ -1,0 +1,44 @@
+"""Servers for tests of serving: with limits, and with searches that wait until they are let go."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tagstore import convert
+from tagstore.server import Server
+from tagstore.serving.limits import Limits
+from tagstore.serving.settings import Settings
+from tagstore_proto.v1 import tagstore_pb2 as pb
+
+
+def vector_request(mini, seed: int = 0, **fields) -> pb.RetrieveRequest:
+    vectors = np.random.default_rng(seed).standard_normal((1, mini.dimension)).astype(np.float32)
+    return pb.RetrieveRequest(store="shapes", vectors=convert.vectors_to_proto(vectors), fingerprint=mini.fingerprint.digest, **fields)
+
+
+class Held:
+    """Searches that wait until they are let go."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from tagstore.engine import Engine
+
+        self.go, self.started, self.rows = threading.Event(), threading.Semaphore(0), []
+        plain = Engine.find
+
+        def find(engine, vectors, *rest):
+            self.rows.append(len(vectors))
+            self.started.release()
+            assert self.go.wait(60)
+            return plain(engine, vectors, *rest)
+
+        monkeypatch.setattr(Engine, "find", find)
+
+
+def limited(root: Path, cores: int = 1, **limits) -> Server:
+    server = Server(root, "127.0.0.1:0", device="cpu", settings=Settings(cores=cores, limits=Limits(**limits)))
+    server.start()
+    return server
