@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from synthetic import STORE
 
-from tagstore import convert
 from tagstore.types import Retrieval, Search
+from tagstore.wire import convert
 from tagstore_proto.v1 import tagstore_pb2 as pb
 
 K = 5
@@ -23,10 +23,10 @@ def raw(root: Path, version: int) -> Raw:
     """FAISS and LMDB called directly: search, get the records, decode, merge. What anybody must pay."""
     import faiss
 
-    from tagstore.faiss_index import plan_of
-    from tagstore.kinds import parameters
-    from tagstore.records import decode_hot
-    from tagstore.store import U64, Store
+    from tagstore.indexing.faiss_index import plan_of
+    from tagstore.indexing.plans import parameters
+    from tagstore.storage.codec import decode_hot
+    from tagstore.storage.store import U64, Store
 
     snapshot = Store(root, STORE).snapshot(version or None)
     files = snapshot.version.index["files"]
@@ -56,8 +56,8 @@ def raw(root: Path, version: int) -> Raw:
 
 def in_process(root: Path, version: int = 0, search: Search = Search(k=K)) -> Callable[[Queries], list[Retrieval]]:  # noqa: B008  frozen
     """Our engine without the wire."""
-    from tagstore.engine import Engine
-    from tagstore.store import Store
+    from tagstore.retrieval.engine import Engine
+    from tagstore.storage.store import Store
 
     engine = Engine(Store(root, STORE).snapshot(version or None))
     return lambda vectors: engine.retrieve(vectors, search)

@@ -64,7 +64,7 @@ def _in_process(ask: Callable[[np.ndarray], Any], vectors: np.ndarray, seconds: 
 
 
 def _others(python: str, root: Path, folder: Path, vectors: np.ndarray, seconds: float) -> list[dict[str, Any]]:
-    from tagstore.store import Store
+    from tagstore.storage.store import Store
 
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "tags.json").exists():

@@ -285,7 +285,7 @@ with connect("grpc://{server.address}/{synthetic.STORE}") as source:
 
 def guard(scratch: Path, quick: bool, rounds: int, data: Path | None) -> str:
     """A store that holds the training images themselves, asked about each of them."""
-    from tagstore.store import Store
+    from tagstore.storage.store import Store
 
     root = photographs(scratch, data, quick)
     snapshot = Store(root, "train").snapshot()
@@ -383,7 +383,7 @@ def same(scratch: Path, quick: bool, rounds: int, data: Path | None) -> str:
 
 
 def _bytes(answers: list[Retrieval]) -> bytes:
-    from tagstore import convert
+    from tagstore.wire import convert
 
     parts = [
         f"{a.store}@{a.version} {a.fingerprint} {convert.retrieval_to_proto(a).SerializeToString(deterministic=True).hex()}"
@@ -401,7 +401,7 @@ def small_store(scratch: Path) -> Path:
 
 def photographs(scratch: Path, data: Path | None, quick: bool) -> Path:
     """A store of the training photographs; of the first shard's for a quick run."""
-    from tagstore.builder import ingest
+    from tagstore.ingest import ingest
 
     root = scratch / "photographs"
     if not root.exists():

@@ -36,8 +36,8 @@ print(*(n.entry_id for n in found[0].neighbours), flush=True)
 ENGINE = """
 import sys
 import numpy as np
-from tagstore.engine import Engine
-from tagstore.store import Store
+from tagstore.retrieval.engine import Engine
+from tagstore.storage.store import Store
 root, _, version = sys.argv[1].partition("@")
 found = Engine(Store(root.rpartition("/")[0], root.rpartition("/")[2]).snapshot(int(version or 0) or None)).retrieve(np.load(sys.argv[2]))
 print(*(n.entry_id for n in found[0].neighbours), flush=True)

@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 import report
 
-from tagstore import mini
-from tagstore.encoder import Encoder, load_encoder
-from tagstore.images import decode
+from tagstore.encoding import mini
+from tagstore.encoding.encoder import Encoder, load_encoder
+from tagstore.encoding.images import decode
 from tagstore.readers import read
 from tagstore.types import Pair
 

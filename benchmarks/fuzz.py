@@ -21,7 +21,7 @@ from pathlib import Path
 import grpc
 import numpy as np
 
-from tagstore import convert
+from tagstore.wire import convert
 from tagstore_proto.v1 import tagstore_pb2 as pb
 
 METHODS = {
@@ -131,7 +131,7 @@ def main() -> None:
     from report import table, write
     from synthetic import build, fingerprint
 
-    from tagstore.server import Server
+    from tagstore.serving.server import Server
     from tagstore.serving.settings import Settings
 
     faults = _Faults()

@@ -13,8 +13,8 @@ from loading import LOCAL, RETRIEVE, STREAM
 from stores import FLAT, RECALL
 from synthetic import fingerprint
 
-from tagstore import convert
 from tagstore.types import Retrieval, Search
+from tagstore.wire import convert
 from tagstore_proto.v1 import tagstore_pb2 as pb
 
 JUDGED = 1000

@@ -25,13 +25,13 @@ import synthetic
 from numpy.typing import NDArray
 from report import seconds, table, write
 
-from tagstore import exact, faiss_index, kinds
-from tagstore.engine import Engine
-from tagstore.index import Allowed
-from tagstore.records import decode_hot
-from tagstore.store import U64, Snapshot, Store
-from tagstore.tuning import Budget, build_index
+from tagstore.indexing import exact, faiss_index, plans
+from tagstore.indexing.protocol import Allowed
+from tagstore.retrieval.engine import Engine
+from tagstore.storage.codec import decode_hot
+from tagstore.storage.store import U64, Snapshot, Store
 from tagstore.types import Search
+from tagstore.upkeep.tuning import Budget, build_index
 
 K = 5
 
@@ -112,7 +112,7 @@ def answers(snapshot: Snapshot, queries: NDArray[np.float32], what: str) -> list
     db = snapshot.store.db["entries"]
 
     def told(k: int) -> Any:
-        return kinds.parameters(raw.plan, Search(), k, 1.0, None)
+        return plans.parameters(raw.plan, Search(), k, 1.0, None)
 
     def look_up(ids: list[int]) -> dict[int, int]:
         votes: dict[int, int] = {}
@@ -170,8 +170,8 @@ import numpy as np
 numpy_there = time.perf_counter()
 import faiss
 faiss_there = time.perf_counter()
-from tagstore.engine import Engine
-from tagstore.store import Store
+from tagstore.retrieval.engine import Engine
+from tagstore.storage.store import Store
 imported = time.perf_counter()
 engine = Engine(Store(sys.argv[1], sys.argv[2]).snapshot(int(sys.argv[3])))
 opened = time.perf_counter()

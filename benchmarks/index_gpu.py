@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from report import seconds, table, write
 
-from tagstore import gpu
+from tagstore.indexing import gpu
 
 K = 13
 """What the engine asks for where a request wants 5."""

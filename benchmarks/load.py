@@ -42,7 +42,7 @@ from stores import needed, prepared
 from synthetic import STORE, build, queries
 from traffic import CONNECTIONS, Expected, Load, Probed, Tally, probe
 
-from tagstore.remote_admin import administer
+from tagstore.client.admin import administer
 
 DIMENSION = 512
 PROBES = 50.0

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from report import table, write
 
-from tuna_model.recipe import Recipe
-from tuna_model.train import train
+from tuna_model.training.recipe import Recipe
+from tuna_model.training.train import train
 
 LIMIT = 0.1
 

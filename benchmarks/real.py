@@ -73,8 +73,8 @@ def embedded(address: str) -> tuple[float, float]:
 
 def report(root: Path, data: Path, seconds: float, rounds: int, apart: Apart) -> str:
     """The tables. The encoder alone runs here, in turn with calls to a server; an answer by image must be the answer by its vector."""
-    from tagstore.catalog import Catalog
-    from tagstore.images import decode
+    from tagstore.encoding.images import decode
+    from tagstore.retrieval.catalog import Catalog
 
     images = photographs(data)
     catalog = Catalog(root, device="cpu")

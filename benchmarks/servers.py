@@ -35,7 +35,7 @@ TICK = os.sysconf("SC_CLK_TCK")
 
 def minimal(root: str, version: int, ready: Any, address: str) -> None:
     """A thread pool, FAISS, LMDB, a protobuf with the entry ids and merged tags."""
-    from tagstore.store import Store
+    from tagstore.storage.store import Store
 
     ask, snapshot = raw(Path(root), version), Store(root, STORE).snapshot(version or None)
 

@@ -25,16 +25,16 @@ import numpy as np
 import zstandard
 from report import table, write
 
-from tagstore import faiss_index
-from tagstore.environment import forget
-from tagstore.maintenance import Selection, delete, rollback
+from tagstore.indexing import faiss_index
 from tagstore.mining import MergedTag
-from tagstore.records import encode_entry
-from tagstore.staging import Draft
-from tagstore.store import DATABASES, ROWS, Snapshot, Store
+from tagstore.storage.codec import encode_entry
+from tagstore.storage.lmdb_files import forget
+from tagstore.storage.staging import Draft
+from tagstore.storage.store import DATABASES, ROWS, Snapshot, Store
+from tagstore.storage.writer import Writer
 from tagstore.types import Fingerprint
-from tagstore.verification import verify
-from tagstore.writer import Writer
+from tagstore.upkeep.edits import Selection, delete, rollback
+from tagstore.upkeep.verify import verify
 
 BATCH = 16384
 WORDS = 200_000
@@ -69,8 +69,8 @@ OPEN = """
 import sys, time
 start = time.perf_counter()
 import numpy as np
-from tagstore.engine import Engine
-from tagstore.store import Store
+from tagstore.retrieval.engine import Engine
+from tagstore.storage.store import Store
 imported = time.perf_counter()
 engine = Engine(Store(sys.argv[1], "bench").snapshot())
 opened = time.perf_counter()

@@ -39,8 +39,8 @@ def prepared(directory: Path, sizes: Sequence[int], dimension: int) -> dict[int,
 
 
 def _prepared(directory: Path, n: int, dimension: int) -> Path:
-    from tagstore.store import Store
-    from tagstore.tuning import Budget, build_index
+    from tagstore.storage.store import Store
+    from tagstore.upkeep.tuning import Budget, build_index
 
     root, part = directory / str(n), directory / f"{n}.part"
     if not (root / STORE).exists():

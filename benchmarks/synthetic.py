@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from tagstore import faiss_index
+from tagstore.indexing import faiss_index
 from tagstore.mining import MergedTag
-from tagstore.staging import Draft
-from tagstore.store import Version
+from tagstore.storage.staging import Draft
+from tagstore.storage.store import Version
+from tagstore.storage.writer import Writer
 from tagstore.types import Fingerprint
-from tagstore.writer import Writer
 
 STORE = "bench"
 COARSE, ALIKE, WORDS, BATCH = 1000, 20, 200_000, 4096

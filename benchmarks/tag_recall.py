@@ -16,12 +16,12 @@ from statistics import mean
 
 from report import table, write
 
-from tagstore.builder import ingest
 from tagstore.client import connect
+from tagstore.ingest import ingest
 from tagstore.mining import load_miner, merge
 from tagstore.readers import read
-from tagstore.server import Server
-from tagstore.store import Store, store_names
+from tagstore.serving.server import Server
+from tagstore.storage.store import Store, store_names
 from tagstore.types import Pair, Retrieval
 
 STORE = "flickr8k"

@@ -18,9 +18,9 @@ from asking import in_process, requests_of
 from loading import LOCAL, RETRIEVE, percentiles
 from synthetic import STORE, fingerprint
 
-from tagstore import convert
-from tagstore.maintenance import Selection, delete, rollback
-from tagstore.status import RETRY_AFTER
+from tagstore.upkeep.edits import Selection, delete, rollback
+from tagstore.wire import convert
+from tagstore.wire.status import RETRY_AFTER
 from tagstore_proto.v1 import tagstore_pb2 as pb
 
 CONNECTIONS = 16
@@ -53,7 +53,7 @@ class Expected:
     """What each query must find, tags and all: in versions with all entries, and in those without the ones that are deleted."""
 
     def __init__(self, root: Path, vectors: np.ndarray) -> None:
-        from tagstore.store import Store
+        from tagstore.storage.store import Store
 
         self.digest = fingerprint(vectors.shape[1]).digest
         self.messages = requests_of(vectors, 1, self.digest)

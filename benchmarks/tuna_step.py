@@ -21,11 +21,11 @@ import torch
 from PIL import Image, ImageDraw
 from report import table, write
 
-from tagstore.builder import ingest
 from tagstore.client import connect
+from tagstore.ingest import ingest
 from tuna_model import Pipeline, presets
-from tuna_model.model import TAG_INPUTS
-from tuna_model.pipeline import user_message
+from tuna_model.inference.pipeline import user_message
+from tuna_model.modeling.model import TAG_INPUTS
 
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "pink", "brown")
 SHAPES = ("circle", "square", "triangle")

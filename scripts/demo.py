@@ -35,8 +35,8 @@ from rich.progress import track
 from rich.table import Table
 
 from tagstore.client import connect
+from tagstore.encoding.images import decode
 from tagstore.errors import BadImage, InvalidInput, TagstoreError, Unavailable
-from tagstore.images import decode
 from tagstore.readers import Columns, read
 from tagstore.types import Pair, Retrieval, RetrievedTag, StoreInfo
 

@@ -28,16 +28,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tagstore.torchvision_shim import prepare_torchvision
+from tagstore.encoding.torchvision_shim import prepare_torchvision
 
 prepare_torchvision()
 
 from open_clip import ClipLoss  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
-from tagstore import mini  # noqa: E402
-from tagstore.encoder import Encoder, load_encoder  # noqa: E402
-from tagstore.images import decode  # noqa: E402
+from tagstore.encoding import mini  # noqa: E402
+from tagstore.encoding.encoder import Encoder, load_encoder  # noqa: E402
+from tagstore.encoding.images import decode  # noqa: E402
 from tagstore.readers import read  # noqa: E402
 from tagstore.types import Pair  # noqa: E402
 

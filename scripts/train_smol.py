@@ -60,14 +60,14 @@ def main() -> None:
     if options.docs:
         put(options.docs, text)
     if options.export:
-        from tuna_model.runs import export
+        from tuna_model.training.runs import export
 
         # `smol` is for any store of its encoder: what it learnt with one it shall use with the next
         print(export(options.out / "retrieved", options.export, pin=False))
 
 
 def recipe_of(arm: str, options: argparse.Namespace) -> Any:
-    from tuna_model.recipe import Recipe
+    from tuna_model.training.recipe import Recipe
 
     shards = options.out / "train"
     shards.mkdir(parents=True, exist_ok=True)
@@ -87,9 +87,9 @@ def embed(recipe: Any) -> None:
     from accelerate import Accelerator
     from rich.progress import track
 
-    from tuna_model.data import read_samples
-    from tuna_model.runs import build_model
-    from tuna_model.train import image_features
+    from tuna_model.processing.data import read_samples
+    from tuna_model.training.runs import build_model
+    from tuna_model.training.train import image_features
 
     if (Path(recipe.data.features) / "cache.json").exists():
         return
@@ -104,9 +104,9 @@ def run_arm(arm: str, options: argparse.Namespace) -> None:
     from tagstore.client import connect
     from tuna_model.evaluation import TaskOptions, evaluate, load_task
     from tuna_model.evaluation.answerer import PipelineAnswerer
-    from tuna_model.pipeline import Pipeline
-    from tuna_model.runs import load_run
-    from tuna_model.train import train
+    from tuna_model.inference.pipeline import Pipeline
+    from tuna_model.training.runs import load_run
+    from tuna_model.training.train import train
 
     recipe = recipe_of(arm, options)
 
@@ -188,7 +188,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--parallel", type=int, default=os.cpu_count() or 1, help="arms that run side by side")
     made.add_argument("--quick", action="store_true", help="6 steps on 64 photographs, 8 to test")
     made.add_argument("--docs", type=Path, help="page to write the figures into, such as docs/experiments.md")
-    made.add_argument("--export", type=Path, help="the trained part of the arm `retrieved`: tuna_model/smol/trained.safetensors")
+    made.add_argument("--export", type=Path, help="the trained part of the arm `retrieved`: tuna_model/presets/smol/trained.safetensors")
     made.add_argument("--arm", choices=list(ARMS), help=argparse.SUPPRESS)
     return made
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pictures import write_shapes
-from tagstore.torchvision_shim import prepare_when_imported
+from tagstore.encoding.torchvision_shim import prepare_when_imported
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if not Path("/dev/nvidia0").exists():
@@ -22,7 +22,7 @@ prepare_when_imported()  # tests import transformers before anything of ours
 
 @pytest.fixture(scope="session")
 def mini():
-    from tagstore.encoder import load_encoder
+    from tagstore.encoding.encoder import load_encoder
 
     return load_encoder("mini", device="cpu")
 
@@ -30,7 +30,7 @@ def mini():
 @pytest.fixture(scope="session")
 def shapes_root(tmp_path_factory: pytest.TempPathFactory, mini) -> Path:
     """A root with the store "shapes" at version 1; tests must not write to it."""
-    from tagstore.builder import ingest
+    from tagstore.ingest import ingest
 
     root = tmp_path_factory.mktemp("root")
     ingest(str(write_shapes(tmp_path_factory.mktemp("source") / "shapes")), root=root, store="shapes", encoder=mini)
@@ -39,7 +39,7 @@ def shapes_root(tmp_path_factory: pytest.TempPathFactory, mini) -> Path:
 
 @pytest.fixture(scope="session")
 def server_address(shapes_root: Path) -> Iterator[str]:
-    from tagstore.server import Server
+    from tagstore.serving.server import Server
 
     server = Server(shapes_root, "127.0.0.1:0", device="cpu")
     server.start()
@@ -53,7 +53,7 @@ def served(shapes_root: Path, mini, monkeypatch: pytest.MonkeyPatch) -> Iterator
     import grpc
 
     from serving import limited
-    from tagstore.serving.live import LiveCatalog
+    from tagstore.serving.live_catalog import LiveCatalog
     from tagstore_proto.v1 import tagstore_pb2_grpc as pb_grpc
 
     monkeypatch.setattr(LiveCatalog, "encoder", lambda *_: mini)

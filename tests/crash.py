@@ -30,18 +30,18 @@ from typing import Any
 
 import numpy as np
 
-from tagstore import faiss_index
 from tagstore.bundles import export
-from tagstore.compaction import compact
-from tagstore.environment import forget
 from tagstore.errors import NotFound, TagstoreError
-from tagstore.maintenance import Selection
+from tagstore.indexing import faiss_index
 from tagstore.mining import MergedTag
-from tagstore.staging import Draft, Progress
-from tagstore.store import Snapshot, Store
+from tagstore.storage.lmdb_files import forget
+from tagstore.storage.staging import Draft, Progress
+from tagstore.storage.store import Snapshot, Store
+from tagstore.storage.writer import Writer
 from tagstore.types import Fingerprint, Vectors
-from tagstore.verification import _problems
-from tagstore.writer import Writer
+from tagstore.upkeep.compact import compact
+from tagstore.upkeep.edits import Selection
+from tagstore.upkeep.verify import _problems
 
 D = 8
 NAME = "toy"

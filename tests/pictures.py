@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from tagstore.encoder import Encoder
+from tagstore.encoding.encoder import Encoder
 from tagstore.types import Fingerprint
 
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange")

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tagstore import convert
-from tagstore.server import Server
 from tagstore.serving.limits import Limits
+from tagstore.serving.server import Server
 from tagstore.serving.settings import Settings
+from tagstore.wire import convert
 from tagstore_proto.v1 import tagstore_pb2 as pb
 
 
@@ -24,7 +24,7 @@ class Held:
     """Searches that wait until they are let go."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from tagstore.engine import Engine
+        from tagstore.retrieval.engine import Engine
 
         self.go, self.started, self.rows = threading.Event(), threading.Semaphore(0), []
         plain = Engine.find

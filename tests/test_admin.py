@@ -14,11 +14,11 @@ from click.testing import CliRunner
 from pictures import picture, write_shapes
 from tagstore import errors
 from tagstore.client import connect
-from tagstore.environment import writer_lock
-from tagstore.remote_admin import administer
-from tagstore.server import Server
+from tagstore.client.admin import administer
+from tagstore.serving.server import Server
 from tagstore.serving.settings import Settings
-from tagstore.store import Store
+from tagstore.storage.lmdb_files import writer_lock
+from tagstore.storage.store import Store
 from tagstore.types import Pair, Rejected
 from tagstore_proto.v1 import tagstore_pb2 as pb
 from tagstore_proto.v1 import tagstore_pb2_grpc as pb_grpc
@@ -26,7 +26,7 @@ from tagstore_proto.v1 import tagstore_pb2_grpc as pb_grpc
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory, mini) -> Path:
-    from tagstore.builder import ingest
+    from tagstore.ingest import ingest
 
     root = tmp_path_factory.mktemp("admin")
     ingest(str(write_shapes(tmp_path_factory.mktemp("source") / "shapes")), root=root, store="shapes", encoder=mini)
@@ -141,7 +141,7 @@ def test_a_store_that_is_unloaded_is_not_served_until_it_is_loaded(address: str)
 
 
 def test_results_come_while_pairs_are_still_sent(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tagstore.builder.BATCH", 8)
+    monkeypatch.setattr("tagstore.ingest.BATCH", 8)
     go = threading.Event()
 
     def many() -> Iterator[pb.IngestRequest]:

@@ -11,10 +11,10 @@ import pytest
 from pictures import COLOURS, picture
 from tagstore.client import connect
 from tagstore.errors import InvalidInput
-from tuna_model.audit import CONDITIONS, audit, plot
 from tuna_model.evaluation import Answer, TaskOptions, evaluate, load_task
 from tuna_model.evaluation.answerer import PipelineAnswerer
-from tuna_model.pipeline import Pipeline
+from tuna_model.evaluation.audit import CONDITIONS, audit, plot
+from tuna_model.inference.pipeline import Pipeline
 
 
 class Believer(PipelineAnswerer):

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tagstore.errors import InvalidInput, Overloaded, TimedOut
-from tagstore.serving.batching import Batcher
+from tagstore.serving.embed_queue import Batcher
 
 
 class Gated:

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from pictures import picture, write_shapes
-from tagstore.builder import ingest
 from tagstore.client import connect
 from tagstore.errors import FingerprintMismatch, InvalidInput, NotFound
-from tagstore.store import Store, store_names
+from tagstore.ingest import ingest
+from tagstore.storage.store import Store, store_names
 
 
 @pytest.fixture
@@ -147,7 +147,7 @@ def test_an_ingest_that_dies_leaves_the_version_before_and_can_be_run_again(sour
         raise Interrupted
 
     with monkeypatch.context() as patch:
-        patch.setattr("tagstore.faiss_index.extend", die)
+        patch.setattr("tagstore.indexing.faiss_index.extend", die)
         with pytest.raises(Interrupted):
             ingest(str(source), root=tmp_path, store="s", encoder=mini)
     assert Store(tmp_path, "s").snapshot().version.number == 1
@@ -156,6 +156,6 @@ def test_an_ingest_that_dies_leaves_the_version_before_and_can_be_run_again(sour
 
 
 def _image(data: bytes):
-    from tagstore.images import decode
+    from tagstore.encoding.images import decode
 
     return decode(data)

@@ -13,15 +13,15 @@ import pytest
 from click.testing import CliRunner
 
 from pictures import ToyEncoder, picture, write_table
-from tagstore.builder import ingest
 from tagstore.bundles import export, import_, inspect
 from tagstore.bundles.archive import ArchiveWriter
 from tagstore.cli import cli
-from tagstore.compaction import compact
 from tagstore.errors import AlreadyExists, Damaged, InvalidInput, NotFound, TagstoreError
-from tagstore.maintenance import Selection, delete, reembed
-from tagstore.store import Store, store_names
-from tagstore.verification import verify
+from tagstore.ingest import ingest
+from tagstore.storage.store import Store, store_names
+from tagstore.upkeep.compact import compact
+from tagstore.upkeep.edits import Selection, delete, reembed
+from tagstore.upkeep.verify import verify
 from test_bundles import unpacked
 
 

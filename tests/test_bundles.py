@@ -24,17 +24,17 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.rsa import generate_private_key
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
-from tagstore import faiss_index
 from tagstore.bundles import BundleInfo, export, import_, importing, inspect
 from tagstore.bundles.archive import MAX_WINDOW, ArchiveWriter
 from tagstore.client import connect
 from tagstore.errors import AlreadyExists, Busy, Damaged, InvalidInput, NotFound, TagstoreError
+from tagstore.indexing import faiss_index
 from tagstore.mining import MergedTag
-from tagstore.staging import Draft
-from tagstore.store import Store, block_key, store_names
+from tagstore.storage.staging import Draft
+from tagstore.storage.store import Store, block_key, store_names
+from tagstore.storage.writer import Writer
 from tagstore.types import Fingerprint
-from tagstore.verification import verify
-from tagstore.writer import Writer
+from tagstore.upkeep.verify import verify
 
 D = 16
 FINGERPRINT = Fingerprint("toy", "00", {"size": [8, 8], "mean": [0.1]}, False, True, D)

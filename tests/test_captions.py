@@ -12,11 +12,12 @@ import pytest
 from click.testing import CliRunner
 
 from pictures import COLOURS, picture
-from tagstore import convert, errors
+from tagstore import errors
 from tagstore.cli import cli
 from tagstore.client import aio, connect
 from tagstore.client.recording import record
 from tagstore.types import Exclude, Identity, Pair
+from tagstore.wire import convert
 from tagstore_proto.v1 import tagstore_pb2 as pb
 from tagstore_proto.v1 import tagstore_pb2_grpc as pb_grpc
 

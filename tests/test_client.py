@@ -29,7 +29,7 @@ def loaded_by(code: str) -> set[str]:
     [
         "import tagstore",
         "import tagstore.client; tagstore.client.connect('grpc://127.0.0.1:1/x')",
-        "import tagstore.encoder",
+        "import tagstore.encoding.encoder",
         "import tagstore.mining",
         "from tagstore.cli import cli\ntry: cli(['--help'])\nexcept SystemExit: pass",
         "from tagstore.cli import cli\ntry: cli(['ingest', '--help'])\nexcept SystemExit: pass",

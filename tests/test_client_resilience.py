@@ -22,9 +22,10 @@ from cryptography.x509.oid import NameOID
 
 from scripted import Behaviour, Scripted, fails
 from tagstore import errors
-from tagstore.client import aio, connect, remote
+from tagstore.client import aio, connect
 from tagstore.client.options import Options
 from tagstore.client.resilience import Attempts, Balancer, Breaker
+from tagstore.client.sources import remote
 
 CODE = grpc.StatusCode
 Make = Callable[..., Scripted]

@@ -103,7 +103,7 @@ def test_all_of_a_search_reaches_the_store(url: str) -> None:
 
 
 def test_self_is_known_by_key_by_image_and_by_what_an_identity_says(url: str, mini) -> None:
-    from tagstore.images import decode, perceptual_hash
+    from tagstore.encoding.images import decode, perceptual_hash
 
     data = picture("red", "circle")
     own = decode(data)

@@ -8,17 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tagstore import faiss_index
-from tagstore.compaction import compact, prove_absent, purge, takedowns
-from tagstore.engine import Engine
 from tagstore.errors import Damaged, InvalidInput, NotFound
-from tagstore.maintenance import Selection, delete, rollback
+from tagstore.indexing import faiss_index
 from tagstore.mining import MergedTag
-from tagstore.staging import Draft
-from tagstore.store import U64, Store
+from tagstore.retrieval.engine import Engine
+from tagstore.storage.staging import Draft
+from tagstore.storage.store import U64, Store
+from tagstore.storage.writer import Writer
 from tagstore.types import Fingerprint, Rejected, Search
-from tagstore.verification import verify
-from tagstore.writer import Writer
+from tagstore.upkeep.compact import compact, prove_absent, purge, takedowns
+from tagstore.upkeep.edits import Selection, delete, rollback
+from tagstore.upkeep.verify import verify
 
 D = 16
 FINGERPRINT = Fingerprint("toy", "00", {}, False, True, D)
@@ -157,7 +157,7 @@ def test_a_takedown_that_is_cut_off_after_its_commit_is_on_record(tmp_path: Path
     def die(*_: object, **__: object) -> list[str]:
         raise Interrupted
 
-    monkeypatch.setattr("tagstore.compaction.prove_absent", die)
+    monkeypatch.setattr("tagstore.upkeep.compact.prove_absent", die)
     with pytest.raises(Interrupted):
         purge(tmp_path, "toy", Selection(keys=["photo-1234"]), reason="asked for")
     [takedown] = takedowns(tmp_path, "toy")

@@ -21,8 +21,8 @@ from pictures import COLOURS, picture
 from tagstore.bundles import export, import_
 from tagstore.client import connect
 from tagstore.client.mapfile import Map
-from tagstore.server import Server
-from tagstore.verification import verify
+from tagstore.serving.server import Server
+from tagstore.upkeep.verify import verify
 
 WRITTEN = Path(__file__).parent / "written_before"
 VERSIONS = ("1", "2", "3", "4", "5")

@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
 
-from tagstore import convert, errors, status
+from tagstore import errors
 from tagstore.errors import BadVector
 from tagstore.types import KINDS, Exclude, Fingerprint, Identity, Neighbour, Retrieval, RetrievedTag, Search, StoreInfo, TagInfo
+from tagstore.wire import convert, status
 from tagstore_proto.v1 import tagstore_pb2 as pb
 
 

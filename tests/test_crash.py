@@ -13,9 +13,9 @@ import pytest
 
 import crash
 from pictures import ToyEncoder, write_table
-from tagstore import builder
-from tagstore.store import Store
-from tagstore.verification import verify
+from tagstore import ingest
+from tagstore.storage.store import Store
+from tagstore.upkeep.verify import verify
 
 
 def test_nothing_acknowledged_is_lost_in_30_deaths(tmp_path: Path) -> None:
@@ -73,19 +73,19 @@ def test_a_store_on_a_full_disk_goes_on_when_there_is_room_again(tmp_path: Path)
 
 def ingest_slowly(source: str, root: str) -> None:
     """What the child of the test below does: an ingest in batches of 16 that says when one is done, and waits to be told to go on."""
-    builder.BATCH = 16
+    ingest.BATCH = 16
 
     def said(stage: str, done: int) -> None:
         print(stage, flush=True)
         sys.stdin.readline()
 
-    builder.ingest(source, root=root, store="s", encoder=ToyEncoder(), miner="keywords", progress=said)
+    ingest.ingest(source, root=root, store="s", encoder=ToyEncoder(), miner="keywords", progress=said)
 
 
 def test_an_ingest_killed_again_and_again_ends_as_one_that_was_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(builder, "BATCH", 16)
+    monkeypatch.setattr(ingest, "BATCH", 16)
     source = write_table(tmp_path / "source")
-    whole = builder.ingest(str(source), root=tmp_path / "whole", store="s", encoder=ToyEncoder(), miner="keywords")
+    whole = ingest.ingest(str(source), root=tmp_path / "whole", store="s", encoder=ToyEncoder(), miner="keywords")
     command = [sys.executable, __file__, str(source), str(tmp_path / "cut")]
     for batches in (1, 3, 6):  # of 13, and one more each time: a run starts where the one before was killed
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
@@ -94,7 +94,7 @@ def test_an_ingest_killed_again_and_again_ends_as_one_that_was_not(tmp_path: Pat
                 print(file=child.stdin, flush=True)
             assert child.stdout.readline()
             child.send_signal(signal.SIGKILL)
-    resumed = builder.ingest(str(source), root=tmp_path / "cut", store="s", encoder=ToyEncoder(), miner="keywords")
+    resumed = ingest.ingest(str(source), root=tmp_path / "cut", store="s", encoder=ToyEncoder(), miner="keywords")
     assert resumed.resumed >= 200 - 16
     for name in ("pairs", "added", "unchanged", "entries", "tags", "unique_tags", "quarantined", "reasons"):
         assert getattr(resumed, name) == getattr(whole, name), name

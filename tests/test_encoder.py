@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tagstore import mini as mini_package
-from tagstore.encoder import Encoder, load_encoder
+from tagstore.encoding import mini as mini_package
+from tagstore.encoding.encoder import Encoder, load_encoder
 from tagstore.errors import Damaged, InvalidInput, MissingExtra, NotFound, Unavailable
 
 PREPROCESS = {"mean": [0.48, 0.46, 0.41], "std": [0.27, 0.26, 0.28], "interpolation": "bicubic", "resize_mode": "shortest"}
@@ -29,7 +29,7 @@ TIMM_VIT = {
 
 def write_model(directory: Path, config: dict, **preprocess: object) -> str:
     """A small open_clip model with random weights, in a directory as open_clip publishes models."""
-    from tagstore.torchvision_shim import prepare_torchvision
+    from tagstore.encoding.torchvision_shim import prepare_torchvision
 
     prepare_torchvision()
     import open_clip
@@ -290,9 +290,9 @@ def test_device_and_precision_are_checked_before_anything_is_loaded(device: str,
 
 def test_importing_the_module_is_cheap_and_torchvision_then_imports() -> None:
     code = (
-        "import sys, tagstore.encoder\n"
+        "import sys, tagstore.encoding.encoder\n"
         "assert not {'torch', 'open_clip', 'timm', 'transformers', 'torchvision'} & set(sys.modules)\n"
-        "from tagstore.torchvision_shim import prepare_torchvision\n"
+        "from tagstore.encoding.torchvision_shim import prepare_torchvision\n"
         "there = prepare_torchvision()\n"
         "assert prepare_torchvision() is there\n"
         "import torch, torchvision\n"

@@ -7,16 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tagstore import faiss_index
-from tagstore.engine import Engine
 from tagstore.errors import BadVector, Damaged, InvalidInput
-from tagstore.faiss_index import FaissIndex
-from tagstore.index import NumpyIndex
+from tagstore.indexing import faiss_index
+from tagstore.indexing.faiss_index import FaissIndex
+from tagstore.indexing.protocol import NumpyIndex
 from tagstore.mining import MergedTag
-from tagstore.staging import Draft
-from tagstore.store import Store
+from tagstore.retrieval.engine import Engine
+from tagstore.storage.staging import Draft
+from tagstore.storage.store import Store
+from tagstore.storage.writer import Writer
 from tagstore.types import Fingerprint, Search
-from tagstore.writer import Writer
 
 D = 32
 FINGERPRINT = Fingerprint("toy", "00", {}, False, True, D)

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tagstore.encoding.images import decode, perceptual_hash
 from tagstore.errors import BadImage
-from tagstore.images import decode, perceptual_hash
 
 
 def encoded(image: Image.Image, format: str, **options: Any) -> bytes:

@@ -13,21 +13,22 @@ from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tagstore import exact, faiss_index, filters, kinds, reading
 from tagstore.cli import cli
-from tagstore.compaction import compact
-from tagstore.engine import Engine
 from tagstore.errors import BadVector, InvalidInput
-from tagstore.faiss_index import FaissIndex
-from tagstore.index import Allowed, NumpyIndex
-from tagstore.maintenance import Selection, delete, rollback
+from tagstore.indexing import exact, faiss_index, plans
+from tagstore.indexing.faiss_index import FaissIndex
+from tagstore.indexing.protocol import Allowed, NumpyIndex
 from tagstore.mining import MergedTag
-from tagstore.staging import Draft
-from tagstore.store import Snapshot, Store
-from tagstore.tuning import Budget, OverBudget, build_index
+from tagstore.retrieval import filters, lookups
+from tagstore.retrieval.engine import Engine
+from tagstore.storage.staging import Draft
+from tagstore.storage.store import Snapshot, Store
+from tagstore.storage.writer import Writer
 from tagstore.types import Exclude, Fingerprint, Identity, Search
-from tagstore.verification import repair, verify
-from tagstore.writer import Writer
+from tagstore.upkeep.compact import compact
+from tagstore.upkeep.edits import Selection, delete, rollback
+from tagstore.upkeep.tuning import Budget, OverBudget, build_index
+from tagstore.upkeep.verify import repair, verify
 
 D, N = 32, 10_500
 FINGERPRINT = Fingerprint("toy", "00", {}, False, True, D)
@@ -290,7 +291,7 @@ def test_filters_are_kept_within_their_memory(small: Engine, monkeypatch: pytest
 def test_tags_at_hand_are_let_go_when_they_are_too_many(small: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     queries = clustered(30, 11)
     expected = small.retrieve(queries)
-    monkeypatch.setattr(reading, "TAG_BYTES", 12 * (4 * D + 300))
+    monkeypatch.setattr(lookups, "TAG_BYTES", 12 * (4 * D + 300))
     crowded = Engine(small.snapshot)
     assert crowded.retrieve(queries) == [crowded.retrieve(q[None])[0] for q in queries] == expected
     assert len(crowded._tags._table.names) <= 18  # one query may need more than there is room for
@@ -470,5 +471,5 @@ def test_the_command(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", VERSION)
 def test_the_weight_of_a_file_is_known_before_it_is_built(root: Path, kind: str) -> None:
     [file] = Store(root, "large").snapshot(VERSION[kind]).version.index["files"]
-    plan = faiss_index.plan_of(file["plan"]) if "plan" in file else kinds.Plan("flat")
-    assert kinds.weight(plan, N, D) == pytest.approx(file["bytes"], rel=0.1)
+    plan = faiss_index.plan_of(file["plan"]) if "plan" in file else plans.Plan("flat")
+    assert plans.weight(plan, N, D) == pytest.approx(file["bytes"], rel=0.1)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tagstore import faiss_index, gpu
-from tagstore.engine import Engine
 from tagstore.errors import InvalidInput, MissingExtra
-from tagstore.faiss_index import FaissIndex
+from tagstore.indexing import faiss_index, gpu
+from tagstore.indexing.faiss_index import FaissIndex
 from tagstore.mining import MergedTag
-from tagstore.staging import Draft
-from tagstore.store import Snapshot, Store
-from tagstore.tuning import Budget, build_index
+from tagstore.retrieval.engine import Engine
+from tagstore.storage.staging import Draft
+from tagstore.storage.store import Snapshot, Store
+from tagstore.storage.writer import Writer
 from tagstore.types import Exclude, Fingerprint, Search
-from tagstore.writer import Writer
+from tagstore.upkeep.tuning import Budget, build_index
 
 D, N = 64, 11_000
 without = pytest.mark.skipif(gpu.devices() > 0, reason="this FAISS has a GPU")

@@ -29,14 +29,14 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     yield
-    for name in [name for name in sys.modules if name.startswith(("lmms_eval", "tuna_model.lmms"))]:
+    for name in [name for name in sys.modules if name.startswith(("lmms_eval", "tuna_model.evaluation.lmms"))]:
         del sys.modules[name]
 
 
 def test_lmms_eval_finds_and_drives_the_model(registry, shapes_root: Path):
-    # what lmms_eval.models does with LMMS_EVAL_PLUGINS=tuna_model.lmms
-    available = importlib.import_module("tuna_model.lmms.models").AVAILABLE_MODELS
-    model_class = getattr(importlib.import_module("tuna_model.lmms.models.tuna"), available["tuna"])
+    # what lmms_eval.models does with LMMS_EVAL_PLUGINS=tuna_model.evaluation.lmms
+    available = importlib.import_module("tuna_model.evaluation.lmms.models").AVAILABLE_MODELS
+    model_class = getattr(importlib.import_module("tuna_model.evaluation.lmms.models.tuna"), available["tuna"])
     assert {"tuna": model_class} == importlib.import_module("lmms_eval.api.registry").REGISTRY
 
     model = model_class(pretrained="tiny", store=f"file://{shapes_root}/shapes", batch_size="2")

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from pictures import picture, write_shapes
-from tagstore.builder import ingest
 from tagstore.client import connect
+from tagstore.encoding.images import decode, perceptual_hash
 from tagstore.errors import AlreadyExists, Damaged, InvalidInput, NotFound
-from tagstore.images import decode, perceptual_hash
-from tagstore.maintenance import Selection, delete, diff, drop, reembed, rename, retag, rollback, undrop
+from tagstore.ingest import ingest
 from tagstore.mining import load_rules
-from tagstore.store import Store, store_names
-from tagstore.verification import repair, verify
+from tagstore.storage.store import Store, store_names
+from tagstore.upkeep.edits import Selection, delete, diff, drop, reembed, rename, retag, rollback, undrop
+from tagstore.upkeep.verify import repair, verify
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def test_diff_says_what_lies_between(root: Path, tmp_path: Path, mini) -> None:
 
 
 def test_reembedding_makes_a_version_of_another_encoder(root: Path, tmp_path: Path, mini) -> None:
-    from tagstore.encoder import load_encoder
+    from tagstore.encoding.encoder import load_encoder
 
     other = load_encoder("RN50/random", device="cpu")
     version = reembed(root, "s", other)
@@ -210,7 +210,7 @@ def test_a_damaged_record_is_found_and_not_papered_over(root: Path) -> None:
     data = bytearray(database.read_bytes())
     at = data.index(b"A red circle on a white table in Paris.")
     data[at + 3] ^= 1
-    from tagstore.environment import environment, forget
+    from tagstore.storage.lmdb_files import environment, forget
 
     environment(database.parent).close()
     forget(database.parent)

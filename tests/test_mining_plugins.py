@@ -146,7 +146,7 @@ def tiny_t5(tmp_path: Path) -> Path:
     """A T5 of random weights with a word tokenizer, saved as any seq2seq model is."""
     import torch
 
-    from tagstore.torchvision_shim import prepare_torchvision
+    from tagstore.encoding.torchvision_shim import prepare_torchvision
 
     prepare_torchvision()
     from tokenizers import Tokenizer, models, pre_tokenizers

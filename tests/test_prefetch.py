@@ -132,7 +132,7 @@ def test_a_real_source_and_loader_guard_each_sample(server_address: str, mini) -
         assert all(n.key != s["key"] for s, a in fetched for n in a.neighbours)
         assert source.stats().excluded == sum(a.excluded for _, a in fetched)
         # by vector, as a model with the store's encoder asks; the guard knows the image by its identity
-        from tagstore.images import decode
+        from tagstore.encoding.images import decode
 
         vectors = mini.encode_images([decode(s["image"]) for s in pictures])
         samples = [{"vector": v, "identity": Identity(key=s["key"])} for v, s in zip(vectors, pictures, strict=True)]

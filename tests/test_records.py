@@ -3,7 +3,7 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tagstore.records import decode_entry, decode_hot, decode_tag, encode_entry, encode_tag
+from tagstore.storage.codec import decode_entry, decode_hot, decode_tag, encode_entry, encode_tag
 from tagstore.types import KINDS, Entry, EntryTag
 
 text = st.text(st.characters(exclude_categories=("Cs",)), max_size=40)

@@ -19,9 +19,9 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 
 from tagstore import errors
 from tagstore.client import connect
-from tagstore.remote_admin import administer
-from tagstore.server import Server
+from tagstore.client.admin import administer
 from tagstore.serving.access import Access, Caller
+from tagstore.serving.server import Server
 from tagstore.serving.settings import Settings, checked_host
 
 READER, WRITER = "reader's long token", "writer's long token"

@@ -15,8 +15,8 @@ import uvicorn
 
 from pictures import picture
 from tagstore.errors import InvalidInput, Overloaded
-from tuna_model.pipeline import Pipeline
-from tuna_model.serve import Worker, _Job, app, read_request
+from tuna_model.inference.pipeline import Pipeline
+from tuna_model.inference.server import Worker, _Job, app, read_request
 
 
 def url_of(colour: str, shape: str = "circle") -> str:

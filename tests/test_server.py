@@ -20,9 +20,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from pictures import picture
 from serving import Held, limited, vector_request
-from tagstore import convert
 from tagstore.client import connect
-from tagstore.server import Server
+from tagstore.serving.server import Server
+from tagstore.wire import convert
 from tagstore_proto.v1 import tagstore_pb2 as pb
 from tagstore_proto.v1 import tagstore_pb2_grpc as pb_grpc
 
@@ -57,7 +57,7 @@ def test_a_stream_answers_in_order_as_calls_do_and_survives_bad_requests(stub, m
     "fields", [{}, {"omit_neighbours": True}, {"omit_texts": True, "max_tags": 3}, {"omit_neighbours": True, "omit_texts": True}]
 )
 def test_the_message_of_an_answer_says_what_its_values_say(stub, shapes_root: Path, mini, fields: dict) -> None:
-    from tagstore.catalog import Catalog
+    from tagstore.retrieval.catalog import Catalog
 
     catalog = Catalog(shapes_root, device="cpu")
     request = vector_request(mini, 3, **fields)
@@ -143,7 +143,7 @@ def test_malformed_messages_are_refused_and_never_a_fault(server_address: str, m
 def test_vectors_are_answered_once_the_stores_are_open_and_health_waits_for_the_encoders(
     shapes_root: Path, mini, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tagstore import catalog
+    from tagstore.retrieval import catalog
 
     opening, opened, loading, loaded = (threading.Event() for _ in range(4))
     plain = catalog.Catalog.stores
@@ -245,9 +245,9 @@ def test_logs_are_json_where_asked_for(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_many_versions_come_and_go_without_a_failed_or_mixed_answer(tmp_path: Path, mini, served) -> None:
-    from tagstore.builder import ingest_pairs
-    from tagstore.maintenance import Selection, delete, rollback
+    from tagstore.ingest import ingest_pairs
     from tagstore.types import Pair
+    from tagstore.upkeep.edits import Selection, delete, rollback
 
     root = tmp_path / "root"
     ingest_pairs((Pair(str(i), picture("red", "circle", shift=i), (f"tag{i}",)) for i in range(6)), root=root, store="live", encoder=mini)

@@ -18,8 +18,8 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 from pictures import picture, write_shapes
 from tagstore import errors
 from tagstore.client import connect
-from tagstore.server import SERVICE, Server
-from tagstore.status import STATUS
+from tagstore.serving.server import SERVICE, Server
+from tagstore.wire.status import STATUS
 from tagstore_proto.v1 import tagstore_pb2 as pb
 from tagstore_proto.v1 import tagstore_pb2_grpc as pb_grpc
 
@@ -182,7 +182,7 @@ def test_a_fault_of_ours_shows_nothing_of_itself(
 
 
 def test_a_version_committed_while_the_server_runs_is_served_and_the_old_one_stays(tmp_path: Path, mini) -> None:
-    from tagstore.builder import ingest
+    from tagstore.ingest import ingest
 
     source = write_shapes(tmp_path / "shapes")
     ingest(str(source), root=tmp_path / "root", store="live", encoder=mini)

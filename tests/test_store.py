@@ -14,11 +14,11 @@ import pytest
 
 from tagstore.errors import Busy, Damaged, FingerprintMismatch, InvalidInput, NotFound, WriteFailed
 from tagstore.mining import MergedTag
-from tagstore.records import seal
-from tagstore.staging import Draft
-from tagstore.store import FORMAT, ROWS, Store, check_name, store_names
+from tagstore.storage.codec import seal
+from tagstore.storage.staging import Draft
+from tagstore.storage.store import FORMAT, ROWS, Store, check_name, store_names
+from tagstore.storage.writer import Writer
 from tagstore.types import Fingerprint
-from tagstore.writer import Writer
 
 D = 8
 DOCS = Path(__file__).parent.parent / "docs" / "architecture.md"
@@ -138,7 +138,7 @@ def test_a_second_writer_is_refused_and_told_who_writes(tmp_path: Path) -> None:
         code = textwrap.dedent(f"""
             from tagstore.errors import Busy
             from tagstore.types import Fingerprint
-            from tagstore.writer import Writer
+            from tagstore.storage.writer import Writer
             try:
                 Writer({str(tmp_path)!r}, "toy", Fingerprint("toy", "00", {{"size": [8, 8]}}, False, True, {D})).__enter__()
             except Busy as error:
@@ -169,8 +169,8 @@ def test_a_writer_killed_at_any_instant_leaves_the_last_version(tmp_path: Path, 
         import numpy as np
         from tagstore.mining import MergedTag
         from tagstore.types import Fingerprint
-        from tagstore.staging import Draft
-        from tagstore.writer import Writer
+        from tagstore.storage.staging import Draft
+        from tagstore.storage.writer import Writer
         with Writer({str(tmp_path)!r}, "toy", Fingerprint("toy", "00", {{"size": [8, 8]}}, False, True, {D})) as writer:
             n = 0
             while True:

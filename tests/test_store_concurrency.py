@@ -19,11 +19,11 @@ import numpy as np
 import pytest
 
 import crash
-from tagstore.catalog import Catalog
-from tagstore.compaction import compact
-from tagstore.store import Snapshot, Store
+from tagstore.retrieval.catalog import Catalog
+from tagstore.storage.store import Snapshot, Store
+from tagstore.storage.writer import Writer
 from tagstore.types import Search
-from tagstore.writer import Writer
+from tagstore.upkeep.compact import compact
 
 SPAWN, FORK = multiprocessing.get_context("spawn"), multiprocessing.get_context("fork")
 KEYS = [f"key-{i:05d}" for i in range(20)]

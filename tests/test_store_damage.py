@@ -16,14 +16,14 @@ from pathlib import Path
 import pytest
 
 import crash
-from tagstore.compaction import purge
-from tagstore.environment import forget
 from tagstore.errors import Damaged
-from tagstore.maintenance import Selection
-from tagstore.store import DATABASES, Store
+from tagstore.storage.lmdb_files import forget
+from tagstore.storage.store import DATABASES, Store
+from tagstore.storage.writer import Writer
 from tagstore.types import Rejected
-from tagstore.verification import _problems, verify
-from tagstore.writer import Writer
+from tagstore.upkeep.compact import purge
+from tagstore.upkeep.edits import Selection
+from tagstore.upkeep.verify import _problems, verify
 
 
 @pytest.fixture(scope="module")

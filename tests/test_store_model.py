@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import crash
-from tagstore.compaction import purge
-from tagstore.maintenance import Selection, diff
-from tagstore.store import Store
+from tagstore.storage.store import Store
+from tagstore.upkeep.compact import purge
+from tagstore.upkeep.edits import Selection, diff
 
 KEYS = st.integers(0, 30).map("key-{:05d}".format)
 

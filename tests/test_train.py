@@ -16,9 +16,9 @@ import torch
 from captioned import write_llava
 from pictures import picture
 from tagstore.errors import Damaged, FingerprintMismatch, InvalidInput, NotFound, Unavailable
-from tuna_model import checkpoint
-from tuna_model.recipe import Recipe
-from tuna_model.train import train
+from tuna_model.training import checkpoint
+from tuna_model.training.recipe import Recipe
+from tuna_model.training.train import train
 
 WORKER = Path(__file__).with_name("training.py")
 
@@ -161,7 +161,7 @@ def test_a_checkpoint_that_was_changed_or_is_missing(whole: Path, tmp_path: Path
 
 
 def test_another_version_of_the_store_is_refused_unless_told(place: Path, shapes_root: Path, whole: Path, tmp_path: Path, mini):
-    from tagstore.builder import ingest
+    from tagstore.ingest import ingest
 
     root = tmp_path / "root"
     shutil.copytree(shapes_root, root)

@@ -13,15 +13,15 @@ from captioned import write_llava, write_shard
 from tagstore.client import connect
 from tagstore.errors import FingerprintMismatch, InvalidInput, NotFound
 from tuna_model import presets
-from tuna_model.collator import IGNORED, Collator
-from tuna_model.data import Turn, batches, read_samples
-from tuna_model.features import CachedFeatures, LiveFeatures, make_cache
-from tuna_model.loader import Loader
-from tuna_model.noise import TagPool, spoil
-from tuna_model.recipe import CONFIGS, NoiseRecipe, Recipe, TagRecipe
-from tuna_model.schedule import learning_rate, parameter_groups
-from tuna_model.tag_feed import TagFeed
-from tuna_model.tags import ImageTags, TagLookup
+from tuna_model.processing.data import Turn, batches, read_samples
+from tuna_model.processing.tags import ImageTags, TagLookup
+from tuna_model.training.collator import IGNORED, Collator
+from tuna_model.training.features import CachedFeatures, LiveFeatures, make_cache
+from tuna_model.training.loader import Loader
+from tuna_model.training.noise import TagPool, spoil
+from tuna_model.training.recipe import CONFIGS, NoiseRecipe, Recipe, TagRecipe
+from tuna_model.training.schedule import learning_rate, parameter_groups
+from tuna_model.training.tag_feed import TagFeed
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from captioned import write_llava, write_shard
 from pictures import picture
 from tuna_model.cli import cli, main
-from tuna_model.recipe import CONFIGS
+from tuna_model.training.recipe import CONFIGS
 
 
 def tuna(*arguments: str) -> str:

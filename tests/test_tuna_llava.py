@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import CLIPModel, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
 
 from clip import write_clip
-from tagstore.encoder import load_encoder
+from tagstore.encoding.encoder import load_encoder
 from tagstore.errors import FingerprintMismatch, InvalidInput
 from tuna_model import ImageTags, TunaForConditionalGeneration, presets
 

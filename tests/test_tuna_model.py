@@ -414,7 +414,7 @@ def test_the_paper_preset_can_be_built_and_says_what_it_guesses() -> None:
 
 
 def test_pooled_and_linear_connectors() -> None:
-    from tuna_model.connector import pool_grid
+    from tuna_model.modeling.connector import pool_grid
 
     grid = torch.arange(16.0).view(1, 16, 1)
     assert pool_grid(grid, 2).flatten().tolist() == [2.5, 4.5, 10.5, 12.5]

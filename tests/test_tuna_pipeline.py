@@ -16,10 +16,10 @@ from pictures import picture
 from tagstore.client import connect
 from tagstore.errors import FingerprintMismatch, InvalidInput, NotFound
 from tuna import features, small, tags
-from tuna_model import ContrastiveLogits, Pipeline, TagLookup, presets, tag_prompt
+from tuna_model import ContrastiveLogits, Pipeline, TagLookup, TunaForConditionalGeneration, presets, tag_prompt
 from tuna_model.cli import COMMANDS, cli
-from tuna_model.pipeline import user_message
-from tuna_model.prompt import relative_weights
+from tuna_model.inference.pipeline import user_message
+from tuna_model.inference.prompt import relative_weights
 
 NOWHERE = "grpc://127.0.0.1:9/shapes"
 
@@ -127,7 +127,7 @@ def test_a_stream_is_the_answer_in_pieces_and_can_be_left(tuna: Pipeline, image:
 
 def test_an_encoder_of_another_fingerprint_is_refused(loaded, mini) -> None:
     config = presets.tiny_config(encoder_digest="0123456789abcdef")
-    model = presets.TunaForConditionalGeneration(config)
+    model = TunaForConditionalGeneration(config)
     with pytest.raises(FingerprintMismatch, match="0123456789abcdef"):
         model.use_encoder(mini)
     assert not any("trunk" in name for name in loaded[0].state_dict())  # the frozen encoder is no part of the weights

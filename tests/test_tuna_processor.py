@@ -9,7 +9,7 @@ import torch
 from tagstore.errors import InvalidInput
 from tuna import PREPROCESS, small, tags
 from tuna_model import ImageTags, TunaImageProcessor, TunaProcessor, presets
-from tuna_model.tags import TagLayout
+from tuna_model.processing.tags import TagLayout
 
 
 def named(*texts: str, relevance: tuple[float, ...] = ()) -> ImageTags:

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import synthetic
 from tagstore.client import connect
-from tagstore.remote_admin import administer
+from tagstore.client.admin import administer
 
 ENTRIES, DIMENSION = 20_000, 512
 VECTORS = ENTRIES * DIMENSION * 2

@@ -13,8 +13,9 @@ import grpc
 import pytest
 
 from benchmarks import synthetic
-from tagstore import convert, errors
+from tagstore import errors
 from tagstore.serving.settings import Settings
+from tagstore.wire import convert
 from tagstore_proto.v1 import tagstore_pb2 as pb
 from tagstore_proto.v1 import tagstore_pb2_grpc as pb_grpc
 
@@ -42,7 +43,7 @@ def test_workers_share_a_port_survive_each_other_and_drain(tmp_path: Path) -> No
         while len(now := workers_of(process.pid)) < 2 or children[0] in now:
             time.sleep(0.05)
         assert again(address, request) == expected
-        from tagstore.remote_admin import administer
+        from tagstore.client.admin import administer
 
         with administer(f"grpc://{address}/bench") as admin:
             admin.unload()
@@ -93,7 +94,7 @@ def until_unloaded(address: str, request: pb.RetrieveRequest) -> None:
 
 
 def test_a_supervisor_refuses_what_a_server_refuses(shapes_root: Path, server_address: str, tmp_path: Path) -> None:
-    from tagstore.workers import Supervisor
+    from tagstore.serving.workers import Supervisor
 
     with pytest.raises(errors.Unavailable, match="is another server running"):
         Supervisor(shapes_root, server_address, settings=Settings(workers=2))

@@ -17,16 +17,17 @@ import numpy as np
 import pytest
 
 import crash
-from tagstore import environment, faiss_index
 from tagstore.bundles import export, import_
-from tagstore.compaction import compact, purge
 from tagstore.errors import BadVector, WriteFailed
-from tagstore.maintenance import Selection, drop, rename, undrop
-from tagstore.staging import Draft
-from tagstore.store import Store, Version
+from tagstore.indexing import faiss_index
+from tagstore.storage import lmdb_files
+from tagstore.storage.staging import Draft
+from tagstore.storage.store import Store, Version
+from tagstore.storage.writer import Writer
 from tagstore.types import Fingerprint
-from tagstore.verification import repair, verify
-from tagstore.writer import Writer
+from tagstore.upkeep.compact import compact, purge
+from tagstore.upkeep.edits import Selection, drop, rename, undrop
+from tagstore.upkeep.verify import repair, verify
 
 needs_compiler = pytest.mark.skipif(not shutil.which("cc"), reason="needs a C compiler, to build what makes writes fail")
 
@@ -186,9 +187,9 @@ def test_what_was_read_of_a_database_does_not_stay_in_memory(tmp_path: Path) -> 
     assert mapped() > 20 << 20
     with writer.env.begin(buffers=True) as txn:
         held = txn.get(b"state", db=writer.db["meta"])
-        environment.trim(writer.env, 1 << 40)
+        lmdb_files.trim(writer.env, 1 << 40)
         assert mapped() > 20 << 20
-        environment.trim(writer.env, 1)
+        lmdb_files.trim(writer.env, 1)
         assert mapped() < 4 << 20
         assert json.loads(bytes(held).partition(b" ")[2])["current"] == 1
     np.testing.assert_array_equal(snapshot.vectors(snapshot.live()[::100]), expected)
@@ -264,7 +265,7 @@ def fail_everywhere(root: str, operation: str, stride: str) -> None:
         unreached = bool(shim.crash_disarm())
         wrong = crash.look(scratch / "root", close=True)[1] if operation != "repair" else []
         found.append([at, unreached, type(error).__name__ if error else None, str(error), wrong])
-        environment._close_inherited()
+        lmdb_files._close_inherited()
         shutil.rmtree(scratch)
         if unreached:
             break

@@ -14,9 +14,9 @@ def main() -> None:
     from accelerate.state import AcceleratorState
     from torch.distributed.tensor import DTensor
 
-    from tuna_model import checkpoint
-    from tuna_model.recipe import Recipe
-    from tuna_model.train import train
+    from tuna_model.training import checkpoint
+    from tuna_model.training.recipe import Recipe
+    from tuna_model.training.train import train
 
     values = json.loads(Path(sys.argv[1]).read_text())
     sharded: list[bool] = []

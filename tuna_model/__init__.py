@@ -38,22 +38,22 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from tagstore.torchvision_shim import prepare_when_imported
+from tagstore.encoding.torchvision_shim import prepare_when_imported
 
 # transformers, which most modules here import, imports torchvision
 prepare_when_imported()
 
 _HOMES = {
-    "ContrastiveLogits": "contrastive",
-    "Answer": "pipeline",
-    "Pipeline": "pipeline",
-    "ImageTags": "tags",
-    "TagLookup": "tags",
-    "TunaConfig": "config",
-    "TunaForConditionalGeneration": "model",
-    "TunaImageProcessor": "image_processor",
-    "TunaProcessor": "processor",
-    "tag_prompt": "prompt",
+    "ContrastiveLogits": "inference.contrastive",
+    "Answer": "inference.pipeline",
+    "Pipeline": "inference.pipeline",
+    "ImageTags": "processing.tags",
+    "TagLookup": "processing.tags",
+    "TunaConfig": "modeling.config",
+    "TunaForConditionalGeneration": "modeling.model",
+    "TunaImageProcessor": "processing.image_processor",
+    "TunaProcessor": "processing.processor",
+    "tag_prompt": "inference.prompt",
 }
 __all__ = sorted(_HOMES)
 

@@ -27,10 +27,10 @@ from tagstore.bundles.manifest import (
 )
 from tagstore.bundles.pictures import Pictures
 from tagstore.bundles.signature import Signer
-from tagstore.checks import checksum
-from tagstore.environment import writing
 from tagstore.errors import Damaged, InvalidInput
-from tagstore.store import Snapshot, Store, Version
+from tagstore.storage.checksums import checksum
+from tagstore.storage.lmdb_files import writing
+from tagstore.storage.store import Snapshot, Store, Version
 from tagstore.types import Vectors
 
 

@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from tagstore import faiss_index
 from tagstore.bundles.archive import ArchiveReader, Member
 from tagstore.bundles.manifest import (
     BATCH,
@@ -33,13 +32,14 @@ from tagstore.bundles.manifest import (
 from tagstore.bundles.pictures import Folder, folder, unpack
 from tagstore.bundles.restorer import Restorer
 from tagstore.bundles.signature import BYTES, check, public_key
-from tagstore.environment import forget, sync_directory, writer_lock, writing
 from tagstore.errors import AlreadyExists, Busy, Damaged, InvalidInput, NotFound
+from tagstore.indexing import faiss_index
 from tagstore.readers import Columns
-from tagstore.records import encode_entry
-from tagstore.store import Store, Version, check_name
+from tagstore.storage.codec import encode_entry
+from tagstore.storage.lmdb_files import forget, sync_directory, writer_lock, writing
+from tagstore.storage.store import Store, Version, check_name
 from tagstore.types import Entry, EntryTag
-from tagstore.verification import verify
+from tagstore.upkeep.verify import verify
 
 IMPORTING = ".importing"
 BATCH_BYTES = 4 << 20

@@ -22,12 +22,12 @@ import numpy as np
 
 from tagstore.bundles.archive import ArchiveReader
 from tagstore.bundles.manifest import BundleInfo
+from tagstore.encoding.images import suffix_of
 from tagstore.errors import AlreadyExists, Damaged, InvalidInput, NotFound
-from tagstore.images import suffix_of
-from tagstore.maintenance import originals
 from tagstore.readers import MAX_IMAGE_BYTES, Columns
-from tagstore.store import Snapshot
+from tagstore.storage.store import Snapshot
 from tagstore.types import Entry
+from tagstore.upkeep.edits import originals
 
 PAIRS = "pairs.jsonl"
 COLUMNS = Columns(image="image", caption="caption", key="key")

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from tagstore.bundles.archive import Member
 from tagstore.bundles.manifest import BATCH, ENTRIES, TAGS, BundleInfo, check_rows
 from tagstore.errors import InvalidInput
-from tagstore.records import decode_entry
-from tagstore.store import U64
+from tagstore.storage.codec import decode_entry
+from tagstore.storage.store import U64
+from tagstore.storage.writer import Writer
 from tagstore.types import Entry
-from tagstore.writer import Writer
 
 
 class Restorer(Writer):

@@ -15,7 +15,7 @@ from tagstore.errors import InvalidInput
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from tagstore.tuning import Trial
+    from tagstore.upkeep.tuning import Trial
 
 
 @click.command("build-index")
@@ -58,7 +58,7 @@ def build_index(
     """
     size, seconds = _size(memory), _seconds(latency)
     if options.remote(url):
-        from tagstore.remote_admin import administer
+        from tagstore.client.admin import administer
 
         budget: dict[str, Any] = {"recall": recall, "kind": "" if kind == "auto" else kind}
         budget |= {"memory_bytes": size or 0, "latency_ms": (seconds or 0) * 1e3}
@@ -68,8 +68,8 @@ def build_index(
             made, report = admin.build_index(progress=lambda what: click.echo(what, err=True), **budget)
         click.echo(json.dumps(report) if as_json else f"version {made.number}: {_sentence(report['index'])}")
         return
-    from tagstore.tuning import Budget, OverBudget
-    from tagstore.tuning import build_index as run
+    from tagstore.upkeep.tuning import Budget, OverBudget
+    from tagstore.upkeep.tuning import build_index as run
 
     root, store, _ = options.local(url)
     try:

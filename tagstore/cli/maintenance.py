@@ -42,24 +42,24 @@ def delete(
     as_json: bool,
 ) -> None:
     """Make a version without the entries that fit any of the options."""
-    from tagstore.images import decode, perceptual_hash
+    from tagstore.encoding.images import decode, perceptual_hash
 
     fields = dict(_field(text) for text in where)
     hashes = [(perceptual_hash(decode(Path(path).read_bytes())), distance) for path in near]
     if options.remote(url) and not purge:
-        from tagstore.remote_admin import administer
+        from tagstore.client.admin import administer
 
         with administer(url) as admin:
             made, gone = admin.delete(keys=keys, sha256=digests, near=hashes, where=fields)
         _deleted(parse(url)[2], made.number, made.entries, gone, as_json)
         return
-    from tagstore.maintenance import Selection
-    from tagstore.maintenance import delete as run
+    from tagstore.upkeep.edits import Selection
+    from tagstore.upkeep.edits import delete as run
 
     root, store, _ = options.local(url)
     selection = Selection(keys, digests, hashes, fields)
     if purge:
-        from tagstore.compaction import purge as run_purge
+        from tagstore.upkeep.compact import purge as run_purge
 
         if not reason:
             raise InvalidInput("a takedown is recorded with its reason: give --reason")
@@ -90,12 +90,12 @@ def rollback(url: str, version: int) -> None:
     """Make a version that holds what an old one held."""
     made: Any
     if options.remote(url):
-        from tagstore.remote_admin import administer
+        from tagstore.client.admin import administer
 
         with administer(url) as admin:
             made, store = admin.rollback(version), parse(url)[2]
     else:
-        from tagstore.maintenance import rollback as run
+        from tagstore.upkeep.edits import rollback as run
 
         root, store, _ = options.local(url)
         made = run(root, store, version)
@@ -109,7 +109,7 @@ def rollback(url: str, version: int) -> None:
 )
 def compact(url: str, keep: int | None) -> None:
     """Write a store anew, without slack, its index in one file."""
-    from tagstore.compaction import compact as run
+    from tagstore.upkeep.compact import compact as run
 
     root, store, _ = options.local(url)
     before = _size(Path(root) / store)
@@ -127,7 +127,7 @@ def _size(directory: Path) -> int:
 @options.as_json
 def verify(url: str, full: bool, as_json: bool) -> None:
     """Check that a store is what was committed: exit code 1 and what is wrong, file by file, if not."""
-    from tagstore.verification import verify as run
+    from tagstore.upkeep.verify import verify as run
 
     root, store, _ = options.local(url)
     problems = run(root, store, full=full)
@@ -145,7 +145,7 @@ def verify(url: str, full: bool, as_json: bool) -> None:
 @click.argument("url")
 def repair(url: str) -> None:
     """Make anew what is derived from the records and damaged."""
-    from tagstore.verification import repair as run
+    from tagstore.upkeep.verify import repair as run
 
     root, store, _ = options.local(url)
     done = run(root, store)
@@ -162,7 +162,7 @@ def prove_absent(url: str, keys: tuple[str, ...], captions: tuple[str, ...], ima
 
     Of an image, its hash and its vector are searched for.
     """
-    from tagstore.compaction import prove_absent as run
+    from tagstore.upkeep.compact import prove_absent as run
 
     root, store, _ = options.local(url)
     if not (keys or captions or images):
@@ -181,9 +181,9 @@ def _vectors(root: str, store: str, images: list[bytes]) -> list[bytes]:
         return []
     import numpy as np
 
-    from tagstore.encoder import load_encoder_of
-    from tagstore.images import decode
-    from tagstore.store import Store
+    from tagstore.encoding.encoder import load_encoder_of
+    from tagstore.encoding.images import decode
+    from tagstore.storage.store import Store
 
     encoder = load_encoder_of(Store(root, store).snapshot().version.fingerprint)
     return [row.astype(np.float16).tobytes() for row in encoder.encode_images([decode(data) for data in images])]
@@ -194,7 +194,7 @@ def _vectors(root: str, store: str, images: list[bytes]) -> list[bytes]:
 @options.as_json
 def takedowns(url: str, as_json: bool) -> None:
     """What was taken down for good: when, by whom, why, and the proof."""
-    from tagstore.compaction import takedowns as run
+    from tagstore.upkeep.compact import takedowns as run
 
     root, store, _ = options.local(url)
     found = run(root, store)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from tagstore.builder import Advance, Report
-    from tagstore.remote_admin import Ingested
+    from tagstore.client.admin import Ingested
+    from tagstore.ingest import Advance, Report
     from tagstore.types import Retrieval, StoreInfo
 
 

@@ -68,7 +68,7 @@ def ingest(
         root, store, _ = options.local(url)
     assert root is not None
     assert store is not None
-    from tagstore.builder import ingest as run
+    from tagstore.ingest import ingest as run
     from tagstore.mining import load_rules
 
     with output.progress() as progress:
@@ -97,8 +97,8 @@ def _send(
 ) -> None:
     import os
 
+    from tagstore.client.admin import administer
     from tagstore.readers import read
-    from tagstore.remote_admin import administer
 
     pairs = read(source, format=format_, columns=columns, allow_outside=allow_outside)
     with output.progress() as progress, administer(url) as admin:
@@ -116,7 +116,7 @@ def _send(
 @options.device
 def reembed(url: str, encoder: str, sources: tuple[str, ...], device: str) -> None:
     """Make a version with another encoder's vectors, from the original images; the old one is served until then."""
-    from tagstore.maintenance import reembed as run
+    from tagstore.upkeep.edits import reembed as run
 
     root, store, _ = options.local(url)
     version = run(root, store, encoder, sources=sources, device=device)
@@ -156,8 +156,8 @@ def mine(file: Any, miner: str, as_json: bool) -> None:
 @click.option("--min-count", type=click.IntRange(1), default=1, show_default=True, help="Leave out tags that fewer entries carry.")
 def retag(url: str, miner: str, stoplist: str | None, synonyms: str | None, min_count: int) -> None:
     """Make a version whose tags are mined again from the stored captions; no image is read or embedded."""
-    from tagstore.maintenance import retag as run
     from tagstore.mining import load_rules
+    from tagstore.upkeep.edits import retag as run
 
     root, store, _ = options.local(url)
     version = run(root, store, miner=miner, vocabulary=load_rules(stoplist, synonyms, min_count))

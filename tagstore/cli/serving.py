@@ -67,11 +67,11 @@ def serve(
         use_json()
     server: Runs
     if settings.workers > 1:
-        from tagstore.workers import Supervisor
+        from tagstore.serving.workers import Supervisor
 
         server = Supervisor(root, address, device=device, settings=settings)
     else:
-        from tagstore.server import Server
+        from tagstore.serving.server import Server
 
         server = Server(root, address, device=device, settings=settings)
     run(server, click.echo)
@@ -130,7 +130,7 @@ def stats(url: str, as_json: bool) -> None:
 @click.argument("url")
 def load(url: str) -> None:
     """Have a server serve a store: one that was unloaded, or that came since the server started."""
-    from tagstore.remote_admin import administer
+    from tagstore.client.admin import administer
 
     with administer(url) as admin:
         info = admin.load()
@@ -141,7 +141,7 @@ def load(url: str) -> None:
 @click.argument("url")
 def unload(url: str) -> None:
     """Have a server serve a store no more, and give its memory back. The store's files stay as they are."""
-    from tagstore.remote_admin import administer
+    from tagstore.client.admin import administer
 
     with administer(url) as admin:
         admin.unload()

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @options.as_json
 def stores(root: str, as_json: bool) -> None:
     """The stores under a directory."""
-    from tagstore.store import Store, store_names
+    from tagstore.storage.store import Store, store_names
 
     infos = []
     for name in store_names(root):
@@ -47,12 +47,12 @@ def versions(url: str, as_json: bool) -> None:
     """The versions of a store, newest last."""
     found: Sequence[Any]
     if options.remote(url):
-        from tagstore.remote_admin import administer
+        from tagstore.client.admin import administer
 
         with administer(url) as admin:
             found = admin.versions()
     else:
-        from tagstore.store import Store
+        from tagstore.storage.store import Store
 
         root, store, _ = options.local(url)
         found = Store(root, store).versions()
@@ -82,12 +82,12 @@ def diff(url: str, before: int, after: int, limit: int, as_json: bool) -> None:
     """Entries and tags that differ between two versions."""
     found: Any
     if options.remote(url):
-        from tagstore.remote_admin import administer
+        from tagstore.client.admin import administer
 
         with administer(url) as admin:
             found = admin.diff(before, after)
     else:
-        from tagstore.maintenance import diff as run
+        from tagstore.upkeep.edits import diff as run
 
         root, store, _ = options.local(url)
         found = run(root, store, before, after)
@@ -140,7 +140,7 @@ def _names(records: Sequence[Record], n: int) -> str:
 @click.argument("url")
 def quarantine(url: str) -> None:
     """The pairs that were refused when a version was made, JSON Lines."""
-    from tagstore.store import Store
+    from tagstore.storage.store import Store
 
     root, store, version = options.local(url, versioned=True)
     for rejected in Store(root, store).snapshot(version).quarantine():
@@ -152,7 +152,7 @@ def quarantine(url: str) -> None:
 @click.argument("name")
 def rename(url: str, name: str) -> None:
     """Give a store another NAME."""
-    from tagstore.maintenance import rename as run
+    from tagstore.upkeep.edits import rename as run
 
     root, store, _ = options.local(url)
     run(root, store, name)
@@ -163,7 +163,7 @@ def rename(url: str, name: str) -> None:
 @click.argument("url")
 def drop(url: str) -> None:
     """Take a store away; undrop brings it back for a week."""
-    from tagstore.maintenance import drop as run
+    from tagstore.upkeep.edits import drop as run
 
     root, store, _ = options.local(url)
     days = run(root, store)
@@ -174,7 +174,7 @@ def drop(url: str) -> None:
 @click.argument("url")
 def undrop(url: str) -> None:
     """Bring back a store that was dropped."""
-    from tagstore.maintenance import undrop as run
+    from tagstore.upkeep.edits import undrop as run
 
     root, store, _ = options.local(url)
     run(root, store)

@@ -22,9 +22,9 @@ from tagstore.client import connecting
 from tagstore.client.forks import calling
 from tagstore.client.options import ConnectOptions, SearchOptions
 from tagstore.client.queries import Ask, Image
-from tagstore.client.remote import RemoteBackend, Wire
 from tagstore.client.resilience import Attempt, Attempts
 from tagstore.client.source import Flow, Flows, Pin, Source
+from tagstore.client.sources.remote import RemoteBackend, Wire
 from tagstore.errors import TagstoreError, Unavailable
 from tagstore.types import Fingerprint, Identity, Retrieval, StoreInfo, TagInfo
 
@@ -145,24 +145,24 @@ class AioBackend:
         self._channels: dict[str, tuple[Any, Any]] = {}
 
     async def retrieve(self, ask: Ask) -> list[Retrieval]:
-        from tagstore import convert
+        from tagstore.wire import convert
 
         return convert.retrievals_from_proto(await self._call("Retrieve", self.wire.retrieve_request(ask)))
 
     async def tags(self, tag_ids: Sequence[int], version: int, embeddings: bool) -> tuple[list[TagInfo], int]:
-        from tagstore import convert
+        from tagstore.wire import convert
 
         response = await self._call("GetTags", self.wire.tags_request(version, tag_ids=tag_ids, embeddings=embeddings))
         return convert.tags_from_proto(response), response.version
 
     async def page(self, first: int, version: int, embeddings: bool) -> tuple[list[TagInfo], int, int]:
-        from tagstore import convert
+        from tagstore.wire import convert
 
         response = await self._call("GetTags", self.wire.tags_request(version, first_tag_id=first, embeddings=embeddings))
         return convert.tags_from_proto(response), response.next_tag_id, response.version
 
     async def info(self, version: int) -> StoreInfo:
-        from tagstore import convert
+        from tagstore.wire import convert
 
         return convert.info_from_proto((await self._call("GetStore", self.wire.info_request(version))).store)
 

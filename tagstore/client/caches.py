@@ -92,7 +92,7 @@ class AnswerCache:
 
     def get(self, keys: Sequence[bytes]) -> list[Retrieval | None]:
         """Of each key its answer, or None."""
-        from tagstore import convert
+        from tagstore.wire import convert
         from tagstore_proto.v1 import tagstore_pb2 as pb
 
         with self._env.get().begin(buffers=False) as txn:
@@ -105,7 +105,7 @@ class AnswerCache:
         ]
 
     def put(self, keys: Sequence[bytes], answers: Sequence[Retrieval]) -> None:
-        from tagstore import convert
+        from tagstore.wire import convert
         from tagstore_proto.v1 import tagstore_pb2 as pb
 
         rows = []

@@ -7,13 +7,13 @@ from contextlib import closing
 from typing import Any, Unpack
 
 from tagstore.client import stats
-from tagstore.client.controls import NullBackend, RandomBackend, of_file
-from tagstore.client.local import LocalBackend
 from tagstore.client.mapfile import Map, options_of
 from tagstore.client.options import ConnectOptions, Options
-from tagstore.client.remote import RemoteBackend, Wire
-from tagstore.client.replay import ReplayBackend
 from tagstore.client.source import Backend, Source
+from tagstore.client.sources.controls import NullBackend, RandomBackend, of_file
+from tagstore.client.sources.local import LocalBackend
+from tagstore.client.sources.remote import RemoteBackend, Wire
+from tagstore.client.sources.replay import ReplayBackend
 from tagstore.client.stats import Counters, counters
 from tagstore.client.urls import Location, locate
 from tagstore.types import StoreInfo, TagInfo

@@ -154,7 +154,7 @@ class Map:
 
     def answer(self, row: Row) -> Retrieval:
         """What was recorded of a sample that was answered."""
-        from tagstore import convert
+        from tagstore.wire import convert
         from tagstore_proto.v1 import tagstore_pb2 as pb
 
         response = pb.RetrieveResponse(store=self.meta["store"], version=int(self.meta["version"]), fingerprint=self.meta["fingerprint"])

@@ -203,7 +203,7 @@ def _ask(source: Source, some: Sequence[_Sample]) -> list[Row]:
 
 
 def _bytes(answer: Retrieval) -> bytes:
-    from tagstore import convert
+    from tagstore.wire import convert
 
     data: bytes = convert.retrieval_to_proto(answer).SerializeToString(deterministic=True)
     return data

@@ -1,7 +1,8 @@
 """Captions in, tags out. Importing this package loads no language model; the first `mine` does."""
 
+from tagstore.mining.loading import load_miner, mine
 from tagstore.mining.merging import MergedTag, merge
-from tagstore.mining.miner import Miner, identity, load_miner, mine, refuse
+from tagstore.mining.miner import Miner, identity, refuse
 from tagstore.mining.vocabulary import Rules, load_rules
 
 __all__ = ["MergedTag", "Miner", "Rules", "identity", "load_miner", "load_rules", "merge", "mine", "refuse"]

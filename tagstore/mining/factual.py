@@ -109,7 +109,7 @@ class FactualMiner:
             try:
                 import torch
 
-                from tagstore.torchvision_shim import prepare_torchvision
+                from tagstore.encoding.torchvision_shim import prepare_torchvision
 
                 prepare_torchvision()
                 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer

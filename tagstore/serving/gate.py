@@ -12,7 +12,7 @@ from tagstore.serving import metrics
 from tagstore.serving.access import Access, Caller, bearer
 from tagstore.serving.audit import Audit
 from tagstore.serving.limits import Limits
-from tagstore.status import code_of, trailing
+from tagstore.wire.status import code_of, trailing
 
 log = logging.getLogger(__name__)
 

@@ -27,7 +27,7 @@ from tagstore.serving import metrics, tracing
 from tagstore.serving.access import Role
 from tagstore.serving.current import current
 from tagstore.serving.gate import GONE, REFUSALS, Call, Gate, abort, understood
-from tagstore.status import code_of
+from tagstore.wire.status import code_of
 
 Method = Callable[..., Any]
 

@@ -80,9 +80,9 @@ def audit(model: str, store: str, batch: int, out: Path | None, as_json: bool, r
     """How far the answers to TASK hang on the tags: matched, corrupted, irrelevant, random, none; and how far a wrong tag is followed."""
     from rich.progress import Progress
 
-    from tuna_model.audit import audit as run
-    from tuna_model.audit import plot
     from tuna_model.evaluation.answerer import PipelineAnswerer
+    from tuna_model.evaluation.audit import audit as run
+    from tuna_model.evaluation.audit import plot
     from tuna_model.evaluation.run import write_atomically
 
     seed = options["seed"]

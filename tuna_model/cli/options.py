@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from tuna_model.pipeline import Pipeline
+    from tuna_model.inference.pipeline import Pipeline
 
 DTYPES = ("fp32", "bf16", "fp16")
 
@@ -44,12 +44,12 @@ def load(model: str, store: str, any_store: bool, timeout: float, device: str, d
     from transformers.utils import logging as transformers_logging
 
     from tagstore.client import connect
-    from tuna_model.pipeline import Pipeline
+    from tuna_model.inference.pipeline import Pipeline
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     if Path(model).is_dir() and not Path(model, "config.json").exists():
-        from tuna_model.runs import load_run
+        from tuna_model.training.runs import load_run
 
         return Pipeline(*load_run(model), connect(store, timeout=timeout), any_store=any_store)
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]

@@ -8,8 +8,8 @@ import click
 import numpy as np
 
 from tagstore.client import connect
-from tuna_model.prompt import STYLES, relative_weights, tag_prompt
-from tuna_model.tags import ImageTags, TagLayout
+from tuna_model.inference.prompt import STYLES, relative_weights, tag_prompt
+from tuna_model.processing.tags import ImageTags, TagLayout
 
 
 @click.command()

@@ -22,7 +22,7 @@ def serve(model: str, store: str, host: str, port: int, batch: int, wait: float,
     try:
         import uvicorn
 
-        from tuna_model.serve import app
+        from tuna_model.inference.server import app
     except ModuleNotFoundError as error:
         raise MissingExtra(f"serving needs {error.name}: pip install 'tagstore[api]'") from error
 

@@ -8,7 +8,7 @@ import click
 
 
 @click.command()
-@click.option("--config", required=True, metavar="NAME|FILE", help="A named recipe (see tuna_model/configs) or a TOML file.")
+@click.option("--config", required=True, metavar="NAME|FILE", help="A named recipe (see tuna_model/training/configs) or a TOML file.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change a value: tags.store=null://, rates.connector=1e-3.")
 @click.option("--data", metavar="PATH", help="Instead of data.path.")
 @click.option("--store", metavar="URL", help="Instead of tags.store.")
@@ -27,10 +27,10 @@ def train(
     from accelerate import PartialState
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from tuna_model.journal import Progress as Line
-    from tuna_model.recipe import Recipe
-    from tuna_model.runs import export
-    from tuna_model.train import train as run
+    from tuna_model.training.journal import Progress as Line
+    from tuna_model.training.recipe import Recipe
+    from tuna_model.training.runs import export
+    from tuna_model.training.train import train as run
 
     named = {"data.path": data, "tags.store": store, "out": out, "tags.any_store": "true" if any_store else None}
     recipe = Recipe.read(config).with_values([*settings, *(f"{key}={value}" for key, value in named.items() if value is not None)])

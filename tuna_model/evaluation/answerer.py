@@ -7,8 +7,8 @@ from typing import Any
 
 from tuna_model.evaluation.run import Answer
 from tuna_model.evaluation.tasks import Question
-from tuna_model.pipeline import Pipeline, user_message
-from tuna_model.tags import ImageTags
+from tuna_model.inference.pipeline import Pipeline, user_message
+from tuna_model.processing.tags import ImageTags
 
 
 class PipelineAnswerer:

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from tagstore.errors import InvalidInput, NotFound
-from tuna_model.data import CAPTION_PROMPT, Place, read_samples
 from tuna_model.evaluation.bootstrap import Metric, mean
 from tuna_model.evaluation.captions import Tokeniser, caption_metrics
 from tuna_model.evaluation.chair import Synonyms, chair, present
 from tuna_model.evaluation.judge import Judge
 from tuna_model.evaluation.vqa import SHORT_PROMPT, vqa
 from tuna_model.evaluation.yes_no import YES_NO_PROMPT, mme, pope
+from tuna_model.processing.data import CAPTION_PROMPT, Place, read_samples
 
 CHAIR_PROMPT = "Please describe this image in detail."
 

@@ -1,0 +1,1 @@
+"""What answers behind a source: servers, directories, recorded maps, controls."""

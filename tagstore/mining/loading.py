@@ -1,0 +1,62 @@
+"""Miners by name: shipped ones, those of other packages, and compositions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from importlib import import_module
+from importlib.metadata import entry_points
+from inspect import Parameter, signature
+from typing import Any, cast
+
+from tagstore.errors import InvalidInput
+from tagstore.mining.compose import Composed
+from tagstore.mining.miner import Miner
+from tagstore.types import Pair, Tag
+
+GROUP = "tagstore.miners"
+"""Entry points of this group are further miners: callables that take their settings by keyword and return a `Miner`."""
+
+SHIPPED = {
+    "rules": "tagstore.mining.rules:RuleMiner",
+    "metadata": "tagstore.mining.metadata:MetadataMiner",
+    "keywords": "tagstore.mining.keywords:KeywordMiner",
+    "factual": "tagstore.mining.factual:FactualMiner",
+    "none": "tagstore.mining.compose:NoMiner",
+}
+
+
+def load_miner(spec: str = "rules", **settings: Any) -> Miner:
+    """The miner of that name: a shipped one, an entry point of `tagstore.miners`, or several joined by `+` (`rules+metadata`).
+
+    Settings go to the miner; in a composition, to every part that knows them. Raises `InvalidInput` for an unknown miner or setting.
+    """
+    names = [part.strip() for part in spec.split("+")]
+    makers = [_maker(name) for name in names]
+    accepted = [_parameters(maker) for maker in makers]
+    for key in settings:
+        if not any(key in keys for keys in accepted):
+            every = sorted(set().union(*accepted))
+            raise InvalidInput(f"miner '{spec}' has no setting '{key}': it has {', '.join(every) or 'none'}")
+    parts = [maker(**{k: v for k, v in settings.items() if k in keys}) for maker, keys in zip(makers, accepted, strict=True)]
+    return parts[0] if len(parts) == 1 else Composed(parts)
+
+
+def mine(captions: Iterable[str], spec: str = "rules", **settings: Any) -> Iterator[tuple[Tag, ...]]:
+    """Tags of plain captions, one tuple a caption, in order: `load_miner(spec)` for text that has no image."""
+    miner = load_miner(spec, **settings)
+    return miner.mine(Pair(key=str(number), image=b"", captions=(caption,)) for number, caption in enumerate(captions))
+
+
+def _maker(name: str) -> Callable[..., Miner]:
+    if target := SHIPPED.get(name):
+        module, attribute = target.split(":")
+        return cast(Callable[..., Miner], getattr(import_module(module), attribute))
+    others = {point.name: point for point in entry_points(group=GROUP)}
+    if name in others:
+        return cast(Callable[..., Miner], others[name].load())
+    raise InvalidInput(f"no miner '{name}': there are {', '.join(sorted({*SHIPPED, *others}))}; join several with '+'")
+
+
+def _parameters(maker: Callable[..., Miner]) -> frozenset[str]:
+    kinds = (Parameter.KEYWORD_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+    return frozenset(p.name for p in signature(maker).parameters.values() if p.kind in kinds)

@@ -1,0 +1,71 @@
+"""Filters by metadata: which entries of a version have the values that a request asks for, as bits.
+
+Metadata stands in the entries' records, so the first request of a filter reads all of them, once. Records that cannot fit are told
+by a search for the value's bytes; only the others are decoded. The bits are kept for the next request, 1/8 byte an entry.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Mapping
+from threading import Lock
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tagstore.errors import InvalidInput
+from tagstore.indexing.protocol import Allowed
+from tagstore.storage.codec import decode_metadata
+from tagstore.storage.store import U64, Snapshot
+
+FILTER_BYTES = 64 << 20
+"""Bits of filters kept for a version: 512 filters of a million entries."""
+MAX_FIELDS = 32
+
+
+class Filters:
+    """The filters of one version. Safe for threads."""
+
+    def __init__(self, snapshot: Snapshot, live: Allowed) -> None:
+        self._snapshot, self._live = snapshot, live
+        self._kept: OrderedDict[tuple[tuple[str, str], ...], Allowed] = OrderedDict()
+        self._lock = Lock()
+
+    def find(self, where: Mapping[str, str]) -> Allowed:
+        """The entries whose metadata has all these values. Raises `InvalidInput` for more than `MAX_FIELDS` of them."""
+        if len(where) > MAX_FIELDS:
+            raise InvalidInput(f"where names {len(where)} fields: at most {MAX_FIELDS}")
+        key = tuple(sorted(where.items()))
+        with self._lock:
+            found = self._kept.get(key)
+            if found is not None:
+                self._kept.move_to_end(key)
+                return found
+        found = Allowed.of(self._read(where))
+        with self._lock:
+            self._kept[key] = found
+            while len(self._kept) > max(1, FILTER_BYTES // max(1, len(found.bits))):
+                self._kept.popitem(last=False)
+        return found
+
+    def _read(self, where: Mapping[str, str]) -> NDArray[np.uint8]:
+        live = self._live.ids()
+        needles = [_needle(value) for value in where.values()]
+        fits = np.zeros(8 * len(self._live.bits), bool)
+        db = self._snapshot.store.db["entries"]
+        for start in range(0, len(live), 4096):
+            with self._snapshot.store.env.begin() as txn:
+                for i in live[start : start + 4096].tolist():
+                    data = txn.get(U64.pack(i), db=db)
+                    if all(needle in data for needle in needles):
+                        metadata = decode_metadata(data)
+                        fits[i] = all(name in metadata and str(metadata[name]) == value for name, value in where.items())
+        return np.packbits(fits, bitorder="little")
+
+
+def _needle(value: str) -> bytes:
+    """Bytes that the record of an entry with this value must hold; empty where Python's text of a value is not JSON's."""
+    if value in ("True", "False", "None", "nan", "inf", "-inf") or value.startswith(("[", "{")):
+        return b""
+    return json.dumps(value, ensure_ascii=False)[1:-1].encode("utf-8", "replace")

@@ -1,0 +1,179 @@
+"""The servicer that changes stores: the library's own functions behind the gate, with an audit line for each call."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from tagstore import errors
+from tagstore.encoding.encoder import Encoder
+from tagstore.ingest import Report, ingest_pairs
+from tagstore.serving.gate import Call, Gate
+from tagstore.serving.live_catalog import LiveCatalog
+from tagstore.serving.methods import answering
+from tagstore.storage.store import Store, Version
+from tagstore.types import Pair, Rejected
+from tagstore.upkeep.edits import Diff, Selection, delete, diff, rollback
+from tagstore.upkeep.tuning import Budget, build_index
+from tagstore.wire import convert
+from tagstore_proto.v1 import tagstore_pb2 as pb
+
+
+class AdminService:
+    """`tagstore.v1.Admin` over a catalog.
+
+    Args:
+        announce: told what the other workers on this port must know: {"unload": STORE}.
+    """
+
+    def __init__(self, catalog: LiveCatalog, gate: Gate, announce: Callable[[Mapping[str, Any]], None]) -> None:
+        self._catalog, self.gate, self._announce = catalog, gate, announce
+
+    def Ingest(self, requests: Iterator[pb.IngestRequest], call: Call, send: Callable[[pb.IngestResponse], None]) -> None:  # noqa: N802
+        first = next(requests, None)
+        if first is None or first.WhichOneof("part") != "start":
+            raise errors.InvalidInput("the first message of an ingest says which store: send `start`")
+        start = first.start
+        call.caller.check("ingest", start.store)
+        if start.encoder not in ("", "mini"):
+            call.caller.check("admin", start.store)  # it may name files of the server, or something to fetch
+        with self._recorded("Ingest", start.store, call):
+            report = ingest_pairs(
+                _pairs(requests, send),
+                root=self._catalog.root,
+                store=start.store,
+                source=start.source,
+                encoder=self._encoder(start),
+                miner=start.miner or "rules",
+                device=self._catalog.device,
+                settled=lambda results: send(
+                    pb.IngestResponse(results=[pb.PairResult(key=k, outcome=convert.OUTCOMES[o], reason=r) for k, o, r in results])
+                ),
+            )
+            send(pb.IngestResponse(report=_report(report)))
+
+    def _encoder(self, start: pb.IngestStart) -> str | Encoder | None:
+        """The store's encoder as it is loaded here already, unless another one is asked for."""
+        if start.encoder:
+            return start.encoder
+        try:
+            return self._catalog.encoder(self._catalog.engine(start.store).fingerprint)
+        except errors.NotFound:
+            return None
+
+    @contextmanager
+    def _recorded(self, method: str, store: str, call: Call) -> Iterator[None]:
+        """Audit lines around what takes long: one at its beginning, one at its end."""
+        event: dict[str, Any] = {"method": method, "store": store, "caller": call.caller.name, "peer": call.peer}
+        self.gate.audit.write(event="begun", **event)
+        try:
+            yield
+        except BaseException as error:
+            self.gate.audit.write(event="failed", reason=str(error) or "the caller broke off", **event)
+            raise
+        self.gate.audit.write(event="done", **event)
+
+    @answering("ingest", writes=True)
+    def Delete(self, request: pb.DeleteRequest, call: Call) -> pb.DeleteResponse:  # noqa: N802
+        near = [(n.perceptual_hash, n.distance) for n in request.near]
+        selection = Selection(list(request.keys), list(request.sha256), near, dict(request.where))
+        version, keys = delete(self._catalog.root, request.store, selection)
+        return pb.DeleteResponse(version=_version(version), keys=keys)
+
+    @answering("admin", writes=True)
+    def Rollback(self, request: pb.RollbackRequest, call: Call) -> pb.RollbackResponse:  # noqa: N802
+        return pb.RollbackResponse(version=_version(rollback(self._catalog.root, request.store, request.version)))
+
+    def BuildIndex(self, request: pb.BuildIndexRequest, call: Call, send: Callable[[pb.BuildIndexResponse], None]) -> None:  # noqa: N802
+        call.caller.check("admin", request.store)
+        budget = Budget(
+            recall=request.recall or 0.95,
+            memory=request.memory_bytes or None,
+            latency=request.latency_ms / 1e3 or None,
+        )
+        with self._recorded("BuildIndex", request.store, call):
+            outcome = build_index(
+                self._catalog.root,
+                request.store,
+                budget,
+                kind=request.kind or "auto",
+                device=self._catalog.device,
+                advance=lambda stage, rows: call.check(),
+                say=lambda what: send(pb.BuildIndexResponse(progress=what)),
+            )
+            report = json.dumps(outcome.report(), sort_keys=True)
+            send(pb.BuildIndexResponse(version=_version(outcome.version), report=report))
+
+    @answering("admin", writes=True)
+    def Load(self, request: pb.LoadRequest, call: Call) -> pb.LoadResponse:  # noqa: N802
+        info = self._catalog.load(request.store)
+        self._announce({"load": request.store})
+        return pb.LoadResponse(store=convert.info_to_proto(info))
+
+    @answering("admin", writes=True)
+    def Unload(self, request: pb.UnloadRequest, call: Call) -> pb.UnloadResponse:  # noqa: N802
+        self._catalog.unload(request.store)
+        self._announce({"unload": request.store})
+        return pb.UnloadResponse()
+
+    @answering("read")
+    def ListVersions(self, request: pb.ListVersionsRequest, call: Call) -> pb.ListVersionsResponse:  # noqa: N802
+        versions = Store(self._catalog.root, request.store).versions()
+        return pb.ListVersionsResponse(versions=[_version(version) for version in versions])
+
+    @answering("read")
+    def Diff(self, request: pb.DiffRequest, call: Call) -> pb.DiffResponse:  # noqa: N802
+        return _diff(diff(self._catalog.root, request.store, request.before, request.after))
+
+
+def _pairs(requests: Iterator[pb.IngestRequest], send: Callable[[pb.IngestResponse], None]) -> Iterator[Pair | Rejected]:
+    for request in requests:
+        match request.WhichOneof("part"):
+            case "pair":
+                yield convert.pair_from_proto(request.pair)
+            case "rejected":
+                yield Rejected(request.rejected.key, request.rejected.reason, request.rejected.origin)
+            case other:
+                raise errors.InvalidInput(f"a message of an ingest is a pair or a rejected one, not {other or 'empty'}")
+    # a caller that broke off looks like one that has sent all it has: only to the former can nothing be sent
+    send(pb.IngestResponse())
+
+
+def _version(version: Version) -> pb.VersionInfo:
+    return pb.VersionInfo(
+        number=version.number,
+        parent=version.parent,
+        created=version.created,
+        operation=version.operation,
+        entries=version.entries,
+        tags=version.tags,
+        unique_tags=version.unique_tags,
+        fingerprint=convert.fingerprint_to_proto(version.fingerprint),
+    )
+
+
+def _diff(found: Diff) -> pb.DiffResponse:
+    return pb.DiffResponse(
+        before=found.before,
+        after=found.after,
+        added=found.added,
+        removed=found.removed,
+        changed=found.changed,
+        tags=[pb.TagChange(text=text, kind=convert.KIND_TO_WIRE[kind], before=b, after=a) for text, kind, b, a in found.tags],
+    )
+
+
+def _report(report: Report) -> pb.IngestReport:
+    return pb.IngestReport(
+        store=report.store,
+        version=report.version,
+        pairs=report.pairs,
+        added=report.added,
+        unchanged=report.unchanged,
+        quarantined=sum(report.reasons.values()),
+        entries=report.entries,
+        tags=report.tags,
+        unique_tags=report.unique_tags,
+    )

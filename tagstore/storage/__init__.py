@@ -1,0 +1,1 @@
+"""A store on disk: LMDB is the truth, and only this room knows its tables."""

@@ -1,0 +1,321 @@
+"""An index for a budget: kinds and numbers are tried in turn, measured on queries that none of them has seen, until one holds it.
+
+Recall is measured against exact search. Queries come from a file, or are made of stored vectors: each is moved so far from its own
+entry as entries are from their nearest neighbours, and what lists and codes are learned from leaves these entries out.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tagstore.errors import BadVector, InvalidInput
+from tagstore.indexing import exact, faiss_index, plans
+from tagstore.indexing.gpu import device_number
+from tagstore.indexing.plans import INDEX_KINDS, Advance, IndexKind, Plan
+from tagstore.indexing.protocol import Allowed
+from tagstore.retrieval.engine import Engine
+from tagstore.storage.store import Snapshot, Version
+from tagstore.storage.writer import Writer
+from tagstore.types import Search, Vectors
+from tagstore.upkeep.edits import embed_rest
+
+QUERIES = 1000
+TIMED = 200
+"""Queries that are timed, one at a time."""
+ADDED_PER_SECOND = {"flat": 200_000, "flat32": 200_000, "hnsw": 1500, "ivf": 20_000, "ivfpq": 10_000}
+"""Of 512 dimensions on one core, roughly: for the time that is said before a build."""
+LADDER = {"hnsw": ("ef_search", (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)), "ivf": ("nprobe", (1, 2, 4, 8, 16, 32, 64, 128, 256))}
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What an index has to keep to."""
+
+    recall: float = 0.95
+    """Share of the true `k` nearest entries that it must find."""
+    k: int = 5
+    memory: int | None = None
+    """Bytes of the index, which a busy server has in memory."""
+    latency: float | None = None
+    """Seconds, median, of one query by itself: search, and similarities from the stored vectors."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.recall <= 1:
+            raise InvalidInput(f"recall is {self.recall}: a share, above 0 and at most 1")
+        if not 1 <= self.k <= 100:
+            raise InvalidInput(f"k is {self.k}: 1 to 100")
+        if (self.memory is not None and self.memory <= 0) or (self.latency is not None and self.latency <= 0):
+            raise InvalidInput("memory and latency are more than nothing")
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One alternative that was tried, or why it was not."""
+
+    plan: Plan
+    bytes: int
+    recall: float = 0.0
+    latency: float = 0.0
+    """Seconds."""
+    seconds: float = 0.0
+    """What building it took."""
+    verdict: str = ""
+    """"chosen", or what it fails by."""
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "plan": self.plan.as_json()}
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of it."""
+
+    version: Version
+    trials: Sequence[Trial]
+    chosen: Trial
+    queries: str
+    """Where the queries came from."""
+
+    def report(self) -> dict[str, Any]:
+        """As JSON: version, kind with its numbers, measured recall, and what else was tried."""
+        index = {name: value for name, value in self.version.index.items() if name != "files"}
+        return {"version": self.version.number, "index": index, "trials": [trial.as_json() for trial in self.trials]}
+
+
+class OverBudget(InvalidInput):
+    """No kind of index holds the budget; `trials` says how near each came."""
+
+    def __init__(self, message: str, trials: Sequence[Trial]) -> None:
+        super().__init__(message)
+        self.trials = trials
+
+
+def build_index(
+    root: str | Path,
+    store: str,
+    budget: Budget = Budget(),
+    *,
+    kind: IndexKind | str = "auto",
+    queries: str | Path | None = None,
+    device: str = "auto",
+    advance: Advance = lambda *_: None,
+    say: Callable[[str], None] = lambda _: None,
+) -> Outcome:
+    """Commit a version with the content of the current one and the first index that holds a budget. The same store gives the same bytes.
+
+    Args:
+        kind: one of `INDEX_KINDS`; "auto" tries flat, hnsw, ivf and ivfpq, in this order: from exact and simple to small.
+        queries: .npy file of vectors `[N, D]` of the store's encoder, as real queries are; made of stored vectors if None.
+        device: "cpu", "cuda", "cuda:N" or "auto": where lists are learned and searches measured.
+        advance: progress, as (stage, rows).
+        say: what is about to be done and how long it may take.
+
+    Raises:
+        OverBudget: nothing holds the budget; the store is as it was.
+        InvalidInput, BadVector: a budget, kind or file that makes no sense.
+        MissingExtra: a GPU is asked for that FAISS cannot use.
+    """
+    gpu = device_number(device)
+    if kind != "auto" and kind not in INDEX_KINDS:
+        raise InvalidInput(f"kind is '{kind}': it is auto or one of {', '.join(INDEX_KINDS)}")
+    with Writer(root, store) as writer:
+        assert writer.parent is not None
+        embed_rest(writer)
+        current = Snapshot(writer.store, writer.parent)
+        live = current.live()
+        if not len(live):
+            raise InvalidInput(f"store '{store}' has no entries to index")
+        held_out, asked, source = _queries(current, live, queries)
+        say(f"exact search for {len(asked)} queries ({source}) ...")
+        allowed = Allowed(current.array("live", np.uint8), len(live))
+        truth = exact.search(current, asked, min(budget.k, len(live)), allowed)[0]
+        bench = _Bench(writer, current, live, held_out, asked, truth, budget, gpu, advance, say)
+        tried: Sequence[IndexKind | str] = ("flat", "hnsw", "ivf", "ivfpq") if kind == "auto" else (kind,)
+        trials: list[Trial] = []
+        for name in tried:
+            files, trial = bench.tried(name)
+            trials.append(trial)
+            if trial.verdict == "chosen":
+                about = _about(trial, budget, len(asked), source, writer.parent.number + 1)
+                index = faiss_index.record(about, files, live)
+                version = writer.commit(operation="build-index", indexer=lambda *_, index=index: index)
+                return Outcome(version, trials, trial, source)
+        best = max(trials, key=lambda t: (t.recall, -t.latency))
+        wanted = f"recall@{budget.k} {budget.recall:g}" + (f", {budget.memory:,} bytes" if budget.memory else "")
+        wanted += f", {budget.latency * 1e3:g} ms" if budget.latency else ""
+        raise OverBudget(
+            f"no index of store '{store}' holds the budget ({wanted}); nothing was changed. The best found is {_named(best.plan)}: "
+            f"recall {best.recall:.3f}, {best.latency * 1e3:.2f} ms, {best.bytes:,} bytes. Allow more, or take another kind",
+            trials,
+        )
+
+
+def _about(trial: Trial, budget: Budget, queries: int, source: str, version: int) -> dict[str, Any]:
+    codes = {"flat32": "float32", "ivfpq": "one byte for eight dimensions"}.get(trial.plan.kind, "float16")
+    return {
+        "kind": trial.plan.kind,
+        "codes": codes,
+        "metric": "inner product",
+        "tuned": trial.plan.as_json(),
+        "recall": {
+            "k": budget.k,
+            "recall": round(trial.recall, 4),
+            "latency_ms": round(trial.latency * 1e3, 3),
+            "queries": queries,
+            "source": source,
+            "version": version,
+        },
+    }
+
+
+class _Bench:
+    """Builds alternatives beside the committed index and measures them; what is not chosen is removed again."""
+
+    def __init__(
+        self,
+        writer: Writer,
+        current: Snapshot,
+        live: NDArray[np.int64],
+        held_out: NDArray[np.int64],
+        queries: Vectors,
+        truth: NDArray[np.float32],
+        budget: Budget,
+        gpu: int | None,
+        advance: Advance,
+        say: Callable[[str], None],
+    ) -> None:
+        self._gpu = gpu
+        self._writer, self._current, self._live, self._held_out = writer, current, live, held_out
+        self._queries, self._truth, self._budget, self._advance, self._say = queries, truth, budget, advance, say
+
+    def tried(self, name: IndexKind | str) -> tuple[list[dict[str, Any]], Trial]:
+        """Build a kind and find the least that it must do for the recall."""
+        rows, d, budget = len(self._live), self._current.dimension, self._budget
+        try:
+            plan = plans.plan_for(name, rows, d)  # type: ignore[arg-type]
+        except InvalidInput as error:
+            return [], Trial(Plan(name), 0, verdict=str(error))  # type: ignore[arg-type]
+        size = plans.weight(plan, rows, d)
+        if budget.memory is not None and size > budget.memory:
+            return [], Trial(plan, size, verdict=f"not built: {size:,} bytes are more than {budget.memory:,}")
+        seconds = rows / ADDED_PER_SECOND[plan.kind] * d / 512
+        self._say(f"{_named(plan)}: building for {rows:,} entries takes about {_spell(seconds)} ...")
+        start = time.perf_counter()
+        made_for = replace(self._current.version, number=self._current.version.number + 1, index={})
+        snapshot, directory = Snapshot(self._writer.store, made_for), self._writer.store.index_directory
+        if plan == Plan("flat"):
+            files = list(faiss_index.extend(snapshot, None, directory, whole=True, advance=self._advance)["files"])
+        else:
+            end, suffix = self._writer.next_entry_id, f"-{plan.kind}"
+            files = [
+                faiss_index.write(
+                    snapshot,
+                    plan,
+                    self._live,
+                    0,
+                    end,
+                    directory,
+                    advance=self._advance,
+                    held_out=self._held_out,
+                    name=suffix,
+                    gpu=self._gpu,
+                )
+            ]
+        seconds = time.perf_counter() - start
+        trial = Trial(plan, sum(file["bytes"] for file in files), seconds=seconds)
+        for searched in _ladder(plan):
+            if plan != Plan("flat"):
+                files[0] = {**files[0], "plan": searched.as_json()}
+            trial = self._measured(snapshot, replace(trial, plan=searched), files)
+            late = budget.latency is not None and trial.latency > budget.latency
+            if trial.recall >= budget.recall or late:
+                break
+        verdict = "chosen"
+        if trial.recall < budget.recall:
+            verdict = f"recall {trial.recall:.3f} is less than {budget.recall:g}"
+        elif budget.latency is not None and trial.latency > budget.latency:
+            verdict = f"{trial.latency * 1e3:.2f} ms are more than {budget.latency * 1e3:g}"
+        elif budget.memory is not None and trial.bytes > budget.memory:
+            verdict = f"{trial.bytes:,} bytes are more than {budget.memory:,}"
+        if verdict != "chosen":
+            for file in files:
+                (directory / file["file"]).unlink()
+        return files, replace(trial, verdict=verdict)
+
+    def _measured(self, snapshot: Snapshot, trial: Trial, files: Sequence[Mapping[str, Any]]) -> Trial:
+        index = {**_about(trial, self._budget, 0, "", 0), "files": files}
+        device = "cpu" if self._gpu is None else f"cuda:{self._gpu}"
+        engine = Engine(Snapshot(snapshot.store, replace(snapshot.version, index=index)), device=device)
+        search = Search(k=self._truth.shape[1])
+        found = [engine.nearest(query[None], search)[0] for query in self._queries]
+        # equal similarities are as good as each other; ours are summed otherwise than those of the exact search
+        hits = [np.count_nonzero(np.array(s) >= true[-1] - 1e-5) for (_, s, _), true in zip(found, self._truth, strict=True)]
+        recall = float(np.minimum(hits, self._truth.shape[1]).sum() / self._truth.size)
+        times = []
+        for query in self._queries[:TIMED]:
+            start = time.perf_counter()
+            engine.nearest(query[None], search)
+            times.append(time.perf_counter() - start)
+        return replace(trial, recall=recall, latency=float(np.median(times)))
+
+
+def _ladder(plan: Plan) -> Iterator[Plan]:
+    """The plan with more and more work a search."""
+    if plan.exact:
+        yield plan
+        return
+    name, steps = LADDER["hnsw" if plan.kind == "hnsw" else "ivf"]
+    for step in steps:
+        if name == "nprobe" and step > plan.build["lists"]:
+            return
+        yield replace(plan, search={**plan.search, name: step})
+    if "refine" in plan.search:
+        for refine in (16, 32, 64):
+            yield replace(plan, search={name: min(steps[-1], plan.build["lists"]), "refine": refine})
+
+
+def _queries(snapshot: Snapshot, live: NDArray[np.int64], path: str | Path | None) -> tuple[NDArray[np.int64], Vectors, str]:
+    """(entries held out, unit queries, where they come from)."""
+    d = snapshot.dimension
+    if path is not None:
+        try:
+            given = np.load(path, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise InvalidInput(f"{path} is no .npy file of vectors: {error}") from error
+        if given.ndim != 2 or given.shape[1] != d or not len(given):
+            raise BadVector(f"{path} holds an array of shape {list(given.shape)}, the store's vectors are [N, {d}]")
+        rows = given.astype(np.float32)
+        norms = np.linalg.norm(rows, axis=1, keepdims=True)
+        if not (np.isfinite(norms) & (norms > 0)).all():
+            raise BadVector(f"{path} holds a vector without a direction: NaN, infinite or only zeros")
+        return np.zeros(0, np.int64), rows / norms, f"{len(rows)} of {Path(path).name}"
+    rng = np.random.default_rng(plans.SEED)
+    # at most a tenth of the entries, the rest is left to learn from
+    chosen = np.sort(rng.choice(live, min(-(-len(live) // 10), QUERIES), replace=False))
+    stored = snapshot.vectors(chosen)
+    allowed = Allowed(snapshot.array("live", np.uint8), len(live))
+    probe = stored[:: max(1, len(stored) // 100)]
+    nearest = exact.search(snapshot, probe, min(2, len(live)), allowed)[0][:, -1]
+    cosine = float(np.clip(np.median(nearest), 0.5, 0.98))
+    noise = rng.standard_normal(stored.shape, dtype=np.float32)
+    noise -= (noise * stored).sum(axis=1, keepdims=True) * stored
+    noise /= np.linalg.norm(noise, axis=1, keepdims=True)
+    moved: Vectors = np.float32(cosine) * stored + np.float32(np.sqrt(1 - cosine**2)) * noise
+    moved /= np.linalg.norm(moved, axis=1, keepdims=True)
+    return chosen, moved, f"{len(chosen)} stored vectors, moved to cosine {cosine:.2f} of themselves"
+
+
+def _named(plan: Plan) -> str:
+    numbers = ", ".join(f"{name} {value}" for name, value in {**plan.build, **plan.search}.items())
+    return f"{plan.kind} ({numbers})" if numbers else plan.kind
+
+
+def _spell(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

@@ -1,0 +1,277 @@
+"""Whether a store is what it was when it was committed, and the making anew of all that is derived.
+
+`verify` reads in a process of its own: a database file that was tampered with can bring down whoever maps it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from lmdb.verify import VerifyError
+from lmdb.verify import verify as verify_pages
+
+from tagstore.errors import Damaged, TagstoreError
+from tagstore.indexing import faiss_index, plans
+from tagstore.storage.checksums import broken
+from tagstore.storage.codec import decode_hot, decode_tag, unseal
+from tagstore.storage.lmdb_files import generation
+from tagstore.storage.store import U64, Snapshot, Store, key_of, tag_key, unpack_ids
+from tagstore.storage.writer import Writer
+from tagstore.types import KINDS
+
+SAMPLE = 1000
+END = "{}"
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something that is not as it was committed."""
+
+    file: str
+    what: str
+    derived: bool
+    """Whether `repair` can make it anew."""
+
+
+def verify(root: str | Path, store: str, *, full: bool = False) -> list[Problem]:
+    """Everything wrong with a store, nothing if it is sound.
+
+    Checks every checksum of every version, that look-up tables and records agree, that counts are what the entries say, and that the index
+    holds the stored vectors: of a sample of `SAMPLE` entries a version, or of all if `full`.
+
+    Raises `NotFound` if there is no such store.
+    """
+    try:
+        database = str(generation(Path(root) / store) / "data.mdb")
+    except Damaged as error:
+        return [Problem(str(Path(root) / store / "CURRENT"), str(error), False)]
+    command = [sys.executable, "-m", __name__, str(root), store, *(["--full"] if full else [])]
+    child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    lines = [json.loads(line) for line in child.stdout.splitlines() if line.endswith("}")]
+    problems = [Problem(**line) for line in lines if line]
+    if not child.stdout.endswith(f"{END}\n"):
+        problems.append(Problem(database, f"reading it brought the reader down (exit code {child.returncode})", False))
+    return problems
+
+
+def repair(root: str | Path, store: str) -> list[str]:
+    """Make anew what is derived and wrong: look-up tables and index files. Returns what was done.
+
+    Raises:
+        Damaged: something that is not derived is wrong; nothing was changed.
+    """
+    problems = verify(root, store)
+    fatal = [p for p in problems if not p.derived]
+    if fatal:
+        raise Damaged(
+            f"{len(fatal)} problems can't be repaired, the first: {fatal[0].file}: {fatal[0].what}. "
+            "Restore the store from a bundle or a copy"
+        )
+    done: list[str] = []
+    if any("data.mdb" in p.file for p in problems):
+        with Writer(root, store) as writer:
+            _rebuild_lookups(writer)
+        done.append("rebuilt the look-up tables of keys and tags")
+    if any(p.file.endswith(".faiss") for p in problems):
+        with Writer(root, store) as writer:
+            bad = {Path(p.file).name for p in problems}
+            for version in writer.store.versions():
+                if bad & {f["file"] for f in version.index.get("files", [])}:
+                    snapshot = Snapshot(writer.store, version)
+                    with writer.step():
+                        index = faiss_index.extend(snapshot, None, writer.store.index_directory, whole=True)
+                    with writer.transaction() as txn:
+                        txn.put(U64.pack(version.number), replace(version, index=index).to_json().encode(), db=writer.db["versions"])
+                    done.append(f"rebuilt the index of version {version.number}")
+            with writer.step():
+                _sweep_index(writer.store)
+    return done
+
+
+def _sweep_index(store: Store) -> None:
+    """Remove index files that no version names. No writer would know those of an older version for leftovers."""
+    named = {about["file"] for version in store.versions() for about in version.index["files"]}
+    for path in store.index_directory.iterdir():
+        if path.name not in named:
+            path.unlink()
+
+
+def _rebuild_lookups(writer: Writer) -> None:
+    with writer.transaction() as txn:
+        for name in ("keys", "tag_ids"):
+            txn.drop(writer.db[name], delete=False)
+        with txn.cursor(writer.db["entries"]) as cursor:
+            for entry_id, data in cursor:
+                key = key_of(decode_hot(data)[0])
+                txn.put(key, (txn.get(key, db=writer.db["keys"]) or b"") + entry_id, db=writer.db["keys"])
+        with txn.cursor(writer.db["tags"]) as cursor:
+            for tag_id, data in cursor:
+                _, kind, canonical = decode_tag(data)
+                txn.put(tag_key(KINDS.index(kind), canonical), tag_id, db=writer.db["tag_ids"])
+
+
+def _print_problems(root: str, name: str, full: bool) -> None:
+    """What the child does: a line of JSON for every problem, and a last one that says that it got to the end."""
+    try:
+        for problem in _problems(root, name, full):
+            print(json.dumps(asdict(problem)), flush=True)
+    except TagstoreError as error:
+        print(json.dumps(asdict(Problem(str(generation(Path(root) / name) / "data.mdb"), str(error), False))))
+    except Exception as error:  # noqa: BLE001  whatever damage does to the reader is the finding
+        what = f"cannot be read: {type(error).__name__}: {error}"
+        print(json.dumps(asdict(Problem(str(generation(Path(root) / name) / "data.mdb"), what, False))))
+    print(END)
+
+
+def _problems(root: str, name: str, full: bool) -> Iterator[Problem]:
+    store = Store(root, name)
+    database = str(store.generation / "data.mdb")
+    with store.env.begin():  # as long as this reads, no writer takes again the pages that are walked
+        yield from _pages(database)
+    state, versions = store.state(), store.versions()
+    numbers = [v.number for v in versions]
+    if state["current"] not in (numbers or [0]):
+        yield Problem(database, f"its state names version {state['current']}, its versions are {numbers}", False)
+    bad_files: dict[str, bool] = {}
+    seen_ranges: set[object] = set()
+    for version in versions:
+        snapshot = Snapshot(store, version)
+        yield from _ranges(snapshot, database, seen_ranges)
+        yield from _counts(snapshot, database)
+        yield from _files(snapshot, bad_files)
+        yield from _agreement(snapshot, full, bad_files)
+    yield from _lookups(store, database)
+    yield from _lines(store, database)
+    read = Snapshot(store, versions[-1]).sources() if versions else []
+    for version in versions:
+        if version.source and version.source not in read:
+            yield Problem(database, f"the source of version {version.number} is not among those of the store", False)
+
+
+def _pages(database: str) -> Iterator[Problem]:
+    """What LMDB's own pages contradict: structure, order of keys, and that every page is either in use or free."""
+    try:
+        # a second look, because a commit between its two reads of the file's end and head would mislead it
+        found = verify_pages(database) and verify_pages(database)
+    except VerifyError as error:
+        found = [str(error)]
+    yield from (Problem(database, what, False) for what in found)
+
+
+def _ranges(snapshot: Snapshot, database: str, seen: set[object]) -> Iterator[Problem]:
+    for name, r in broken(snapshot, seen):
+        yield Problem(database, f"{name} {r.first} to {r.end - 1} are not what version {snapshot.version.number} committed", False)
+
+
+def _counts(snapshot: Snapshot, database: str) -> Iterator[Problem]:
+    version, counts = snapshot.version, np.zeros(snapshot.version.next_tag_id, np.int32)
+    live = snapshot.live()
+    for start in range(0, len(live), 1024):
+        some = live[start : start + 1024].tolist()
+        for entry_id, (_, ids) in zip(some, snapshot.keys_and_tags(some), strict=True):
+            if ids and max(ids) >= len(counts):
+                yield Problem(database, f"entry {entry_id} of version {version.number} carries tag {max(ids)}, which is not there", False)
+                return
+            counts[ids] += 1
+    if len(live) != version.entries:
+        yield Problem(database, f"version {version.number} has {len(live)} entries, its record says {version.entries}", False)
+    if not np.array_equal(counts, snapshot.counts()):
+        yield Problem(database, f"the tag counts of version {version.number} are not those of its entries", False)
+    carried = np.flatnonzero(counts)
+    snapshot.tags(carried.tolist())  # raises for a tag that is not there
+
+
+def _files(snapshot: Snapshot, bad: dict[str, bool]) -> Iterator[Problem]:
+    """Problems of files that were not looked at before; `bad` is told of every one."""
+    for about in snapshot.version.index["files"]:
+        if about["file"] in bad:
+            continue
+        path = snapshot.store.index_directory / about["file"]
+        what = _wrong_with(path, about["bytes"], about["sha256"])
+        bad[about["file"]] = what is not None
+        if what:
+            yield Problem(str(path), what, True)
+
+
+def _wrong_with(path: Path, size: int, digest: str) -> str | None:
+    try:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+            length = file.tell()
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    if length != size:
+        return f"is {length} bytes long instead of {size}"
+    return None if found == digest else "does not fit its checksum"
+
+
+def _agreement(snapshot: Snapshot, full: bool, bad: dict[str, bool]) -> Iterator[Problem]:
+    """The index holds, under every id, the stored vector."""
+    live = snapshot.live()
+    for about in snapshot.version.index["files"]:
+        if bad[about["file"]]:
+            continue
+        path = snapshot.store.index_directory / about["file"]
+        index = faiss_index.open_file(path, about["rows"], snapshot.dimension)
+        plan = faiss_index.plan_of(about["plan"]) if "plan" in about else plans.Plan("flat")
+        ids = plans.ids_of(plan, index)
+        rows = np.arange(len(ids)) if full else np.unique(np.linspace(0, len(ids) - 1, SAMPLE).astype(np.int64))
+        rows = rows[np.isin(ids[rows], live)]
+        # of lists, the ids: their codes are no stored numbers, and the checksum has looked at them
+        for start in range(0, len(rows) if plans.holds_vectors(plan) else 0, 1 << 15):
+            some = rows[start : start + (1 << 15)]
+            held = np.stack([plans.vector_at(plan, index, int(row)) for row in some])
+            wrong = np.flatnonzero((held != snapshot.vectors(ids[some])).any(axis=1))
+            if len(wrong):
+                yield Problem(str(path), f"holds another vector for entry {ids[some[wrong[0]]]} than the store ({len(wrong)} such)", True)
+                break
+        if not np.isin(live[(live >= about["first"]) & (live < about["end"])], ids).all():
+            yield Problem(str(path), "lacks entries of its run", True)
+
+
+def _lookups(store: Store, database: str) -> Iterator[Problem]:
+    """The tables of keys and of tags lead to every entry and tag, and to nothing else."""
+    with store.env.begin() as txn:
+        entries = found = 0
+        with txn.cursor(store.db["entries"]) as cursor:
+            for entry_id, data in cursor:
+                number, (key, _) = U64.unpack(entry_id)[0], decode_hot(data)
+                entries += 1
+                if number not in unpack_ids(txn.get(key_of(key), db=store.db["keys"]) or b""):
+                    yield Problem(database, f"the table of keys does not lead to entry {number} ({key})", True)
+                    return
+        with txn.cursor(store.db["keys"]) as cursor:
+            found = sum(len(ids) // U64.size for _, ids in cursor)
+        if found != entries:
+            yield Problem(database, f"the table of keys leads to {found} entries, there are {entries}", True)
+        with txn.cursor(store.db["tags"]) as cursor:
+            for tag_id, data in cursor:
+                _, kind, canonical = decode_tag(data)
+                if txn.get(tag_key(KINDS.index(kind), canonical), db=store.db["tag_ids"]) != tag_id:
+                    yield Problem(database, f"the table of tags does not lead to tag {U64.unpack(tag_id)[0]}", True)
+                    return
+        if txn.stat(store.db["tags"])["entries"] != txn.stat(store.db["tag_ids"])["entries"]:
+            yield Problem(database, "the table of tags leads to tags that are not there", True)
+
+
+def _lines(store: Store, database: str) -> Iterator[Problem]:
+    """Records that are JSON with a checksum."""
+    with store.env.begin() as txn:
+        for name in ("quarantine", "sources", "takedowns", "meta"):
+            with txn.cursor(store.db[name]) as cursor:
+                for key, value in cursor:
+                    try:
+                        unseal(key, value)
+                    except Damaged as error:
+                        yield Problem(database, f"{name}: {error}", False)
+
+
+if __name__ == "__main__":
+    _print_problems(sys.argv[1], sys.argv[2], "--full" in sys.argv[3:])

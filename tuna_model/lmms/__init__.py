@@ -1,4 +1,0 @@
-"""lmms-eval drives the model through this plugin:
-
-LMMS_EVAL_PLUGINS=tuna_model.lmms python -m lmms_eval --model tuna --model_args pretrained=DIR,store=grpc://HOST:PORT/NAME --tasks pope
-"""

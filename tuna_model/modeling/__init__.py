@@ -1,0 +1,1 @@
+"""The parts of TUNA, and the model of transformers that they make."""

@@ -1,0 +1,13 @@
+"""Models by name: `presets.load("smol")`, or by directory: `presets.load("DIR")`."""
+
+from tuna_model.presets.loading import (
+    GUESSES,
+    PLAIN,
+    load,
+    paper_config,
+    processor_for,
+    tiny_config,
+    tiny_tokenizer,
+)
+
+__all__ = ["GUESSES", "PLAIN", "load", "paper_config", "processor_for", "tiny_config", "tiny_tokenizer"]

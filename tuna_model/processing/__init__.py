@@ -1,0 +1,1 @@
+"""Pictures, prompts, tags and samples to what the model takes."""

@@ -1,0 +1,282 @@
+"""The training loop: one function that reads from top to bottom, for one process or many (DDP, FSDP2) through Accelerate.
+
+    tuna train --config smol-caption
+    accelerate launch --config_file fsdp2.yaml -m tuna_model.cli train --config paper-finetune
+
+1. model, data, tags and optimizer from the recipe    2. the newest checkpoint, if there is one    3. step after step
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch import nn
+
+from tagstore.client import TagSource, connect
+from tagstore.errors import InvalidInput, Unavailable
+from tuna_model.modeling.model import TunaForConditionalGeneration
+from tuna_model.processing.data import Sample, read_samples
+from tuna_model.processing.processor import TunaProcessor
+from tuna_model.processing.tags import TagLookup
+from tuna_model.training import checkpoint as checkpoints
+from tuna_model.training.checkpoint import Checkpoint, StorePin
+from tuna_model.training.collator import Collator, to_device
+from tuna_model.training.features import CachedFeatures, ImageFeatures, LiveFeatures, make_cache
+from tuna_model.training.journal import Journal, Progress, flat, memory
+from tuna_model.training.loader import Loader, Step, seed_everything
+from tuna_model.training.recipe import Recipe
+from tuna_model.training.runs import build_model
+from tuna_model.training.schedule import learning_rate, parameter_groups, set_rate
+from tuna_model.training.tag_feed import TagFeed
+
+log = logging.getLogger(__name__)
+
+
+def train(
+    recipe: Recipe,
+    *,
+    resume: bool = True,
+    progress: Callable[[Progress], object] = lambda _: None,
+    preparing: Callable[[str, int, int], object] = lambda *_: None,
+) -> Path:
+    """Train as the recipe says; a run that was cut off goes on from its newest checkpoint as if it had not been.
+
+    Args:
+        resume: False to begin anew in a directory that has checkpoints.
+        progress: called in the main process after every `log_every` steps.
+        preparing: called as (what, done, of how many) while images are embedded.
+
+    Returns:
+        The last checkpoint's directory.
+
+    Raises:
+        InvalidInput: a recipe, sample or combination that means nothing.
+        FingerprintMismatch: the run's checkpoint is of another store or version, and `tags.any_store` is not set.
+        NotFound, Unavailable, Damaged: as their messages say.
+    """
+    accelerator = make_accelerator(recipe)
+    out = Path(recipe.out)
+
+    # 1. everything that the recipe names
+    torch.manual_seed(recipe.seed)
+    model, processor = build_model(recipe)
+    samples = read_samples(recipe.data.path, images=recipe.data.images or None, split=recipe.data.split, limit=recipe.data.limit)
+    if recipe.data.first_caption:
+        samples = [replace(sample, captions=sample.captions[:1]) for sample in samples]
+    with closing(connect(recipe.tags.store)) as source:
+        pin = pin_of(recipe, source)
+        model.config.store, model.config.store_version = pin.store, pin.version
+        features = image_features(recipe, model, processor, samples, accelerator, preparing)
+        feed = tag_feed(recipe, model, source, samples, pin)
+        collator = Collator(processor, template=recipe.data.template, max_length=recipe.data.max_length)
+        rank, world = accelerator.process_index, accelerator.num_processes
+        loader = Loader(recipe, samples, features, feed, collator, rank=rank, world=world)
+        groups = parameter_groups(parts_of(model), recipe.rates, recipe.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=recipe.betas)
+        set_rate(optimizer, 1.0)
+        wrapped, prepared = accelerator.prepare(model, optimizer)
+        average = {name: value.detach().clone() for name, value in checkpoints.learning(wrapped)} if recipe.ema else None
+
+        # 2. where the run was
+        first, folder = 0, checkpoints.latest(out) if resume else None
+        if folder is not None:
+            saved = checkpoints.read(folder)
+            checkpoints.check_store(saved.store, pin, allow=recipe.tags.any_store, where=folder)
+            check_same_run(saved.recipe, recipe, folder)
+            checkpoints.put_trained(wrapped, checkpoints.tensors(folder, "trained"))
+            checkpoints.put_optimizer(wrapped, prepared.optimizer, checkpoints.tensors(folder, "optimizer"))
+            if average is not None:
+                checkpoints.put_average(average, checkpoints.tensors(folder, "ema"))
+            if accelerator.scaler is not None:
+                accelerator.scaler.load_state_dict(dict(saved.scaler))
+            first = saved.step
+            log.info("going on from %s", folder)
+        journal = Journal(out, first, recipe) if accelerator.is_main_process else None
+
+        # 3. step after step
+        wrapped.train()
+        clock = time.perf_counter()
+        with closing(loader.from_step(first)) as steps, journal or contextlib.nullcontext():
+            for step in steps:
+                waited = time.perf_counter() - clock
+                seed_everything(recipe.seed, step.number, rank)
+                factor = learning_rate(step.number, steps=recipe.steps, warmup=recipe.warmup, floor=recipe.floor)
+                set_rate(prepared.optimizer, factor)
+                loss, tokens, norm = learn(accelerator, wrapped, prepared, step, recipe.clip)
+                if average is not None:
+                    follow(average, wrapped, recipe.ema)
+                done = step.number + 1
+                if journal is not None and (done % recipe.log_every == 0 or done == recipe.steps):
+                    seconds = time.perf_counter() - clock
+                    line = Progress(
+                        step=done,
+                        epoch=done / loader.steps_an_epoch,
+                        loss=loss,
+                        rates={name: rate * factor for name, rate in recipe.rates.items()},
+                        gradient_norm=norm,
+                        samples_a_second=recipe.batch_size / seconds,
+                        tokens=tokens,
+                        tags=step.tags / max(1, step.samples),
+                        retrieval_ms=step.retrieval,
+                        waited_ms=1000 * waited,
+                        degraded=feed.lookup.degraded if feed else 0,
+                        memory_mb=memory(accelerator.device),
+                    )
+                    journal.write(line)
+                    progress(line)
+                clock = time.perf_counter()
+                if done % recipe.save_every == 0 or done == recipe.steps:
+                    scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
+                    state = Checkpoint(done, recipe, pin, model.config.encoder_digest, scaler=scaler)
+                    save_checkpoint(accelerator, out, state, wrapped, prepared.optimizer, average)
+                    clock = time.perf_counter()
+    last = checkpoints.latest(out)
+    assert last is not None  # the last step is always saved
+    return last
+
+
+def learn(accelerator: Accelerator, model: nn.Module, optimizer: Any, step: Step, clip: float) -> tuple[float, int, float]:
+    """One optimizer step. Returns loss, learnt tokens (both over all processes) and the norm of the gradient before clipping.
+
+    Every token counts the same, whichever process and micro-batch it is in: losses are sums, divided by the tokens of the whole step.
+    That is why one process and eight have the same curve.
+    """
+    device = accelerator.device
+    tokens = accelerator.reduce(torch.tensor(float(step.labels), device=device), "sum")
+    # DDP and FSDP take the mean of the processes' gradients, and a sum is wanted
+    share = tokens / accelerator.num_processes
+    total = torch.zeros((), device=device)
+    for i, part in enumerate(step.parts):
+        last = i == len(step.parts) - 1
+        with contextlib.nullcontext() if last else accelerator.no_sync(model):
+            loss = model(**to_device(part, device), num_items_in_batch=share).loss
+            accelerator.backward(loss)
+        total += loss.detach()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    norm = accelerator.clip_grad_norm_(trained, clip or float("inf"))
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    loss = accelerator.reduce(total, "mean")
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    return float(loss), int(tokens), float(norm)
+
+
+def make_accelerator(recipe: Recipe) -> Accelerator:
+    """As the environment says that `accelerate launch` or torchrun has set up."""
+    # without cpu=True Accelerate lets every process of a CPU-only launch believe that it is alone
+    accelerator = Accelerator(mixed_precision=recipe.precision, step_scheduler_with_optimizer=False, cpu=not torch.cuda.is_available())
+    if accelerator.distributed_type is DistributedType.MULTI_CPU and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        # Accelerate takes FSDP on a CPU for DDP without a word; torch itself shards there as well, and tests live on it
+        state = accelerator.state
+        state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        state.distributed_type = DistributedType.FSDP
+        type(state)._shared_state["distributed_type"] = DistributedType.FSDP
+    return accelerator
+
+
+def parts_of(model: TunaForConditionalGeneration) -> dict[str, nn.Module]:
+    """The parts that a recipe gives learning rates to. The image tower is never one: its vectors must mean what the store's mean."""
+    parts: dict[str, nn.Module] = {"connector": model.multi_modal_projector}
+    if model.config.tags:
+        parts |= {"tag_encoder": model.tag_encoder, "weight_tuner": model.weight_tuner}
+    parts["language_model"] = model.language_model
+    return parts
+
+
+def pin_of(recipe: Recipe, source: TagSource) -> StorePin:
+    """Which store and version answer now. Raises `Unavailable`: a run begins only with the tags that it is to learn with."""
+    if recipe.tags.store.startswith("null:"):
+        return StorePin(recipe.tags.store)
+    try:
+        pin = source.pin()
+    except Unavailable as error:
+        raise Unavailable(f"{error}. A training run does not begin without its store: start it, or set tags.store=null://") from error
+    return StorePin(recipe.tags.store, pin.store, pin.version, pin.fingerprint.digest)
+
+
+def tag_feed(recipe: Recipe, model: Any, source: TagSource, samples: list[Sample], pin: StorePin) -> TagFeed | None:
+    """Where the run's tags come from; None for none."""
+    if not pin.store:
+        return None
+    captions = None
+    if recipe.tags.content == "captions":
+        known = read_samples(recipe.tags.captions) if recipe.tags.captions else samples
+        captions = {sample.key: sample.captions for sample in known}
+    lookup = TagLookup.of(source, model.config)
+    return TagFeed(source, lookup, recipe.tags, fingerprint=model.config.encoder_digest, seed=recipe.seed, captions=captions)
+
+
+def image_features(
+    recipe: Recipe,
+    model: Any,
+    processor: TunaProcessor,
+    samples: list[Sample],
+    accelerator: Accelerator,
+    preparing: Callable[[str, int, int], object],
+) -> ImageFeatures:
+    """Features of the data set's images: from the cache, which the main process makes if it is not there, or live."""
+    live = LiveFeatures(model, processor.image_processor, samples)
+    folder, digest, layer = Path(recipe.data.features), model.config.encoder_digest, model.config.feature_layer
+    if not recipe.data.features:
+        if model.config.vision_config is not None and accelerator.distributed_type is DistributedType.FSDP:
+            raise InvalidInput(
+                "this model carries its own tower, which FSDP would cut into shards: set data.features, so that it runs before"
+            )
+        return live
+    if not (folder / "cache.json").exists():
+        if accelerator.is_main_process:
+            done = 0
+
+            def report(count: int) -> None:
+                nonlocal done
+                done += count
+                preparing("images embedded", done, len(samples))
+
+            make_cache(folder, live, samples, encoder=digest, layer=layer, progress=report)
+        accelerator.wait_for_everyone()
+    return CachedFeatures(folder, samples, encoder=digest, layer=layer)
+
+
+def check_same_run(saved: Recipe, now: Recipe, where: Path) -> None:
+    """A run goes on only with what decides its course unchanged; what may change is how long, how often, and where.
+
+    Raises `InvalidInput` with the fields that differ.
+    """
+    free = {"out", "log_every", "save_every", "keep", "ahead", "tensorboard"}
+    old, new = flat(saved.to_dict()), flat(now.to_dict())
+    places = {"data.path", "data.images", "data.features", "tags.store", "tags.any_store", "tags.captions"}
+    changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key) and key not in free | places)
+    if changed:
+        what = ", ".join(f"{key} {old.get(key)!r} -> {new.get(key)!r}" for key in changed[:4])
+        raise InvalidInput(f"{where} is of a run with another recipe ({what}): give another --out, or begin anew with --no-resume")
+
+
+def follow(average: dict[str, torch.Tensor], model: nn.Module, decay: float) -> None:
+    """One step of the moving average."""
+    with torch.no_grad():
+        for name, value in checkpoints.learning(model):
+            average[name].lerp_(value.detach(), 1 - decay)
+
+
+def save_checkpoint(
+    accelerator: Accelerator, out: Path, state: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, average: Any
+) -> None:
+    """Gather what is sharded (all processes) and write it (the main one)."""
+    trained = checkpoints.trained_tensors(model)
+    ema = checkpoints.trained_tensors(model, average) if average is not None else None
+    moments = checkpoints.optimizer_tensors(model, optimizer)
+    if accelerator.is_main_process:
+        checkpoints.save(out / checkpoints.name_of(state.step), state, trained=trained, ema=ema, optimizer=moments)
+        checkpoints.prune(out, state.recipe.keep)
+    accelerator.wait_for_everyone()
