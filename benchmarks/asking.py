@@ -30,9 +30,15 @@ def raw(root: Path, version: int) -> Raw:
 
     snapshot = Store(root, STORE).snapshot(version or None)
     files = snapshot.version.index["files"]
-    parts = [faiss.read_index(str(snapshot.store.index_directory / about["file"]), faiss.IO_FLAG_MMAP_IFC) for about in files]
+    parts = [
+        faiss.read_index(str(snapshot.store.index_directory / about["file"]), faiss.IO_FLAG_MMAP_IFC)
+        for about in files
+    ]
     # an index for a budget is searched as it was tuned: raw FAISS at the same recall, not at FAISS's defaults
-    told = [parameters(plan_of(about["plan"]), Search(), K, 1.0, None) if "plan" in about else None for about in files]
+    told = [
+        parameters(plan_of(about["plan"]), Search(), K, 1.0, None) if "plan" in about else None
+        for about in files
+    ]
     env, db = snapshot.store.env, snapshot.store.db["entries"]
 
     def ask(vectors: Queries) -> list[tuple[list[int], list[int]]]:
@@ -54,7 +60,9 @@ def raw(root: Path, version: int) -> Raw:
     return ask
 
 
-def in_process(root: Path, version: int = 0, search: Search = Search(k=K)) -> Callable[[Queries], list[Retrieval]]:  # noqa: B008  frozen
+def in_process(
+    root: Path, version: int = 0, search: Search = Search(k=K)
+) -> Callable[[Queries], list[Retrieval]]:  # noqa: B008  frozen
     """Our engine without the wire."""
     from tagstore.retrieval.engine import Engine
     from tagstore.storage.store import Store
@@ -63,12 +71,16 @@ def in_process(root: Path, version: int = 0, search: Search = Search(k=K)) -> Ca
     return lambda vectors: engine.retrieve(vectors, search)
 
 
-def requests_of(vectors: Queries, rows: int, digest: str, *, store: str = STORE, version: int = 0, ef: int = 0) -> list[bytes]:
+def requests_of(
+    vectors: Queries, rows: int, digest: str, *, store: str = STORE, version: int = 0, ef: int = 0
+) -> list[bytes]:
     """Serialized requests of so many queries each."""
     messages = []
     for start in range(0, len(vectors) - rows + 1, rows):
         some = convert.vectors_to_proto(vectors[start : start + rows])
-        request = pb.RetrieveRequest(store=store, version=version, vectors=some, fingerprint=digest, k=K, ef_search=ef)
+        request = pb.RetrieveRequest(
+            store=store, version=version, vectors=some, fingerprint=digest, k=K, ef_search=ef
+        )
         messages.append(request.SerializeToString())
     return messages
 
@@ -80,4 +92,6 @@ def found(answers: Sequence[Retrieval]) -> list[list[int]]:
 
 def recall(ids: Sequence[Sequence[int]], truth: Sequence[Sequence[int]]) -> float:
     """Share of the true neighbours that were found."""
-    return float(np.mean([len(set(some) & set(true)) / len(true) for some, true in zip(ids, truth, strict=True)]))
+    return float(
+        np.mean([len(set(some) & set(true)) / len(true) for some, true in zip(ids, truth, strict=True)])
+    )

@@ -46,24 +46,51 @@ def report(python: str, root: Path, folder: Path, vectors: np.ndarray, seconds: 
     said = _others(python, root, folder, vectors, seconds)
     for one in said:
         if "name" in one:
-            rows.append(_row(f"{one['name']} ({one['how']})", *(one[key] for key in ("recall", "effort", "made", "p50", "p99", "eight"))))
-    header = ["five nearest entries and their tags merged", "recall@5", "ef", "opened or made in, s", "p50 ms", "p99 ms", "8 clients, /s"]
+            rows.append(
+                _row(
+                    f"{one['name']} ({one['how']})",
+                    *(one[key] for key in ("recall", "effort", "made", "p50", "p99", "eight")),
+                )
+            )
+    header = [
+        "five nearest entries and their tags merged",
+        "recall@5",
+        "ef",
+        "opened or made in, s",
+        "p50 ms",
+        "p99 ms",
+        "8 clients, /s",
+    ]
     absent = [f"- {one['absent']}" for one in said if "absent" in one]
     efforts = ", ".join(map(str, EFFORTS))
     about = f"Each works as hard as a recall@{K} of {WANTED} takes: the first ef of {efforts} that reaches it, on {JUDGED} queries."
     return "\n\n".join([about, table(header, rows), "\n".join(absent) or "None was left out."])
 
 
-def _row(name: str, share: float, effort: float, made: Any, p50: float, p99: float, eight: float) -> list[str]:
-    return [name, f"{share:.3f}", f"{effort:.0f}", f"{made:.0f}" if made != "" else "", f"{p50:.2f}", f"{p99:.2f}", f"{eight:,.0f}"]
+def _row(
+    name: str, share: float, effort: float, made: Any, p50: float, p99: float, eight: float
+) -> list[str]:
+    return [
+        name,
+        f"{share:.3f}",
+        f"{effort:.0f}",
+        f"{made:.0f}" if made != "" else "",
+        f"{p50:.2f}",
+        f"{p99:.2f}",
+        f"{eight:,.0f}",
+    ]
 
 
-def _in_process(ask: Callable[[np.ndarray], Any], vectors: np.ndarray, seconds: float) -> tuple[float, float, float]:
+def _in_process(
+    ask: Callable[[np.ndarray], Any], vectors: np.ndarray, seconds: float
+) -> tuple[float, float, float]:
     p50, p99 = percentiles(timed(lambda i: ask(vectors[i % len(vectors)][None]), seconds))
     return p50, p99, threads(ask, vectors, 8, 1, seconds).per_second
 
 
-def _others(python: str, root: Path, folder: Path, vectors: np.ndarray, seconds: float) -> list[dict[str, Any]]:
+def _others(
+    python: str, root: Path, folder: Path, vectors: np.ndarray, seconds: float
+) -> list[dict[str, Any]]:
     from tagstore.storage.store import Store
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -71,7 +98,9 @@ def _others(python: str, root: Path, folder: Path, vectors: np.ndarray, seconds:
         snapshot = Store(root, STORE).snapshot()
         ids = snapshot.live()
         np.save(folder / "vectors.npy", snapshot.vectors(ids).astype(np.float32))
-        (folder / "tags.json").write_text(json.dumps([tags for _, tags in snapshot.keys_and_tags(ids.tolist())]))
+        (folder / "tags.json").write_text(
+            json.dumps([tags for _, tags in snapshot.keys_and_tags(ids.tolist())])
+        )
     np.save(folder / "queries.npy", vectors)
     start = time.perf_counter()
     command = [python, str(Path(__file__).parent / "others.py"), str(folder), "--seconds", str(seconds)]

@@ -39,7 +39,10 @@ OPTIONS: list[dict] = [
     {"k": 1, "max_tags": 3},
     {"k": 10, "order": "similarity", "exclude": "self"},
     {"min_similarity": 0.6, "order": "relevance", "exact": True},
-    {"exclude": Exclude(key=True, sha256=True, perceptual_hash=10, entry_ids=(1, 2, 3)), "exclude_keys": ["nobody"]},
+    {
+        "exclude": Exclude(key=True, sha256=True, perceptual_hash=10, entry_ids=(1, 2, 3)),
+        "exclude_keys": ["nobody"],
+    },
     {"neighbours": False, "texts": False, "nprobe": 4, "ef_search": 32},
     {"where": {"split": "train"}},
 ]
@@ -53,8 +56,21 @@ class Served:
         self.start()
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "tagstore.cli", "serve", "--root", str(self.root), "--address", self.address, "--device", "cpu"]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=ENV)
+        command = [
+            sys.executable,
+            "-m",
+            "tagstore.cli",
+            "serve",
+            "--root",
+            str(self.root),
+            "--address",
+            self.address,
+            "--device",
+            "cpu",
+        ]
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=ENV
+        )
         assert self.process.stdout is not None
         self.address = self.process.stdout.readline().split()[-1]
 
@@ -80,8 +96,20 @@ def matrix(scratch: Path, quick: bool, rounds: int, data: Path | None) -> str:
     with served(root) as server:
         start = time.perf_counter()
         chosen = combinations[:4] if quick else combinations
-        arguments = [f"grpc://{server.address}/{synthetic.STORE}", "--rounds", str(1 if quick else rounds), "--combinations", *chosen]
-        result = subprocess.run(command + arguments, capture_output=True, text=True, check=False, env={**ENV, "OMP_NUM_THREADS": "1"})
+        arguments = [
+            f"grpc://{server.address}/{synthetic.STORE}",
+            "--rounds",
+            str(1 if quick else rounds),
+            "--combinations",
+            *chosen,
+        ]
+        result = subprocess.run(
+            command + arguments,
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**ENV, "OMP_NUM_THREADS": "1"},
+        )
     lines = result.stdout.splitlines()
     if result.returncode:
         raise SystemExit(result.stdout[-2000:] + result.stderr[-4000:])
@@ -89,7 +117,10 @@ def matrix(scratch: Path, quick: bool, rounds: int, data: Path | None) -> str:
     for line in lines[:-1]:
         _, method, workers, kept, seconds, _ = line.split()
         times.setdefault((method, f"{workers} {kept}"), []).append(float(seconds))
-    rows = [[m, w, f"{len(t)} of {len(t)}", f"{median(t):.1f} s", f"{max(t):.1f} s"] for (m, w), t in times.items()]
+    rows = [
+        [m, w, f"{len(t)} of {len(t)}", f"{median(t):.1f} s", f"{max(t):.1f} s"]
+        for (m, w), t in times.items()
+    ]
     naive = naive_fork.measure(8, 10.0)
     return "\n\n".join(
         [
@@ -169,7 +200,9 @@ def overlap(scratch: Path, quick: bool, rounds: int, data: Path | None) -> str:
                 yield b, source.retrieve(vectors=b["vectors"], fingerprint=fingerprint)
 
         def beside() -> Iterator[tuple[dict, list[Retrieval]]]:
-            return iter(TagPrefetcher(batches, source, vector="vectors", fingerprint=fingerprint, batched=True))
+            return iter(
+                TagPrefetcher(batches, source, vector="vectors", fingerprint=fingerprint, batched=True)
+            )
 
         def without() -> Iterator[tuple[dict, list[Retrieval]]]:
             return ((b, []) for b in batches)
@@ -187,12 +220,21 @@ def overlap(scratch: Path, quick: bool, rounds: int, data: Path | None) -> str:
                 + [f"{median(taken[n]) * 1e3:.2f} ms" for n in taken]
                 + [f"{(sum(taken[n]) / base - 1) * 100:+.2f} %" for n in ("inline", "beside")]
             )
-    header = ["step", "without retrieval", "retrieval in the step", "TagPrefetcher", "in the step costs", "TagPrefetcher costs"]
+    header = [
+        "step",
+        "without retrieval",
+        "retrieval in the step",
+        "TagPrefetcher",
+        "in the step costs",
+        "TagPrefetcher costs",
+    ]
     what = f"{steps} steps of {batch} queries by vector, k = 10, 20,000 entries, server on the same machine; medians, and whole epochs."
     return f"## Retrieval beside the step\n\n{what}\n\n{table(header, lines)}"
 
 
-def _stepped(loop: Iterator[tuple[dict, list[Retrieval]]], length: float) -> tuple[list[float], list[list[Retrieval]]]:
+def _stepped(
+    loop: Iterator[tuple[dict, list[Retrieval]]], length: float
+) -> tuple[list[float], list[list[Retrieval]]]:
     """Seconds of each step, the first left out: nothing could be fetched before it."""
     times, answers = [], []
     last = 0.0
@@ -222,7 +264,11 @@ def cache(scratch: Path, quick: bool, rounds: int, data: Path | None) -> str:
             source.pin()
             for epoch in range(3):
                 before, start = source.stats(), time.perf_counter()
-                answers = [a for i in range(0, n, 32) for a in source.retrieve(vectors=rows[i : i + 32], fingerprint=fingerprint)]
+                answers = [
+                    a
+                    for i in range(0, n, 32)
+                    for a in source.retrieve(vectors=rows[i : i + 32], fingerprint=fingerprint)
+                ]
                 asked = time.perf_counter() - start
                 start = time.perf_counter()
                 for i in range(0, n, 32):
@@ -231,7 +277,10 @@ def cache(scratch: Path, quick: bool, rounds: int, data: Path | None) -> str:
                 assert answers == expected
                 after = source.stats()
                 hits, misses = after.cache_hits - before.cache_hits, after.cache_misses - before.cache_misses
-                known, new = after.embedding_hits - before.embedding_hits, after.embedding_misses - before.embedding_misses
+                known, new = (
+                    after.embedding_hits - before.embedding_hits,
+                    after.embedding_misses - before.embedding_misses,
+                )
                 lines.append(
                     [
                         epoch + 1,
@@ -249,9 +298,16 @@ def install(scratch: Path, quick: bool, rounds: int, data: Path | None) -> str:
     """The base install in an empty environment: size, import time, a query."""
     venv = scratch / "venv"
     subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
-    subprocess.run([str(venv / "bin/pip"), "install", "--quiet", "--disable-pip-version-check", str(HERE.parent)], check=True)
+    subprocess.run(
+        [str(venv / "bin/pip"), "install", "--quiet", "--disable-pip-version-check", str(HERE.parent)],
+        check=True,
+    )
     packages = next(venv.glob("lib/python*/site-packages"))
-    sizes = {p.name: sum(f.stat().st_size for f in p.rglob("*") if f.is_file()) for p in packages.iterdir() if p.is_dir()}
+    sizes = {
+        p.name: sum(f.stat().st_size for f in p.rglob("*") if f.is_file())
+        for p in packages.iterdir()
+        if p.is_dir()
+    }
     given = {"pip", "setuptools", "_distutils_hack", "pkg_resources", "__pycache__"}
     theirs = {n: s for n, s in sizes.items() if n.split("-")[0].split(".")[0] not in given}
     # what numpy, grpcio and protobuf bring; grpcio needs typing_extensions
@@ -264,7 +320,9 @@ def install(scratch: Path, quick: bool, rounds: int, data: Path | None) -> str:
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONDONTWRITEBYTECODE")}
     # somewhere else than the repository, or its own files would be imported
     python = {"cwd": scratch, "env": env, "capture_output": True, "text": True, "check": True}
-    runs = [subprocess.run([str(venv / "bin/python"), "-c", program], **python).stdout.split() for _ in range(6)]  # type: ignore[call-overload]
+    runs = [
+        subprocess.run([str(venv / "bin/python"), "-c", program], **python).stdout.split() for _ in range(6)
+    ]  # type: ignore[call-overload]
     wall, busy = (median(float(run[i]) for run in runs[1:]) for i in (0, 1))  # the first one compiles
     assert busy < 0.3, runs
     with served(small_store(scratch)) as server:
@@ -277,7 +335,9 @@ with connect("grpc://{server.address}/{synthetic.STORE}") as source:
 """
         tags = int(subprocess.run([str(venv / "bin/python"), "-c", query], **python).stdout)  # type: ignore[call-overload]
     assert tags > 0
-    rows = [[n, f"{s / 1e6:.2f} MB"] for n, s in sorted(beyond.items(), key=lambda item: -item[1]) if s > 1000]
+    rows = [
+        [n, f"{s / 1e6:.2f} MB"] for n, s in sorted(beyond.items(), key=lambda item: -item[1]) if s > 1000
+    ]
     text = f"Beyond numpy, grpcio and protobuf: {total / 1e6:.1f} MB. `import tagstore.client`: {wall * 1e3:.0f} ms, "
     text += f"of which the processor was busy {busy * 1e3:.0f} ms; medians of 5."
     return f"## The base install\n\n{text} A query by vector over gRPC was answered.\n\n{table(['package', 'size'], rows)}"
@@ -300,7 +360,11 @@ def guard(scratch: Path, quick: bool, rounds: int, data: Path | None) -> str:
         # a copy that was encoded again and named anew: only the perceptual hash knows it
         flips = np.random.default_rng(0)
         copies = [
-            Identity(f"copy of {e.key}", bytes(32), e.perceptual_hash ^ sum(1 << int(b) for b in flips.choice(64, 4, replace=False)))
+            Identity(
+                f"copy of {e.key}",
+                bytes(32),
+                e.perceptual_hash ^ sum(1 << int(b) for b in flips.choice(64, 4, replace=False)),
+            )
             for e in entries
         ]
         cases: list[tuple[str, dict]] = [
@@ -317,14 +381,29 @@ def guard(scratch: Path, quick: bool, rounds: int, data: Path | None) -> str:
             for i in range(0, len(entries), 32):
                 part = slice(i, i + 32)
                 start = time.perf_counter()
-                answers += source.retrieve(vectors=vectors[part], fingerprint=fingerprint, identities=known[part], **options)
+                answers += source.retrieve(
+                    vectors=vectors[part], fingerprint=fingerprint, identities=known[part], **options
+                )
                 times.append(time.perf_counter() - start)
             pairs = list(zip(answers, entries, strict=True))
             own = sum(bool(a.neighbours) and a.neighbours[0].key == e.key for a, e in pairs)
             found = sum(e.key in [n.key for n in a.neighbours] for a, e in pairs)
-            alike = sum(any((hashes[n.key] ^ e.perceptual_hash).bit_count() <= 4 for n in a.neighbours) for a, e in pairs)
+            alike = sum(
+                any((hashes[n.key] ^ e.perceptual_hash).bit_count() <= 4 for n in a.neighbours)
+                for a, e in pairs
+            )
             full = sum(len(a.neighbours) == 5 for a in answers)
-            lines.append([name, own, found, alike, full, sum(a.excluded for a in answers), f"{median(times) * 1e3:.1f} ms"])
+            lines.append(
+                [
+                    name,
+                    own,
+                    found,
+                    alike,
+                    full,
+                    sum(a.excluded for a in answers),
+                    f"{median(times) * 1e3:.1f} ms",
+                ]
+            )
             if name == "none":
                 assert own > 0.99 * len(entries), own
             else:
@@ -353,15 +432,21 @@ def recording(scratch: Path, quick: bool, rounds: int, data: Path | None) -> str
             with connect(f"grpc://{server.address}/train?k=5&exclude=self") as source:
                 done = record(source, pairs, out, workers=workers)
             assert done.samples == len(pairs)
-            lines.append([f"record, {workers} requests at a time", f"{done.samples / done.seconds:.0f} samples/s"])
-    lines.append(["a map", f"{done.bytes / done.samples:.0f} bytes a sample, vocabulary with embeddings included"])
+            lines.append(
+                [f"record, {workers} requests at a time", f"{done.samples / done.seconds:.0f} samples/s"]
+            )
+    lines.append(
+        ["a map", f"{done.bytes / done.samples:.0f} bytes a sample, vocabulary with embeddings included"]
+    )
     with connect(f"replay://{out}") as replayed:
         keys, fingerprint = [p.key for p in pairs] * 10, replayed.info().fingerprint
         start = time.perf_counter()
         for i in range(0, len(keys), 32):
             some = keys[i : i + 32]
             replayed.retrieve(vectors=np.ones((len(some), 1), np.float32), fingerprint=fingerprint, keys=some)
-        lines.append(["replay by key, batches of 32", f"{len(keys) / (time.perf_counter() - start):.0f} samples/s"])
+        lines.append(
+            ["replay by key, batches of 32", f"{len(keys) / (time.perf_counter() - start):.0f} samples/s"]
+        )
     return f"## Recording\n\n{len(pairs)} photographs, embedded by the server on this machine's CPU.\n\n{table(['', ''], lines)}"
 
 
@@ -431,9 +516,13 @@ NEED_DATA = ("guard", "record", "same")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, help="folder with train-*.tar and test-*.tar")
-    parser.add_argument("--quick", action="store_true", help="small numbers, to see that it runs; nothing is written")
+    parser.add_argument(
+        "--quick", action="store_true", help="small numbers, to see that it runs; nothing is written"
+    )
     parser.add_argument("--rounds", type=int, default=50, help="of the matrix of workers")
     parser.add_argument("--only", nargs="*", choices=PARTS, default=list(PARTS))
     arguments = parser.parse_args()

@@ -25,7 +25,9 @@ def main(folder: str, port: int, ef: int) -> None:
     package = types.ModuleType("clip_retrieval")
     package.__path__ = list(spec.submodule_search_locations)
     sys.modules["clip_retrieval"] = package
-    sys.modules.setdefault("torch", types.ModuleType("torch"))  # imported for each query, used for none by vector
+    sys.modules.setdefault(
+        "torch", types.ModuleType("torch")
+    )  # imported for each query, used for none by vector
     from clip_retrieval import clip_back as theirs
 
     index = faiss.read_index(f"{folder}/index.faiss")
@@ -41,7 +43,9 @@ def main(folder: str, port: int, ef: int) -> None:
         }
     )
     app = Flask(__name__)
-    Api(app).add_resource(theirs.KnnService, "/knn-service", resource_class_kwargs={"clip_resources": {"bench": resource}})
+    Api(app).add_resource(
+        theirs.KnnService, "/knn-service", resource_class_kwargs={"clip_resources": {"bench": resource}}
+    )
     app.run(host="127.0.0.1", port=port, debug=False)
 
 

@@ -49,7 +49,9 @@ SOON = [(f"grpc.{which}_reconnect_backoff_ms", 20) for which in ("initial", "min
 def start(code: str, *arguments: str) -> tuple[float, str]:
     """Seconds from the start of an interpreter to its first line, and that line."""
     began = time.perf_counter()
-    with subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout is not None
         line = process.stdout.readline().strip()
         took = time.perf_counter() - began
@@ -77,7 +79,11 @@ def start_server(root: Path, message: bytes) -> tuple[float, float, str]:
     ready = time.perf_counter() - began
     process.send_signal(signal.SIGTERM)
     process.wait(60)
-    return answered, ready, " ".join(str(n.entry_id) for n in pb.RetrieveResponse.FromString(data).retrievals[0].neighbours)
+    return (
+        answered,
+        ready,
+        " ".join(str(n.entry_id) for n in pb.RetrieveResponse.FromString(data).retrievals[0].neighbours),
+    )
 
 
 def drop(root: Path) -> float:
@@ -99,7 +105,9 @@ def _resident(file: int, size: int) -> np.ndarray:
         view = np.frombuffer(mapped, np.uint8)
         there = np.zeros(-(-size // mmap.PAGESIZE), np.uint8)
         libc = ctypes.CDLL(None, use_errno=True)
-        failed = libc.mincore(ctypes.c_void_p(view.ctypes.data), ctypes.c_size_t(size), ctypes.c_void_p(there.ctypes.data))
+        failed = libc.mincore(
+            ctypes.c_void_p(view.ctypes.data), ctypes.c_size_t(size), ctypes.c_void_p(there.ctypes.data)
+        )
         del view
     if failed:
         raise OSError(ctypes.get_errno(), "mincore")
@@ -115,10 +123,15 @@ def report(root: Path, n: int, digest: str, vector: np.ndarray, message: bytes, 
     for state in ("in the page cache", "dropped"):
         found: dict[str, list[float]] = {}
         for _ in range(times):
-            found.setdefault("interpreter and imports of numpy, faiss, lmdb alone", []).append(start(IMPORTS + "; print()")[0])
+            found.setdefault("interpreter and imports of numpy, faiss, lmdb alone", []).append(
+                start(IMPORTS + "; print()")[0]
+            )
             for version, kind in ((CURRENT, "HNSW"), (FLAT, "exact")):
                 url = f"{root.resolve()}/{STORE}" + (f"@{version}" if version else "")
-                for name, code, where in (("file:// client", CLIENT, f"file://{url}"), ("Engine", ENGINE, url)):
+                for name, code, where in (
+                    ("file:// client", CLIENT, f"file://{url}"),
+                    ("Engine", ENGINE, url),
+                ):
                     left = drop(root) if state == "dropped" else left
                     took, line = start(code, where, str(query), digest)
                     found.setdefault(f"{name}, {kind}, first answer", []).append(took)
@@ -128,7 +141,10 @@ def report(root: Path, n: int, digest: str, vector: np.ndarray, message: bytes, 
             found.setdefault("tagstore serve, HNSW, first answer by vector", []).append(first)
             found.setdefault("tagstore serve, ready", []).append(ready)
             answers.add(("HNSW", line))
-        rows += [[name, state, f"{np.median(some):.2f} ({min(some):.2f}–{max(some):.2f})"] for name, some in found.items()]
+        rows += [
+            [name, state, f"{np.median(some):.2f} ({min(some):.2f}–{max(some):.2f})"]
+            for name, some in found.items()
+        ]
     query.unlink()
     if len(answers) != 2:
         raise RuntimeError(f"the first answers differ: {sorted(answers)}")

@@ -20,16 +20,22 @@ from crash import WAYS, Harness
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--deaths", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--directory", help="where the stores are made; a store that lost something is left there")
+    parser.add_argument(
+        "--directory", help="where the stores are made; a store that lost something is left there"
+    )
     arguments = parser.parse_args()
     directory = Path(tempfile.mkdtemp(prefix="crash-", dir=arguments.directory))
     start = time.perf_counter()
     harness = Harness(directory, arguments.seed)
     if harness.shim is None:
-        sys.exit("no C compiler: without one only the kills by the clock can be made, and that is not what this measures")
+        sys.exit(
+            "no C compiler: without one only the kills by the clock can be made, and that is not what this measures"
+        )
     figures = harness.run(arguments.deaths)
     names = {
         "clock": "SIGKILL at a random instant",

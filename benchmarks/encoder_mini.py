@@ -30,10 +30,16 @@ AT = (1, 5, 10)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--split", choices=("val", "test"), default="test", help="val for every choice, test once")
-    parser.add_argument("--weights", type=Path, default=mini.WEIGHTS, help="another mini.safetensors, to compare")
+    parser.add_argument(
+        "--split", choices=("val", "test"), default="test", help="val for every choice, test once"
+    )
+    parser.add_argument(
+        "--weights", type=Path, default=mini.WEIGHTS, help="another mini.safetensors, to compare"
+    )
     options = parser.parse_args()
     mini.WEIGHTS = options.weights
     start = time.perf_counter()
@@ -42,7 +48,9 @@ def main() -> None:
 
     rows = [recall_row(encoder, f"Flickr8k {options.split}", *flickr8k(options.data, options.split))]
     rows.append(recall_row(encoder, "COCO (239 photographs)", *coco(options.data)))
-    recall = report.table(["photographs", "n", *(f"t2i R@{k}" for k in AT), *(f"i2t R@{k}" for k in AT)], rows)
+    recall = report.table(
+        ["photographs", "n", *(f"t2i R@{k}" for k in AT), *(f"i2t R@{k}" for k in AT)], rows
+    )
     nearest = report.table(
         ["photographs", "named by nearest", "n", "mini %", "raw tower %"],
         [
@@ -53,7 +61,14 @@ def main() -> None:
     )
     size = f"{options.weights.name}: {options.weights.stat().st_size / 1e6:.2f} MB; loaded in {loaded:.1f} s; {encoder.fingerprint}."
     packages = ("torch", "open-clip-torch", "timm", "transformers")
-    report.write(f"encoder-mini-{options.split}", "What the encoder mini reaches", size, recall, nearest, packages=packages)
+    report.write(
+        f"encoder-mini-{options.split}",
+        "What the encoder mini reaches",
+        size,
+        recall,
+        nearest,
+        packages=packages,
+    )
 
 
 def flickr8k(data: Path, split: str) -> tuple[list[bytes], list[tuple[str, ...]]]:
@@ -63,20 +78,28 @@ def flickr8k(data: Path, split: str) -> tuple[list[bytes], list[tuple[str, ...]]
 
 def coco(data: Path) -> tuple[list[bytes], list[tuple[str, ...]]]:
     rows = [json.loads(line) for line in (data / "coco_mini" / "captions.jsonl").read_text().splitlines()]
-    return [(data / "coco_mini" / row["image"]).read_bytes() for row in rows], [tuple(row["captions"]) for row in rows]
+    return [(data / "coco_mini" / row["image"]).read_bytes() for row in rows], [
+        tuple(row["captions"]) for row in rows
+    ]
 
 
-def recall_row(encoder: Encoder, name: str, images: list[bytes], captions: list[tuple[str, ...]]) -> list[object]:
+def recall_row(
+    encoder: Encoder, name: str, images: list[bytes], captions: list[tuple[str, ...]]
+) -> list[object]:
     vectors, _ = embed(encoder, images)
     texts = encoder.encode_texts([caption for row in captions for caption in row])
     own = np.repeat(np.arange(len(images)), [len(row) for row in captions])
     scores = vectors @ texts.T  # [images, texts]
-    of_text = (scores > scores[own, np.arange(len(own))]).sum(axis=0)  # how many images stand before the text's own
+    of_text = (scores > scores[own, np.arange(len(own))]).sum(
+        axis=0
+    )  # how many images stand before the text's own
     of_image = np.array([(scores[i] > scores[i, own == i].max()).sum() for i in range(len(images))])
     return [name, len(images), *(percent(places < k) for places in (of_text, of_image) for k in AT)]
 
 
-def nearest_rows(encoder: Encoder, folder: Path, labels: tuple[str, ...], split: str) -> Iterator[list[object]]:
+def nearest_rows(
+    encoder: Encoder, folder: Path, labels: tuple[str, ...], split: str
+) -> Iterator[list[object]]:
     with (folder / "items.csv").open(newline="") as file:
         items = [row for row in csv.DictReader(file) if row["split"] in ("train", split)]
     for row in items:
@@ -102,7 +125,9 @@ def embed(encoder: Encoder, images: list[bytes], batch: int = 64) -> tuple[np.nd
     waiting = iter(images)
     with ThreadPoolExecutor() as pool:
         while part := list(islice(waiting, batch)):
-            grid, found = encoder.encode_grid(np.stack(list(pool.map(lambda image: encoder.prepare(decode(image)), part))))
+            grid, found = encoder.encode_grid(
+                np.stack(list(pool.map(lambda image: encoder.prepare(decode(image)), part)))
+            )
             vectors.append(found)
             raw.append(grid.mean(axis=1))
     return np.concatenate(vectors), np.concatenate(raw)

@@ -46,7 +46,9 @@ def measure(face: str, seconds: float, work: float, apart: Apart) -> tuple[float
     messages = [REQUEST]
     with tempfile.TemporaryDirectory() as scratch:
         address = f"unix:{scratch}/socket" if "unix" in face else ""
-        with child_server(echo, face, RESPONSE, work, address=address, processes=2 if "2 processes" in face else 1) as (where, pids):
+        with child_server(
+            echo, face, RESPONSE, work, address=address, processes=2 if "2 processes" in face else 1
+        ) as (where, pids):
             p50, p99 = apart(one_caller, where, messages, seconds)
             blocking = apart(blocking_callers, where, messages, 8, seconds)
             before = cpu_seconds(*pids)
@@ -57,17 +59,22 @@ def measure(face: str, seconds: float, work: float, apart: Apart) -> tuple[float
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seconds", type=float, default=2.0, help="of each figure")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--work", type=float, nargs="+", default=[0.0, 200.0], metavar="MICROSECONDS", help="of the handler")
+    parser.add_argument(
+        "--work", type=float, nargs="+", default=[0.0, 200.0], metavar="MICROSECONDS", help="of the handler"
+    )
     parser.add_argument("--quick", action="store_true", help="half a second each, once; not kept")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.seconds, arguments.repeats = 0.3, 1
     minutes = len(arguments.work) * arguments.repeats * len(FACES) * (5 * arguments.seconds + 4) / 60
     print(
-        f"{len(FACES)} faces, {arguments.repeats} times, for {len(arguments.work)} amounts of work: about {minutes:.0f} min ...", flush=True
+        f"{len(FACES)} faces, {arguments.repeats} times, for {len(arguments.work)} amounts of work: about {minutes:.0f} min ...",
+        flush=True,
     )
     parts = []
     with Apart() as apart:
@@ -79,13 +86,31 @@ def main() -> None:
             rows = []
             for face, runs in found.items():
                 medians = np.median(runs, axis=0)
-                rows.append([face, *(f"{value:,.{digits}f}" for value, (_, digits) in zip(medians, COLUMNS, strict=True))])
-            parts += [f"The handler's own work: {work:g} us.", table(["face", *(name for name, _ in COLUMNS)], rows)]
+                rows.append(
+                    [
+                        face,
+                        *(
+                            f"{value:,.{digits}f}"
+                            for value, (_, digits) in zip(medians, COLUMNS, strict=True)
+                        ),
+                    ]
+                )
+            parts += [
+                f"The handler's own work: {work:g} us.",
+                table(["face", *(name for name, _ in COLUMNS)], rows),
+            ]
     about = (
         f"Echo of {len(REQUEST)} -> {len(RESPONSE)} bytes, medians of {arguments.repeats}; load and server share {os.cpu_count()} cores. "
         f"Load average at the end {os.getloadavg()[0]:.1f}."
     )
-    write("faces", "What gRPC costs by itself", about, *parts, packages=("grpcio", "uvloop"), keep=not arguments.quick)
+    write(
+        "faces",
+        "What gRPC costs by itself",
+        about,
+        *parts,
+        packages=("grpcio", "uvloop"),
+        keep=not arguments.quick,
+    )
 
 
 if __name__ == "__main__":

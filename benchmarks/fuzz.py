@@ -35,25 +35,44 @@ METHODS = {
     "Admin/Diff": pb.DiffRequest,
 }
 STREAMS = ("TagStore/RetrieveStream", "Admin/Ingest")
-REFUSED = ("INVALID_ARGUMENT", "NOT_FOUND", "FAILED_PRECONDITION", "PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "ABORTED")
+REFUSED = (
+    "INVALID_ARGUMENT",
+    "NOT_FOUND",
+    "FAILED_PRECONDITION",
+    "PERMISSION_DENIED",
+    "RESOURCE_EXHAUSTED",
+    "ABORTED",
+)
 
 
 def seeds(store: str, fingerprint: str, dimension: int) -> list[bytes]:
     """Requests that mean something."""
-    vectors = convert.vectors_to_proto(np.random.default_rng(0).standard_normal((2, dimension)).astype(np.float16))
+    vectors = convert.vectors_to_proto(
+        np.random.default_rng(0).standard_normal((2, dimension)).astype(np.float16)
+    )
     exclude = pb.Exclude(key=True, sha256=True, perceptual_hash=4, keys=["a"], entry_ids=[1])
     identities = [pb.Identity(key="a", sha256=bytes(32), perceptual_hash=1)] * 2
     messages = [
-        pb.RetrieveRequest(store=store, vectors=vectors, fingerprint=fingerprint, k=3, exclude=exclude, identities=identities),
         pb.RetrieveRequest(
-            store=store, vectors=vectors, fingerprint=fingerprint, where={"a": "b"}, min_similarity=0.5, order=2, exact=True
+            store=store, vectors=vectors, fingerprint=fingerprint, k=3, exclude=exclude, identities=identities
+        ),
+        pb.RetrieveRequest(
+            store=store,
+            vectors=vectors,
+            fingerprint=fingerprint,
+            where={"a": "b"},
+            min_similarity=0.5,
+            order=2,
+            exact=True,
         ),
         pb.RetrieveRequest(store=store, images=[b"\x89PNG\r\n\x1a\n" + bytes(50)], version=1),
         pb.GetTagsRequest(store=store, tag_ids=[1, 2, 3], embeddings=True),
         pb.GetTagsRequest(store=store, first_tag_id=5, page_size=10),
         pb.GetStoreRequest(store=store, version=1),
         pb.DiffRequest(store=store, before=1, after=1),
-        pb.DeleteRequest(store=store, keys=["nobody"], near=[pb.Near(perceptual_hash=1, distance=0)], where={"x": "y"}),
+        pb.DeleteRequest(
+            store=store, keys=["nobody"], near=[pb.Near(perceptual_hash=1, distance=0)], where={"x": "y"}
+        ),
         pb.IngestRequest(start=pb.IngestStart(store=store)),
         pb.IngestRequest(pair=pb.Pair(key="k", image=b"\xff\xd8\xff", captions=["c"], metadata="{}")),
     ]
@@ -81,7 +100,14 @@ def damage(data: bytes, rng: random.Random, others: list[bytes]) -> bytes:
 
 
 def fuzz(
-    address: str, store: str, fingerprint: str, dimension: int, *, messages: int = 0, seconds: float = 0.0, seed: int = 0
+    address: str,
+    store: str,
+    fingerprint: str,
+    dimension: int,
+    *,
+    messages: int = 0,
+    seconds: float = 0.0,
+    seed: int = 0,
 ) -> Counter[str]:
     """Send so many damaged messages, or for so long; what they were answered with, by status."""
     rng = random.Random(seed)
@@ -123,7 +149,9 @@ class _Faults(logging.Handler):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--quick", action="store_true", help="ten seconds")
     parser.add_argument("--seed", type=int, default=0)
@@ -141,7 +169,9 @@ def main() -> None:
         server = Server(scratch, "127.0.0.1:0", device="cpu", settings=Settings(anonymous="admin"))
         server.start()
         seconds = 10.0 if arguments.quick else arguments.minutes * 60
-        found = fuzz(server.address, "bench", fingerprint(64).digest, 64, seconds=seconds, seed=arguments.seed)
+        found = fuzz(
+            server.address, "bench", fingerprint(64).digest, 64, seconds=seconds, seed=arguments.seed
+        )
         start = time.monotonic()
         server.stop(5)
         if time.monotonic() - start > 5:

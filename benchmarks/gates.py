@@ -20,7 +20,9 @@ from tagstore_proto.v1 import tagstore_pb2 as pb
 JUDGED = 1000
 
 
-def check(root: Path, version: int, addresses: Mapping[str, str], small: str, queries: np.ndarray, compared: int) -> dict[str, float]:
+def check(
+    root: Path, version: int, addresses: Mapping[str, str], small: str, queries: np.ndarray, compared: int
+) -> dict[str, float]:
     """Recall@5 against exact search: of our engine on `JUDGED` queries, of the others on the first `compared` of them.
 
     Raises `RuntimeError` where calls, batches or streams of a server differ from the engine in process in any field, where raw FAISS or the
@@ -32,14 +34,20 @@ def check(root: Path, version: int, addresses: Mapping[str, str], small: str, qu
     local = judged[:compared]
     for name, address in addresses.items():
         for way, answers in _asked(
-            address, requests_of(vectors, 1, digest, version=version), requests_of(vectors, len(vectors), digest, version=version)
+            address,
+            requests_of(vectors, 1, digest, version=version),
+            requests_of(vectors, len(vectors), digest, version=version),
         ).items():
             if answers != local:
                 raise RuntimeError(f"{way} of the server with {name} are answered otherwise than in process")
     least = 0.999 if version == FLAT else RECALL
     with grpc.insecure_channel(small, LOCAL) as channel:
-        [data] = [channel.unary_unary(RETRIEVE)(message) for message in requests_of(vectors, len(vectors), digest)]
-    of_small = [[n.entry_id for n in one.neighbours] for one in pb.RetrieveResponse.FromString(data).retrievals]
+        [data] = [
+            channel.unary_unary(RETRIEVE)(message) for message in requests_of(vectors, len(vectors), digest)
+        ]
+    of_small = [
+        [n.entry_id for n in one.neighbours] for one in pb.RetrieveResponse.FromString(data).retrievals
+    ]
     of_raw = [ids for ids, _ in raw(root, version)(vectors)]
     shares = {
         f"our engine (on {len(judged)} queries)": recall(found(judged), truth),
@@ -47,7 +55,9 @@ def check(root: Path, version: int, addresses: Mapping[str, str], small: str, qu
         f"the server of forty lines (on {compared})": recall(of_small, truth[:compared]),
     }
     for name, share in shares.items():
-        if share < least - (0.0 if name.startswith("our") else 0.03):  # fewer queries, and no spare candidates
+        if share < least - (
+            0.0 if name.startswith("our") else 0.03
+        ):  # fewer queries, and no spare candidates
             raise RuntimeError(f"recall@{K} of {name} is {share:.3f}, and {least:g} is wanted")
     return shares
 
@@ -57,7 +67,13 @@ def _asked(address: str, singles: list[bytes], whole: list[bytes]) -> dict[str, 
         call = channel.unary_unary(RETRIEVE, None, pb.RetrieveResponse.FromString)
         stream = channel.stream_stream(STREAM, None, pb.RetrieveStreamResponse.FromString)
         with ThreadPoolExecutor(8) as pool:
-            unary = [one for response in pool.map(call, singles) for one in convert.retrievals_from_proto(response)]
-        streamed = [one for response in stream(iter(singles)) for one in convert.retrievals_from_proto(response.response)]
+            unary = [
+                one for response in pool.map(call, singles) for one in convert.retrievals_from_proto(response)
+            ]
+        streamed = [
+            one
+            for response in stream(iter(singles))
+            for one in convert.retrievals_from_proto(response.response)
+        ]
         batch = convert.retrievals_from_proto(call(whole[0]))
     return {"calls": unary, "streams": streamed, "batches": batch}

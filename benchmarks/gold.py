@@ -55,7 +55,11 @@ def captions(data: Path, wanted: set[str]) -> dict[tuple[str, str], list[str]]:
 
 def lines(path: Path) -> Iterator[dict]:
     """Rows of a (gzipped) JSON lines file."""
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+    with (
+        gzip.open(path, "rt", encoding="utf-8")
+        if path.suffix == ".gz"
+        else path.open(encoding="utf-8") as file
+    ):
         yield from map(json.loads, file)
 
 
@@ -74,8 +78,13 @@ def load(part: str, data: Path) -> list[Label]:
         caption = sources[row["data"], row["id"]][row["caption"]]
         digest = sha256(caption.encode()).hexdigest()[:16]
         if digest != row["sha256"]:
-            raise SystemExit(f"{part}: caption {row['caption']} of {row['data']} {row['id']} is not the one that was labelled")
-        wanted = {kind: [tuple(map(fold, label.split("|"))) for label in row[plural]] for kind, plural in zip(KINDS, PLURALS, strict=True)}
+            raise SystemExit(
+                f"{part}: caption {row['caption']} of {row['data']} {row['id']} is not the one that was labelled"
+            )
+        wanted = {
+            kind: [tuple(map(fold, label.split("|"))) for label in row[plural]]
+            for kind, plural in zip(KINDS, PLURALS, strict=True)
+        }
         labels.append(Label(row["data"], caption, wanted, frozenset(map(fold, row["optional"]))))
     return labels
 

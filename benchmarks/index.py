@@ -58,7 +58,9 @@ def exactly(snapshot: Snapshot, queries: NDArray[np.float32], times: int) -> str
     )
     flat = faiss.IndexFlatIP(snapshot.dimension)
     flat.add(rows)
-    codes = faiss.IndexScalarQuantizer(snapshot.dimension, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
+    codes = faiss.IndexScalarQuantizer(
+        snapshot.dimension, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT
+    )
     codes.add(rows)
     lines = []
     as_integers = halves.view(np.uint64).reshape(-1)
@@ -100,7 +102,9 @@ def exactly(snapshot: Snapshot, queries: NDArray[np.float32], times: int) -> str
         "FlatIP with BLAS from 20 queries, ms",
         "FAISS float16 flat, ms",
     ]
-    return "Exact search, 5 of all entries. The limit is the slower of BLAS and reading.\n\n" + table(header, lines)
+    return "Exact search, 5 of all entries. The limit is the slower of BLAS and reading.\n\n" + table(
+        header, lines
+    )
 
 
 def answers(snapshot: Snapshot, queries: NDArray[np.float32], what: str) -> list[list[object]]:
@@ -148,18 +152,33 @@ def answers(snapshot: Snapshot, queries: NDArray[np.float32], what: str) -> list
     with ThreadPoolExecutor(8) as clients:
         each = [queries[i::8] for i in range(8)]
         raw_8 = median(
-            seconds(lambda: list(clients.map(lambda some: [raw.index.search(q[None], K, params=told(K)) for q in some], each)), 3)
+            seconds(
+                lambda: list(
+                    clients.map(
+                        lambda some: [raw.index.search(q[None], K, params=told(K)) for q in some], each
+                    )
+                ),
+                3,
+            )
         )
-        ours_8 = median(seconds(lambda: list(clients.map(lambda some: [engine.answers(q[None]) for q in some], each)), 3))
+        ours_8 = median(
+            seconds(lambda: list(clients.map(lambda some: [engine.answers(q[None]) for q in some], each)), 3)
+        )
     return [
         [f"{what}: recall@5 of 200 queries", f"{recall:.3f}"],
-        [f"{what}: raw FAISS / raw LMDB, p50 ms", f"{median(costs['faiss']) * 1e3:.3f} / {median(costs['lmdb']) * 1e3:.3f}"],
+        [
+            f"{what}: raw FAISS / raw LMDB, p50 ms",
+            f"{median(costs['faiss']) * 1e3:.3f} / {median(costs['lmdb']) * 1e3:.3f}",
+        ],
         [f"{what}: engine, p50 / p99 ms", f"{median(costs['engine']) * 1e3:.3f} / {p99:.3f}"],
         [f"{what}: engine, CPU of it, p50 ms", f"{median(cpu) * 1e3:.3f}"],
         [f"{what}: engine with values made of it, p50 ms", f"{median(costs['values']) * 1e3:.3f}"],
         [f"{what}: engine / (FAISS + LMDB)", f"{median(costs['engine']) / parts:.2f}"],
         [f"{what}: batch of 64, engine / raw FAISS alone, queries/s", f"{64 / ours:,.0f} / {64 / many:,.0f}"],
-        [f"{what}: 8 threads, engine / raw FAISS alone, queries/s", f"{len(queries) / ours_8:,.0f} / {len(queries) / raw_8:,.0f}"],
+        [
+            f"{what}: 8 threads, engine / raw FAISS alone, queries/s",
+            f"{len(queries) / ours_8:,.0f} / {len(queries) / raw_8:,.0f}",
+        ],
     ]
 
 
@@ -195,7 +214,12 @@ def cold(root: Path, snapshot: Snapshot, what: str, times: int) -> list[list[obj
     named = zip(("numpy", "faiss", "ours", "open", "query"), stages, strict=True)
     rest = whole - sum(stages)
     said = ", ".join(f"{name} {value * 1e3:.0f}" for name, value in named)
-    return [[f"{what}: process start to first answer, ms", f"{whole * 1e3:.0f} (interpreter {rest * 1e3:.0f}, {said})"]]
+    return [
+        [
+            f"{what}: process start to first answer, ms",
+            f"{whole * 1e3:.0f} (interpreter {rest * 1e3:.0f}, {said})",
+        ]
+    ]
 
 
 def resident() -> int:
@@ -217,16 +241,25 @@ def let_go(snapshot: Snapshot, queries: NDArray[np.float32], what: str) -> list[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--entries", type=int, default=200_000)
     parser.add_argument("--dimension", type=int, default=512)
-    parser.add_argument("--directory", type=Path, help="where the store is kept; a temporary one if not given")
+    parser.add_argument(
+        "--directory", type=Path, help="where the store is kept; a temporary one if not given"
+    )
     parser.add_argument("--quick", action="store_true", help="20,000 entries and few repetitions")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.entries = 20_000
     with tempfile.TemporaryDirectory() as scratch:
-        measure(arguments.directory or Path(scratch), arguments.entries, arguments.dimension, 3 if arguments.quick else 9)
+        measure(
+            arguments.directory or Path(scratch),
+            arguments.entries,
+            arguments.dimension,
+            3 if arguments.quick else 9,
+        )
 
 
 def measure(root: Path, n: int, dimension: int, times: int) -> None:
@@ -240,10 +273,18 @@ def measure(root: Path, n: int, dimension: int, times: int) -> None:
     if "hnsw" not in by_kind:
         start = time.perf_counter()
         outcome = build_index(root, synthetic.STORE, Budget(recall=0.95), kind="hnsw")
-        by_kind["hnsw"], built = outcome.version.number, f"{time.perf_counter() - start:.0f} s, tuning included"
+        by_kind["hnsw"], built = (
+            outcome.version.number,
+            f"{time.perf_counter() - start:.0f} s, tuning included",
+        )
     graph, flat = (store.snapshot(by_kind[kind]) for kind in ("hnsw", "flat"))
-    assert graph.version.entries == n, f"{root} holds a store of {graph.version.entries} entries: give another directory"
-    lines: list[list[object]] = [["hnsw: built in", built], ["hnsw: searched with", str(dict(graph.version.index["tuned"]["search"]))]]
+    assert graph.version.entries == n, (
+        f"{root} holds a store of {graph.version.entries} entries: give another directory"
+    )
+    lines: list[list[object]] = [
+        ["hnsw: built in", built],
+        ["hnsw: searched with", str(dict(graph.version.index["tuned"]["search"]))],
+    ]
     for snapshot, what in ((flat, "flat"), (graph, "hnsw")):
         lines += let_go(snapshot, queries, what)
     for snapshot, what in ((graph, "hnsw"), (flat, "flat")):

@@ -34,7 +34,9 @@ def vectors(n: int, dimension: int) -> Iterator[NDArray[np.float32]]:
         rng = np.random.default_rng(start)
         centres = rng.standard_normal((256, dimension), dtype=np.float32)
         size = min(PIECE, n - start)
-        rows = centres[rng.integers(256, size=size)] + rng.standard_normal((size, dimension), dtype=np.float32)
+        rows = centres[rng.integers(256, size=size)] + rng.standard_normal(
+            (size, dimension), dtype=np.float32
+        )
         yield rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
@@ -61,7 +63,9 @@ class Device:
 
     def flat(self, dimension: int) -> Any:
         if self.number is None:
-            return faiss.IndexScalarQuantizer(dimension, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
+            return faiss.IndexScalarQuantizer(
+                dimension, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT
+            )
         config = faiss.GpuIndexFlatConfig()
         config.device, config.useFloat16 = self.number, True
         return faiss.GpuIndexFlatIP(self.resources, dimension, config)
@@ -90,11 +94,15 @@ class Device:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--entries", type=int, default=15_000_000)
     parser.add_argument("--dimension", type=int, default=768)
     parser.add_argument("--device", type=int, default=0, help="number of the CUDA device")
-    parser.add_argument("--listed", type=int, default=1_000_000, help="entries of the inverted files, whose build is timed")
+    parser.add_argument(
+        "--listed", type=int, default=1_000_000, help="entries of the inverted files, whose build is timed"
+    )
     parser.add_argument("--dry-run", action="store_true")
     arguments = parser.parse_args()
     n, d, listed = arguments.entries, arguments.dimension, min(arguments.listed, arguments.entries)
@@ -107,7 +115,9 @@ def main() -> None:
         f"exact: {size / 2**30:.1f} GiB of float16 rows, up to {(1 << (size - 1).bit_length()) * 1.5 / 2**30:.1f} GiB while they are loaded"
     )
     if number is not None:
-        gpu.check_fits((1 << (size - 1).bit_length()) * 3 // 2 + gpu.TEMPORARY, gpu.free_memory(number), number)
+        gpu.check_fits(
+            (1 << (size - 1).bit_length()) * 3 // 2 + gpu.TEMPORARY, gpu.free_memory(number), number
+        )
     device = Device(number)
     bandwidth = device.bandwidth(min(1 << 30, size))
 
@@ -120,7 +130,9 @@ def main() -> None:
     loaded = time.perf_counter() - start
     assert first is not None
     rng = np.random.default_rng(1)
-    queries = first[: max(BATCHES)] + 0.02 * rng.standard_normal((min(len(first), max(BATCHES)), d), dtype=np.float32)
+    queries = first[: max(BATCHES)] + 0.02 * rng.standard_normal(
+        (min(len(first), max(BATCHES)), d), dtype=np.float32
+    )
     queries /= np.linalg.norm(queries, axis=1, keepdims=True)
     found = index.search(queries[:64], K)
     best = np.full((64, K), -np.inf, np.float32)
@@ -132,10 +144,23 @@ def main() -> None:
     floor = size / bandwidth * 1e3
     for batch in BATCHES:
         took = milliseconds(lambda batch=batch, index=index: index.search(queries[:batch], K), 10)
-        lines.append(["exact, float16", batch, f"{took:.2f}", f"{floor:.2f}", f"{took / floor:.2f}", f"{batch / took * 1e3:,.0f}", ""])
+        lines.append(
+            [
+                "exact, float16",
+                batch,
+                f"{took:.2f}",
+                f"{floor:.2f}",
+                f"{took / floor:.2f}",
+                f"{batch / took * 1e3:,.0f}",
+                "",
+            ]
+        )
     del index
     some = np.concatenate(list(vectors(listed, d)))
-    builds = {"IVF, float16": f"IVF{min(4096, listed // 39)},SQfp16", "IVF-PQ": f"IVF{min(4096, listed // 39)},PQ{d // 16}"}
+    builds = {
+        "IVF, float16": f"IVF{min(4096, listed // 39)},SQfp16",
+        "IVF-PQ": f"IVF{min(4096, listed // 39)},PQ{d // 16}",
+    }
     for name, recipe in builds.items():
         start = time.perf_counter()
         lists = device.moved(faiss.index_factory(d, recipe, faiss.METRIC_INNER_PRODUCT))
@@ -144,8 +169,20 @@ def main() -> None:
         seconds = time.perf_counter() - start
         for batch in BATCHES:
             told = faiss.SearchParametersIVF(nprobe=16)
-            took = milliseconds(lambda batch=batch, lists=lists, told=told: lists.search(queries[:batch], K, params=told), 10)
-            lines.append([f"{name}, {listed:,}, nprobe 16", batch, f"{took:.2f}", "", "", f"{batch / took * 1e3:,.0f}", f"{seconds:.1f} s"])
+            took = milliseconds(
+                lambda batch=batch, lists=lists, told=told: lists.search(queries[:batch], K, params=told), 10
+            )
+            lines.append(
+                [
+                    f"{name}, {listed:,}, nprobe 16",
+                    batch,
+                    f"{took:.2f}",
+                    "",
+                    "",
+                    f"{batch / took * 1e3:,.0f}",
+                    f"{seconds:.1f} s",
+                ]
+            )
     if hasattr(faiss, "GpuIndexCagra") and number is not None:
         config = faiss.GpuIndexCagraConfig()
         config.device = number
@@ -155,7 +192,17 @@ def main() -> None:
         seconds = time.perf_counter() - start
         for batch in BATCHES:
             took = milliseconds(lambda batch=batch, graph=graph: graph.search(queries[:batch], K), 10)
-            lines.append([f"CAGRA, {listed:,}", batch, f"{took:.2f}", "", "", f"{batch / took * 1e3:,.0f}", f"{seconds:.1f} s"])
+            lines.append(
+                [
+                    f"CAGRA, {listed:,}",
+                    batch,
+                    f"{took:.2f}",
+                    "",
+                    "",
+                    f"{batch / took * 1e3:,.0f}",
+                    f"{seconds:.1f} s",
+                ]
+            )
     else:
         lines.append(["CAGRA", "", "", "", "", "", "this FAISS is built without cuVS"])
     header = ["index", "queries", "ms", "floor: rows / bandwidth, ms", "ms / floor", "queries/s", "built in"]
@@ -164,7 +211,9 @@ def main() -> None:
     if arguments.dry_run:
         print(f"{about}\n\n{report}")
     else:
-        write("index-gpu", f"Search of {n:,} entries on one GPU", about, report, packages=("faiss-gpu", "numpy"))
+        write(
+            "index-gpu", f"Search of {n:,} entries on one GPU", about, report, packages=("faiss-gpu", "numpy")
+        )
 
 
 if __name__ == "__main__":

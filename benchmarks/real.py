@@ -66,7 +66,8 @@ def embedded(address: str) -> tuple[float, float]:
     with urlopen(f"http://{address}/metrics") as page:
         lines = [line.split() for line in page.read().decode().splitlines() if 'stage="embed"' in line]
     sums, counts = (
-        sum(float(value) for name, value in lines if name.startswith(f"tagstore_stage_seconds_{what}")) for what in ("sum", "count")
+        sum(float(value) for name, value in lines if name.startswith(f"tagstore_stage_seconds_{what}"))
+        for what in ("sum", "count")
     )
     return sums, counts
 
@@ -111,7 +112,9 @@ def report(root: Path, data: Path, seconds: float, rounds: int, apart: Apart) ->
             figures["cpu"].append((cpu_seconds(pid) - used) / rate.calls * 1e6)
             figures["vectors"].append(rate.per_second)
             figures["images"].append(apart(callers, address, calls, 8, seconds).per_second)
-    whole, alone, decoding, search = (percentiles(spent[name])[0] for name in ("whole", "encoder", "decode", "engine"))
+    whole, alone, decoding, search = (
+        percentiles(spent[name])[0] for name in ("whole", "encoder", "decode", "engine")
+    )
     mean, encoding = float(np.mean(spent["whole"])) * 1e3, float(np.median(inside)) * 1e3
     rows = [
         [
@@ -124,13 +127,21 @@ def report(root: Path, data: Path, seconds: float, rounds: int, apart: Apart) ->
         ["the encoder alone, again and again in this process", f"{alone:.2f} ms"],
         ["decoding and resizing alone", f"{decoding:.2f} ms"],
         ["search, tags alone (our engine in process)", f"{search:.2f} ms"],
-        ["the rest of a call: wire, threads, an encoder that is slower in a server", f"{whole - alone - decoding - search:.2f} ms"],
+        [
+            "the rest of a call: wire, threads, an encoder that is slower in a server",
+            f"{whole - alone - decoding - search:.2f} ms",
+        ],
         ["share that is not the encoder alone", f"{1 - alone / whole:.0%}"],
         ["by image, 8 clients", f"{np.median(figures['images']):,.0f}/s"],
-        ["by vector, one client, p50 / p99", f"{np.median(figures['p50']):.2f} / {np.median(figures['p99']):.2f} ms"],
+        [
+            "by vector, one client, p50 / p99",
+            f"{np.median(figures['p50']):.2f} / {np.median(figures['p99']):.2f} ms",
+        ],
         [
             "by vector, 8 clients",
             f"{np.median(figures['vectors']):,.0f}/s, {np.median(figures['cpu']):,.0f} us of the server's CPU a query",
         ],
     ]
-    return f"Flickr8k, encoder `mini`, medians of {rounds} rounds in turn.\n\n" + table(["figure", "value"], rows)
+    return f"Flickr8k, encoder `mini`, medians of {rounds} rounds in turn.\n\n" + table(
+        ["figure", "value"], rows
+    )

@@ -18,10 +18,19 @@ RESULTS = Path(__file__).parent / "results"
 def machine(*packages: str) -> str:
     """Processor, cores, Python and the packages that matter, in one line."""
     model = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), ""
+        (
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        "",
     )
     commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=RESULTS.parent, capture_output=True, text=True, check=False
+        ["git", "rev-parse", "--short", "HEAD"],
+        cwd=RESULTS.parent,
+        capture_output=True,
+        text=True,
+        check=False,
     ).stdout.strip()
     versions = ", ".join(f"{p} {version(p)}" for p in packages)
     return f"{model or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}, commit {commit}"

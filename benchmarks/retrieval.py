@@ -81,7 +81,9 @@ class Server:
     def __init__(self, name: str, address: str, pids: Sequence[int], columns: Sequence[str]) -> None:
         self.name, self.address, self.pids, self.columns = name, address, pids, columns
 
-    def measure(self, rows: Rows, ones: list[bytes], batches: list[bytes], seconds: float, apart: Apart) -> None:
+    def measure(
+        self, rows: Rows, ones: list[bytes], batches: list[bytes], seconds: float, apart: Apart
+    ) -> None:
         if P50 in self.columns:
             for column, value in zip((P50, P99), apart(one_caller, self.address, ones, seconds), strict=True):
                 rows.add(self.name, column, value)
@@ -96,7 +98,9 @@ class Server:
             rows.add(self.name, STREAM, apart(streamed, self.address, ones, 64, seconds).per_second)
 
 
-def compare(root: Path, version: int, vectors: np.ndarray, rounds: int, seconds: float, apart: Apart) -> tuple[Rows, dict[str, float]]:
+def compare(
+    root: Path, version: int, vectors: np.ndarray, rounds: int, seconds: float, apart: Apart
+) -> tuple[Rows, dict[str, float]]:
     """All ways to ask one index, and the recall of each."""
     digest, exact = fingerprint(vectors.shape[1]).digest, version == FLAT
     ones, batches = (requests_of(vectors, n, digest, version=version) for n in (1, 64))
@@ -105,7 +109,9 @@ def compare(root: Path, version: int, vectors: np.ndarray, rounds: int, seconds:
         one, pid = stack.enter_context(ours(root, "--workers", "1"))
         two, pid_of_two = stack.enter_context(ours(root, "--workers", "2"))
         small, pids = stack.enter_context(child_server(minimal, str(root), version))
-        shares = check(root, version, {"one worker": one, "two workers": two}, small, vectors, 64 if exact else 200)
+        shares = check(
+            root, version, {"one worker": one, "two workers": two}, small, vectors, 64 if exact else 200
+        )
         servers = [
             Server(SMALL, small, pids, (P50, BATCH)),
             Server(OURS, one, [pid], (P50, BATCH, STREAM)),
@@ -118,7 +124,9 @@ def compare(root: Path, version: int, vectors: np.ndarray, rounds: int, seconds:
                 servers.insert(0, Server(name, where, pids, (P50, STREAM)))
         inside = {RAW: raw(root, version), ENGINE: in_process(root, version)}
         start = time.perf_counter()
-        while rows.rounds < rounds and (time.perf_counter() - start) * (1 + 1 / max(1, rows.rounds)) < LONGEST:
+        while (
+            rows.rounds < rounds and (time.perf_counter() - start) * (1 + 1 / max(1, rows.rounds)) < LONGEST
+        ):
             for name, ask in inside.items():
                 p50, p99 = percentiles(timed(partial(_one, ask, vectors), seconds))
                 rows.add(name, P50, p50)
@@ -152,11 +160,23 @@ def ratios(rows: Rows, echo_p50: float) -> str:
         [
             ["p50 added over the quicker echo + raw search", f"{added:.2f} ms", "0.3 ms at most"],
             ["8 clients, beside the server of forty lines", rows.ratio(OURS, EIGHT, SMALL, EIGHT), "above 1"],
-            ["64 clients, beside the server of forty lines", rows.ratio(OURS, SIXTY_FOUR, SMALL, SIXTY_FOUR), "above 1"],
+            [
+                "64 clients, beside the server of forty lines",
+                rows.ratio(OURS, SIXTY_FOUR, SMALL, SIXTY_FOUR),
+                "above 1",
+            ],
             ["batch 64, beside raw in process", rows.ratio(OURS, BATCH, RAW, BATCH), "0.95 at least"],
-            ["stream, beside raw in process, batch 64", rows.ratio(OURS, STREAM, RAW, BATCH), "0.95 at least"],
+            [
+                "stream, beside raw in process, batch 64",
+                rows.ratio(OURS, STREAM, RAW, BATCH),
+                "0.95 at least",
+            ],
             ["2 workers, beside 1, 8 clients", rows.ratio(TWO, EIGHT, OURS, EIGHT), "1.7 where cores allow"],
-            ["2 workers, beside 1, 64 clients", rows.ratio(TWO, SIXTY_FOUR, OURS, SIXTY_FOUR), "1.7 where cores allow"],
+            [
+                "2 workers, beside 1, 64 clients",
+                rows.ratio(TWO, SIXTY_FOUR, OURS, SIXTY_FOUR),
+                "1.7 where cores allow",
+            ],
         ],
     )
 
@@ -166,14 +186,22 @@ def of_size(root: Path, n: int, arguments: argparse.Namespace, apart: Apart) -> 
     vectors = queries(2048, n, DIMENSION)
     digest = fingerprint(DIMENSION).digest
     # first of all: later, this process has the store open, and its pages stay in memory
-    parts = [cold.report(root, n, digest, vectors[0], requests_of(vectors[:1], 1, digest)[0], min(3, arguments.rounds))]
+    parts = [
+        cold.report(
+            root, n, digest, vectors[0], requests_of(vectors[:1], 1, digest)[0], min(3, arguments.rounds)
+        )
+    ]
     echo_p50 = float("nan")
     for version, title in ((CURRENT, "HNSW"), (FLAT, "exact")):
         print(f"{n:,} entries, {title} ...", flush=True)
         rows, shares = compare(root, version, vectors, arguments.rounds, arguments.seconds, apart)
         if version == CURRENT:
             echo_p50 = min(rows.median(name, P50) for name in (POOL_ECHO, AIO_ECHO))
-        recalls = f"Recall@{K}: " + ", ".join(f"{name} {share:.3f}" for name, share in shares.items()) + f". {rows.rounds} rounds."
+        recalls = (
+            f"Recall@{K}: "
+            + ", ".join(f"{name} {share:.3f}" for name, share in shares.items())
+            + f". {rows.rounds} rounds."
+        )
         parts += [f"## {n:,} entries, {title}", recalls, rows.table(), ratios(rows, echo_p50)]
     fifth = float(np.median([answer.neighbours[-1].similarity for answer in in_process(root)(vectors[:200])]))
     return [f"{n:,} entries: the fifth neighbour is at cosine {fifth:.2f} (median).", *parts]
@@ -193,14 +221,25 @@ def said_before(arguments: argparse.Namespace, directory: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--entries", type=int, nargs="+", default=[200_000, 1_000_000])
-    parser.add_argument("--rounds", type=int, default=3, help="at most; one that would take an index beyond 200 s is not begun")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=3,
+        help="at most; one that would take an index beyond 200 s is not begun",
+    )
     parser.add_argument("--seconds", type=float, default=1.5, help="of each figure")
     parser.add_argument("--data", type=Path, help="folder that holds flickr8k/")
     parser.add_argument("--others", metavar="PYTHON", help="interpreter with other engines")
     parser.add_argument("--directory", type=Path, help="where stores are made, and kept")
-    parser.add_argument("--quick", action="store_true", help="20,000 entries, one round of half seconds, not kept: to see that it runs")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="20,000 entries, one round of half seconds, not kept: to see that it runs",
+    )
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.entries, arguments.rounds, arguments.seconds = [20_000], 1, 0.5
@@ -213,16 +252,35 @@ def main() -> None:
         parts = [part for n in arguments.entries for part in of_size(roots[n], n, arguments, apart)]
         parts.append("## By image: Flickr8k")
         if arguments.data:
-            parts.append(real.report(real.prepared(directory, arguments.data), arguments.data, arguments.seconds, arguments.rounds, apart))
+            parts.append(
+                real.report(
+                    real.prepared(directory, arguments.data),
+                    arguments.data,
+                    arguments.seconds,
+                    arguments.rounds,
+                    apart,
+                )
+            )
         else:
             parts.append("Left out; pass --data, the folder that holds flickr8k/.")
         parts.append(f"## Beside other engines, {arguments.entries[0]:,} entries")
         if arguments.others:
             n = arguments.entries[0]
             vectors = queries(2048, n, DIMENSION)
-            parts.append(beside.report(arguments.others, roots[n], directory / "others" / str(n), vectors, arguments.seconds, apart))
+            parts.append(
+                beside.report(
+                    arguments.others,
+                    roots[n],
+                    directory / "others" / str(n),
+                    vectors,
+                    arguments.seconds,
+                    apart,
+                )
+            )
         else:
-            parts.append("Left out; pass --others, an interpreter that has them (`benchmarks/others.py` says which).")
+            parts.append(
+                "Left out; pass --others, an interpreter that has them (`benchmarks/others.py` says which)."
+            )
         took = time.perf_counter() - start
     about = (
         f"Vectors of {DIMENSION} dimensions, {K} neighbours, queries that are near-duplicates of entries. Medians, lowest and highest in "
@@ -231,7 +289,14 @@ def main() -> None:
         f"equal. Built in {(built - start) / 60:.0f} min, {took / 60:.0f} min in all. Load average at the end {os.getloadavg()[0]:.1f}."
     )
     packages = ("grpcio", "faiss-cpu", "lmdb", "numpy", "protobuf", "uvloop")
-    write("retrieval", "Retrieval: the service beside its parts", about, *parts, packages=packages, keep=not arguments.quick)
+    write(
+        "retrieval",
+        "Retrieval: the service beside its parts",
+        about,
+        *parts,
+        packages=packages,
+        keep=not arguments.quick,
+    )
 
 
 if __name__ == "__main__":

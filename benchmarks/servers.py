@@ -129,7 +129,10 @@ def _echo_of_a_pool(answer: bytes, spin: Callable[[], Any], ready: Any, address:
 
 
 def _handlers(unary: Any, stream: Any) -> Any:
-    methods = {"Retrieve": grpc.unary_unary_rpc_method_handler(unary), "RetrieveStream": grpc.stream_stream_rpc_method_handler(stream)}
+    methods = {
+        "Retrieve": grpc.unary_unary_rpc_method_handler(unary),
+        "RetrieveStream": grpc.stream_stream_rpc_method_handler(stream),
+    }
     return grpc.method_handlers_generic_handler(SERVICE, methods)
 
 
@@ -186,7 +189,9 @@ def free_port() -> int:
 
 
 @contextmanager
-def child_server(target: Callable[..., None], *first: Any, address: str = "", processes: int = 1) -> Iterator[tuple[str, list[int]]]:
+def child_server(
+    target: Callable[..., None], *first: Any, address: str = "", processes: int = 1
+) -> Iterator[tuple[str, list[int]]]:
     """One of the servers above in so many processes of its own: address and processes."""
     context = multiprocessing.get_context("spawn")
     address = address or f"127.0.0.1:{free_port()}"
@@ -208,7 +213,19 @@ def child_server(target: Callable[..., None], *first: Any, address: str = "", pr
 
 def serving(root: Path, *options: str) -> subprocess.Popen[str]:
     """`tagstore serve`, just started; its first line is its address, written when it is ready."""
-    command = [sys.executable, "-m", "tagstore.cli", "serve", "--root", str(root), "--address", "127.0.0.1:0", "--device", "cpu", *options]
+    command = [
+        sys.executable,
+        "-m",
+        "tagstore.cli",
+        "serve",
+        "--root",
+        str(root),
+        "--address",
+        "127.0.0.1:0",
+        "--device",
+        "cpu",
+        *options,
+    ]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
@@ -220,7 +237,9 @@ def ours(root: Path, *options: str) -> Iterator[tuple[str, int]]:
         assert process.stdout is not None
         address = process.stdout.readline().strip()
         if not address:
-            raise RuntimeError(f"`tagstore serve {' '.join(options)}` ended with {process.wait()} before it was ready")
+            raise RuntimeError(
+                f"`tagstore serve {' '.join(options)}` ended with {process.wait()} before it was ready"
+            )
         yield address, process.pid
     finally:
         process.send_signal(signal.SIGTERM)
@@ -232,7 +251,11 @@ def ours(root: Path, *options: str) -> Iterator[tuple[str, int]]:
 
 def family(pid: int) -> list[int]:
     """A process and its children, and theirs."""
-    children = [child for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
+    children = [
+        child
+        for task in Path(f"/proc/{pid}/task").iterdir()
+        for child in (task / "children").read_text().split()
+    ]
     return [pid, *(one for child in children for one in family(int(child)))]
 
 
@@ -247,5 +270,10 @@ def cpu_seconds(*pids: int) -> float:
 
 def private_mib(pid: int) -> float:
     """A process's own memory, its children's included: what is not a mapped file."""
-    lines = [line for one in family(pid) for line in Path(f"/proc/{one}/status").read_text().splitlines() if line.startswith("RssAnon")]
+    lines = [
+        line
+        for one in family(pid)
+        for line in Path(f"/proc/{one}/status").read_text().splitlines()
+        if line.startswith("RssAnon")
+    ]
     return sum(int(line.split()[1]) for line in lines) / 1024

@@ -52,7 +52,9 @@ def batches(n: int, dimension: int) -> Iterator[tuple[list[Draft], np.ndarray]]:
     for start in range(0, n, BATCH):
         rng = np.random.default_rng(start)
         size = min(BATCH, n - start)
-        vectors = centres[rng.integers(1000, size=size)] + 0.5 * rng.standard_normal((size, dimension), dtype=np.float32)
+        vectors = centres[rng.integers(1000, size=size)] + 0.5 * rng.standard_normal(
+            (size, dimension), dtype=np.float32
+        )
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
         tags = rng.zipf(1.3, (size, 5)) % WORDS
         yield [draft(start + i, tags[i]) for i in range(size)], vectors
@@ -80,11 +82,17 @@ print(imported - start, opened - imported, time.perf_counter() - opened)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--entries", type=int, default=1_000_000)
     parser.add_argument("--dimension", type=int, default=512)
-    parser.add_argument("--versions", type=int, default=10_000, help="commits after which a commit is timed again; 0 for none")
-    parser.add_argument("--quick", action="store_true", help="20,000 entries and 200 versions: to see that it runs")
+    parser.add_argument(
+        "--versions", type=int, default=10_000, help="commits after which a commit is timed again; 0 for none"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="20,000 entries and 200 versions: to see that it runs"
+    )
     parser.add_argument("--directory", type=Path, help="where to make it; a temporary folder if not given")
     arguments = parser.parse_args()
     if arguments.quick:
@@ -98,7 +106,10 @@ def account(snapshot: Snapshot, captions: int) -> list[list[str]]:
     store, n = snapshot.store, snapshot.version.entries
     with store.env.begin() as txn:
         stats = {name: txn.stat(store.db[name]) for name in DATABASES}
-    pages = {name: s["psize"] * (s["branch_pages"] + s["leaf_pages"] + s["overflow_pages"]) / n for name, s in stats.items()}
+    pages = {
+        name: s["psize"] * (s["branch_pages"] + s["leaf_pages"] + s["overflow_pages"]) / n
+        for name, s in stats.items()
+    }
     whole = (store.generation / "data.mdb").stat().st_blocks * 512 / n
     entries = list(snapshot.entries(np.arange(0, n, max(1, n // 10_000))[:10_000]))
     records = [encode_entry(entry) for entry in entries]
@@ -123,8 +134,14 @@ def account(snapshot: Snapshot, captions: int) -> list[list[str]]:
         ["LMDB's nodes and pages around the records", pages["entries"] - mean],
         ["table of keys", pages["keys"]],
         ["vocabulary and its table", pages["tags"] + pages["tag_ids"]],
-        [f"what blocks of {ROWS} rows leave of their last page", pages["vectors"] - vector + pages["embeddings"] - embeddings],
-        ["versions, their arrays and the rest", sum(pages[name] for name in ("versions", "pages", "meta", "quarantine", "sources"))],
+        [
+            f"what blocks of {ROWS} rows leave of their last page",
+            pages["vectors"] - vector + pages["embeddings"] - embeddings,
+        ],
+        [
+            "versions, their arrays and the rest",
+            sum(pages[name] for name in ("versions", "pages", "meta", "quarantine", "sources")),
+        ],
         ["free pages", whole - sum(pages.values())],
     ]
     also = f"A record has {mean:.0f} bytes; in zstd blocks of 256 records, which nothing does, it would have {packed:.0f}."
@@ -147,7 +164,9 @@ def opens(root: Path, *, cold: bool) -> str:
     for _ in range(5):
         if cold:
             evict(root)
-        out = subprocess.run([sys.executable, "-c", OPEN, str(root)], check=True, capture_output=True, text=True).stdout
+        out = subprocess.run(
+            [sys.executable, "-c", OPEN, str(root)], check=True, capture_output=True, text=True
+        ).stdout
         found.append([float(x) for x in out.split()])
     return " / ".join(f"{median(c) * 1e3:.0f} ms" for c in zip(*found, strict=True))
 
@@ -189,11 +208,17 @@ def measure(root: Path, n: int, dimension: int, versions: int) -> None:
     expected = next(batches(min(n, BATCH), dimension))[0]
     for i in (0, 17, min(n, BATCH) - 1):
         entry = snapshot.entry(i)
-        assert (entry.key, entry.captions, entry.sha256) == (expected[i].key, expected[i].captions, expected[i].sha256)
+        assert (entry.key, entry.captions, entry.sha256) == (
+            expected[i].key,
+            expected[i].captions,
+            expected[i].sha256,
+        )
 
     store.env.close()  # what a process has mapped stays in memory
     forget(store.generation)
-    system = subprocess.run(["stat", "-f", "-c", "%T", str(root)], capture_output=True, text=True, check=False).stdout.strip()
+    system = subprocess.run(
+        ["stat", "-f", "-c", "%T", str(root)], capture_output=True, text=True, check=False
+    ).stdout.strip()
     cold = "not taken: the files are in memory" if system == "tmpfs" else opens(root, cold=True)
     warm = opens(root, cold=False)
     problems = verify(root, "bench", full=True)
@@ -207,7 +232,9 @@ def measure(root: Path, n: int, dimension: int, versions: int) -> None:
         with Writer(root, "bench") as writer:
             for _ in range(versions):
                 writer.rollback(1)
-        many = [[f"delete by key, committed, after {versions:,} versions more", f"{deletions(root, 10):.0f} ms"]]
+        many = [
+            [f"delete by key, committed, after {versions:,} versions more", f"{deletions(root, 10):.0f} ms"]
+        ]
 
     write(
         f"store-{n // 1_000_000}m" if n % 1_000_000 == 0 else f"store-{n}",
@@ -221,8 +248,14 @@ def measure(root: Path, n: int, dimension: int, versions: int) -> None:
                 ["whole ingest, index and checksums included", f"{total:.0f} s"],
                 ["bytes on disk: database / index", f"{database:,} / {index:,}"],
                 ["peak memory of the process's own during appends", f"{before_index} MiB"],
-                ["peak memory with the index built, own / mapped file pages", f"{peak['own']} / {peak['mapped']} MiB"],
-                ["import / open / first query, a fresh process, files out of the page cache, median of 5", cold],
+                [
+                    "peak memory with the index built, own / mapped file pages",
+                    f"{peak['own']} / {peak['mapped']} MiB",
+                ],
+                [
+                    "import / open / first query, a fresh process, files out of the page cache, median of 5",
+                    cold,
+                ],
                 ["the same, files in the page cache", warm],
                 ["delete by key, committed, median of 5", f"{commits:.0f} ms"],
                 ["rollback, committed", f"{rolled * 1e3:.0f} ms"],

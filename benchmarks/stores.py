@@ -27,7 +27,14 @@ INGESTED_PER_SECOND, LINKED_PER_SECOND = 2500, 3000
 
 def needed(directory: Path, sizes: Sequence[int]) -> float:
     """Seconds that `prepared` will take for what is not there yet: two stores at a time, so those of the largest."""
-    return max((n / INGESTED_PER_SECOND + n / LINKED_PER_SECOND for n in sizes if not (directory / str(n) / STORE).exists()), default=0.0)
+    return max(
+        (
+            n / INGESTED_PER_SECOND + n / LINKED_PER_SECOND
+            for n in sizes
+            if not (directory / str(n) / STORE).exists()
+        ),
+        default=0.0,
+    )
 
 
 def prepared(directory: Path, sizes: Sequence[int], dimension: int) -> dict[int, Path]:
@@ -57,8 +64,15 @@ def _prepared(directory: Path, n: int, dimension: int) -> Path:
         outcome = build_index(root, STORE, Budget(recall=TUNED), kind="hnsw", queries=held_out, device="cpu")
         plan = {**outcome.chosen.plan.build, **outcome.chosen.plan.search}
         took = time.perf_counter() - start
-        print(f"{n:,} entries: hnsw {plan}, recall {outcome.chosen.recall:.3f} on its own queries, in {took:.0f} s", flush=True)
-    kinds = [Store(root, STORE).snapshot(version or None).version.index["kind"] for version in (FLAT, CURRENT)]
+        print(
+            f"{n:,} entries: hnsw {plan}, recall {outcome.chosen.recall:.3f} on its own queries, in {took:.0f} s",
+            flush=True,
+        )
+    kinds = [
+        Store(root, STORE).snapshot(version or None).version.index["kind"] for version in (FLAT, CURRENT)
+    ]
     if kinds != ["flat", "hnsw"]:
-        raise RuntimeError(f"the store in {root} has indexes {kinds}, not flat and hnsw: remove it, and it is made anew")
+        raise RuntimeError(
+            f"the store in {root} has indexes {kinds}, not flat and hnsw: remove it, and it is made anew"
+        )
     return root

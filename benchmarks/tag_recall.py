@@ -28,7 +28,9 @@ STORE = "flickr8k"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True, help="folder with train-*.tar and test-*.tar")
     parser.add_argument("--root", type=Path, help="where the store is kept; a temporary folder if not given")
     parser.add_argument("--k", type=int, default=5)
@@ -54,7 +56,10 @@ def measure(data: Path, root: Path, k: int) -> None:
     assert identical, "grpc:// and file:// answer differently"
 
     snapshot = Store(root, STORE).snapshot()
-    forms = {i: (kind, canonical) for i, (_, kind, canonical) in enumerate(snapshot.tags(range(snapshot.version.next_tag_id)))}
+    forms = {
+        i: (kind, canonical)
+        for i, (_, kind, canonical) in enumerate(snapshot.tags(range(snapshot.version.next_tag_id)))
+    }
     own = [{(t.kind, t.canonical) for t in merge(tags)} for tags in load_miner("rules").mine(pairs)]
 
     def shown(answer: Retrieval, top: int | None = None) -> list[tuple[str, str]]:
@@ -66,7 +71,11 @@ def measure(data: Path, root: Path, k: int) -> None:
         recall = mean(len(t & set(shown(a))) / len(t) for t, a in zip(truth, answers, strict=True) if t)
         top = mean(len(t & set(shown(a, 10))) / len(t) for t, a in zip(truth, answers, strict=True) if t)
         rows.append([name, f"{mean(map(len, truth)):.1f}", f"{recall:.1%}", f"{top:.1%}"])
-    precision = mean(sum(t in o for t in shown(a, 10)) / len(shown(a, 10)) for o, a in zip(own, answers, strict=True) if a.tags)
+    precision = mean(
+        sum(t in o for t in shown(a, 10)) / len(shown(a, 10))
+        for o, a in zip(own, answers, strict=True)
+        if a.tags
+    )
     precision_objects = mean(
         mean(t in o for t in objects[:10])
         for o, a in zip(own, answers, strict=True)

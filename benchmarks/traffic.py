@@ -66,11 +66,16 @@ class Expected:
         without = in_process(root)(vectors)
         rollback(root, STORE, before)
         self._odd = version.number % 2  # from here on versions come in pairs: one without, one rolled back
-        self._answers = {False: [convert.retrieval_to_proto(r) for r in whole], True: [convert.retrieval_to_proto(r) for r in without]}
+        self._answers = {
+            False: [convert.retrieval_to_proto(r) for r in whole],
+            True: [convert.retrieval_to_proto(r) for r in without],
+        }
         self.telling = sum(a != b for a, b in zip(*self._answers.values(), strict=True))
         """Queries whose answer tells the versions apart: a stale or mixed answer to one of them is seen."""
         if self.telling < len(self.keys):
-            raise RuntimeError(f"{len(self.keys)} entries were deleted, and only {self.telling} answers changed")
+            raise RuntimeError(
+                f"{len(self.keys)} entries were deleted, and only {self.telling} answers changed"
+            )
 
     def right(self, number: int, response: pb.RetrieveResponse) -> bool:
         """Whether a query's answer is that of the version it says it comes from: entries, similarities, tags."""
@@ -96,10 +101,15 @@ class Load:
     answered, which measures capacity with the very same work on the caller's side.
     """
 
-    def __init__(self, address: str, expected: Expected, rate: float | None, *, seed: int = 0, bad: float = 0.0) -> None:
+    def __init__(
+        self, address: str, expected: Expected, rate: float | None, *, seed: int = 0, bad: float = 0.0
+    ) -> None:
         self.tally = Tally()
         self._address, self._expected, self._rate, self._bad = address, expected, rate, bad
-        self._wrong_ones, self._rng = bad_messages(expected.digest, expected.heavy.vectors.dimension), random.Random(seed)
+        self._wrong_ones, self._rng = (
+            bad_messages(expected.digest, expected.heavy.vectors.dimension),
+            random.Random(seed),
+        )
         self._stop = threading.Event()
         self.started: dict[int, float] = {}
         """When each request that is under way was sent."""

@@ -35,7 +35,9 @@ LIMIT = 0.10
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="few repeats, small batch")
     parser.add_argument("--store", help="URL of a store of the encoder mini")
     parser.add_argument("--images", type=Path, help="pictures to ask about, with --store")
@@ -60,7 +62,12 @@ def main() -> None:
         "`tag path` is weight tuner, tag encoder, connector on what it gives, and putting the pairs into the prompt; what the decoder "
         "takes for a prompt that is longer by the tags is the line `of which longer prompt`.",
     ]
-    write("tuna-step", f"Time split of `{args.preset}` on {args.device}", *parts, packages=["torch", "transformers"])
+    write(
+        "tuna-step",
+        f"Time split of `{args.preset}` on {args.device}",
+        *parts,
+        packages=["torch", "transformers"],
+    )
 
 
 def drawn(scratch: Path) -> tuple[list[Path], str]:
@@ -76,7 +83,9 @@ def drawn(scratch: Path) -> tuple[list[Path], str]:
             draw.regular_polygon((128, 128, 80), 4 if shape == "square" else 3, fill=colour)
         name = f"{colour}-{shape}-{ground}"
         image.save(folder / f"{name}.png")
-        (folder / f"{name}.txt").write_text(f"A {colour} {shape} in front of a {ground} wall, beside an old door.\n")
+        (folder / f"{name}.txt").write_text(
+            f"A {colour} {shape} in front of a {ground} wall, beside an old door.\n"
+        )
     ingest(str(folder), root=scratch / "root", store="drawn")
     return sorted(folder.glob("*.png")), f"file://{scratch}/root/drawn"
 
@@ -86,7 +95,9 @@ def check(tuna: Pipeline, picture: Path) -> None:
     prepared = tuna.prepare([[picture]], [[user_message("What is it?", 1)]])
     assert prepared.tags[0], "the store gives no tags for this picture"
     pixels = tuna.processor.image_processor([picture])["pixel_values"].to(tuna.model.device)
-    features = {name: tensor for name, tensor in prepared.inputs.items() if name not in ("grid", "image_vectors")}
+    features = {
+        name: tensor for name, tensor in prepared.inputs.items() if name not in ("grid", "image_vectors")
+    }
     with torch.no_grad():
         made, seen = tuna.model(**prepared.inputs).logits, tuna.model(**features, pixel_values=pixels).logits
     torch.testing.assert_close(made, seen)
@@ -125,7 +136,9 @@ def generation(tuna: Pipeline, pictures: list[Path], repeats: int, new_tokens: i
     turn = itertools.cycle(pictures)
     prepared = tuna.prepare([[pictures[0]]], messages)
     given = prepared.inputs
-    tuna.lookup.detailed(torch.cat([features(tuna, [picture])[1] for picture in pictures]), model.config.encoder_digest)
+    tuna.lookup.detailed(
+        torch.cat([features(tuna, [picture])[1] for picture in pictures]), model.config.encoder_digest
+    )
     options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
 
     def one_answer() -> None:
@@ -133,7 +146,9 @@ def generation(tuna: Pipeline, pictures: list[Path], repeats: int, new_tokens: i
             model.generate(**tuna.prepare([[next(turn)]], messages).inputs, **options)
 
     without = {name: tensor for name, tensor in given.items() if name not in TAG_INPUTS}
-    plain = dict(processor(text=processor.apply_chat_template(messages[0], add_generation_prompt=True)).to(device))
+    plain = dict(
+        processor(text=processor.apply_chat_template(messages[0], add_generation_prompt=True)).to(device)
+    )
     same_length = {**without, "input_ids": hidden(model, given)}
 
     def decode(inputs: dict[str, torch.Tensor]) -> None:
@@ -164,14 +179,21 @@ def training(tuna: Pipeline, pictures: list[Path], repeats: int, batch: int) -> 
     model.train().requires_grad_(True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
     some = pictures[:batch]
-    text = processor.apply_chat_template([user_message("What is in this picture?", 1)], add_generation_prompt=True) + ANSWER
+    text = (
+        processor.apply_chat_template(
+            [user_message("What is in this picture?", 1)], add_generation_prompt=True
+        )
+        + ANSWER
+    )
     pixels = processor.image_processor(some)["pixel_values"].to(device)
     grid, vectors = model.encode_images(pixels)
     tags = tuna.lookup(vectors, model.config.encoder_digest)
     found = {"grid": grid, "image_vectors": vectors}
     given = dict(processor(text=[text] * batch, tags=tags, padding_side="right").to(device)) | found
     plain = dict(processor(text=[text] * batch, padding_side="right").to(device)) | found
-    same_length = {name: tensor for name, tensor in given.items() if name not in TAG_INPUTS} | {"input_ids": hidden(model, given)}
+    same_length = {name: tensor for name, tensor in given.items() if name not in TAG_INPUTS} | {
+        "input_ids": hidden(model, given)
+    }
 
     def step(inputs: dict[str, torch.Tensor]) -> None:
         labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
@@ -202,7 +224,9 @@ def training(tuna: Pipeline, pictures: list[Path], repeats: int, batch: int) -> 
 
 
 def features(tuna: Pipeline, pictures: list[Path], pixels: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    grid, vectors = tuna.model.encode_images(tuna.processor.image_processor(pictures)["pixel_values"].to(tuna.model.device))
+    grid, vectors = tuna.model.encode_images(
+        tuna.processor.image_processor(pictures)["pixel_values"].to(tuna.model.device)
+    )
     assert vectors is not None
     return grid, vectors
 
@@ -213,12 +237,16 @@ def hidden(model: presets.TunaForConditionalGeneration, given: dict[str, torch.T
     return ids.masked_fill((given["tag_index"] >= 0) & (ids == model.config.image_token_id), 1)
 
 
-def tag_path(model: presets.TunaForConditionalGeneration, given: dict[str, torch.Tensor], learn: bool) -> None:
+def tag_path(
+    model: presets.TunaForConditionalGeneration, given: dict[str, torch.Tensor], learn: bool
+) -> None:
     """Everything that only tags need, forward and (to learn) backward."""
     with torch.set_grad_enabled(learn):
         embeds = model.get_input_embeddings()(given["input_ids"]).detach().requires_grad_(learn)
         tags = [given.get(name) for name in TAG_INPUTS]
-        out = model._tags(given["input_ids"], embeds, given["grid"], given["image_vectors"], *tags, False)["inputs_embeds"]
+        out = model._tags(given["input_ids"], embeds, given["grid"], given["image_vectors"], *tags, False)[
+            "inputs_embeds"
+        ]
         if learn:
             out.backward(torch.ones_like(out))
             model.zero_grad()

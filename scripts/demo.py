@@ -50,7 +50,18 @@ QUESTION = "Describe the image in one sentence."
 STORE = "demo"
 TAGSTORE = (sys.executable, "-m", "tagstore.cli")
 SHOWN_TAGS = 10
-HUES = ("#8a6f9e", "#c9a227", "#5b8fb9", "#a3a38f", "#c4683a", "#2e7f79", "#b5838d", "#6d8b4f", "#3d405b", "#d98c5f")
+HUES = (
+    "#8a6f9e",
+    "#c9a227",
+    "#5b8fb9",
+    "#a3a38f",
+    "#c4683a",
+    "#2e7f79",
+    "#b5838d",
+    "#6d8b4f",
+    "#3d405b",
+    "#d98c5f",
+)
 console = Console()
 
 
@@ -81,11 +92,17 @@ def main() -> None:
     print_answers(asked)
     page = out / "index.html"
     origin = f"Debian package {PACKAGE} (Tux Paint)" if options.data is None else options.data
-    page.write_text(render(asked, info, seconds, origin, lambda key: picture(out / "train", key)), encoding="utf-8")
-    console.print(f"\n{summary(asked)}\nThe page: [bold]{page}[/bold]  ({page.stat().st_size / 1e6:.1f} MB, self-contained)")
+    page.write_text(
+        render(asked, info, seconds, origin, lambda key: picture(out / "train", key)), encoding="utf-8"
+    )
+    console.print(
+        f"\n{summary(asked)}\nThe page: [bold]{page}[/bold]  ({page.stat().st_size / 1e6:.1f} MB, self-contained)"
+    )
 
 
-def run(source: str, format: str | None, columns: Columns, out: Path) -> tuple[list[Asked], StoreInfo, dict[str, float]]:
+def run(
+    source: str, format: str | None, columns: Columns, out: Path
+) -> tuple[list[Asked], StoreInfo, dict[str, float]]:
     """Split, ingest, serve, ask. Returns the answers, what the store says of itself, and the seconds each stage took."""
     seconds: dict[str, float] = {}
     clock = time.perf_counter()
@@ -104,7 +121,10 @@ def run(source: str, format: str | None, columns: Columns, out: Path) -> tuple[l
             answers = tags.retrieve([pair.image for pair in held_out], k=5)
             seconds["ask"] = time.perf_counter() - clock
             info = tags.info()
-        asked = [Asked(pair.key, pair.image, pair.captions, answer) for pair, answer in zip(held_out, answers, strict=True)]
+        asked = [
+            Asked(pair.key, pair.image, pair.captions, answer)
+            for pair, answer in zip(held_out, answers, strict=True)
+        ]
         # the surest first
         asked.sort(key=lambda one: -max((n.similarity for n in one.retrieval.neighbours), default=0))
         clock = time.perf_counter()
@@ -117,15 +137,23 @@ def answered(asked: Sequence[Asked], url: str) -> list[Asked]:
     """The same with what TUNA says of each picture: with the tags that it looks up at `url`, and without any."""
     from tuna_model import ImageTags, Pipeline
 
-    console.print(f"[bold]$[/bold] tuna generate --model smol --store {url} PICTURE {shlex.quote(QUESTION)}", soft_wrap=True)
+    console.print(
+        f"[bold]$[/bold] tuna generate --model smol --store {url} PICTURE {shlex.quote(QUESTION)}",
+        soft_wrap=True,
+    )
     with console.status("the model loads and answers"):
         tuna = Pipeline.load("smol", store=url)
         pictures = [[one.image] for one in asked]
-        question = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}] for _ in asked]
+        question = [
+            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
+            for _ in asked
+        ]
         nothing = [ImageTags.none(tuna.model.config.tag_dimension) for _ in asked]
         grounded = tuna.answers(pictures, question, max_new_tokens=30)
         if any(answer.degraded for answer in grounded):
-            raise Unavailable(f"the store at {url} did not answer the model in time: is the machine very busy? Try again")
+            raise Unavailable(
+                f"the store at {url} did not answer the model in time: is the machine very busy? Try again"
+            )
         plain = tuna.answers(pictures, question, tags=nothing, max_new_tokens=30)
     return [replace(one, answers=(a.text, b.text)) for one, a, b in zip(asked, grounded, plain, strict=True)]
 
@@ -140,7 +168,9 @@ def split(source: str, format: str | None, columns: Columns, train: Path, heldou
     chance = random.Random(0)
     reservoir: list[Pair] = []
     count = rejected = 0
-    for item in track(read(source, format=format, columns=columns), "reading", console=console, transient=True):
+    for item in track(
+        read(source, format=format, columns=columns), "reading", console=console, transient=True
+    ):
         if not isinstance(item, Pair):
             rejected += 1
             continue
@@ -159,10 +189,15 @@ def split(source: str, format: str | None, columns: Columns, train: Path, heldou
         write(train, pair)
     held_out = sorted((pair for pair in reservoir[:keep] if _decodes(pair)), key=lambda pair: pair.key)
     if count < 2 or not held_out:
-        raise InvalidInput(f"{source}: the demo needs at least two captioned pictures, one to hold out and one to find; there are {count}")
+        raise InvalidInput(
+            f"{source}: the demo needs at least two captioned pictures, one to hold out and one to find; there are {count}"
+        )
     for pair in held_out:
         write(heldout, pair)
-    console.print(f"{count} pairs, {len(held_out)} of them held out" + (f"; {rejected} could not be used" if rejected else ""))
+    console.print(
+        f"{count} pairs, {len(held_out)} of them held out"
+        + (f"; {rejected} could not be used" if rejected else "")
+    )
     return held_out
 
 
@@ -176,7 +211,9 @@ def write(folder: Path, pair: Pair) -> None:
         path = path.with_stem(f"{Path(name).name}-{number}")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(pair.image)
-    path.with_suffix(".txt").write_text("\n".join(" ".join(caption.split()) for caption in pair.captions), encoding="utf-8")
+    path.with_suffix(".txt").write_text(
+        "\n".join(" ".join(caption.split()) for caption in pair.captions), encoding="utf-8"
+    )
 
 
 def ingest(source: Path, root: Path) -> dict[str, float]:
@@ -209,10 +246,19 @@ def serving(root: Path) -> Iterator[str]:
 
 def print_table(asked: Sequence[Asked]) -> None:
     """A row for each picture; tags that its own description names are green."""
-    table = Table("picture", "its own description", "retrieved tags · votes", box=None, header_style="bold", padding=(0, 2, 0, 0))
+    table = Table(
+        "picture",
+        "its own description",
+        "retrieved tags · votes",
+        box=None,
+        header_style="bold",
+        padding=(0, 2, 0, 0),
+    )
     for one in asked:
         tags = [
-            f"[green]{escape(tag.tag)}·{tag.votes}[/green]" if named(tag, one.captions) else f"{escape(tag.tag)}[dim]·{tag.votes}[/dim]"
+            f"[green]{escape(tag.tag)}·{tag.votes}[/green]"
+            if named(tag, one.captions)
+            else f"{escape(tag.tag)}[dim]·{tag.votes}[/dim]"
             for tag in one.retrieval.tags[:5]
         ]
         table.add_row(escape(one.key.rpartition("/")[2]), escape(one.captions[0]), ", ".join(tags))
@@ -221,7 +267,9 @@ def print_table(asked: Sequence[Asked]) -> None:
 
 def print_answers(asked: Sequence[Asked]) -> None:
     """What TUNA said of the first pictures."""
-    table = Table("picture", "TUNA with the tags", "TUNA without", box=None, header_style="bold", padding=(0, 2, 0, 0))
+    table = Table(
+        "picture", "TUNA with the tags", "TUNA without", box=None, header_style="bold", padding=(0, 2, 0, 0)
+    )
     for one in asked:
         if one.answers:
             table.add_row(escape(one.key.rpartition("/")[2]), *map(escape, one.answers))
@@ -240,7 +288,9 @@ def summary(asked: Sequence[Asked]) -> str:
     return f"For {hits} of {len(asked)} unseen pictures, a retrieved tag is also in their own description."
 
 
-def render(asked: Sequence[Asked], info: StoreInfo, seconds: dict[str, float], origin: str, picture: Any) -> str:
+def render(
+    asked: Sequence[Asked], info: StoreInfo, seconds: dict[str, float], origin: str, picture: Any
+) -> str:
     """The page. `picture(key)` gives the bytes and the caption of an entry."""
     thumbnails: dict[str, dict[str, str]] = {}
 
@@ -255,7 +305,10 @@ def render(asked: Sequence[Asked], info: StoreInfo, seconds: dict[str, float], o
             "key": one.key,
             "captions": one.captions,
             "source": thumbnail(one.image, 440),
-            "neighbours": [{"key": n.key, "similarity": n.similarity, **neighbour(n.key)} for n in one.retrieval.neighbours],
+            "neighbours": [
+                {"key": n.key, "similarity": n.similarity, **neighbour(n.key)}
+                for n in one.retrieval.neighbours
+            ],
             "tags": [{"tag": t, "named": named(t, one.captions)} for t in one.retrieval.tags],
             "answers": one.answers,
         }
@@ -271,7 +324,15 @@ def render(asked: Sequence[Asked], info: StoreInfo, seconds: dict[str, float], o
     template = environment.get_template("demo.html.j2")
     k = max((len(one.retrieval.neighbours) for one in asked), default=0)
     return template.render(
-        cards=cards, info=info, seconds=seconds, origin=origin, k=k, shown=SHOWN_TAGS, hues=HUES, summary=summary(asked), question=QUESTION
+        cards=cards,
+        info=info,
+        seconds=seconds,
+        origin=origin,
+        k=k,
+        shown=SHOWN_TAGS,
+        hues=HUES,
+        summary=summary(asked),
+        question=QUESTION,
     )
 
 
@@ -301,9 +362,17 @@ def _decodes(pair: Pair) -> bool:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Show what a tag store answers for pictures it has never seen.")
-    parser.add_argument("--data", metavar="SOURCE", help=f"anything that `tagstore ingest` can read; default: the pictures of {PACKAGE}")
-    parser.add_argument("--out", type=Path, default=Path(".demo"), help="folder for pictures, store and page (default: .demo)")
+    parser = argparse.ArgumentParser(
+        description="Show what a tag store answers for pictures it has never seen."
+    )
+    parser.add_argument(
+        "--data",
+        metavar="SOURCE",
+        help=f"anything that `tagstore ingest` can read; default: the pictures of {PACKAGE}",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path(".demo"), help="folder for pictures, store and page (default: .demo)"
+    )
     parser.add_argument("--format", help="of SOURCE, where it can't be found by looking")
     parser.add_argument("--image-column")
     parser.add_argument("--caption-column", action="append", default=[])

@@ -28,7 +28,9 @@ def fetch(out: Path) -> Path:
         return out
     missing = [tool for tool in ("apt-get", "dpkg-deb") if shutil.which(tool) is None]
     if missing:
-        raise NoPictures(f"no {' and no '.join(missing)} on this machine to fetch the demo's pictures from Debian: {_INSTEAD}")
+        raise NoPictures(
+            f"no {' and no '.join(missing)} on this machine to fetch the demo's pictures from Debian: {_INSTEAD}"
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix="fetching-") as folder:
         package = _download(Path(folder))
@@ -44,8 +46,17 @@ def _download(folder: Path) -> Path:
         # A fresh container has no package lists, and the machine's own are root's: fetch them into a place of ours.
         for inner in ("lists/partial", "cache/archives/partial"):
             Path(folder, inner).mkdir(parents=True)
-        private = ["-o", f"Dir::State::Lists={folder}/lists", "-o", f"Dir::Cache={folder}/cache", "-o", "APT::Sandbox::User=root"]
-        _apt(folder, *private, "update")  # a mirror that fails doesn't matter unless it is the one with the package
+        private = [
+            "-o",
+            f"Dir::State::Lists={folder}/lists",
+            "-o",
+            f"Dir::Cache={folder}/cache",
+            "-o",
+            "APT::Sandbox::User=root",
+        ]
+        _apt(
+            folder, *private, "update"
+        )  # a mirror that fails doesn't matter unless it is the one with the package
         error = _apt(folder, *private, "download", PACKAGE)
     packages = list(folder.glob("*.deb"))
     if error or not packages:
@@ -56,7 +67,12 @@ def _download(folder: Path) -> Path:
 def _apt(folder: Path, *arguments: str) -> str:
     """Run apt-get; the last line of what it complained about, empty if it did what it was told."""
     done = subprocess.run(
-        ["apt-get", "-q", *arguments], cwd=folder.resolve(), capture_output=True, text=True, errors="replace", check=False
+        ["apt-get", "-q", *arguments],
+        cwd=folder.resolve(),
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
     )
     return (done.stderr.strip().splitlines() or ["no reason given"])[-1] if done.returncode else ""
 

@@ -57,12 +57,23 @@ class Split:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="holds flickr8k/train-*.tar and flickr8k/val-*.tar")
-    parser.add_argument("--cache", type=Path, required=True, help="where the tower's features are kept between runs")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data", type=Path, required=True, help="holds flickr8k/train-*.tar and flickr8k/val-*.tar"
+    )
+    parser.add_argument(
+        "--cache", type=Path, required=True, help="where the tower's features are kept between runs"
+    )
     parser.add_argument("--out", type=Path, default=mini.WEIGHTS)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--head-epochs", type=int, default=60, help="with the text tower frozen: a caption of each photograph an epoch")
+    parser.add_argument(
+        "--head-epochs",
+        type=int,
+        default=60,
+        help="with the text tower frozen: a caption of each photograph an epoch",
+    )
     parser.add_argument("--text-epochs", type=int, default=20, help="with low-rank updates of the text tower")
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-3, help="of the updates")
@@ -96,12 +107,18 @@ def load_split(data: Path, cache: Path, name: str, encoder: Encoder) -> Split:
         np.savez(arrays, features=pooled(encoder, images), mirrored=pooled(encoder, images[:, :, ::-1]))
         captions.write_text(json.dumps([pair.captions for pair in pairs]))
     found = np.load(arrays, allow_pickle=False)
-    return Split(torch.from_numpy(found["features"]), torch.from_numpy(found["mirrored"]), json.loads(captions.read_text()))
+    return Split(
+        torch.from_numpy(found["features"]),
+        torch.from_numpy(found["mirrored"]),
+        json.loads(captions.read_text()),
+    )
 
 
 def pooled(encoder: Encoder, images: np.ndarray) -> np.ndarray:
     """The tower's features before the head, `[N, F]`: the mean over the grid."""
-    return np.concatenate([encoder.encode_grid(images[i : i + 64])[0].mean(axis=1) for i in range(0, len(images), 64)])
+    return np.concatenate(
+        [encoder.encode_grid(images[i : i + 64])[0].mean(axis=1) for i in range(0, len(images), 64)]
+    )
 
 
 # model
@@ -176,7 +193,8 @@ class Joint(nn.Module):
         weight = torch.cat([shared / shared_length, KEPT_LENGTH * kept / kept_length])
         bias = torch.cat([self.image_head.bias / shared_length, torch.zeros(KEPT_HALF)]) - weight @ self.mean
         found = {
-            "visual.head.proj.weight": 16 * weight,  # a vector is normalised: 16 only keeps small values exact in fp16
+            "visual.head.proj.weight": 16
+            * weight,  # a vector is normalised: 16 only keeps small values exact in fp16
             "visual.head.proj.bias": 16 * bias,
             "text.proj.weight": F.pad(self.text_head.weight, (0, 0, 0, KEPT_HALF)),
             "logit_scale": self.logit_scale.detach(),
@@ -195,13 +213,17 @@ def train_heads(model: Joint, train: Split, *, epochs: int, batch: int = 1000, l
     """Both heads on cached states of the untouched text tower. Half of the features are dropped: 6,000 photographs are few."""
     model.eval()
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        states = torch.stack([model.states(model.tokenizer(list(row))) for row in zip(*train.captions, strict=True)], dim=1)
+        states = torch.stack(
+            [model.states(model.tokenizer(list(row))) for row in zip(*train.captions, strict=True)], dim=1
+        )
     states = states.clone()
     optimiser = torch.optim.AdamW(model.groups(0.5), lr=lr)
     _run(model, train, optimiser, epochs, batch, lambda rows, choice: model.text(states[rows, choice], 0.1))
 
 
-def train_text_tower(model: Joint, train: Split, val: Split, *, epochs: int, lr: float, batch: int = 500) -> None:
+def train_text_tower(
+    model: Joint, train: Split, val: Split, *, epochs: int, lr: float, batch: int = 500
+) -> None:
     """The updates, with the heads going along slowly."""
     tokens = torch.stack([model.tokenizer(list(row)) for row in zip(*train.captions, strict=True)], dim=1)
     updates = [p for layer in model.updates.values() for p in (layer.up, layer.down)]
@@ -216,11 +238,15 @@ def train_text_tower(model: Joint, train: Split, val: Split, *, epochs: int, lr:
     _run(model, train, optimiser, epochs, batch, encode, report=lambda: str(recall(model, val)))
 
 
-def _run(model: Joint, train: Split, optimiser: Any, epochs: int, batch: int, encode: Any, report: Any = None) -> None:
+def _run(
+    model: Joint, train: Split, optimiser: Any, epochs: int, batch: int, encode: Any, report: Any = None
+) -> None:
     loss_of = ClipLoss()
     count, start = len(train.features), time.perf_counter()
     steps = epochs * -(-count // batch)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, [g["lr"] for g in optimiser.param_groups], total_steps=steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, [g["lr"] for g in optimiser.param_groups], total_steps=steps, pct_start=0.1
+    )
     for epoch in range(epochs):
         model.train()
         for rows in torch.randperm(count).split(batch):
@@ -233,7 +259,10 @@ def _run(model: Joint, train: Split, optimiser: Any, epochs: int, batch: int, en
             optimiser.step()
             schedule.step()
         if report and (epoch % 4 == 3 or epoch == epochs - 1):
-            print(f"epoch {epoch + 1}: loss {loss.item():.3f}, {report()} [{time.perf_counter() - start:.0f} s]", flush=True)
+            print(
+                f"epoch {epoch + 1}: loss {loss.item():.3f}, {report()} [{time.perf_counter() - start:.0f} s]",
+                flush=True,
+            )
 
 
 @torch.inference_mode()
@@ -250,7 +279,10 @@ def recall(model: Joint, split: Split, at: tuple[int, ...] = (1, 5, 10)) -> dict
     own = torch.arange(len(split.captions)).repeat_interleave(len(split.captions[0]))
     place = (scores > scores[own, torch.arange(len(own))]).sum(0)
     best = torch.stack([place_in(scores, own, i) for i in range(len(scores))])
-    return {name: [round(100 * (p < k).float().mean().item(), 1) for k in at] for name, p in (("t2i", place), ("i2t", best))}
+    return {
+        name: [round(100 * (p < k).float().mean().item(), 1) for k in at]
+        for name, p in (("t2i", place), ("i2t", best))
+    }
 
 
 def place_in(scores: Tensor, own: Tensor, image: int) -> Tensor:

@@ -38,7 +38,20 @@ def main() -> None:
     root = options.out / "stores"
     if not (root / "flickr8k" / "CURRENT").exists():
         source = str(options.data / "train-*.tar")
-        subprocess.run([sys.executable, "-m", "tagstore.cli", "ingest", source, "--root", str(root), "--store", "flickr8k"], check=True)
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "tagstore.cli",
+                "ingest",
+                source,
+                "--root",
+                str(root),
+                "--store",
+                "flickr8k",
+            ],
+            check=True,
+        )
     recipe = recipe_of("none", options)
     embed(recipe)
     clock = time.perf_counter()
@@ -49,7 +62,9 @@ def main() -> None:
     while waiting or running:
         while waiting and len(running) < options.parallel:
             arm = waiting.pop(0)
-            running[arm] = subprocess.Popen([sys.executable, *sys.argv, "--arm", arm], env={**os.environ, **threads})
+            running[arm] = subprocess.Popen(
+                [sys.executable, *sys.argv, "--arm", arm], env={**os.environ, **threads}
+            )
         arm, process = next(iter(running.items()))
         if process.wait():
             sys.exit(f"error: arm {arm} failed; its reason is above")
@@ -112,7 +127,10 @@ def run_arm(arm: str, options: argparse.Namespace) -> None:
 
     def show(line: Any) -> None:
         if line.step % 10 == 0 or line.step == 1:
-            print(f"{arm} {line.step}/{recipe.steps}: loss {line.loss:.3f}, {line.samples_a_second:.2f} samples/s", flush=True)
+            print(
+                f"{arm} {line.step}/{recipe.steps}: loss {line.loss:.3f}, {line.samples_a_second:.2f} samples/s",
+                flush=True,
+            )
 
     train(recipe, progress=show)
     model, processor = load_run(options.out / arm)
@@ -122,7 +140,11 @@ def run_arm(arm: str, options: argparse.Namespace) -> None:
         task = load_task(
             "captions",
             TaskOptions(
-                options.data / "test-000.tar", split="test", limit=options.photographs, prompt=recipe.data.prompt, seed=options.seed
+                options.data / "test-000.tar",
+                split="test",
+                limit=options.photographs,
+                prompt=recipe.data.prompt,
+                seed=options.seed,
             ),
         )
         with connect(url) as source:
@@ -133,7 +155,10 @@ def run_arm(arm: str, options: argparse.Namespace) -> None:
 
 def report(options: argparse.Namespace) -> str:
     """Curves and figures as Markdown."""
-    curves = {arm: [json.loads(line) for line in (options.out / arm / "log.jsonl").read_text().splitlines()] for arm in options.arms}
+    curves = {
+        arm: [json.loads(line) for line in (options.out / arm / "log.jsonl").read_text().splitlines()]
+        for arm in options.arms
+    }
     marks = sorted({max(1, round(options.steps * share / 8)) for share in range(1, 9)})
     width = max(1, options.steps // 16)
 
@@ -141,8 +166,13 @@ def report(options: argparse.Namespace) -> str:
         some = [line["loss"] for line in curves[arm] if step - width < line["step"] <= step]
         return sum(some) / len(some)
 
-    lines = ["| arm | " + " | ".join(f"step {step}" for step in marks) + " |", "| --- |" + " --- |" * len(marks)]
-    lines += [f"| {arm} | " + " | ".join(f"{loss(arm, step):.3f}" for step in marks) + " |" for arm in options.arms]
+    lines = [
+        "| arm | " + " | ".join(f"step {step}" for step in marks) + " |",
+        "| --- |" + " --- |" * len(marks),
+    ]
+    lines += [
+        f"| {arm} | " + " | ".join(f"{loss(arm, step):.3f}" for step in marks) + " |" for arm in options.arms
+    ]
     lines += ["", "| arm | tags at the test | CIDEr | BLEU-4 | ROUGE-L |", "| --- | --- | --- | --- | --- |"]
     for arm in options.arms:
         for name in ("own", "without"):
@@ -150,9 +180,14 @@ def report(options: argparse.Namespace) -> str:
             if path.exists():
                 found = {one["name"]: one for one in json.loads(path.read_text())["metrics"]}
                 figures = [
-                    f"{found[m]['value']:.3f} ({found[m]['low']:.3f} to {found[m]['high']:.3f})" for m in ("CIDEr", "BLEU-4", "ROUGE-L")
+                    f"{found[m]['value']:.3f} ({found[m]['low']:.3f} to {found[m]['high']:.3f})"
+                    for m in ("CIDEr", "BLEU-4", "ROUGE-L")
                 ]
-                tags = {"none": "none", "retrieved": "retrieved", "random": "random"}[arm] if name == "own" else "none"
+                tags = (
+                    {"none": "none", "retrieved": "retrieved", "random": "random"}[arm]
+                    if name == "own"
+                    else "none"
+                )
                 lines.append(f"| {arm} | {tags} | " + " | ".join(figures) + " |")
     recipe = recipe_of("none", options)
     seen = recipe.steps * recipe.batch_size
@@ -171,7 +206,9 @@ def put(path: Path, text: str) -> None:
     page = path.read_text(encoding="utf-8")
     if begin not in page:
         page += f"\n## `smol` learns to caption\n\n{begin}\n{end}\n"
-    path.write_text(re.sub(f"{begin}.*{end}", lambda _: f"{begin}\n{text}{end}", page, flags=re.DOTALL), encoding="utf-8")
+    path.write_text(
+        re.sub(f"{begin}.*{end}", lambda _: f"{begin}\n{text}{end}", page, flags=re.DOTALL), encoding="utf-8"
+    )
 
 
 def parser() -> argparse.ArgumentParser:
@@ -188,7 +225,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--parallel", type=int, default=os.cpu_count() or 1, help="arms that run side by side")
     made.add_argument("--quick", action="store_true", help="6 steps on 64 photographs, 8 to test")
     made.add_argument("--docs", type=Path, help="page to write the figures into, such as docs/experiments.md")
-    made.add_argument("--export", type=Path, help="the trained part of the arm `retrieved`: tuna_model/presets/smol/trained.safetensors")
+    made.add_argument(
+        "--export",
+        type=Path,
+        help="the trained part of the arm `retrieved`: tuna_model/presets/smol/trained.safetensors",
+    )
     made.add_argument("--arm", choices=list(ARMS), help=argparse.SUPPRESS)
     return made
 

@@ -140,7 +140,12 @@ def ingest(
             miner = load_miner(miner)
     rules = vocabulary or load_rules()
     about = identity(miner, rules)
-    where = {"path": os.path.abspath(source), "format": format, "columns": asdict(columns), "allow_outside": allow_outside}
+    where = {
+        "path": os.path.abspath(source),
+        "format": format,
+        "columns": asdict(columns),
+        "allow_outside": allow_outside,
+    }
     same = json.dumps([where, about, encoder.fingerprint.digest], sort_keys=True)
     mark = hashlib.sha256(same.encode()).hexdigest()
 
@@ -149,15 +154,21 @@ def ingest(
         with clock("read"):
             resumes = reached is not None and _consume(found, reached, writer)
         if resumes:
-            return _Run(where, about, encoder, miner, rules, writer, reached or Progress(mark), clock, progress).finish(found)
+            return _Run(
+                where, about, encoder, miner, rules, writer, reached or Progress(mark), clock, progress
+            ).finish(found)
     # a fresh start, or another source than the one that was cut off: what that one staged is swept away
     with Writer(root, store, encoder.fingerprint, sync=sync) as writer:
         try:
-            return _Run(where, about, encoder, miner, rules, writer, Progress(mark), clock, progress).finish(pairs() if reached else found)
+            return _Run(where, about, encoder, miner, rules, writer, Progress(mark), clock, progress).finish(
+                pairs() if reached else found
+            )
         except InvalidInput:
             if writer.parent is None:
                 with writing(f"store '{store}'"):
-                    shutil.rmtree(writer.directory)  # a source of which nothing can be used leaves no empty store behind
+                    shutil.rmtree(
+                        writer.directory
+                    )  # a source of which nothing can be used leaves no empty store behind
             raise
 
 
@@ -190,7 +201,18 @@ def ingest_pairs(
     where = {"stream": source}
     with Writer(root, store, encoder.fingerprint, sync=sync) as writer:
         try:
-            run = _Run(where, identity(miner, rules), encoder, miner, rules, writer, Progress(""), clock, lambda stage, done: None, settled)
+            run = _Run(
+                where,
+                identity(miner, rules),
+                encoder,
+                miner,
+                rules,
+                writer,
+                Progress(""),
+                clock,
+                lambda stage, done: None,
+                settled,
+            )
             return run.finish(iter(pairs))
         except Exception:
             if writer.parent is None:
@@ -219,7 +241,9 @@ class _Run:
         self.writer, self.progress, self.clock, self.advance = writer, progress, clock, advance
         self.settled = settled
         self.same_miner = writer.parent is not None and writer.parent.miner == about
-        self.report = Report(writer.name, writer.parent.number if writer.parent else 0, resumed=progress.pairs)
+        self.report = Report(
+            writer.name, writer.parent.number if writer.parent else 0, resumed=progress.pairs
+        )
 
     @property
     def _name(self) -> str:
@@ -235,8 +259,14 @@ class _Run:
                 self._take(batch)
         report.pairs, report.added, report.unchanged = progress.pairs, progress.added, progress.unchanged
         if not report.added and not writer.parent:
-            first = f"{r.key}: {r.reason}" if (r := next(iter(report.quarantined), None)) else "the source is empty"
-            raise InvalidInput(f"none of the {report.pairs} pairs of {self._name} can be used; the first: {first}")
+            first = (
+                f"{r.key}: {r.reason}"
+                if (r := next(iter(report.quarantined), None))
+                else "the source is empty"
+            )
+            raise InvalidInput(
+                f"none of the {report.pairs} pairs of {self._name} can be used; the first: {first}"
+            )
         if report.added:
             while texts := writer.new_tags(limit=4096):
                 with self.clock("embed tags"):
@@ -245,10 +275,16 @@ class _Run:
                     writer.embed_tags(vectors)
                 self.advance("tags", len(texts))
             with self.clock("commit"):
-                version = writer.commit(operation="ingest", source=self.source, miner=self.about, indexer=faiss_index.extend)
+                version = writer.commit(
+                    operation="ingest", source=self.source, miner=self.about, indexer=faiss_index.extend
+                )
             report.version = version.number
         if writer.parent:
-            report.entries, report.tags, report.unique_tags = writer.parent.entries, writer.parent.tags, writer.parent.unique_tags
+            report.entries, report.tags, report.unique_tags = (
+                writer.parent.entries,
+                writer.parent.tags,
+                writer.parent.unique_tags,
+            )
         report.seconds = self.clock.seconds()
         return report
 
@@ -256,7 +292,9 @@ class _Run:
         rejected = [item for _, item in batch if isinstance(item, Rejected)]
         good = [item for _, item in batch if isinstance(item, _Prepared)]
         with self.clock("store"):
-            admitted, duplicates, unchanged = self.writer.admit([item.draft for item in good], same_miner=self.same_miner)
+            admitted, duplicates, unchanged = self.writer.admit(
+                [item.draft for item in good], same_miner=self.same_miner
+            )
         rejected += duplicates
         kept = {id(draft) for draft in admitted}
         good = [item for item in good if id(item.draft) in kept]
@@ -265,7 +303,9 @@ class _Run:
             with self.clock("embed"):
                 vectors = self.encoder.encode_images(np.stack([item.pixels for item in good]))
             with self.clock("mine"):
-                mined = [self.rules.apply(merge(tags)) for tags in self.miner.mine(item.pair for item in good)]
+                mined = [
+                    self.rules.apply(merge(tags)) for tags in self.miner.mine(item.pair for item in good)
+                ]
         progress = self.progress
         progress.pairs += len(batch)
         progress.added += len(good)
@@ -277,9 +317,13 @@ class _Run:
         for refused in rejected:
             self._note(refused)
         self.advance("pairs", len(batch))
-        self._settle(batch, {item.draft.key for item in good}, {refused.key: refused.reason for refused in rejected})
+        self._settle(
+            batch, {item.draft.key for item in good}, {refused.key: refused.reason for refused in rejected}
+        )
 
-    def _settle(self, batch: list[tuple[bytes, _Prepared | Rejected]], new: set[str], refusals: Mapping[str, str]) -> None:
+    def _settle(
+        self, batch: list[tuple[bytes, _Prepared | Rejected]], new: set[str], refusals: Mapping[str, str]
+    ) -> None:
         results: list[tuple[str, Outcome, str]] = []
         for _, item in batch:
             key = item.key if isinstance(item, Rejected) else item.draft.key
@@ -300,7 +344,9 @@ class _Run:
             report.quarantined.append(refused)
         log.info("quarantined %s: %s", refused.key, refused.reason)
 
-    def _batches(self, pairs: Iterator[Pair | Rejected], pool: ThreadPoolExecutor) -> Iterator[list[tuple[bytes, _Prepared | Rejected]]]:
+    def _batches(
+        self, pairs: Iterator[Pair | Rejected], pool: ThreadPoolExecutor
+    ) -> Iterator[list[tuple[bytes, _Prepared | Rejected]]]:
         """Batches in order, the next one in the making while the caller works on one."""
 
         # an entry's origin is told from the source's folder on; the version says which that is

@@ -18,7 +18,10 @@ def write_llava(folder: Path, count: int = 18) -> Path:
         colour, shape, shift = COLOURS[i % 6], SHAPES[i // 6 % 3], i // 18 - 6
         name = f"images/{i}.png"
         (folder / name).write_bytes(picture(colour, shape, shift=shift))
-        turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": f"A {colour} {shape}."}]
+        turns = [
+            {"from": "human", "value": "<image>\nWhat is it?"},
+            {"from": "gpt", "value": f"A {colour} {shape}."},
+        ]
         records.append({"id": str(i), "image": name, "conversations": turns})
     (folder / "data.json").write_text(json.dumps(records))
     return folder / "data.json"
@@ -31,7 +34,11 @@ def write_shard(path: Path, count: int = 18) -> Path:
             colour, shape = COLOURS[i % 6], SHAPES[i // 6 % 3]
             captions = [f"A {colour} {shape}.", f"One {shape} in {colour}."]
             record = {"captions": captions, "split": "test" if i >= count * 2 // 3 else "train"}
-            members = {"png": picture(colour, shape), "txt": captions[0].encode(), "json": json.dumps(record).encode()}
+            members = {
+                "png": picture(colour, shape),
+                "txt": captions[0].encode(),
+                "json": json.dumps(record).encode(),
+            }
             for suffix, data in members.items():
                 member = tarfile.TarInfo(f"{colour}-{shape}-{i}.{suffix}")
                 member.size = len(data)

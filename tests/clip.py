@@ -11,10 +11,18 @@ from transformers import CLIPConfig, CLIPModel
 from tuna_model import presets
 
 
-def write_clip(directory: Path, *, seed: int = 0, activation: str = "quick_gelu", **preprocess: object) -> Path:
+def write_clip(
+    directory: Path, *, seed: int = 0, activation: str = "quick_gelu", **preprocess: object
+) -> Path:
     """Three layers 32 wide, pictures of 28 pixels in 4 patches, vectors of 16 dimensions, a tokenizer of bytes."""
     directory.mkdir(parents=True, exist_ok=True)
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "hidden_act": activation}
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "hidden_act": activation,
+    }
     ids = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 257}
     config = CLIPConfig(
         vision_config={**shape, "image_size": 28, "patch_size": 14, "projection_dim": 16},
@@ -27,7 +35,9 @@ def write_clip(directory: Path, *, seed: int = 0, activation: str = "quick_gelu"
     # CLIP reads a text's vector at its end token
     from tokenizers.processors import TemplateProcessing
 
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 256), ("</s>", 257)])
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 256), ("</s>", 257)]
+    )
     tokenizer.save_pretrained(directory)
     stored = {
         "image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28},

@@ -33,7 +33,12 @@ def shapes_root(tmp_path_factory: pytest.TempPathFactory, mini) -> Path:
     from tagstore.ingest import ingest
 
     root = tmp_path_factory.mktemp("root")
-    ingest(str(write_shapes(tmp_path_factory.mktemp("source") / "shapes")), root=root, store="shapes", encoder=mini)
+    ingest(
+        str(write_shapes(tmp_path_factory.mktemp("source") / "shapes")),
+        root=root,
+        store="shapes",
+        encoder=mini,
+    )
     return root
 
 
@@ -81,7 +86,11 @@ def no_thread_left_behind() -> Iterator[None]:
     """A test that leaves a non-daemon thread running would hang the run at its end."""
     before = set(threading.enumerate())
     yield
-    left = [t for t in threading.enumerate() if t not in before and not t.daemon and not t.name.startswith(("decode", "rpc", "scan"))]
+    left = [
+        t
+        for t in threading.enumerate()
+        if t not in before and not t.daemon and not t.name.startswith(("decode", "rpc", "scan"))
+    ]
     for thread in left:
         thread.join(30)  # gRPC's own end a moment after a server has stopped
     assert not [thread for thread in left if thread.is_alive()]

@@ -66,7 +66,9 @@ def draft(key: str, serial: int) -> Draft:
     texts = sorted({f"tag {serial % 7}", f"tag {serial % 31}", f"rare {serial // 3}"})
     tags = tuple(MergedTag(t, "object", t, 1.0, 1, ((0, 0, 4),)) for t in texts)
     digest = sha256(f"{serial}".encode()).digest()
-    return Draft(key, digest, serial, (f"picture {serial:08d}",), tags, {"serial": serial}, f"file {serial:08d}")
+    return Draft(
+        key, digest, serial, (f"picture {serial:08d}",), tags, {"serial": serial}, f"file {serial:08d}"
+    )
 
 
 def vectors_of(space: str, serials: list[int]) -> Vectors:
@@ -85,14 +87,26 @@ def ingest(root: Path, operation: Operation) -> dict[str, Any]:
             done += len(batch)
             if done <= resumed:
                 continue
-            admitted, rejected, unchanged = writer.admit([draft(key, serial) for key, serial in batch], same_miner=True)
+            admitted, rejected, unchanged = writer.admit(
+                [draft(key, serial) for key, serial in batch], same_miner=True
+            )
             progress.pairs += len(batch)
             progress.added += len(admitted)
             progress.unchanged += unchanged
-            writer.append(admitted, vectors_of(space, [d.perceptual_hash for d in admitted]), rejected=rejected, progress=progress)
+            writer.append(
+                admitted,
+                vectors_of(space, [d.perceptual_hash for d in admitted]),
+                rejected=rejected,
+                progress=progress,
+            )
         if progress.added:
             _embed_tags(writer, space)
-            writer.commit(operation="ingest", source={"identity": operation["identity"]}, miner={"name": "toy"}, indexer=faiss_index.extend)
+            writer.commit(
+                operation="ingest",
+                source={"identity": operation["identity"]},
+                miner={"name": "toy"},
+                indexer=faiss_index.extend,
+            )
         return {"version": writer.parent.number if writer.parent else 0, "resumed": resumed}
 
 
@@ -110,7 +124,9 @@ def reembed(root: Path, operation: Operation) -> dict[str, Any]:
         random.Random(len(entries)).shuffle(entries)
         for start in range(0, len(entries), 16):
             some = entries[start : start + 16]
-            writer.put_vectors([e.entry_id for e in some], vectors_of(space, [e.perceptual_hash for e in some]))
+            writer.put_vectors(
+                [e.entry_id for e in some], vectors_of(space, [e.perceptual_hash for e in some])
+            )
         _embed_tags(writer, space)
         return {"version": writer.commit(operation="reembed", indexer=faiss_index.extend).number}
 
@@ -134,7 +150,14 @@ def bundle(root: Path, operation: Operation) -> dict[str, Any]:
     return {"version": Store(root, NAME).state()["current"], "sha256": info.sha256}
 
 
-OPERATIONS = {"ingest": ingest, "delete": delete, "reembed": reembed, "rollback": rollback, "compact": shrink, "export": bundle}
+OPERATIONS = {
+    "ingest": ingest,
+    "delete": delete,
+    "reembed": reembed,
+    "rollback": rollback,
+    "compact": shrink,
+    "export": bundle,
+}
 
 
 def child() -> None:
@@ -203,20 +226,40 @@ class Model:
 def draw(rng: random.Random, model: Model, serial: Iterator[int], bundles: Path) -> Operation:
     """The next operation; bundles are written to a directory."""
     space, content = model.content
-    kind = rng.choices(["ingest", "delete", "rollback", "reembed", "compact", "export"], [10, 3, 2, 1, 2, 2])[0] if content else "ingest"
+    kind = (
+        rng.choices(["ingest", "delete", "rollback", "reembed", "compact", "export"], [10, 3, 2, 1, 2, 2])[0]
+        if content
+        else "ingest"
+    )
     if kind == "delete":
-        return {"operation": "delete", "keys": rng.sample(sorted(content), min(len(content), rng.randint(1, 8)))}
+        return {
+            "operation": "delete",
+            "keys": rng.sample(sorted(content), min(len(content), rng.randint(1, 8))),
+        }
     if kind == "rollback":
         return {"operation": "rollback", "to": rng.choice(sorted(model.versions))}
     if kind == "reembed":
         return {"operation": "reembed", "space": "second" if space == "first" else "first"}
     if kind == "export":
-        return {"operation": "export", "of": rng.choice(sorted(model.versions)), "path": str(bundles / f"{next(serial)}.bundle")}
+        return {
+            "operation": "export",
+            "of": rng.choice(sorted(model.versions)),
+            "path": str(bundles / f"{next(serial)}.bundle"),
+        }
     if kind == "compact":
         return {"operation": "compact", "keep": rng.choice([None, 1, 2, 5])}
-    batches = [[(f"key-{rng.randrange(400):05d}", next(serial)) for _ in range(rng.randint(1, 24))] for _ in range(rng.randint(1, 4))]
+    batches = [
+        [(f"key-{rng.randrange(400):05d}", next(serial)) for _ in range(rng.randint(1, 24))]
+        for _ in range(rng.randint(1, 4))
+    ]
     identity = f"source {next(serial)}"
-    return {"operation": "ingest", "space": space, "identity": identity, "batches": batches, "sync": rng.choice(["full", "batch"])}
+    return {
+        "operation": "ingest",
+        "space": space,
+        "identity": identity,
+        "batches": batches,
+        "sync": rng.choice(["full", "batch"]),
+    }
 
 
 # 4. Looking at a store as it was left.
@@ -248,13 +291,19 @@ def look(root: Path, *, close: bool) -> tuple[Model, list[str]]:
                 expected.metadata,
                 expected.origin,
             )
-            if not same or carried != [t.text for t in expected.tags] or snapshot.find(entry.key) != entry.entry_id:
+            if (
+                not same
+                or carried != [t.text for t in expected.tags]
+                or snapshot.find(entry.key) != entry.entry_id
+            ):
                 wrong.append(f"version {version.number}: entry {entry.entry_id} is not what was put in")
         ids = snapshot.live()
         expected_vectors = vectors_of(space, [e.perceptual_hash for e in entries])
         if not np.array_equal(snapshot.vectors(ids), expected_vectors):
             wrong.append(f"version {version.number}: vectors are not those put in")
-        if tags and not np.array_equal(snapshot.embeddings(np.array(tags)), np.stack([unit(space, texts[i]) for i in tags])):
+        if tags and not np.array_equal(
+            snapshot.embeddings(np.array(tags)), np.stack([unit(space, texts[i]) for i in tags])
+        ):
             wrong.append(f"version {version.number}: tag embeddings are not those put in")
         nearest = faiss_index.FaissIndex(snapshot).search(expected_vectors, 1) if entries else ids[:, None]
         if not np.array_equal(nearest[:, 0], ids):
@@ -269,7 +318,12 @@ def orphans(root: Path) -> list[str]:
     """Files that no version needs, after the next writer has been there."""
     with Writer(root, NAME, SPACES["first"], new_space=True) as writer:
         store = writer.store
-        needed = {store.generation / "data.mdb", store.generation / "lock.mdb", root / NAME / "CURRENT", root / NAME / "writer.lock"}
+        needed = {
+            store.generation / "data.mdb",
+            store.generation / "lock.mdb",
+            root / NAME / "CURRENT",
+            root / NAME / "writer.lock",
+        }
         needed |= {store.index_directory / f["file"] for v in store.versions() for f in v.index["files"]}
         return [str(path) for path in (root / NAME).rglob("*") if path.is_file() and path not in needed]
 
@@ -304,7 +358,11 @@ class _Child:
     def __init__(self, shim: Path | None) -> None:
         preload = {"LD_PRELOAD": str(shim)} if shim else {}
         self.process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, env={**os.environ, **preload}
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+            env={**os.environ, **preload},
         )
         self._buffer = b""
 
@@ -343,7 +401,9 @@ class _Child:
 class Harness:
     """Rounds on stores under a directory, each until the child's death."""
 
-    def __init__(self, directory: Path, seed: int, *, ways: tuple[str, ...] = WAYS, rounds_per_store: int = 10) -> None:
+    def __init__(
+        self, directory: Path, seed: int, *, ways: tuple[str, ...] = WAYS, rounds_per_store: int = 10
+    ) -> None:
         self.directory, self.rng, self.rounds_per_store = directory, random.Random(seed), rounds_per_store
         self.shim = build_shim(directory) if set(ways) & set(_MODES) else None
         self.ways = tuple(way for way in ways if way not in _MODES or self.shim)
@@ -391,7 +451,11 @@ class Harness:
         while True:
             # the user whose operation was cut off asks for it again, or for something else
             again, self.interrupted = self.interrupted, None
-            operation = again if again and self.rng.random() < 0.6 else draw(self.rng, self.model, self.serial, self.bundles)
+            operation = (
+                again
+                if again and self.rng.random() < 0.6
+                else draw(self.rng, self.model, self.serial, self.bundles)
+            )
             current.send({**operation, "root": str(self.root)})
             answer = current.receive(end - time.monotonic())
             if answer is None:
@@ -404,9 +468,13 @@ class Harness:
             if "failed" in answer:
                 kind = answer["failed"].partition(":")[0]
                 if failed or way not in ("ENOSPC", "EIO"):
-                    figures.lost.append(f"{operation['operation']} failed though the disk was sound: {answer['failed']}")
+                    figures.lost.append(
+                        f"{operation['operation']} failed though the disk was sound: {answer['failed']}"
+                    )
                 if kind != "WriteFailed":
-                    figures.lost.append(f"{operation['operation']} on a failing disk did not raise WriteFailed: {answer['failed']}")
+                    figures.lost.append(
+                        f"{operation['operation']} on a failing disk did not raise WriteFailed: {answer['failed']}"
+                    )
                 failed = True
                 figures.refused[f"{way}: {kind}"] += 1
                 self._resolve(operation, close=False)
@@ -419,7 +487,9 @@ class Harness:
                 figures.went_on += failed
                 after_failure -= failed
                 if answer["version"] != self.model.current:
-                    figures.lost.append(f"{operation['operation']} was acknowledged as {answer['version']}, not {self.model.current}")
+                    figures.lost.append(
+                        f"{operation['operation']} was acknowledged as {answer['version']}, not {self.model.current}"
+                    )
             if self._spare or figures.lost or not after_failure:
                 current.end() if not self._spare else None
                 self._spare = self._spare or _Child(self.shim)
@@ -434,13 +504,21 @@ class Harness:
             return
         found = sha256(path.read_bytes()).hexdigest()
         if number not in self.bundle_sha256:
-            self.bundle_sha256[number] = said or export(self.root, NAME, self.bundles / "again.bundle", version=number).sha256
+            self.bundle_sha256[number] = (
+                said or export(self.root, NAME, self.bundles / "again.bundle", version=number).sha256
+            )
         if found != self.bundle_sha256[number] or said not in (None, found):
             self.figures.lost.append(f"the bundle of version {number} is not what it was: {path}")
 
     def _arm(self, way: str) -> list[int]:
         code = {"ENOSPC": errno.ENOSPC, "EIO": errno.EIO}.get(way, 0)
-        return [_MODES[way], self.rng.randrange(160), self.rng.choice([1, 1, 3, 10_000]), code, self.rng.randrange(1 << 30)]
+        return [
+            _MODES[way],
+            self.rng.randrange(160),
+            self.rng.choice([1, 1, 3, 10_000]),
+            code,
+            self.rng.randrange(1 << 30),
+        ]
 
     def _resolve(self, operation: Operation | None, *, close: bool) -> None:
         """Look at the store; it must be as acknowledged, with or without the operation in flight."""
@@ -455,7 +533,9 @@ class Harness:
             self.interrupted = operation
             self.figures.in_flight["committed" if found == candidate != self.model else "not there"] += 1
         if found not in (self.model, candidate):
-            self.figures.lost.append(f"the store holds {_brief(found)}, acknowledged is {_brief(self.model)}, in flight was {operation}")
+            self.figures.lost.append(
+                f"the store holds {_brief(found)}, acknowledged is {_brief(self.model)}, in flight was {operation}"
+            )
         self.model = found
 
 
@@ -470,7 +550,9 @@ def build_shim(directory: Path) -> Path | None:
         return None
     target = directory / "crash_shim.so"
     source = Path(__file__).with_name("crash_shim.c")
-    subprocess.run([compiler, "-O1", "-shared", "-fPIC", "-o", target, source, "-ldl", "-lpthread"], check=True)
+    subprocess.run(
+        [compiler, "-O1", "-shared", "-fPIC", "-o", target, source, "-ldl", "-lpthread"], check=True
+    )
     return target
 
 

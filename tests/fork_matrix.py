@@ -31,7 +31,10 @@ class Samples:
         return SAMPLES
 
     def __getitem__(self, index: int) -> dict[str, object]:
-        return {"index": index, "vector": np.random.default_rng(index).standard_normal(self.dimension).astype(np.float32)}
+        return {
+            "index": index,
+            "vector": np.random.default_rng(index).standard_normal(self.dimension).astype(np.float32),
+        }
 
 
 def outcome(batch: list[dict[str, object]]) -> list[tuple[object, int, bool]]:
@@ -39,12 +42,20 @@ def outcome(batch: list[dict[str, object]]) -> list[tuple[object, int, bool]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("url")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--combinations", nargs="*", default=[f"{m}:{w}" for m in ("fork", "spawn", "forkserver") for w in (0, 2, 8)])
-    parser.add_argument("--hang", type=float, default=120.0, help="seconds after which a combination counts as hanging")
+    parser.add_argument(
+        "--combinations",
+        nargs="*",
+        default=[f"{m}:{w}" for m in ("fork", "spawn", "forkserver") for w in (0, 2, 8)],
+    )
+    parser.add_argument(
+        "--hang", type=float, default=120.0, help="seconds after which a combination counts as hanging"
+    )
     arguments = parser.parse_args()
     from torch.multiprocessing import get_context
     from torch.utils.data import DataLoader
@@ -66,10 +77,18 @@ def main() -> None:
     asking = [threading.Thread(target=keep_asking, args=(i,), daemon=True) for i in range(2)]
     for thread in asking:
         thread.start()
-    dataset = TagPrefetcher(Samples(info.fingerprint.dimension), source, vector="vector", fingerprint=info.fingerprint, into="tags")
+    dataset = TagPrefetcher(
+        Samples(info.fingerprint.dimension),
+        source,
+        vector="vector",
+        fingerprint=info.fingerprint,
+        into="tags",
+    )
     asked = 0
     for number in range(arguments.rounds):
-        for method, workers in ((m, int(w)) for m, _, w in (c.partition(":") for c in arguments.combinations)):
+        for method, workers in (
+            (m, int(w)) for m, _, w in (c.partition(":") for c in arguments.combinations)
+        ):
             for persistent in (False, True) if workers else (False,):
                 faulthandler.dump_traceback_later(arguments.hang, exit=True)
                 start = time.perf_counter()
@@ -84,7 +103,9 @@ def main() -> None:
                 )
                 for _ in range(arguments.epochs):
                     seen = sorted(item for batch in loader for item in batch)
-                    if [i for i, _, _ in seen] != list(range(SAMPLES)) or any(not tags or degraded for _, tags, degraded in seen):
+                    if [i for i, _, _ in seen] != list(range(SAMPLES)) or any(
+                        not tags or degraded for _, tags, degraded in seen
+                    ):
                         sys.exit(f"{method}, {workers} workers: samples are missing or degraded: {seen}")
                     asked += SAMPLES
                 del loader

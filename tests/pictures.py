@@ -57,7 +57,10 @@ class ToyEncoder(Encoder):
         return flat / np.linalg.norm(flat, axis=1, keepdims=True)
 
     def encode_texts(self, texts):
-        digests = [np.frombuffer(sha256(text.encode()).digest()[:8], np.uint8).astype(np.float32) + 1 for text in texts]
+        digests = [
+            np.frombuffer(sha256(text.encode()).digest()[:8], np.uint8).astype(np.float32) + 1
+            for text in texts
+        ]
         return np.stack([digest / np.linalg.norm(digest) for digest in digests])
 
 
@@ -69,6 +72,8 @@ def write_table(folder: Path) -> Path:
     for i in range(200):
         colour, shape = COLOURS[i % 6], SHAPES[i // 6 % 3]
         (folder / f"{colour}-{shape}.png").write_bytes(picture(colour, shape))
-        rows.append(f"{i if i != 150 else 20},{'broken' if i == 70 else f'{colour}-{shape}'}.png,A {colour} {shape} number {i}.")
+        rows.append(
+            f"{i if i != 150 else 20},{'broken' if i == 70 else f'{colour}-{shape}'}.png,A {colour} {shape} number {i}."
+        )
     (folder / "items.csv").write_text("\n".join(rows))
     return folder / "items.csv"

@@ -26,7 +26,9 @@ def fails(code: grpc.StatusCode, retry_after_ms: int = 0) -> Behaviour:
 class Scripted(pb_grpc.TagStoreServicer):
     """Does one behaviour a call, then answers for ever. Each query gets a tag with the server's name."""
 
-    def __init__(self, name: str = "one", *script: Behaviour, tls: tuple[tuple[bytes, bytes], bytes] | None = None) -> None:
+    def __init__(
+        self, name: str = "one", *script: Behaviour, tls: tuple[tuple[bytes, bytes], bytes] | None = None
+    ) -> None:
         """`tls`: key and certificate chain, and the authority of clients' certificates."""
         self.name, self.script = name, list(script)
         self.calls = 0
@@ -42,11 +44,16 @@ class Scripted(pb_grpc.TagStoreServicer):
 
     def start(self) -> None:
         self._server = grpc.server(
-            ThreadPoolExecutor(8), options=[("grpc.so_reuseport", 0), ("grpc.http2.min_ping_interval_without_data_ms", 10)]
+            ThreadPoolExecutor(8),
+            options=[("grpc.so_reuseport", 0), ("grpc.http2.min_ping_interval_without_data_ms", 10)],
         )
         pb_grpc.add_TagStoreServicer_to_server(self, self._server)
         address = f"127.0.0.1:{self.port}"
-        self.port = self._server.add_secure_port(address, self._tls) if self._tls else self._server.add_insecure_port(address)
+        self.port = (
+            self._server.add_secure_port(address, self._tls)
+            if self._tls
+            else self._server.add_insecure_port(address)
+        )
         self._server.start()
 
     def stop(self) -> None:
@@ -63,18 +70,30 @@ class Scripted(pb_grpc.TagStoreServicer):
         if self.script:
             self.script.pop(0)(context)
         count = len(request.images) or len(request.vectors.data) // (4 * (request.vectors.dimension or 1))
-        answer = pb.Retrieval(tags=[pb.RetrievedTag(tag_id=1, tag=self.name, kind=pb.KIND_OBJECT, votes=1)], excluded=2)
-        return pb.RetrieveResponse(store=request.store, version=request.version or 1, fingerprint="f", retrievals=[answer] * count)
+        answer = pb.Retrieval(
+            tags=[pb.RetrievedTag(tag_id=1, tag=self.name, kind=pb.KIND_OBJECT, votes=1)], excluded=2
+        )
+        return pb.RetrieveResponse(
+            store=request.store, version=request.version or 1, fingerprint="f", retrievals=[answer] * count
+        )
 
     def GetTags(self, request: pb.GetTagsRequest, context: grpc.ServicerContext) -> pb.GetTagsResponse:  # noqa: N802
         self.calls += 1
         if self.script:
             self.script.pop(0)(context)
         tags = [pb.TagInfo(tag_id=i, text=f"tag {i}", kind=pb.KIND_OBJECT, count=1) for i in request.tag_ids]
-        vectors = pb.Vectors(data=b"\x00\x3c" * len(tags), dimension=1, dtype=pb.DTYPE_FLOAT16) if request.embeddings else None
-        return pb.GetTagsResponse(store=request.store, version=request.version or 1, tags=tags, embeddings=vectors)
+        vectors = (
+            pb.Vectors(data=b"\x00\x3c" * len(tags), dimension=1, dtype=pb.DTYPE_FLOAT16)
+            if request.embeddings
+            else None
+        )
+        return pb.GetTagsResponse(
+            store=request.store, version=request.version or 1, tags=tags, embeddings=vectors
+        )
 
     def GetStore(self, request: pb.GetStoreRequest, context: grpc.ServicerContext) -> pb.GetStoreResponse:  # noqa: N802
         fingerprint = pb.Fingerprint(model="m", weights="w", preprocess="{}", dimension=2)
-        info = pb.StoreInfo(store=request.store, version=request.version or 1, fingerprint=fingerprint, index="{}")
+        info = pb.StoreInfo(
+            store=request.store, version=request.version or 1, fingerprint=fingerprint, index="{}"
+        )
         return pb.GetStoreResponse(store=info)

@@ -17,7 +17,12 @@ from tagstore_proto.v1 import tagstore_pb2 as pb
 
 def vector_request(mini, seed: int = 0, **fields) -> pb.RetrieveRequest:
     vectors = np.random.default_rng(seed).standard_normal((1, mini.dimension)).astype(np.float32)
-    return pb.RetrieveRequest(store="shapes", vectors=convert.vectors_to_proto(vectors), fingerprint=mini.fingerprint.digest, **fields)
+    return pb.RetrieveRequest(
+        store="shapes",
+        vectors=convert.vectors_to_proto(vectors),
+        fingerprint=mini.fingerprint.digest,
+        **fields,
+    )
 
 
 class Held:
@@ -39,6 +44,8 @@ class Held:
 
 
 def limited(root: Path, cores: int = 1, **limits) -> Server:
-    server = Server(root, "127.0.0.1:0", device="cpu", settings=Settings(cores=cores, limits=Limits(**limits)))
+    server = Server(
+        root, "127.0.0.1:0", device="cpu", settings=Settings(cores=cores, limits=Limits(**limits))
+    )
     server.start()
     return server

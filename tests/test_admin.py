@@ -29,7 +29,12 @@ def root(tmp_path_factory: pytest.TempPathFactory, mini) -> Path:
     from tagstore.ingest import ingest
 
     root = tmp_path_factory.mktemp("admin")
-    ingest(str(write_shapes(tmp_path_factory.mktemp("source") / "shapes")), root=root, store="shapes", encoder=mini)
+    ingest(
+        str(write_shapes(tmp_path_factory.mktemp("source") / "shapes")),
+        root=root,
+        store="shapes",
+        encoder=mini,
+    )
     return root
 
 
@@ -43,7 +48,13 @@ def address(root: Path) -> Iterator[str]:
 
 def pairs(n: int) -> Iterator[Pair | Rejected]:
     for i in range(n):
-        yield Pair(f"new-{i}", picture("black", "circle", shift=i), (f"A black hole in place {i}.",), {"n": i}, f"pairs:{i}")
+        yield Pair(
+            f"new-{i}",
+            picture("black", "circle", shift=i),
+            (f"A black hole in place {i}.",),
+            {"n": i},
+            f"pairs:{i}",
+        )
 
 
 def test_pairs_become_a_version_and_each_is_answered(address: str, root: Path) -> None:
@@ -96,7 +107,11 @@ def test_delete_rollback_versions_and_diff(address: str, root: Path) -> None:
         assert admin.diff(first, first + 1).removed == ["red-circle"]
         assert ("red circle", "attribute", 1, 0) in admin.diff(first, first + 1).tags
         rolled = admin.rollback(first)
-        assert (rolled.number, rolled.entries, rolled.fingerprint) == (first + 2, version.entries + 1, source.info().fingerprint)
+        assert (rolled.number, rolled.entries, rolled.fingerprint) == (
+            first + 2,
+            version.entries + 1,
+            source.info().fingerprint,
+        )
         assert source.retrieve([picture("red", "circle")], k=1)[0].neighbours[0].key == "red-circle"
         with pytest.raises(errors.NotFound, match="no entry"):
             admin.delete(keys=["nobody"])
@@ -110,7 +125,11 @@ def test_an_index_is_built_with_progress_and_its_report(address: str, root: Path
     with administer(f"grpc://{address}/shapes") as admin, connect(f"grpc://{address}/shapes") as source:
         before = source.retrieve([picture("red", "circle")], k=3)[0]
         version, report = admin.build_index(progress=said.append, kind="hnsw", recall=0.9)
-        assert (version.operation, report["version"], report["index"]["kind"]) == ("build-index", version.number, "hnsw")
+        assert (version.operation, report["version"], report["index"]["kind"]) == (
+            "build-index",
+            version.number,
+            "hnsw",
+        )
         assert said
         after = source.retrieve([picture("red", "circle")], k=3)[0]
         assert (after.version, after.neighbours) == (version.number, before.neighbours)
@@ -129,7 +148,10 @@ def test_another_writer_is_busy(address: str, root: Path) -> None:
 
 
 def test_a_store_that_is_unloaded_is_not_served_until_it_is_loaded(address: str) -> None:
-    with administer(f"grpc://{address}/shapes") as admin, connect(f"grpc://{address}/shapes", retries=0) as source:
+    with (
+        administer(f"grpc://{address}/shapes") as admin,
+        connect(f"grpc://{address}/shapes", retries=0) as source,
+    ):
         entries = source.info().entries
         admin.unload()
         with pytest.raises(errors.NotFound, match="not loaded"):
@@ -180,6 +202,8 @@ def test_the_commands_take_a_servers_url(address: str, root: Path, tmp_path: Pat
     assert "deleted 1 entries" in run("delete", url, "--key", "red-circle")
     assert "red-circle" in run("diff", url, "1", "2")
     assert "holds what typed@1 held" in run("rollback", url, "1")
-    assert run("versions", url, "--json") == run("versions", f"file://{root}/typed", "--json") or "rollback" in run("versions", url)
+    assert run("versions", url, "--json") == run(
+        "versions", f"file://{root}/typed", "--json"
+    ) or "rollback" in run("versions", url)
     run("unload", url)
     assert "typed@3 is served" in run("load", url)

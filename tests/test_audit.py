@@ -23,7 +23,9 @@ class Believer(PipelineAnswerer):
     def answer(self, questions, *, max_new_tokens, tags=None):
         assert tags is not None
         return [
-            Answer("yes" if any(question.truth["object"] in text for text in some.texts) else "no", some.texts)
+            Answer(
+                "yes" if any(question.truth["object"] in text for text in some.texts) else "no", some.texts
+            )
             for question, some in zip(questions, tags, strict=True)
         ]
 
@@ -43,8 +45,17 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i, colour in enumerate(COLOURS):
         (folder / f"{colour}.png").write_bytes(picture(colour, "circle", size=90))
         for thing, label in ((colour, "yes"), (COLOURS[(i + 1) % 6], "no")):
-            lines.append({"image": f"{colour}.png", "text": f"Is there a {thing} in the image?", "label": label, "object": thing})
-    (folder / "q.jsonl").write_text("".join(json.dumps({"question_id": i, **line}) + "\n" for i, line in enumerate(lines)))
+            lines.append(
+                {
+                    "image": f"{colour}.png",
+                    "text": f"Is there a {thing} in the image?",
+                    "label": label,
+                    "object": thing,
+                }
+            )
+    (folder / "q.jsonl").write_text(
+        "".join(json.dumps({"question_id": i, **line}) + "\n" for i, line in enumerate(lines))
+    )
     return folder / "q.jsonl"
 
 
@@ -57,7 +68,9 @@ def tuna(shapes_root: Path):
 
 def test_a_believer_is_found_out(questions: Path, tuna: Pipeline, tmp_path: Path):
     task = load_task("pope", TaskOptions(questions, resamples=50))
-    report = audit(task, Believer(tuna, name="believer", store="file://x"), tuna.source, rate=0.5, batch_size=5)
+    report = audit(
+        task, Believer(tuna, name="believer", store="file://x"), tuna.source, rate=0.5, batch_size=5
+    )
     assert tuple(report.scores) == CONDITIONS
     assert report.metric == "accuracy"
     assert report.scores["none"].value == 0.5  # no tags, so it says no

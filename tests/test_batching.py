@@ -53,7 +53,14 @@ def test_what_comes_while_it_is_busy_becomes_one_batch_by_key() -> None:
             waiting(batcher, i)
         for _ in range(4):
             work.go.release()
-        assert [f.result(5)[:2] for f in (first, *others)] == [("a", 0), ("a", 1), ("b", 2), ("a", 3), ("a", 4), ("a", 5)]
+        assert [f.result(5)[:2] for f in (first, *others)] == [
+            ("a", 0),
+            ("a", 1),
+            ("b", 2),
+            ("a", 3),
+            ("a", 4),
+            ("a", 5),
+        ]
     assert work.batches == [[0], [1, 3, 4], [2], [5]]
     assert batcher.depth == 0
 
@@ -111,7 +118,9 @@ def test_a_queue_that_is_too_long_refuses_and_says_when_to_come_again() -> None:
 
 
 def test_many_threads_get_each_their_own_result() -> None:
-    batcher = Batcher(lambda key, items: [(key, i) for i in items], name="search", rows=16, slots=2, max_wait=10)
+    batcher = Batcher(
+        lambda key, items: [(key, i) for i in items], name="search", rows=16, slots=2, max_wait=10
+    )
     with ThreadPoolExecutor(16) as pool:
         assert list(pool.map(lambda i: batcher(i % 3, i), range(3000))) == [(i % 3, i) for i in range(3000)]
     assert batcher.depth == 0

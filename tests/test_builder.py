@@ -28,19 +28,39 @@ def test_a_folder_becomes_a_store(source: Path, tmp_path: Path, mini) -> None:
         encoder=mini,
         progress=lambda stage, n: stages.update({stage: stages.get(stage, 0) + n}),
     )
-    assert (report.version, report.pairs, report.added, report.entries, report.quarantined) == (1, 18, 18, 18, [])
+    assert (report.version, report.pairs, report.added, report.entries, report.quarantined) == (
+        1,
+        18,
+        18,
+        18,
+        [],
+    )
     assert report.tags >= 18 * 3
     assert stages == {"pairs": 18, "tags": report.unique_tags}
-    assert set(report.seconds) == {"load", "read", "decode", "store", "embed", "mine", "embed tags", "commit", "total"}
+    assert set(report.seconds) == {
+        "load",
+        "read",
+        "decode",
+        "store",
+        "embed",
+        "mine",
+        "embed tags",
+        "commit",
+        "total",
+    }
     snapshot = Store(tmp_path / "root", "s").snapshot()
     entry = next(e for e in snapshot.entries() if e.key == "red-circle")
     assert entry.captions == ("A red circle on a white table in Paris.",)
-    texts = dict(zip((t.tag_id for t in entry.tags), snapshot.tags([t.tag_id for t in entry.tags]), strict=True))
+    texts = dict(
+        zip((t.tag_id for t in entry.tags), snapshot.tags([t.tag_id for t in entry.tags]), strict=True)
+    )
     for tag in entry.tags:
         [(caption, start, end), *_] = tag.mentions
         assert entry.captions[caption][start:end].lower().startswith(texts[tag.tag_id][0].lower().split()[0])
     np.testing.assert_allclose(
-        snapshot.vectors(np.array([entry.entry_id])), mini.encode_images([_image(picture("red", "circle"))]), atol=1e-3
+        snapshot.vectors(np.array([entry.entry_id])),
+        mini.encode_images([_image(picture("red", "circle"))]),
+        atol=1e-3,
     )
     assert snapshot.version.miner["name"] == "rules"
     assert snapshot.version.fingerprint == mini.fingerprint
@@ -89,7 +109,15 @@ def test_bad_pairs_are_quarantined_and_the_good_ones_get_in(source: Path, tmp_pa
     bad("long.png", good, "a red square " * 800)
     report = ingest(str(source), root=tmp_path / "root", store="s", encoder=mini)
     quarantined = {r.key: r.reason for r in report.quarantined}
-    assert set(quarantined) == {"corrupt", "truncated", "zero", "text", "empty-caption", "blank-caption", "no-caption"}
+    assert set(quarantined) == {
+        "corrupt",
+        "truncated",
+        "zero",
+        "text",
+        "empty-caption",
+        "blank-caption",
+        "no-caption",
+    }
     assert all(len(reason) > 8 for reason in quarantined.values())
     assert report.pairs == 28
     assert report.entries == 21
@@ -101,12 +129,19 @@ def test_bad_pairs_are_quarantined_and_the_good_ones_get_in(source: Path, tmp_pa
 def test_a_duplicate_key_keeps_the_first(tmp_path: Path, mini) -> None:
     (tmp_path / "red.png").write_bytes(picture("red", "circle"))
     (tmp_path / "blue.png").write_bytes(picture("blue", "circle"))
-    rows = ["id,image,caption", "1,red.png,A red circle.", "1,blue.png,A blue circle.", "2,blue.png,A blue circle."]
+    rows = [
+        "id,image,caption",
+        "1,red.png,A red circle.",
+        "1,blue.png,A blue circle.",
+        "2,blue.png,A blue circle.",
+    ]
     (tmp_path / "items.csv").write_text("\n".join(rows))
     report = ingest(str(tmp_path / "items.csv"), root=tmp_path / "root", store="s", encoder=mini)
     assert (report.entries, [r.key for r in report.quarantined]) == (2, ["1"])
     assert "duplicate key" in report.quarantined[0].reason
-    assert {e.key: e.captions[0] for e in Store(tmp_path / "root", "s").snapshot().entries()}["1"] == "A red circle."
+    assert {e.key: e.captions[0] for e in Store(tmp_path / "root", "s").snapshot().entries()}[
+        "1"
+    ] == "A red circle."
 
 
 def test_a_source_of_which_nothing_can_be_used_makes_no_version(tmp_path: Path, mini) -> None:
@@ -135,7 +170,9 @@ def test_an_ingest_with_another_encoder_is_refused(source: Path, tmp_path: Path,
         ingest(str(source), root=tmp_path, store="s", encoder="RN50/random", device="cpu")
 
 
-def test_an_ingest_that_dies_leaves_the_version_before_and_can_be_run_again(source: Path, tmp_path: Path, mini, monkeypatch) -> None:
+def test_an_ingest_that_dies_leaves_the_version_before_and_can_be_run_again(
+    source: Path, tmp_path: Path, mini, monkeypatch
+) -> None:
     ingest(str(source), root=tmp_path, store="s", encoder=mini)
     (source / "new.png").write_bytes(picture("black", "square"))
     (source / "new.txt").write_text("A black square.")

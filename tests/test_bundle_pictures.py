@@ -64,19 +64,31 @@ def test_images_are_in_a_bundle_only_if_asked_for(root: Path, bundle: Path, tmp_
     }
     assert inspect(bundle).image_bytes == sum(len(d) for n, d in files.items() if n.startswith("images/"))
     assert inspect(bundle).files == without.files
-    assert export(root, "s", tmp_path / "again", images=True).sha256 == sha256(bundle.read_bytes()).hexdigest()
+    assert (
+        export(root, "s", tmp_path / "again", images=True).sha256 == sha256(bundle.read_bytes()).hexdigest()
+    )
 
 
-def test_the_same_bytes_whatever_order_the_images_are_found_in(root: Path, bundle: Path, source: Path, tmp_path: Path) -> None:
+def test_the_same_bytes_whatever_order_the_images_are_found_in(
+    root: Path, bundle: Path, source: Path, tmp_path: Path
+) -> None:
     shutil.copytree(source.parent, tmp_path / "copy")
     head, *rows = source.read_text().splitlines()
     for name, some in (("a", rows[150:] + rows[:40]), ("b", rows[:160][::-1])):
         (tmp_path / "copy" / f"{name}.csv").write_text("\n".join([head, *some]))
-    info = export(root, "s", tmp_path / "b", images=True, sources=[str(tmp_path / "copy" / f"{name}.csv") for name in "ab"])
+    info = export(
+        root,
+        "s",
+        tmp_path / "b",
+        images=True,
+        sources=[str(tmp_path / "copy" / f"{name}.csv") for name in "ab"],
+    )
     assert info.sha256 == sha256(bundle.read_bytes()).hexdigest()
 
 
-def test_unpacked_images_are_a_source_that_the_store_can_be_embedded_again_from(root: Path, bundle: Path, tmp_path: Path) -> None:
+def test_unpacked_images_are_a_source_that_the_store_can_be_embedded_again_from(
+    root: Path, bundle: Path, tmp_path: Path
+) -> None:
     import_(tmp_path / "root", bundle, images=tmp_path / "pictures")
     before, after = Store(root, "s").snapshot(), Store(tmp_path / "root", "s").snapshot()
     assert list(before.entries()) == list(after.entries())
@@ -90,7 +102,13 @@ def test_unpacked_images_are_a_source_that_the_store_can_be_embedded_again_from(
     new = Store(tmp_path / "root", "s").snapshot()
     np.testing.assert_array_equal(new.vectors(new.live()), before.vectors(before.live()))
     assert verify(tmp_path / "root", "s", full=True) == []
-    report = ingest(str(tmp_path / "pictures" / "pairs.jsonl"), root=tmp_path / "root", store="t", encoder=ToyEncoder(), miner="keywords")
+    report = ingest(
+        str(tmp_path / "pictures" / "pairs.jsonl"),
+        root=tmp_path / "root",
+        store="t",
+        encoder=ToyEncoder(),
+        miner="keywords",
+    )
     assert (report.entries, report.quarantined) == (195, [])
     again = export(tmp_path / "root", "t", tmp_path / "t", images=True)
     assert again.image_bytes == inspect(bundle).image_bytes
@@ -104,18 +122,24 @@ def test_images_from_the_command_line(root: Path, bundle: Path, source: Path, tm
 
     said = run("export", f"file://{root}/s", tmp_path / "b", "--images", "--source", source)
     assert sha256(bundle.read_bytes()).hexdigest() in said
-    assert "s@3: 195 entries" in run("import", tmp_path / "b", "--root", tmp_path / "root", "--images", tmp_path / "pictures")
+    assert "s@3: 195 entries" in run(
+        "import", tmp_path / "b", "--root", tmp_path / "root", "--images", tmp_path / "pictures"
+    )
     assert (tmp_path / "pictures" / "pairs.jsonl").exists()
 
 
 def test_images_are_checked_even_if_nobody_wants_them(bundle: Path, tmp_path: Path) -> None:
     assert import_(tmp_path, bundle).entries == 195
     with pytest.raises(InvalidInput, match=r"195 of 195 entries .* have no image .* name with --source"):
-        reembed(tmp_path, "s", ToyEncoder("01"))  # a bundle is not read from again, and its images were not unpacked
+        reembed(
+            tmp_path, "s", ToyEncoder("01")
+        )  # a bundle is not read from again, and its images were not unpacked
     assert Store(tmp_path, "s").snapshot().version.operation == "import"
 
 
-def test_an_image_that_is_gone_or_another_now_is_named_and_nothing_is_written(root: Path, source: Path, tmp_path: Path) -> None:
+def test_an_image_that_is_gone_or_another_now_is_named_and_nothing_is_written(
+    root: Path, source: Path, tmp_path: Path
+) -> None:
     shutil.copytree(source.parent, tmp_path / "copy")
     (tmp_path / "copy" / "red-circle.png").write_bytes(picture("red", "circle", shift=1))
     with pytest.raises(InvalidInput, match=r"\d+ of 195 entries .* the first: 0 \(read from items.csv:2\)"):
@@ -143,7 +167,9 @@ def spoilt(files: dict[str, bytes], what: str) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("what", ["a bit", "missing", "swapped", "named", "more", "too many", "too few"])
-def test_images_that_are_not_those_of_the_entries_are_refused(bundle: Path, tmp_path: Path, what: str) -> None:
+def test_images_that_are_not_those_of_the_entries_are_refused(
+    bundle: Path, tmp_path: Path, what: str
+) -> None:
     path = packed(tmp_path / "bad", spoilt(unpacked(bundle), what))
     for images in (None, tmp_path / "pictures"):
         with pytest.raises(TagstoreError, match=r"image|where the archive should end"):
@@ -152,7 +178,9 @@ def test_images_that_are_not_those_of_the_entries_are_refused(bundle: Path, tmp_
         assert sorted(os.listdir(tmp_path)) == ["bad", "root"]
 
 
-def test_images_are_unpacked_to_a_folder_that_is_new_or_empty(root: Path, bundle: Path, tmp_path: Path) -> None:
+def test_images_are_unpacked_to_a_folder_that_is_new_or_empty(
+    root: Path, bundle: Path, tmp_path: Path
+) -> None:
     export(root, "s", tmp_path / "without")
     with pytest.raises(InvalidInput, match="holds no images"):
         import_(tmp_path / "root", tmp_path / "without", images=tmp_path / "pictures")

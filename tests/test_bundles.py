@@ -38,7 +38,12 @@ from tagstore.upkeep.verify import verify
 
 D = 16
 FINGERPRINT = Fingerprint("toy", "00", {"size": [8, 8], "mean": [0.1]}, False, True, D)
-SOURCE = {"path": "/data/pictures", "format": None, "columns": {"image": None, "caption": [], "key": None}, "allow_outside": False}
+SOURCE = {
+    "path": "/data/pictures",
+    "format": None,
+    "columns": {"image": None, "caption": [], "key": None},
+    "allow_outside": False,
+}
 DOCS = Path(__file__).parent.parent / "docs" / "bundles.md"
 
 Files = dict[str, bytes]
@@ -50,13 +55,23 @@ def unit(seed: int, n: int) -> np.ndarray:
 
 
 def draft(i: int, tags: list[str]) -> Draft:
-    merged = tuple(MergedTag(t, "entity", t.lower(), 0.4 + i % 3 / 5, 2, ((0, 2, 2 + len(t)), (-1, 0, 0))) for t in tags)
+    merged = tuple(
+        MergedTag(t, "entity", t.lower(), 0.4 + i % 3 / 5, 2, ((0, 2, 2 + len(t)), (-1, 0, 0))) for t in tags
+    )
     return Draft(
-        f"k{i}", sha256(b"%d" % i).digest(), (i << 48) ^ i, (f"a {tags}", "Ça va 👍"), merged, {"n": i, "x": [0.1, None]}, f"at {i}"
+        f"k{i}",
+        sha256(b"%d" % i).digest(),
+        (i << 48) ^ i,
+        (f"a {tags}", "Ça va 👍"),
+        merged,
+        {"n": i, "x": [0.1, None]},
+        f"at {i}",
     )
 
 
-def put(root: Path, drafts: list[Draft], vectors: np.ndarray, ended: range = range(0), source: dict | None = None) -> None:
+def put(
+    root: Path, drafts: list[Draft], vectors: np.ndarray, ended: range = range(0), source: dict | None = None
+) -> None:
     with Writer(root, "toy", FINGERPRINT) as writer:
         writer.delete(list(ended))
         writer.append(drafts, vectors)
@@ -75,7 +90,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     vectors = unit(0, 900)
     vectors[600:] = vectors[:300]  # equal vectors: their order is decided by id
     put(root, [draft(i, t) for i, t in enumerate([["Only here"], *tags[1:]])], vectors, source=SOURCE)
-    put(root, [draft(i, t) for i, t in enumerate(tags[:50], 20)], vectors[:50], source=SOURCE | {"path": "/data/more"})
+    put(
+        root,
+        [draft(i, t) for i, t in enumerate(tags[:50], 20)],
+        vectors[:50],
+        source=SOURCE | {"path": "/data/more"},
+    )
     put(root, [], vectors[:0], range(0, 520, 3))
     put(root, [draft(9999, ["Tag 1"])], vectors[:1])
     return root
@@ -118,18 +138,24 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write_key(path: Path, name: str, key) -> None:
     (path / f"{name}.pem").write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-    (path / f"{name}.pub").write_bytes(key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    (path / f"{name}.pub").write_bytes(
+        key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    )
 
 
 def unpacked(bundle: Path) -> Files:
-    with tarfile.open(fileobj=io.BytesIO(zstandard.ZstdDecompressor().decompressobj().decompress(bundle.read_bytes()))) as tar:
+    with tarfile.open(
+        fileobj=io.BytesIO(zstandard.ZstdDecompressor().decompressobj().decompress(bundle.read_bytes()))
+    ) as tar:
         return {m.name: tar.extractfile(m).read() for m in tar}
 
 
 def packed(path: Path, files: Files, change: Callable[[dict], None] = lambda manifest: None) -> Path:
     """A bundle of these files, with a manifest that vouches for them."""
     manifest = json.loads(files["manifest.json"])
-    manifest["files"] = {n: {"bytes": len(d), "sha256": sha256(d).hexdigest()} for n, d in files.items() if "manifest" not in n}
+    manifest["files"] = {
+        n: {"bytes": len(d), "sha256": sha256(d).hexdigest()} for n, d in files.items() if "manifest" not in n
+    }
     change(manifest)
     with ArchiveWriter(path) as archive:
         for name, data in {**files, "manifest.json": json.dumps(manifest).encode()}.items():
@@ -162,7 +188,16 @@ def test_an_imported_store_gives_the_answers_of_the_exported_one(root: Path, imp
     assert list(before.entries()) == list(after.entries())
     ids = before.live()
     np.testing.assert_array_equal(before.vectors(ids), after.vectors(ids))
-    same = ("number", "entries", "tags", "unique_tags", "next_entry_id", "next_tag_id", "fingerprint", "miner")
+    same = (
+        "number",
+        "entries",
+        "tags",
+        "unique_tags",
+        "next_entry_id",
+        "next_tag_id",
+        "fingerprint",
+        "miner",
+    )
     assert {n: getattr(before.version, n) for n in same} == {n: getattr(after.version, n) for n in same}
     assert (after.version.operation, after.version.parent) == ("import", 0)
     assert before.tags([0]) == [("Only here", "entity", "only here")]
@@ -170,10 +205,22 @@ def test_an_imported_store_gives_the_answers_of_the_exported_one(root: Path, imp
         after.tags([0])  # no entry of the version carries it: what was deleted is not handed on
 
 
-def test_the_manifest_says_what_is_in_it_and_where_it_is_from(bundle: Path, root: Path, imported: Path, tmp_path: Path) -> None:
+def test_the_manifest_says_what_is_in_it_and_where_it_is_from(
+    bundle: Path, root: Path, imported: Path, tmp_path: Path
+) -> None:
     info, version = inspect(bundle), Store(root, "toy").snapshot(3).version
-    assert (info.store, info.version, info.created, info.entries) == ("toy", 3, version.created, version.entries)
-    assert (info.licence, info.note, info.signer, info.fingerprint) == ("CC-BY-4.0", "three of four", "", FINGERPRINT)
+    assert (info.store, info.version, info.created, info.entries) == (
+        "toy",
+        3,
+        version.created,
+        version.entries,
+    )
+    assert (info.licence, info.note, info.signer, info.fingerprint) == (
+        "CC-BY-4.0",
+        "three of four",
+        "",
+        FINGERPRINT,
+    )
     assert [s["path"] for s in info.sources] == ["/data/pictures", "/data/more"]
     again = export(imported, "toy", tmp_path / "again")
     assert again.files == info.files  # the content is the same to the byte
@@ -187,7 +234,9 @@ def test_the_same_version_gives_the_same_bytes_anywhere(root: Path, bundle: Path
     env = {**os.environ, "TZ": "Pacific/Auckland", "PYTHONHASHSEED": "7", "LC_ALL": "C"}
     options = "version=3, licence='CC-BY-4.0', note='three of four'"
     code = f"from tagstore.bundles import export; print(export({str(root)!r}, 'toy', 'b', {options}).sha256)"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env, cwd=tmp_path).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env, cwd=tmp_path
+    ).stdout
     assert (tmp_path / "b").read_bytes() == bundle.read_bytes()
     assert out.strip() == sha256(bundle.read_bytes()).hexdigest()
 
@@ -231,10 +280,14 @@ def test_the_reader_in_the_documentation_reads_a_bundle(bundle: Path, root: Path
     snapshot = Store(root, "toy").snapshot(3)
     assert [e["key"] for e in scope["entries"]] == [e.key for e in snapshot.entries()]
     np.testing.assert_array_equal(scope["vectors"], snapshot.vectors(snapshot.live()))
-    assert scope["tags"][scope["entries"][9]["tags"][0][0]]["text"] in [t for t, _, _ in snapshot.tags(snapshot.vocabulary())]
+    assert scope["tags"][scope["entries"][9]["tags"][0][0]]["text"] in [
+        t for t, _, _ in snapshot.tags(snapshot.vocabulary())
+    ]
 
 
-def test_a_signature_is_checked_where_one_is_demanded(root: Path, bundle: Path, keys: Path, tmp_path: Path) -> None:
+def test_a_signature_is_checked_where_one_is_demanded(
+    root: Path, bundle: Path, keys: Path, tmp_path: Path
+) -> None:
     signed = tmp_path / "signed"
     info = export(root, "toy", signed, version=3, key=keys / "ours.pem")
     assert info.sha256 == export(root, "toy", tmp_path / "again", version=3, key=keys / "ours.pem").sha256
@@ -243,13 +296,20 @@ def test_a_signature_is_checked_where_one_is_demanded(root: Path, bundle: Path, 
     new = tmp_path / "root"
     new.mkdir()
     refused(new, bundle, InvalidInput, "not signed, and a signature is demanded", key=keys / "ours.pub")
-    refused(new, signed, InvalidInput, "is signed by [0-9a-f]{64}, the key demanded is", key=keys / "theirs.pub")
+    refused(
+        new, signed, InvalidInput, "is signed by [0-9a-f]{64}, the key demanded is", key=keys / "theirs.pub"
+    )
     files = unpacked(signed)
     other = packed(tmp_path / "other", files, lambda m: m.update(licence="CC0-1.0"))
     refused(new, other, Damaged, "the signature is not one of this manifest", key=keys / "ours.pub")
     refused(new, other, Damaged, "the signature is not one of this manifest")
     stripped = {n: d for n, d in files.items() if n != "manifest.sig"}
-    refused(new, packed(tmp_path / "stripped", stripped), InvalidInput, "'manifest.sig' should come next, but there is 'tags.jsonl'")
+    refused(
+        new,
+        packed(tmp_path / "stripped", stripped),
+        InvalidInput,
+        "'manifest.sig' should come next, but there is 'tags.jsonl'",
+    )
     for bad in ("junk.pem", "rsa.pub", "ours.pem"):
         refused(new, signed, InvalidInput, bad, key=keys / bad)
     for bad in ("junk.pem", "rsa.pem", "ours.pub"):
@@ -264,22 +324,33 @@ def test_a_signature_is_checked_where_one_is_demanded(root: Path, bundle: Path, 
 def test_a_flipped_bit_is_found(small: Path, tmp_path: Path, rng: np.random.Generator) -> None:
     data = small.read_bytes()
     (tmp_path / "root").mkdir()
-    for at in [*rng.integers(0, len(data), 20).tolist(), *range(12), *rng.integers(0, 700, 20).tolist(), len(data) - 1]:
+    for at in [
+        *rng.integers(0, len(data), 20).tolist(),
+        *range(12),
+        *rng.integers(0, 700, 20).tolist(),
+        len(data) - 1,
+    ]:
         flipped = bytearray(data)
         flipped[at] ^= 1 << int(rng.integers(8))
         (tmp_path / "flipped").write_bytes(flipped)
-        if not same_content(flipped, data):  # zstd can say the same thing in several ways, and some bits of its headers mean nothing
+        if not same_content(
+            flipped, data
+        ):  # zstd can say the same thing in several ways, and some bits of its headers mean nothing
             refused(tmp_path / "root", tmp_path / "flipped", TagstoreError, "flipped|manifest.json")
 
 
 def same_content(a: bytes, b: bytes) -> bool:
     try:
-        return zstandard.ZstdDecompressor().decompressobj().decompress(a) == zstandard.ZstdDecompressor().decompressobj().decompress(b)
+        return zstandard.ZstdDecompressor().decompressobj().decompress(
+            a
+        ) == zstandard.ZstdDecompressor().decompressobj().decompress(b)
     except zstandard.ZstdError:
         return False
 
 
-def test_a_bundle_that_was_cut_off_or_added_to_is_refused(small: Path, tmp_path: Path, rng: np.random.Generator) -> None:
+def test_a_bundle_that_was_cut_off_or_added_to_is_refused(
+    small: Path, tmp_path: Path, rng: np.random.Generator
+) -> None:
     data = small.read_bytes()
     (tmp_path / "root").mkdir()
     for cut in [*range(1, 6), 100, *rng.integers(0, len(data), 10).tolist(), len(data)]:
@@ -293,7 +364,9 @@ def test_a_bundle_that_was_cut_off_or_added_to_is_refused(small: Path, tmp_path:
     refused(tmp_path / "root", tmp_path / "nowhere", NotFound, "cannot read the bundle")
 
 
-def tarred(path: Path, members: list[tuple[tarfile.TarInfo, bytes]], format: int = tarfile.GNU_FORMAT) -> Path:
+def tarred(
+    path: Path, members: list[tuple[tarfile.TarInfo, bytes]], format: int = tarfile.GNU_FORMAT
+) -> Path:
     raw = io.BytesIO()
     with tarfile.open(fileobj=raw, mode="w", format=format) as tar:
         for info, data in members:
@@ -339,11 +412,21 @@ def test_only_the_members_of_a_bundle_are_taken_in_their_order(small: Path, tmp_
         for at in (0, 1) if i % 5 else (0, len(good)):
             data = files["manifest.json"] if at == 0 and info.isfile() else b""
             members = [*good[:at], (info, data), *good[at if at else 1 :]]
-            refused(new, tarred(tmp_path / "strange", members), InvalidInput, "should come next|where the archive should end")
+            refused(
+                new,
+                tarred(tmp_path / "strange", members),
+                InvalidInput,
+                "should come next|where the archive should end",
+            )
     for i in range(len(good)):
         for members in (good[:i] + good[i + 1 :], good[: i + 1] + good[i:]):
             refused(new, tarred(tmp_path / "order", members), TagstoreError, "should come next|should end")
-    refused(new, tarred(tmp_path / "pax", [(member("manifest.json", mtime=0.5), b"{}")], tarfile.PAX_FORMAT), InvalidInput, "should come")
+    refused(
+        new,
+        tarred(tmp_path / "pax", [(member("manifest.json", mtime=0.5), b"{}")], tarfile.PAX_FORMAT),
+        InvalidInput,
+        "should come",
+    )
     refused(new, tarred(tmp_path / "none", []), Damaged, "no header")
     assert not (tmp_path / "escape").exists()
 
@@ -391,8 +474,14 @@ BAD = {
     "a tag far off": (lines(lambda e: e[7].update(tags=[[1 << 60, 9, []]])), "carries a tag"),
     "a tag twice": (lines(lambda e: e[7].update(tags=[[3, 9, []], [3, 9, []]])), "carries a tag twice"),
     "a score too high": (lines(lambda e: e[7].update(tags=[[3, 256, []]])), "line 8 has not the fields"),
-    "a place before the beginning": (lines(lambda e: e[7].update(tags=[[3, 9, [[0, -1, 4]]]])), "line 8 has not the fields"),
-    "a place that ends before it starts": (lines(lambda e: e[7].update(tags=[[3, 9, [[0, 5, 4]]]])), "line 8 has a tag that ends before"),
+    "a place before the beginning": (
+        lines(lambda e: e[7].update(tags=[[3, 9, [[0, -1, 4]]]])),
+        "line 8 has not the fields",
+    ),
+    "a place that ends before it starts": (
+        lines(lambda e: e[7].update(tags=[[3, 9, [[0, 5, 4]]]])),
+        "line 8 has a tag that ends before",
+    ),
     "captions that are a text": (lines(lambda e: e[0].update(captions="abc")), "line 1 has not the fields"),
     "a short hash": (lines(lambda e: e[0].update(sha256="00")), "line 1 has not the fields"),
     "a field too many": (lines(lambda e: e[0].update(more=1)), "line 1 has not the fields"),
@@ -404,15 +493,33 @@ BAD = {
     "NaN": (text(b"0.1", b"NaN"), "no JSON that can be read"),
     "a number of many digits": (text(b"0.1", b"1" * 5000), "no JSON that can be read"),
     "a deep nest": (text(b"0.1", b"[" * 99999 + b"]" * 99999), "no JSON|too deep"),
-    "no end of line": (lambda f: f.update({"entries.jsonl": f["entries.jsonl"][:-1]}), "does not end with the end of a line"),
-    "a tag's form twice": (lines(lambda t: t[1].update(canonical=t[0]["canonical"]), "tags.jsonl"), "is there twice"),
-    "an unknown kind": (lines(lambda t: t[1].update(kind="colour"), "tags.jsonl"), "tags.jsonl, line 2 has not the fields"),
-    "a tag without a form": (lines(lambda t: t[1].update(canonical=""), "tags.jsonl"), "tags.jsonl, line 2 has not the fields"),
-    "tags that nobody carries": (lines(lambda e: [x.update(tags=[]) for x in e]), "tags in entries.jsonl: there are 0"),
+    "no end of line": (
+        lambda f: f.update({"entries.jsonl": f["entries.jsonl"][:-1]}),
+        "does not end with the end of a line",
+    ),
+    "a tag's form twice": (
+        lines(lambda t: t[1].update(canonical=t[0]["canonical"]), "tags.jsonl"),
+        "is there twice",
+    ),
+    "an unknown kind": (
+        lines(lambda t: t[1].update(kind="colour"), "tags.jsonl"),
+        "tags.jsonl, line 2 has not the fields",
+    ),
+    "a tag without a form": (
+        lines(lambda t: t[1].update(canonical=""), "tags.jsonl"),
+        "tags.jsonl, line 2 has not the fields",
+    ),
+    "tags that nobody carries": (
+        lines(lambda e: [x.update(tags=[]) for x in e]),
+        "tags in entries.jsonl: there are 0",
+    ),
     "NaN in a vector": (rows(lambda v: v.put(40, np.nan)), "has length nan"),
     "infinity in a vector": (rows(lambda v: v.put(40, np.inf)), "has length inf"),
     "a vector of zeros": (rows(lambda v: v.put(range(D * 3, D * 4), 0)), "has length 0"),
-    "an embedding too long": (rows(lambda v: v.__imul__(2), "embeddings.f16"), "embeddings.f16: the row of id"),
+    "an embedding too long": (
+        rows(lambda v: v.__imul__(2), "embeddings.f16"),
+        "embeddings.f16: the row of id",
+    ),
     "half a row": (lambda f: f.update({"vectors.f16": f["vectors.f16"][:-2]}), "rows have"),
 }
 
@@ -450,12 +557,16 @@ def test_records_that_no_store_would_write_are_refused(small: Path, tmp_path: Pa
         (lambda m: m.update(store="../up"), "no name for a store"),
     ],
 )
-def test_a_manifest_that_contradicts_itself_is_refused(small: Path, tmp_path: Path, change: Callable, message: str) -> None:
+def test_a_manifest_that_contradicts_itself_is_refused(
+    small: Path, tmp_path: Path, change: Callable, message: str
+) -> None:
     (tmp_path / "root").mkdir()
     refused(tmp_path / "root", packed(tmp_path / "bad", unpacked(small), change), InvalidInput, message)
 
 
-def test_content_that_does_not_fit_its_checksum_is_damage_even_if_it_makes_no_sense(small: Path, tmp_path: Path) -> None:
+def test_content_that_does_not_fit_its_checksum_is_damage_even_if_it_makes_no_sense(
+    small: Path, tmp_path: Path
+) -> None:
     files = unpacked(small)
     (tmp_path / "root").mkdir()
     for name in ("tags.jsonl", "embeddings.f16", "entries.jsonl", "vectors.f16"):
@@ -463,9 +574,19 @@ def test_content_that_does_not_fit_its_checksum_is_damage_even_if_it_makes_no_se
         def wrong(manifest: dict, name: str = name) -> None:
             manifest["files"][name]["sha256"] = "0" * 64
 
-        refused(tmp_path / "root", packed(tmp_path / "bad", files, wrong), Damaged, f"{name} does not fit the checksum")
+        refused(
+            tmp_path / "root",
+            packed(tmp_path / "bad", files, wrong),
+            Damaged,
+            f"{name} does not fit the checksum",
+        )
         broken = {**files, name: b"\xff" * len(files[name])}
-        refused(tmp_path / "root", packed(tmp_path / "bad", broken, wrong), Damaged, f"{name} does not fit the checksum")
+        refused(
+            tmp_path / "root",
+            packed(tmp_path / "bad", broken, wrong),
+            Damaged,
+            f"{name} does not fit the checksum",
+        )
 
 
 def test_a_bomb_is_refused_in_bounded_memory(small: Path, tmp_path: Path) -> None:
@@ -497,7 +618,9 @@ def test_a_bomb_is_refused_in_bounded_memory(small: Path, tmp_path: Path) -> Non
         tracemalloc.stop()
     refused(root, small, InvalidInput, "unpacks to .* 1000 are allowed", max_bytes=1000)
     parameters = zstandard.ZstdCompressionParameters(window_log=28, compression_level=1)
-    (tmp_path / "window").write_bytes(zstandard.ZstdCompressor(compression_params=parameters).compressobj().compress(os.urandom(1 << 20)))
+    (tmp_path / "window").write_bytes(
+        zstandard.ZstdCompressor(compression_params=parameters).compressobj().compress(os.urandom(1 << 20))
+    )
     assert zstandard.get_frame_parameters((tmp_path / "window").read_bytes()).window_size > MAX_WINDOW
     refused(root, tmp_path / "window", Damaged, "too much memory")
 
@@ -510,7 +633,9 @@ def test_an_import_that_is_killed_leaves_nothing_to_see_and_the_next_one_tidies_
         if child == 0:
             try:
                 faiss.omp_set_num_threads(1)  # threads of the parent's OpenMP are not there after a fork
-                signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process as SIGKILL does: nothing of Python runs any more
+                signal.signal(
+                    signal.SIGALRM, signal.SIG_DFL
+                )  # ends the process as SIGKILL does: nothing of Python runs any more
                 signal.setitimer(signal.ITIMER_REAL, seconds)
                 import_(tmp_path, bundle)
             finally:
@@ -539,7 +664,9 @@ def test_one_import_into_a_root_at_a_time(small: Path, tmp_path: Path) -> None:
         refused(tmp_path, small, Busy, "another import into")
 
 
-def test_a_store_that_comes_up_meanwhile_is_kept(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_comes_up_meanwhile_is_kept(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def other(*_: object, **__: object) -> list:
         (tmp_path / "toy").mkdir()
         (tmp_path / "toy" / "writer.lock").touch()
@@ -551,7 +678,9 @@ def test_a_store_that_comes_up_meanwhile_is_kept(small: Path, tmp_path: Path, mo
     assert os.listdir(tmp_path / "toy") == ["writer.lock"]
 
 
-def test_a_bundle_appears_whole_or_not_at_all(root: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bundle_appears_whole_or_not_at_all(
+    root: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     target = tmp_path / "b"
     target.write_text("what was there")
     partial = tmp_path / ".b.partial"

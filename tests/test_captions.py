@@ -43,10 +43,16 @@ def test_a_caption_is_answered_as_its_embedding(urls: tuple[str, str], mini) -> 
     vectors = embedded(mini, CAPTIONS)
     for url in urls:
         with connect(url) as source:
-            for options in ({}, {"k": 18, "max_tags": 3, "order": "relevance"}, {"neighbours": False, "texts": False}):
+            for options in (
+                {},
+                {"k": 18, "max_tags": 3, "order": "relevance"},
+                {"neighbours": False, "texts": False},
+            ):
                 by_vector = source.retrieve(vectors=vectors, fingerprint=mini.fingerprint, **options)
                 assert source.retrieve(captions=CAPTIONS, **options) == by_vector
-                assert [source.retrieve(captions=[caption], **options)[0] for caption in CAPTIONS] == by_vector
+                assert [
+                    source.retrieve(captions=[caption], **options)[0] for caption in CAPTIONS
+                ] == by_vector
 
 
 def test_a_caption_finds_the_picture_that_it_describes(urls: tuple[str, str]) -> None:
@@ -68,7 +74,9 @@ def test_images_come_first_then_vectors_then_captions(urls: tuple[str, str], min
                 *source.retrieve(vectors=vectors, fingerprint=mini.fingerprint),
                 *source.retrieve(captions=CAPTIONS),
             ]
-            together = source.retrieve(images, vectors=vectors, captions=CAPTIONS, fingerprint=mini.fingerprint)
+            together = source.retrieve(
+                images, vectors=vectors, captions=CAPTIONS, fingerprint=mini.fingerprint
+            )
             assert together == alone
             many = source.retrieve(captions=CAPTIONS * 20, k=2)  # more than fit one request
             assert many == source.retrieve(captions=CAPTIONS, k=2) * 20
@@ -79,7 +87,11 @@ def test_images_come_first_then_vectors_then_captions(urls: tuple[str, str], min
 def test_one_message_and_a_stream_take_all_kinds(stub, mini) -> None:
     vectors = convert.vectors_to_proto(embedded(mini, CAPTIONS[:1]))
     mixed = pb.RetrieveRequest(
-        store="shapes", images=[picture("red", "circle")], vectors=vectors, texts=CAPTIONS, fingerprint=mini.fingerprint.digest
+        store="shapes",
+        images=[picture("red", "circle")],
+        vectors=vectors,
+        texts=CAPTIONS,
+        fingerprint=mini.fingerprint.digest,
     )
     found = stub.Retrieve(mixed).retrievals
     assert len(found) == 6
@@ -168,11 +180,16 @@ def test_controls_answer_captions_and_maps_refuse_them(urls: tuple[str, str], tm
         assert [len(answer) for answer in nothing.retrieve(captions=CAPTIONS)] == [0] * len(CAPTIONS)
     with connect(f"random+{urls[0]}", seed=1) as first, connect(f"random+{urls[1]}", seed=1) as second:
         drawn = first.retrieve(captions=CAPTIONS)
-        assert [[t.tag for t in answer] for answer in drawn] == [[t.tag for t in answer] for answer in second.retrieve(captions=CAPTIONS)]
+        assert [[t.tag for t in answer] for answer in drawn] == [
+            [t.tag for t in answer] for answer in second.retrieve(captions=CAPTIONS)
+        ]
         assert len({tuple(t.tag for t in answer) for answer in drawn}) == len(CAPTIONS)
     with connect(urls[0]) as source:
         record(source, [Pair(colour, picture(colour, "circle"), ()) for colour in COLOURS], tmp_path / "map")
-    with connect(f"replay://{tmp_path}/map") as replayed, pytest.raises(errors.InvalidInput, match="none to captions: ask the store"):
+    with (
+        connect(f"replay://{tmp_path}/map") as replayed,
+        pytest.raises(errors.InvalidInput, match="none to captions: ask the store"),
+    ):
         replayed.retrieve(captions=["red"], keys=["red"])
 
 
@@ -181,7 +198,9 @@ def test_the_command_line_takes_words(urls: tuple[str, str], tmp_path: Path) -> 
     photo.write_bytes(picture("blue", "circle"))
     outputs = []
     for url in urls:
-        result = CliRunner().invoke(cli, ["query", url, str(photo), "--text", "a red circle", "--text", "an orange circle", "--json"])
+        result = CliRunner().invoke(
+            cli, ["query", url, str(photo), "--text", "a red circle", "--text", "an orange circle", "--json"]
+        )
         assert result.exit_code == 0, result.stderr
         outputs.append([json.loads(line) for line in result.stdout.splitlines()])
     assert outputs[0] == outputs[1]

@@ -28,7 +28,9 @@ def test_ingest_prints_what_it_did(tmp_path: Path) -> None:
     source = write_shapes(tmp_path / "shapes")
     (source / "bad.png").write_bytes(b"no image")
     (source / "bad.txt").write_text("A caption.")
-    result = run("ingest", str(source), "--root", str(tmp_path / "root"), "--store", "s", "--device", "cpu", "--json")
+    result = run(
+        "ingest", str(source), "--root", str(tmp_path / "root"), "--store", "s", "--device", "cpu", "--json"
+    )
     report = json.loads(result.stdout)
     assert (report["pairs"], report["entries"], report["version"]) == (19, 18, 1)
     assert {"tags", "unique_tags", "seconds", "quarantined"} <= set(report)
@@ -58,7 +60,9 @@ def test_query_prints_one_object_an_image(server_address: str, shapes_root: Path
     assert "red circle" in table
 
 
-def test_a_bad_image_among_good_ones_is_named_and_the_others_answered(server_address: str, tmp_path: Path) -> None:
+def test_a_bad_image_among_good_ones_is_named_and_the_others_answered(
+    server_address: str, tmp_path: Path
+) -> None:
     good, bad = tmp_path / "good.png", tmp_path / "bad.png"
     good.write_bytes(picture("red", "circle"))
     bad.write_bytes(b"")
@@ -118,7 +122,9 @@ def test_errors_are_ours_and_name_the_fix(arguments: tuple[str, ...], message: s
         run(*arguments, stdin="a caption\n")
 
 
-def test_an_error_is_one_line_on_stderr_and_exit_code_1(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_is_one_line_on_stderr_and_exit_code_1(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from tagstore.cli import main
 
     monkeypatch.setattr("sys.argv", ["tagstore", "stats", "file:///nowhere/x"])
@@ -140,7 +146,9 @@ def test_a_store_is_kept_from_the_command_line(tmp_path: Path) -> None:
     run("ingest", str(source), "--root", str(tmp_path / "root"), "--store", "s", "--device", "cpu")
     assert json.loads(run("quarantine", url).stdout)["key"] == "bad"
     assert json.loads(run("delete", url, "--key", "red-circle", "--json").stdout)["deleted"] == ["red-circle"]
-    assert "deleted" in run("delete", url, "--near", str(source / "blue-square.png"), "--distance", "0").stdout
+    assert (
+        "deleted" in run("delete", url, "--near", str(source / "blue-square.png"), "--distance", "0").stdout
+    )
     versions = json.loads(run("versions", url, "--json").stdout)
     assert [v["operation"] for v in versions] == ["ingest", "delete", "delete"]
     assert "red-circle" in run("diff", url, "1", "3").stdout
@@ -152,13 +160,19 @@ def test_a_store_is_kept_from_the_command_line(tmp_path: Path) -> None:
     assert "nothing to repair" in run("repair", url).stdout
     assert "18 entries" in run("compact", url, "--keep", "1").stdout
     assert run("prove-absent", url, "--key", "red-circle").exit_code == 1
-    assert "took down 1 entries" in run("delete", url, "--key", "red-circle", "--purge", "--reason", "asked for").stdout
+    assert (
+        "took down 1 entries"
+        in run("delete", url, "--key", "red-circle", "--purge", "--reason", "asked for").stdout
+    )
     gone = run("prove-absent", url, "--key", "red-circle", "--image", str(source / "red-circle.png"))
     assert (gone.exit_code, gone.stdout) == (0, "nothing of it is in any file or record\n")
     assert json.loads(run("takedowns", url, "--json").stdout)[0]["reason"] == "asked for"
     bundle = str(tmp_path / "s.bundle")
     assert "s@6, 17 entries" in run("export", url, bundle, "--licence", "CC0-1.0").stdout
-    assert "copy@6: 17 entries" in run("import", bundle, "--root", str(tmp_path / "root"), "--store", "copy").stdout
+    assert (
+        "copy@6: 17 entries"
+        in run("import", bundle, "--root", str(tmp_path / "root"), "--store", "copy").stdout
+    )
     with pytest.raises(TagstoreError, match="leave @1 out"):
         run("drop", url + "@1")
     run("rename", url, "t")

@@ -40,7 +40,9 @@ def test_nothing_heavy_is_loaded_before_it_is_needed(code: str) -> None:
 
 
 def test_a_remote_query_loads_nothing_heavy(server_address: str) -> None:
-    assert not loaded_by(f"from tagstore.client import connect\nconnect('grpc://{server_address}/shapes').info()")
+    assert not loaded_by(
+        f"from tagstore.client import connect\nconnect('grpc://{server_address}/shapes').info()"
+    )
 
 
 @pytest.mark.parametrize(
@@ -58,7 +60,17 @@ def test_urls_are_read(url: str, parts: tuple[str, str, str, int]) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["", "f8", "http://localhost/f8", "grpc://localhost:1", "grpc://localhost/f8", "grpc://", "file://", "grpc:///f8"]
+    "url",
+    [
+        "",
+        "f8",
+        "http://localhost/f8",
+        "grpc://localhost:1",
+        "grpc://localhost/f8",
+        "grpc://",
+        "file://",
+        "grpc:///f8",
+    ],
 )
 def test_a_url_that_names_no_store_is_refused_with_an_example(url: str) -> None:
     with pytest.raises(errors.InvalidInput, match="://"):
@@ -81,7 +93,10 @@ def test_a_server_that_does_not_answer_ends_with_the_deadline() -> None:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         address = f"127.0.0.1:{silent.getsockname()[1]}"
-        with connect(f"grpc://{address}/x", timeout=0.3) as source, pytest.raises(errors.Unavailable, match=address):
+        with (
+            connect(f"grpc://{address}/x", timeout=0.3) as source,
+            pytest.raises(errors.Unavailable, match=address),
+        ):
             source.info()
 
 
@@ -112,5 +127,8 @@ def test_many_images_become_several_requests_from_one_version(server_address: st
 
 
 def test_vectors_of_a_wrong_shape_are_refused_before_they_travel(server_address: str) -> None:
-    with connect(f"grpc://{server_address}/shapes") as source, pytest.raises(errors.BadVector, match=r"pass \[N, D\]"):
+    with (
+        connect(f"grpc://{server_address}/shapes") as source,
+        pytest.raises(errors.BadVector, match=r"pass \[N, D\]"),
+    ):
         source.retrieve(vectors=np.ones(4, np.float32), fingerprint="x")

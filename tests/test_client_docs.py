@@ -19,13 +19,23 @@ DOCS = (Path(__file__).parent.parent / "docs" / "client.md").read_text()
 def test_every_option_is_documented_and_typed() -> None:
     options = {f.name for f in (*fields(Options), *fields(Search))} - {"search"}
     table = DOCS.split("## Options")[1].split("\n## ")[0]
-    documented = {name for line in table.splitlines() if line.startswith("| `") for name in re.findall(r"`(\w+)`", line.split("|")[1])}
+    documented = {
+        name
+        for line in table.splitlines()
+        if line.startswith("| `")
+        for name in re.findall(r"`(\w+)`", line.split("|")[1])
+    }
     assert documented == options
     assert set(ConnectOptions.__annotations__) == options
-    assert set(SearchOptions.__annotations__) == {f.name for f in fields(Search)} | {"exclude_distance", "exclude_keys"}
+    assert set(SearchOptions.__annotations__) == {f.name for f in fields(Search)} | {
+        "exclude_distance",
+        "exclude_keys",
+    }
 
 
-def test_the_example_without_our_client_works_and_has_twenty_lines(server_address: str, tmp_path: Path) -> None:
+def test_the_example_without_our_client_works_and_has_twenty_lines(
+    server_address: str, tmp_path: Path
+) -> None:
     code = DOCS.split("<!-- bare stub -->\n```python\n")[1].split("```")[0]
     assert len([line for line in code.splitlines() if line]) <= 20
     assert "tagstore.client" not in code

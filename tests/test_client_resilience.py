@@ -217,7 +217,9 @@ class Relay:
                 other.shutdown(socket.SHUT_WR)
 
 
-def test_a_machine_that_vanishes_is_noticed_and_connected_to_again(server: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_that_vanishes_is_noticed_and_connected_to_again(
+    server: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(remote, "KEEPALIVE_SECONDS", 0.2)
     monkeypatch.setattr(remote, "KEEPALIVE_TIMEOUT", 0.2)
     one = server()
@@ -285,10 +287,14 @@ def test_a_hedge_survives_an_address_that_fails(server: Make) -> None:
         letting_go.join()
 
 
-def test_a_server_that_dies_and_comes_back_costs_exactly_the_samples_in_between(server: Make, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_server_that_dies_and_comes_back_costs_exactly_the_samples_in_between(
+    server: Make, caplog: pytest.LogCaptureFixture
+) -> None:
     one = server()
     with (
-        connect(f"grpc://{one.address}/s?on_failure=empty&timeout=2&retries=1&breaker=2&cooldown=0.2") as source,
+        connect(
+            f"grpc://{one.address}/s?on_failure=empty&timeout=2&retries=1&breaker=2&cooldown=0.2"
+        ) as source,
         caplog.at_level(logging.WARNING),
     ):
         before = [source.retrieve([b"1", b"2"]) for _ in range(3)]
@@ -335,7 +341,9 @@ def test_embeddings_come_with_the_answers_if_asked_for(server: Make) -> None:
         fresh.close()
 
 
-def test_a_token_is_sent_and_never_to_strangers_from_the_environment(server: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_token_is_sent_and_never_to_strangers_from_the_environment(
+    server: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     one = server()
     with connect(f"grpc://{one.address}/s", token="given") as source:
         source.retrieve([b"1"])
@@ -356,17 +364,25 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     def name(text: str) -> x509.Name:
         return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
 
-    def made(subject: str, issuer: str, key: ec.EllipticCurvePrivateKey, by: ec.EllipticCurvePrivateKey) -> bytes:
-        builder = x509.CertificateBuilder(name(issuer), name(subject), key.public_key(), x509.random_serial_number())
+    def made(
+        subject: str, issuer: str, key: ec.EllipticCurvePrivateKey, by: ec.EllipticCurvePrivateKey
+    ) -> bytes:
+        builder = x509.CertificateBuilder(
+            name(issuer), name(subject), key.public_key(), x509.random_serial_number()
+        )
         builder = builder.not_valid_before(now - timedelta(hours=1)).not_valid_after(now + timedelta(hours=1))
-        builder = builder.add_extension(x509.BasicConstraints(ca=subject == "authority", path_length=None), critical=True)
+        builder = builder.add_extension(
+            x509.BasicConstraints(ca=subject == "authority", path_length=None), critical=True
+        )
         builder = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName(subject)]), critical=False)
         return builder.sign(by, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
 
     keys = {one: ec.generate_private_key(ec.SECP256R1()) for one in ("authority", "store.test", "trainer")}
     paths = {}
     for one, key in keys.items():
-        pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+        pem = key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
         for suffix, data in (("key", pem), ("pem", made(one, "authority", key, keys["authority"]))):
             paths[f"{one}.{suffix}"] = str(folder / f"{one}.{suffix}")
             (folder / f"{one}.{suffix}").write_bytes(data)
@@ -393,7 +409,10 @@ async def test_tls_with_certificates_of_both_sides(certificates: dict[str, str])
             assert one.address in str(error)
     finally:
         one.stop()
-    for options, message in (({"cert": "a"}, "both cert and cert_key"), ({"ca": "/nowhere"}, "option ca: cannot read /nowhere")):
+    for options, message in (
+        ({"cert": "a"}, "both cert and cert_key"),
+        ({"ca": "/nowhere"}, "option ca: cannot read /nowhere"),
+    ):
         with pytest.raises(errors.TagstoreError, match=message), connect(url, **options) as source:
             source.info()
     with pytest.raises(errors.InvalidInput, match="write grpcs://"):

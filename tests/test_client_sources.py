@@ -26,7 +26,9 @@ def url(server_address: str) -> str:
 
 
 def test_options_in_code_and_url_mean_the_same_and_code_wins(url: str) -> None:
-    in_url = connect(f"{url}?k=3&max_tags=2&min_similarity=0.25&order=relevance&exact=true&exclude=self&where.brand=Oatly&on_failure=empty")
+    in_url = connect(
+        f"{url}?k=3&max_tags=2&min_similarity=0.25&order=relevance&exact=true&exclude=self&where.brand=Oatly&on_failure=empty"
+    )
     in_code = connect(
         url,
         k=3,
@@ -67,7 +69,10 @@ def test_options_that_mean_nothing_are_refused_by_name(url: str, query: str, mes
 def test_unknown_options_in_code_are_refused_by_name(url: str) -> None:
     with pytest.raises(errors.InvalidInput, match="no option 'kk'"):
         connect(url, kk=3)
-    with connect(url) as source, pytest.raises(errors.InvalidInput, match="retrieve takes no option 'timeout'"):
+    with (
+        connect(url) as source,
+        pytest.raises(errors.InvalidInput, match="retrieve takes no option 'timeout'"),
+    ):
         source.retrieve([IMAGES[0]], timeout=3)
 
 
@@ -92,12 +97,19 @@ def test_urls_that_mean_nothing_are_refused(bad: str) -> None:
 def test_all_of_a_search_reaches_the_store(url: str) -> None:
     with connect(url) as source:
         [plain] = source.retrieve([picture("red", "circle")], k=4)
-        [bare] = source.retrieve([picture("red", "circle")], k=4, neighbours=False, texts=False, max_tags=3, order="similarity")
+        [bare] = source.retrieve(
+            [picture("red", "circle")], k=4, neighbours=False, texts=False, max_tags=3, order="similarity"
+        )
         assert (plain.neighbours[0].key, bare.neighbours, len(bare)) == ("red-circle", (), 3)
         assert {t.tag for t in bare} == {""}
-        assert source.retrieve([picture("red", "circle")], min_similarity=0.999)[0].neighbours == plain.neighbours[:1]
+        assert (
+            source.retrieve([picture("red", "circle")], min_similarity=0.999)[0].neighbours
+            == plain.neighbours[:1]
+        )
         assert source.retrieve([picture("red", "circle")], where={"no": "such"})[0].neighbours == ()
-        [guarded] = source.retrieve([picture("red", "circle")], k=4, exclude=Exclude(entry_ids=(plain.neighbours[0].entry_id,)))
+        [guarded] = source.retrieve(
+            [picture("red", "circle")], k=4, exclude=Exclude(entry_ids=(plain.neighbours[0].entry_id,))
+        )
         assert guarded.neighbours[:3] == plain.neighbours[1:]
         assert guarded.excluded == 1
 
@@ -115,7 +127,9 @@ def test_self_is_known_by_key_by_image_and_by_what_an_identity_says(url: str, mi
             source.retrieve([picture("red", "circle", size=90)], keys=["red-circle"]),
             source.retrieve(**by_vector, keys=["red-circle"]),
             source.retrieve(**by_vector, identities=[Identity(sha256=sha256(data).digest())]),
-            source.retrieve(**by_vector, identities=[Identity(perceptual_hash=perceptual_hash(own))], exclude_distance=0),
+            source.retrieve(
+                **by_vector, identities=[Identity(perceptual_hash=perceptual_hash(own))], exclude_distance=0
+            ),
             source.retrieve(**by_vector, exclude=None, exclude_keys=["red-circle"]),
         ]
         for [answer] in cases:
@@ -182,7 +196,9 @@ def test_answers_are_kept_on_disk_and_shared_by_processes(url: str, tmp_path: Pa
         assert source.retrieve(IMAGES[:1], k=2) != fresh[:1]
         mixed = source.retrieve([IMAGES[0], picture("red", "square"), IMAGES[1]])
         assert [mixed[0], mixed[2]] == fresh[:2]
-        guarded = source.retrieve([picture("red", "circle")] * 2, exclude=Exclude(key=True), keys=["red-circle", "blue-circle"])
+        guarded = source.retrieve(
+            [picture("red", "circle")] * 2, exclude=Exclude(key=True), keys=["red-circle", "blue-circle"]
+        )
         assert guarded[0] != guarded[1]
         vectors = np.random.default_rng(0).standard_normal((4, mini.dimension)).astype(np.float32)
         asked = [source.retrieve(vectors=vectors, fingerprint=mini.fingerprint) for _ in range(2)]
@@ -228,7 +244,10 @@ def test_no_tags_and_random_tags(url: str, tmp_path: Path) -> None:
             assert source.retrieve(IMAGES[3:4]) == drawn[seed][3:4]
             assert len(source.retrieve(IMAGES, max_tags=2)[0]) == 2
             [tag] = source.tags([drawn[seed][0][0].tag_id], embeddings=True)
-            assert (tag.text, tag.embedding.shape) == (drawn[seed][0][0].tag, (source.info().fingerprint.dimension,))
+            assert (tag.text, tag.embedding.shape) == (
+                drawn[seed][0][0].tag,
+                (source.info().fingerprint.dimension,),
+            )
             assert source.retrieve(IMAGES[:1], keys=["a"]) == source.retrieve(IMAGES[1:2], keys=["a"])
     assert drawn[1] != drawn[2]
     for answer in drawn[1]:
@@ -248,7 +267,10 @@ async def test_the_asyncio_face_gives_the_same(url: str, shapes_root: Path) -> N
     async with aio.connect(url, k=3) as source:
         assert await source.retrieve(IMAGES * 8, keys=list(COLOURS) * 8, exclude="self") == expected
         several = await asyncio.gather(
-            *[source.retrieve([data], keys=[c], exclude="self") for data, c in zip(IMAGES, COLOURS, strict=True)]
+            *[
+                source.retrieve([data], keys=[c], exclude="self")
+                for data, c in zip(IMAGES, COLOURS, strict=True)
+            ]
         )
         assert [a for [a] in several] == expected[: len(IMAGES)]
         assert [t async for t in source.vocabulary()] == vocabulary

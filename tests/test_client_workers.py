@@ -27,7 +27,9 @@ MATRIX = Path(__file__).parent / "fork_matrix.py"
 )
 def test_every_sample_comes_once_and_nothing_hangs(server_address: str, arguments: list[str]) -> None:
     command = [sys.executable, str(MATRIX), f"grpc://{server_address}/shapes", *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    result = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     assert "all there" in result.stdout
 
@@ -49,7 +51,9 @@ if os.fork() == 0:
 os.wait()
 """
     env = {**os.environ, "GRPC_ENABLE_FORK_SUPPORT": "0"}
-    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=env).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=env
+    ).stdout
     assert "import tagstore.client before grpc" in out
 
 

@@ -33,15 +33,24 @@ def put(root: Path, names: list[str], seed: int = 0) -> None:
             hashlib.sha256(name.encode()).digest(),
             7,
             (f"the caption of {name}",),
-            (MergedTag(f"tag {name}", "object", f"tag {name}", 1.0, 1, ()), MergedTag("all", "object", "all", 1.0, 1, ())),
+            (
+                MergedTag(f"tag {name}", "object", f"tag {name}", 1.0, 1, ()),
+                MergedTag("all", "object", "all", 1.0, 1, ()),
+            ),
             {"colour": name[0]},
         )
         for name in names
     ]
     with Writer(root, "toy", FINGERPRINT) as writer:
-        writer.append(drafts, vectors / np.linalg.norm(vectors, axis=1, keepdims=True), rejected=[Rejected("refused-key", "bad")])
+        writer.append(
+            drafts,
+            vectors / np.linalg.norm(vectors, axis=1, keepdims=True),
+            rejected=[Rejected("refused-key", "bad")],
+        )
         while texts := writer.new_tags(limit=100):
-            embeddings = np.abs(np.random.default_rng(len(texts)).standard_normal((len(texts), D), dtype=np.float32))
+            embeddings = np.abs(
+                np.random.default_rng(len(texts)).standard_normal((len(texts), D), dtype=np.float32)
+            )
             writer.embed_tags(embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True))
         writer.commit(operation="ingest", indexer=faiss_index.extend)
 
@@ -66,7 +75,12 @@ def test_compaction_keeps_every_answer_and_reclaims_space(tmp_path: Path) -> Non
     delete(tmp_path, "toy", Selection(keys=names("a", 700)))
     expected = {v: answers(tmp_path, v) for v in (1, 2, 3)}
     version = compact(tmp_path, "toy")
-    assert (version.number, version.operation, version.entries, len(version.index["files"])) == (4, "compact", 400, 1)
+    assert (version.number, version.operation, version.entries, len(version.index["files"])) == (
+        4,
+        "compact",
+        400,
+        1,
+    )
     assert {v: answers(tmp_path, v) for v in (1, 2, 3)} == expected
     assert answers(tmp_path) == expected[3]
     assert verify(tmp_path, "toy", full=True) == []
@@ -120,13 +134,20 @@ def test_a_takedown_removes_bytes_and_history_and_is_recorded_without_them(tmp_p
     assert prove_absent(tmp_path, "toy", **everything), "a deleted entry is still on disk"
     takedown = purge(tmp_path, "toy", Selection(keys=keys), reason="asked for", who="me")
     assert prove_absent(tmp_path, "toy", **everything) == []
-    assert (takedown.entries, takedown.versions_dropped, takedown.version, takedown.who) == (1, [2, 3], 5, "me")
+    assert (takedown.entries, takedown.versions_dropped, takedown.version, takedown.who) == (
+        1,
+        [2, 3],
+        5,
+        "me",
+    )
     assert takedown.keys_sha256 == images
     assert takedowns(tmp_path, "toy") == [takedown]
     assert [v.number for v in Store(tmp_path, "toy").versions()] == [1, 4, 5]
     assert Store(tmp_path, "toy").snapshot().version.entries == 120
     assert verify(tmp_path, "toy", full=True) == []
-    assert "tag b-the-one-to-take-down" not in {t.text for t in Engine(Store(tmp_path, "toy").snapshot()).tags(limit=1000)}
+    assert "tag b-the-one-to-take-down" not in {
+        t.text for t in Engine(Store(tmp_path, "toy").snapshot()).tags(limit=1000)
+    }
     with pytest.raises(NotFound, match="nothing was taken down"):
         purge(tmp_path, "toy", Selection(keys=keys), reason="again")
     compact(tmp_path, "toy", keep=1)
@@ -136,7 +157,9 @@ def test_a_takedown_removes_bytes_and_history_and_is_recorded_without_them(tmp_p
 def test_what_another_entry_shares_stays(tmp_path: Path) -> None:
     put(tmp_path, names("a", 5))
     before = [e for e in Store(tmp_path, "toy").snapshot().entries() if e.key != "a-long-key-0002"]
-    takedown = purge(tmp_path, "toy", Selection(sha256=[hashlib.sha256(b"a-long-key-0002").hexdigest()]), reason="r")
+    takedown = purge(
+        tmp_path, "toy", Selection(sha256=[hashlib.sha256(b"a-long-key-0002").hexdigest()]), reason="r"
+    )
     assert takedown.entries == 1
     assert list(Store(tmp_path, "toy").snapshot().entries()) == before
 
@@ -148,7 +171,9 @@ def test_an_entry_whose_key_and_caption_are_part_of_anothers_is_taken_down(tmp_p
     assert prove_absent(tmp_path, "toy", keys=["photo-12345"])
 
 
-def test_a_takedown_that_is_cut_off_after_its_commit_is_on_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_takedown_that_is_cut_off_after_its_commit_is_on_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     put(tmp_path, ["photo-1234", "other-key-1"])
 
     class Interrupted(BaseException):

@@ -81,7 +81,9 @@ def test_a_store_is_sound(root: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "version"), [("shapes", 4), ("tuned", 5)])
-def test_bundles_come_out_the_same_and_go_in(name: str, version: int, root: Path, tmp_path: Path, expected, queries) -> None:
+def test_bundles_come_out_the_same_and_go_in(
+    name: str, version: int, root: Path, tmp_path: Path, expected, queries
+) -> None:
     bundle = WRITTEN / f"{name}.tagstore"
     export(root, "shapes", tmp_path / "again.tagstore", version=version)
     assert (tmp_path / "again.tagstore").read_bytes() == bundle.read_bytes()
@@ -93,8 +95,12 @@ def test_bundles_come_out_the_same_and_go_in(name: str, version: int, root: Path
 
 def test_a_recorded_map_answers_as_it_did(expected) -> None:
     keys = [f"{colour}-{shape}" for colour in COLOURS for shape in ("circle", "square")]
-    images = [picture(colour, shape, shift=i) for i, colour in enumerate(COLOURS) for shape in ("circle", "square")]
+    images = [
+        picture(colour, shape, shift=i) for i, colour in enumerate(COLOURS) for shape in ("circle", "square")
+    ]
     with closing(Map(WRITTEN / "answers.map")) as recorded:
         recorded.verify()
     with connect(f"replay://{WRITTEN}/answers.map") as source:
-        assert [as_json(answer) for answer in source.retrieve(images, keys=keys)] == expected["answers"]["map"]
+        assert [as_json(answer) for answer in source.retrieve(images, keys=keys)] == expected["answers"][
+            "map"
+        ]

@@ -3,7 +3,18 @@ import pytest
 
 from tagstore import errors
 from tagstore.errors import BadVector
-from tagstore.types import KINDS, Exclude, Fingerprint, Identity, Neighbour, Retrieval, RetrievedTag, Search, StoreInfo, TagInfo
+from tagstore.types import (
+    KINDS,
+    Exclude,
+    Fingerprint,
+    Identity,
+    Neighbour,
+    Retrieval,
+    RetrievedTag,
+    Search,
+    StoreInfo,
+    TagInfo,
+)
 from tagstore.wire import convert, status
 from tagstore_proto.v1 import tagstore_pb2 as pb
 
@@ -14,10 +25,17 @@ def float32(value: float) -> float:
 
 def test_a_retrieval_survives_the_wire() -> None:
     neighbours = (Neighbour("a", 7, float32(0.9)), Neighbour("ü/b", 1 << 40, float32(-0.1)))
-    tags = tuple(RetrievedTag(i, f"t{i}", kind, float32(0.9), 2, float32(0.3), (7, 1 << 40)) for i, kind in enumerate(KINDS))
+    tags = tuple(
+        RetrievedTag(i, f"t{i}", kind, float32(0.9), 2, float32(0.3), (7, 1 << 40))
+        for i, kind in enumerate(KINDS)
+    )
     retrieval = Retrieval("toy", 3, "abc", neighbours, tags)
-    wire = pb.RetrieveResponse(store="toy", version=3, fingerprint="abc", retrievals=[convert.retrieval_to_proto(retrieval)])
-    assert convert.retrievals_from_proto(pb.RetrieveResponse.FromString(wire.SerializeToString())) == [retrieval]
+    wire = pb.RetrieveResponse(
+        store="toy", version=3, fingerprint="abc", retrievals=[convert.retrieval_to_proto(retrieval)]
+    )
+    assert convert.retrievals_from_proto(pb.RetrieveResponse.FromString(wire.SerializeToString())) == [
+        retrieval
+    ]
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
@@ -29,7 +47,8 @@ def test_vectors_survive_the_wire_as_they_are(dtype: type, rng: np.random.Genera
 
 
 @pytest.mark.parametrize(
-    ("data", "dimension", "dtype"), [(b"123", 1, 1), (b"", 0, 1), (b"1234", 0, 1), (b"12345678", 2, 99), (b"12", 2, 2)]
+    ("data", "dimension", "dtype"),
+    [(b"123", 1, 1), (b"", 0, 1), (b"1234", 0, 1), (b"12345678", 2, 99), (b"12", 2, 2)],
 )
 def test_bytes_that_are_no_vectors_are_refused(data: bytes, dimension: int, dtype: int) -> None:
     with pytest.raises(BadVector):
@@ -38,7 +57,9 @@ def test_bytes_that_are_no_vectors_are_refused(data: bytes, dimension: int, dtyp
 
 def test_store_and_tags_survive_the_wire() -> None:
     fingerprint = Fingerprint("mini", "aa", {"size": [224, 224], "mean": [0.5, 0.5, 0.5]}, False, True, 8)
-    info = StoreInfo("toy", 2, 10, 30, 20, fingerprint, {"kind": "flat", "bytes": 12}, "2026-01-01T00:00:00+00:00")
+    info = StoreInfo(
+        "toy", 2, 10, 30, 20, fingerprint, {"kind": "flat", "bytes": 12}, "2026-01-01T00:00:00+00:00"
+    )
     back = convert.info_from_proto(convert.info_to_proto(info))
     assert back == info
     assert back.fingerprint.digest == fingerprint.digest
@@ -53,8 +74,17 @@ EXCLUDE = Exclude(key=True, sha256=True, perceptual_hash=0, keys=("a", "ü"), en
     "search",
     [
         Search(),
-        Search(k=1000, max_tags=7, min_similarity=float32(0.3), order="relevance", where={"brand": "Oatly", "": ""}, exclude=EXCLUDE),
-        Search(exclude=Exclude(perceptual_hash=64), order="similarity", exact=True, neighbours=False, texts=False),
+        Search(
+            k=1000,
+            max_tags=7,
+            min_similarity=float32(0.3),
+            order="relevance",
+            where={"brand": "Oatly", "": ""},
+            exclude=EXCLUDE,
+        ),
+        Search(
+            exclude=Exclude(perceptual_hash=64), order="similarity", exact=True, neighbours=False, texts=False
+        ),
         Search(nprobe=9, ef_search=128, min_similarity=0.0, exclude=Exclude(keys=("x",))),
     ],
 )
@@ -71,7 +101,9 @@ def test_an_empty_request_asks_for_the_defaults() -> None:
     assert convert.search_from_proto(pb.RetrieveRequest()) == Search()
 
 
-@pytest.mark.parametrize("search", [Search(k=-1), Search(max_tags=1 << 32), Search(order="age"), Search(nprobe=-2)])  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    "search", [Search(k=-1), Search(max_tags=1 << 32), Search(order="age"), Search(nprobe=-2)]
+)  # type: ignore[arg-type]
 def test_options_that_the_wire_cannot_carry_are_refused(search: Search) -> None:
     with pytest.raises(errors.InvalidInput, match=r"k is -1|max_tags is|order 'age'|nprobe is -2"):
         convert.search_to_proto(pb.RetrieveRequest(), search)
@@ -84,7 +116,13 @@ def test_an_order_that_is_none_is_refused() -> None:
 
 @pytest.mark.parametrize(
     "error",
-    [errors.Overloaded("full", 0.25), errors.NotFound("no store"), errors.NotPermitted("may not"), errors.Busy("held"), BadVector("x")],
+    [
+        errors.Overloaded("full", 0.25),
+        errors.NotFound("no store"),
+        errors.NotPermitted("may not"),
+        errors.Busy("held"),
+        BadVector("x"),
+    ],
 )
 def test_errors_survive_the_wire(error: errors.TagstoreError) -> None:
     back = status.error_from_proto(status.error_to_proto(error))

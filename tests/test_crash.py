@@ -28,7 +28,9 @@ def test_nothing_acknowledged_is_lost_in_30_deaths(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not shutil.which("cc"), reason="needs a C compiler, to build what makes writes fail")
-def test_the_harness_notices_a_commit_that_was_not_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_harness_notices_a_commit_that_was_not_synced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A power cut takes what was not synced: with syncs that do nothing, the harness must find something lost."""
     monkeypatch.setenv("CRASH_SYNC_NOTHING", "1")
     figures = crash.Harness(tmp_path, seed=1, ways=("POWER",), rounds_per_store=30).run(30)
@@ -39,7 +41,9 @@ def test_the_harness_notices_a_commit_that_was_not_synced(tmp_path: Path, monkey
 def test_a_store_on_a_full_disk_goes_on_when_there_is_room_again(tmp_path: Path) -> None:
     root = tmp_path / "disk"
     root.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "none", root], capture_output=True, check=False).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=300k", "none", root], capture_output=True, check=False
+    ).returncode:
         pytest.skip("no file system can be mounted here")
     try:
         harness = crash.Harness(tmp_path, seed=3, ways=("clock",))
@@ -82,10 +86,14 @@ def ingest_slowly(source: str, root: str) -> None:
     ingest.ingest(source, root=root, store="s", encoder=ToyEncoder(), miner="keywords", progress=said)
 
 
-def test_an_ingest_killed_again_and_again_ends_as_one_that_was_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_ingest_killed_again_and_again_ends_as_one_that_was_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(ingest, "BATCH", 16)
     source = write_table(tmp_path / "source")
-    whole = ingest.ingest(str(source), root=tmp_path / "whole", store="s", encoder=ToyEncoder(), miner="keywords")
+    whole = ingest.ingest(
+        str(source), root=tmp_path / "whole", store="s", encoder=ToyEncoder(), miner="keywords"
+    )
     command = [sys.executable, __file__, str(source), str(tmp_path / "cut")]
     for batches in (1, 3, 6):  # of 13, and one more each time: a run starts where the one before was killed
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
@@ -94,15 +102,21 @@ def test_an_ingest_killed_again_and_again_ends_as_one_that_was_not(tmp_path: Pat
                 print(file=child.stdin, flush=True)
             assert child.stdout.readline()
             child.send_signal(signal.SIGKILL)
-    resumed = ingest.ingest(str(source), root=tmp_path / "cut", store="s", encoder=ToyEncoder(), miner="keywords")
+    resumed = ingest.ingest(
+        str(source), root=tmp_path / "cut", store="s", encoder=ToyEncoder(), miner="keywords"
+    )
     assert resumed.resumed >= 200 - 16
     for name in ("pairs", "added", "unchanged", "entries", "tags", "unique_tags", "quarantined", "reasons"):
         assert getattr(resumed, name) == getattr(whole, name), name
     ours, theirs = (Store(tmp_path / root, "s").snapshot() for root in ("cut", "whole"))
-    assert ours.version.ranges == theirs.version.ranges  # checksums of entries, vectors, tags, embeddings, live, counts
+    assert (
+        ours.version.ranges == theirs.version.ranges
+    )  # checksums of entries, vectors, tags, embeddings, live, counts
     assert list(ours.entries()) == list(theirs.entries())
     assert list(ours.quarantine()) == list(theirs.quarantine())
-    assert [f["sha256"] for f in ours.version.index["files"]] == [f["sha256"] for f in theirs.version.index["files"]]
+    assert [f["sha256"] for f in ours.version.index["files"]] == [
+        f["sha256"] for f in theirs.version.index["files"]
+    ]
     assert verify(tmp_path / "cut", "s", full=True) == []
 
 

@@ -80,7 +80,10 @@ def debian(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_pictures_come_from_the_package_and_are_kept(tmp_path: Path, debian: Path) -> None:
     out = stamps.fetch(tmp_path / "demo/pictures")
     found = {item.key: item for item in read(str(out))}
-    assert {key: item.captions for key, item in found.items()} == {"animals/cat": ("A cat — “Felix”.",), "plants/tree": ("A tree.",)}
+    assert {key: item.captions for key, item in found.items()} == {
+        "animals/cat": ("A cat — “Felix”.",),
+        "plants/tree": ("A tree.",),
+    }
     assert found["animals/cat"].image == png("red")
     assert [path.name for path in out.parent.iterdir()] == ["pictures"]
     (debian / "apt-get").unlink()
@@ -102,14 +105,19 @@ def test_no_apt_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(sys, "argv", ["demo.py", "--out", str(tmp_path / "demo")])
     with pytest.raises(SystemExit) as stopped:
         demo.main()
-    assert re.fullmatch(r"error: no apt-get and no dpkg-deb on this machine .* make demo DATA=path", str(stopped.value.code))
+    assert re.fullmatch(
+        r"error: no apt-get and no dpkg-deb on this machine .* make demo DATA=path", str(stopped.value.code)
+    )
     assert not (tmp_path / "demo").exists()
 
 
 def test_no_network_is_one_clear_line(tmp_path: Path, debian: Path) -> None:
-    (debian / "download").write_text("#!/bin/sh\necho 'W: first' >&2\necho 'E: Failed to fetch http://deb.example.org' >&2\nexit 100\n")
+    (debian / "download").write_text(
+        "#!/bin/sh\necho 'W: first' >&2\necho 'E: Failed to fetch http://deb.example.org' >&2\nexit 100\n"
+    )
     with pytest.raises(
-        stamps.NoPictures, match=r"E: Failed to fetch http://deb.example.org\): check the network, or .* make demo DATA=path"
+        stamps.NoPictures,
+        match=r"E: Failed to fetch http://deb.example.org\): check the network, or .* make demo DATA=path",
     ):
         stamps.fetch(tmp_path / "pictures")
     assert not (tmp_path / "pictures").exists()
@@ -129,7 +137,10 @@ def test_split(tmp_path: Path, count: int, held: int) -> None:
         answer = demo.split(str(tmp_path / "t.csv"), None, Columns(), train, heldout)
         assert len(answer) == held
         assert [pair.key for pair in answer] == sorted(pair.key for pair in answer)
-        parts = [{item.captions[0] for item in read(str(folder)) if isinstance(item, Pair)} for folder in (train, heldout)]
+        parts = [
+            {item.captions[0] for item in read(str(folder)) if isinstance(item, Pair)}
+            for folder in (train, heldout)
+        ]
         assert parts[1] == {pair.captions[0] for pair in answer}
         assert parts[0] | parts[1] == {f"caption {i}" for i in range(count)}
         assert not parts[0] & parts[1]
@@ -169,7 +180,11 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
-        self.loads += [value or "" for name, value in attributes if name in ("src", "href", "srcset", "data", "action", "poster")]
+        self.loads += [
+            value or ""
+            for name, value in attributes
+            if name in ("src", "href", "srcset", "data", "action", "poster")
+        ]
 
     def handle_data(self, data: str) -> None:
         self.texts.append(data.strip())
@@ -177,16 +192,36 @@ class Page(HTMLParser):
 
 def sample(tags: int = 12) -> tuple[list[object], StoreInfo]:
     neighbours = tuple(Neighbour(f"in/{EVIL}{i}", i, 0.9 - i / 10) for i in range(5))
-    found = tuple(RetrievedTag(i, f"tag {i}" if i else f"Red {EVIL}", "object", 0.9, 1 + i % 5, -0.001 * i, (i % 5,)) for i in range(tags))
+    found = tuple(
+        RetrievedTag(i, f"tag {i}" if i else f"Red {EVIL}", "object", 0.9, 1 + i % 5, -0.001 * i, (i % 5,))
+        for i in range(tags)
+    )
     retrieval = Retrieval("demo", 3, "0" * 16, neighbours, found)
     answers = (f"with {EVIL}", "a bare answer")
-    asked = demo.Asked(f"key {EVIL}", png("red", (900, 300)), (f"a red {EVIL} & co", "second caption"), retrieval, answers)
-    info = StoreInfo("demo", 3, 1498, 5, 4, Fingerprint("mini", "x", {}, False, True, 512), {"kind": "flat"}, "2026-01-01T00:00:00+00:00")
+    asked = demo.Asked(
+        f"key {EVIL}", png("red", (900, 300)), (f"a red {EVIL} & co", "second caption"), retrieval, answers
+    )
+    info = StoreInfo(
+        "demo",
+        3,
+        1498,
+        5,
+        4,
+        Fingerprint("mini", "x", {}, False, True, 512),
+        {"kind": "flat"},
+        "2026-01-01T00:00:00+00:00",
+    )
     return [asked], info
 
 
 def render(asked: list[object], info: StoreInfo) -> str:
-    text: str = demo.render(asked, info, {"embed": 2.5, "ask": 0.25}, f"origin {EVIL}", lambda key: (png("blue"), f"neighbour {EVIL}"))
+    text: str = demo.render(
+        asked,
+        info,
+        {"embed": 2.5, "ask": 0.25},
+        f"origin {EVIL}",
+        lambda key: (png("blue"), f"neighbour {EVIL}"),
+    )
     return text
 
 

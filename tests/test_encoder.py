@@ -17,13 +17,30 @@ from tagstore.encoding import mini as mini_package
 from tagstore.encoding.encoder import Encoder, load_encoder
 from tagstore.errors import Damaged, InvalidInput, MissingExtra, NotFound, Unavailable
 
-PREPROCESS = {"mean": [0.48, 0.46, 0.41], "std": [0.27, 0.26, 0.28], "interpolation": "bicubic", "resize_mode": "shortest"}
+PREPROCESS = {
+    "mean": [0.48, 0.46, 0.41],
+    "std": [0.27, 0.26, 0.28],
+    "interpolation": "bicubic",
+    "resize_mode": "shortest",
+}
 TEXT = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
-VIT = {"embed_dim": 24, "quick_gelu": True, "vision_cfg": {"image_size": 64, "layers": 3, "width": 64, "head_width": 32, "patch_size": 16}}
-RESNET = {"embed_dim": 24, "vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "head_width": 8}}
+VIT = {
+    "embed_dim": 24,
+    "quick_gelu": True,
+    "vision_cfg": {"image_size": 64, "layers": 3, "width": 64, "head_width": 32, "patch_size": 16},
+}
+RESNET = {
+    "embed_dim": 24,
+    "vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "head_width": 8},
+}
 TIMM_VIT = {
     "embed_dim": 24,
-    "vision_cfg": {"timm_model_name": "vit_tiny_patch16_224", "timm_pool": "", "timm_proj": "linear", "image_size": 224},
+    "vision_cfg": {
+        "timm_model_name": "vit_tiny_patch16_224",
+        "timm_pool": "",
+        "timm_proj": "linear",
+        "image_size": 224,
+    },
 }
 
 
@@ -40,7 +57,10 @@ def write_model(directory: Path, config: dict, **preprocess: object) -> str:
     config = {"model_cfg": {**config, "text_cfg": TEXT}, "preprocess_cfg": {**PREPROCESS, **preprocess}}
     (directory / "open_clip_config.json").write_text(json.dumps(config))
     torch.manual_seed(0)
-    save_file(open_clip.create_model(f"local-dir:{directory}").state_dict(), directory / "open_clip_model.safetensors")
+    save_file(
+        open_clip.create_model(f"local-dir:{directory}").state_dict(),
+        directory / "open_clip_model.safetensors",
+    )
     return f"local-dir:{directory}"
 
 
@@ -49,7 +69,9 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     root = tmp_path_factory.mktemp("models")
     return {
         "vit": write_model(root / "vit", VIT),
-        "resnet": write_model(root / "resnet", RESNET, resize_mode="longest", fill_color=7, interpolation="bilinear"),
+        "resnet": write_model(
+            root / "resnet", RESNET, resize_mode="longest", fill_color=7, interpolation="bilinear"
+        ),
         "timm_vit": write_model(root / "timm_vit", TIMM_VIT),
     }
 
@@ -57,14 +79,19 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def pictures(seed: int, sizes: list[tuple[int, int]], mode: str = "RGB") -> list[Image.Image]:
     random = np.random.default_rng(seed)
     small = [Image.fromarray(random.integers(0, 256, (5, 7, 3), dtype=np.uint8)) for _ in sizes]
-    return [image.resize(size, Image.Resampling.BILINEAR).convert(mode) for image, size in zip(small, sizes, strict=True)]
+    return [
+        image.resize(size, Image.Resampling.BILINEAR).convert(mode)
+        for image, size in zip(small, sizes, strict=True)
+    ]
 
 
 ODD = [(1, 1), (3, 200), (301, 7), (64, 64), (225, 224), (640, 427), (99, 500)]
 
 
 @pytest.mark.parametrize("which", ["mini", "vit", "resnet"])
-def test_prepared_batches_are_open_clips_own_transform(which: str, mini: Encoder, local: dict[str, str]) -> None:
+def test_prepared_batches_are_open_clips_own_transform(
+    which: str, mini: Encoder, local: dict[str, str]
+) -> None:
     import torch
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
@@ -85,18 +112,29 @@ def test_vectors_are_open_clips_own(which: str, mini: Encoder, local: dict[str, 
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
     encoder = mini if which == "mini" else load_encoder(local[which], device="cpu")
-    model, images, texts = encoder._model, pictures(3, [(90, 70)] * 3), ["blue sky", "a dog runs over a very green field"]
+    model, images, texts = (
+        encoder._model,
+        pictures(3, [(90, 70)] * 3),
+        ["blue sky", "a dog runs over a very green field"],
+    )
     transform = image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), is_train=False)
     tokenizer = encoder._tokenizer if which == "mini" else open_clip.get_tokenizer(local[which])
     with torch.inference_mode():
-        expected_images = model.encode_image(torch.stack([transform(image) for image in images]), normalize=True).numpy()
+        expected_images = model.encode_image(
+            torch.stack([transform(image) for image in images]), normalize=True
+        ).numpy()
         expected_texts = model.encode_text(tokenizer(texts), normalize=True).numpy()
     np.testing.assert_allclose(encoder.encode_images(images), expected_images, atol=1e-6)
     np.testing.assert_allclose(encoder.encode_texts(texts), expected_texts, atol=1e-6)
 
 
-@pytest.mark.parametrize(("which", "points", "channels"), [("mini", 49, 1280), ("vit", 16, 64), ("resnet", 4, 256), ("timm_vit", 196, 192)])
-def test_grid_comes_with_the_same_vectors(which: str, points: int, channels: int, mini: Encoder, local: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    ("which", "points", "channels"),
+    [("mini", 49, 1280), ("vit", 16, 64), ("resnet", 4, 256), ("timm_vit", 196, 192)],
+)
+def test_grid_comes_with_the_same_vectors(
+    which: str, points: int, channels: int, mini: Encoder, local: dict[str, str]
+) -> None:
     encoder = mini if which == "mini" else load_encoder(local[which], device="cpu")
     images = pictures(4, [(50, 60)] * 3)
     grid, vectors = encoder.encode_grid(images)
@@ -142,7 +180,14 @@ def test_vectors_are_unit_float32_and_arrays_equal_lists(mini: Encoder) -> None:
 
 
 def test_a_text_does_not_depend_on_its_batch(mini: Encoder) -> None:
-    texts = ["dog", "a man in a red jacket climbs a steep snowy mountain with two ropes", "", "blue sky", "狗 🐕", "word " * 500]
+    texts = [
+        "dog",
+        "a man in a red jacket climbs a steep snowy mountain with two ropes",
+        "",
+        "blue sky",
+        "狗 🐕",
+        "word " * 500,
+    ]
     alone = np.concatenate([mini.encode_texts([text]) for text in texts])
     np.testing.assert_allclose(mini.encode_texts(texts), alone, atol=1e-6)
     np.testing.assert_allclose(mini.encode_texts(texts[::-1], batch_size=2), alone[::-1], atol=1e-6)
@@ -154,7 +199,11 @@ def test_wrong_batches_are_refused(mini: Encoder) -> None:
         mini.encode_texts("blue sky")
     with pytest.raises(InvalidInput, match="text 1 is of type int"):
         mini.encode_texts(["blue sky", 3])  # type: ignore[list-item]
-    for wrong in (np.zeros((2, 224, 224, 3), np.float32), np.zeros((2, 100, 224, 3), np.uint8), np.zeros((224, 224, 3), np.uint8)):
+    for wrong in (
+        np.zeros((2, 224, 224, 3), np.float32),
+        np.zeros((2, 100, 224, 3), np.uint8),
+        np.zeros((224, 224, 3), np.uint8),
+    ):
         with pytest.raises(InvalidInput, match=r"uint8 \[N, 224, 224, 3\]"):
             mini.encode_images(wrong)  # type: ignore[arg-type]
 
@@ -190,7 +239,9 @@ def test_fingerprint_says_what_decides_a_vector(tmp_path: Path, local: dict[str,
     assert load_encoder(plain, device="cpu").fingerprint.digest != first.fingerprint.digest
     changed = write_model(tmp_path / "changed", VIT)
     tensors = load_file(tmp_path / "changed" / "open_clip_model.safetensors")
-    assert load_encoder(changed, device="cpu").fingerprint.digest == first.fingerprint.digest  # the name is no part of it
+    assert (
+        load_encoder(changed, device="cpu").fingerprint.digest == first.fingerprint.digest
+    )  # the name is no part of it
     tensors["visual.proj"][0, 0] += 1e-3
     save_file(tensors, tmp_path / "changed" / "open_clip_model.safetensors")
     assert load_encoder(changed, device="cpu").fingerprint.digest != first.fingerprint.digest
@@ -282,7 +333,10 @@ def test_a_hub_out_of_reach_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         load_encoder("ViT-B-32/laion2b_s34b_b79k", device="cpu")
 
 
-@pytest.mark.parametrize(("device", "precision"), [("cuda:99", "fp32"), ("tpu", "fp32"), ("mps", "fp32"), ("cpu", "fp16"), ("cpu", "int8")])
+@pytest.mark.parametrize(
+    ("device", "precision"),
+    [("cuda:99", "fp32"), ("tpu", "fp32"), ("mps", "fp32"), ("cpu", "fp16"), ("cpu", "int8")],
+)
 def test_device_and_precision_are_checked_before_anything_is_loaded(device: str, precision: str) -> None:
     with pytest.raises(InvalidInput, match=r"device|precision"):
         load_encoder("mini", device=device, precision=precision)
@@ -318,7 +372,9 @@ def test_a_model_gets_tensors_of_the_same_numbers(mini: Encoder, local: dict[str
         expected_grid, expected_vectors = encoder.encode_grid(images, layer=layer)
         np.testing.assert_array_equal(grid.numpy(), expected_grid)
         np.testing.assert_array_equal(vectors.numpy(), expected_vectors)
-        torch.nn.Linear(grid.shape[-1], 2)(grid).sum().backward()  # no inference tensors: a model is trained on them
+        torch.nn.Linear(grid.shape[-1], 2)(
+            grid
+        ).sum().backward()  # no inference tensors: a model is trained on them
         assert encoder.forward_grid(pixels[:0], layer=layer)[0].shape == (0, *grid.shape[1:])
         assert encoder.grid_projection().shape == (grid.shape[-1], encoder.dimension)
         assert copy.deepcopy(encoder) is encoder
@@ -340,7 +396,10 @@ def test_a_clip_of_transformers(tmp_path: Path) -> None:
     directory = write_clip(tmp_path / "clip")
     encoder = load_encoder(f"hf:{directory}", device="cpu")
     clip, tokenizer = CLIPModel.from_pretrained(directory).eval(), AutoTokenizer.from_pretrained(directory)
-    images, texts = pictures(11, [(40, 50), (28, 28), (90, 30)]), ["blue sky", "a much longer text than its context", ""]
+    images, texts = (
+        pictures(11, [(40, 50), (28, 28), (90, 30)]),
+        ["blue sky", "a much longer text than its context", ""],
+    )
     grid, vectors = encoder.encode_grid(images, layer=-2)
     pixels = torch.cat([encoder._normalised(encoder.prepare(image)[None]) for image in images])
     with torch.no_grad():
@@ -350,9 +409,13 @@ def test_a_clip_of_transformers(tmp_path: Path) -> None:
         expected_texts = clip.get_text_features(**ids).pooler_output
     np.testing.assert_allclose(grid, out.hidden_states[-2][:, 1:].numpy(), atol=1e-5)
     np.testing.assert_allclose(vectors, torch.nn.functional.normalize(expected, dim=-1).numpy(), atol=1e-5)
-    np.testing.assert_allclose(encoder.encode_texts(texts), torch.nn.functional.normalize(expected_texts, dim=-1).numpy(), atol=1e-5)
+    np.testing.assert_allclose(
+        encoder.encode_texts(texts), torch.nn.functional.normalize(expected_texts, dim=-1).numpy(), atol=1e-5
+    )
     last, _ = encoder.encode_grid(images)
-    np.testing.assert_allclose(last, clip.vision_model.post_layernorm(out.hidden_states[-1][:, 1:]).detach().numpy(), atol=1e-5)
+    np.testing.assert_allclose(
+        last, clip.vision_model.post_layernorm(out.hidden_states[-1][:, 1:]).detach().numpy(), atol=1e-5
+    )
     assert encoder.same_tower(clip.vision_model)
     with pytest.raises(InvalidInput, match="no layer -5"):
         encoder.encode_grid(images, layer=-5)

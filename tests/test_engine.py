@@ -25,7 +25,8 @@ WORDS = [f"tag {i}" for i in range(40)]
 
 def make(root: Path, vectors: np.ndarray, tags: list[list[str]], name: str = "toy") -> Engine:
     drafts = [
-        Draft(f"k{i}", bytes(32), 0, ("c",), tuple(MergedTag(t, "object", t, 1.0, 1, ()) for t in words)) for i, words in enumerate(tags)
+        Draft(f"k{i}", bytes(32), 0, ("c",), tuple(MergedTag(t, "object", t, 1.0, 1, ()) for t in words))
+        for i, words in enumerate(tags)
     ]
     with Writer(root, name, FINGERPRINT) as writer:
         writer.append(drafts, vectors)
@@ -61,7 +62,9 @@ def test_neighbours_are_those_of_the_specification(engine: Engine, rng: np.rando
         for answer, row in zip(answers, similarities, strict=True):
             best = sorted(zip(-row, ids, strict=True))[:k]
             assert [n.entry_id for n in answer.neighbours] == [i for _, i in best]
-            assert [n.similarity for n in answer.neighbours] == pytest.approx([min(-s, 1.0) for s, _ in best], abs=1e-6)
+            assert [n.similarity for n in answer.neighbours] == pytest.approx(
+                [min(-s, 1.0) for s, _ in best], abs=1e-6
+            )
 
 
 def test_the_index_agrees_with_the_numpy_index(engine: Engine, rng: np.random.Generator) -> None:
@@ -70,11 +73,16 @@ def test_the_index_agrees_with_the_numpy_index(engine: Engine, rng: np.random.Ge
     queries = clustered(rng, 64)
     ours, theirs = engine.index.search(queries, 10), oracle.search(queries, 10)
     # as sets of vectors: which of two equal vectors comes first is the engine's business
-    sims = [np.take_along_axis(queries @ engine.snapshot.vectors(ids).T, found, axis=1) for found in (ours, theirs)]
+    sims = [
+        np.take_along_axis(queries @ engine.snapshot.vectors(ids).T, found, axis=1)
+        for found in (ours, theirs)
+    ]
     np.testing.assert_allclose(sims[0], sims[1], atol=1e-6)
 
 
-def test_an_answer_does_not_depend_on_its_batch_or_its_dtype(engine: Engine, rng: np.random.Generator) -> None:
+def test_an_answer_does_not_depend_on_its_batch_or_its_dtype(
+    engine: Engine, rng: np.random.Generator
+) -> None:
     queries = clustered(rng, 200)
     together = engine.retrieve(queries, Search(k=7))
     assert together == [engine.retrieve(q[None], Search(k=7))[0] for q in queries]
@@ -85,7 +93,9 @@ def test_an_answer_does_not_depend_on_its_batch_or_its_dtype(engine: Engine, rng
 
 def test_signals_are_what_they_say(engine: Engine, rng: np.random.Generator) -> None:
     for answer, query in zip(engine.retrieve(q := clustered(rng, 20), Search(k=9)), q, strict=True):
-        records = {n.entry_id: {t.tag_id for t in engine.snapshot.entry(n.entry_id).tags} for n in answer.neighbours}
+        records = {
+            n.entry_id: {t.tag_id for t in engine.snapshot.entry(n.entry_id).tags} for n in answer.neighbours
+        }
         assert {t.tag_id for t in answer.tags} == set().union(*records.values())
         for tag in answer.tags:
             carriers = [n for n in answer.neighbours if tag.tag_id in records[n.entry_id]]
@@ -137,7 +147,9 @@ def test_too_many_queries_are_refused_and_none_are_fine(engine: Engine) -> None:
     assert engine.retrieve(np.ones((0, D), np.float32)) == []
 
 
-def test_a_store_without_tags_and_one_with_fewer_entries_than_k_answer(tmp_path: Path, rng: np.random.Generator) -> None:
+def test_a_store_without_tags_and_one_with_fewer_entries_than_k_answer(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
     small = make(tmp_path, clustered(rng, 60)[:2], [[], []])
     [answer] = small.retrieve(np.ones((1, D), np.float32), Search(k=5))
     assert (len(answer.neighbours), len(answer.tags)) == (2, 0)
@@ -156,7 +168,9 @@ def test_tags_are_paged_and_counted(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("rows", [64, 1 << 20])
-def test_many_equal_vectors_are_cut_by_id_whatever_the_files(tmp_path: Path, rng: np.random.Generator, monkeypatch, rows: int) -> None:
+def test_many_equal_vectors_are_cut_by_id_whatever_the_files(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch, rows: int
+) -> None:
     monkeypatch.setattr(faiss_index, "MAX_ROWS", rows)
     vectors = np.concatenate([np.eye(D, dtype=np.float32)[:1].repeat(200, 0), clustered(rng, 40)])
     vectors[200:202] = np.eye(D, dtype=np.float32)[0] + np.eye(D, dtype=np.float32)[1] * 0.1
@@ -171,7 +185,9 @@ def test_an_index_of_other_contents_or_none_is_refused(tmp_path: Path, rng: np.r
     make(tmp_path, clustered(rng, 60), [[]] * 60, "a")
     other = make(tmp_path, clustered(rng, 50), [[]] * 50, "b")
     [file] = Store(tmp_path, "a").index_directory.iterdir()
-    file.write_bytes((Store(tmp_path, "b").index_directory / other.version.index["files"][0]["file"]).read_bytes())
+    file.write_bytes(
+        (Store(tmp_path, "b").index_directory / other.version.index["files"][0]["file"]).read_bytes()
+    )
     with pytest.raises(Damaged, match="holds 50 vectors"):
         FaissIndex(Store(tmp_path, "a").snapshot())
     file.write_bytes(b"IxSQ")
@@ -182,11 +198,15 @@ def test_an_index_of_other_contents_or_none_is_refused(tmp_path: Path, rng: np.r
         FaissIndex(Store(tmp_path, "a").snapshot())
 
 
-def test_a_large_index_is_several_files_that_answer_as_one(tmp_path: Path, rng: np.random.Generator, monkeypatch) -> None:
+def test_a_large_index_is_several_files_that_answer_as_one(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch
+) -> None:
     vectors = clustered(rng, 300)
     one = make(tmp_path, vectors, [[]] * 300, "one")
     monkeypatch.setattr(faiss_index, "MAX_ROWS", 64)
     many = make(tmp_path, vectors, [[]] * 300, "many")
     assert [f["rows"] for f in many.version.index["files"]] == [64, 64, 64, 64, 44]
     queries = clustered(rng, 40)
-    assert [a.neighbours for a in many.retrieve(queries, Search(k=9))] == [a.neighbours for a in one.retrieve(queries, Search(k=9))]
+    assert [a.neighbours for a in many.retrieve(queries, Search(k=9))] == [
+        a.neighbours for a in one.retrieve(queries, Search(k=9))
+    ]

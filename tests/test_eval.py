@@ -42,7 +42,9 @@ def test_an_interval_holds_the_value_and_is_the_same_every_time(rng):
 
 def test_answers_about_one_image_are_drawn_together():
     scores = [1.0] * 50 + [0.0] * 50
-    assert mean("m", scores, [i // 50 for i in range(100)]).high == 1.0  # two images: both draws may be the good one
+    assert (
+        mean("m", scores, [i // 50 for i in range(100)]).high == 1.0
+    )  # two images: both draws may be the good one
     assert mean("m", scores, range(100)).high < 0.65
 
 
@@ -72,7 +74,14 @@ def test_an_answer_with_neither_word_is_noticed():
 
 def test_pope_by_hand():
     figures = values(pope(["yes", "yes", "no", "no", "yes"], [True, False, True, False, True], list("abcde")))
-    assert figures == {"accuracy": 0.6, "precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3, "yes": 0.6, "neither": 0.0}
+    assert figures == {
+        "accuracy": 0.6,
+        "precision": 2 / 3,
+        "recall": 2 / 3,
+        "f1": 2 / 3,
+        "yes": 0.6,
+        "neither": 0.0,
+    }
 
 
 def test_mme_wants_both_answers_of_an_image():
@@ -115,10 +124,14 @@ def test_plain_tokens():
     assert tokenise([["A man's dog, (brown) runs -- fast!"]]) == [["a man's dog brown runs fast"]]
 
 
-@pytest.mark.skipif(shutil.which("java") is None, reason="METEOR and the Stanford tokeniser are Java programs")
+@pytest.mark.skipif(
+    shutil.which("java") is None, reason="METEOR and the Stanford tokeniser are Java programs"
+)
 @pytest.mark.slow
 def test_meteor_and_the_stanford_tokeniser():
-    figures = values(caption_metrics(ANSWERS, REFERENCES, range(3), tokeniser="ptb", meteor=True, resamples=10))
+    figures = values(
+        caption_metrics(ANSWERS, REFERENCES, range(3), tokeniser="ptb", meteor=True, resamples=10)
+    )
     assert 0 < figures["METEOR"] < 1
     assert tokenise([["A man's dog."]], "ptb") == [["a man 's dog"]]
 
@@ -132,7 +145,17 @@ def test_without_java_meteor_is_refused_by_name(monkeypatch):
 # CHAIR
 
 SYNONYMS = Synonyms(
-    ["person, man, woman, player", "dog, puppy", "chair, seat", "toilet", "hot dog", "tie", "train", "bear, cub", "wine glass"]
+    [
+        "person, man, woman, player",
+        "dog, puppy",
+        "chair, seat",
+        "toilet",
+        "hot dog",
+        "tie",
+        "train",
+        "bear, cub",
+        "wine glass",
+    ]
 )
 
 
@@ -155,7 +178,12 @@ def test_chair_by_hand():
     truth = present(["person"], ["A man with his dogs"], SYNONYMS)
     assert truth == {"person", "dog"}
     figures = values(chair(["A man, a chair", "A woman"], [truth, {"person"}], ["a", "b"], SYNONYMS))
-    assert figures == {"CHAIRi": pytest.approx(1 / 3), "CHAIRs": 0.5, "recall": pytest.approx(2 / 3), "objects": 1.5}
+    assert figures == {
+        "CHAIRi": pytest.approx(1 / 3),
+        "CHAIRs": 0.5,
+        "recall": pytest.approx(2 / 3),
+        "objects": 1.5,
+    }
 
 
 # short answers
@@ -195,12 +223,19 @@ def files(tmp_path: Path) -> Path:
     lines = {
         "pope.jsonl": [
             {"question_id": i, "image": f"{c}.png", "text": f"Is there a {o} in the image?", "label": a}
-            for i, (c, o, a) in enumerate([("red", "dog", "yes"), ("red", "cat", "no"), ("blue", "dog", "no")])
+            for i, (c, o, a) in enumerate(
+                [("red", "dog", "yes"), ("red", "cat", "no"), ("blue", "dog", "no")]
+            )
         ],
-        "repope.jsonl": [{"question_id": 0, "image": "red.png", "text": "Is there a dog in the image?", "label": "no"}],
-        "vqa.jsonl": [{"question_id": 7, "image": "red.png", "question": "What colour?", "answers": [{"answer": "red"}]}],
+        "repope.jsonl": [
+            {"question_id": 0, "image": "red.png", "text": "Is there a dog in the image?", "label": "no"}
+        ],
+        "vqa.jsonl": [
+            {"question_id": 7, "image": "red.png", "question": "What colour?", "answers": [{"answer": "red"}]}
+        ],
         "captions.jsonl": [
-            {"image": f"{c}.png", "captions": [f"a {c} dog", "one dog"], "objects": [{"category": "dog"}]} for c in ("red", "blue")
+            {"image": f"{c}.png", "captions": [f"a {c} dog", "one dog"], "objects": [{"category": "dog"}]}
+            for c in ("red", "blue")
         ],
         "bench.jsonl": [{"question_id": 1, "image": "red.png", "category": "conv", "text": "What is it?"}],
         "references.jsonl": [{"question_id": 1, "text": "A red circle."}],
@@ -222,15 +257,31 @@ def test_pope_from_its_file_and_repope_instead_of_its_labels(files: Path):
 
 
 def test_every_task_from_its_files(files: Path):
-    assert evaluate(load_task("vqa", TaskOptions(files / "vqa.jsonl")), Parrot("Red.")).value("exact match") == 1.0
-    assert evaluate(load_task("mme", TaskOptions(files / "pope.jsonl")), Parrot("no")).value("accuracy+") == 0.5
-    assert evaluate(load_task("captions", TaskOptions(files / "captions.jsonl")), Parrot("one dog")).value("ROUGE-L") == 1.0
+    assert (
+        evaluate(load_task("vqa", TaskOptions(files / "vqa.jsonl")), Parrot("Red.")).value("exact match")
+        == 1.0
+    )
+    assert (
+        evaluate(load_task("mme", TaskOptions(files / "pope.jsonl")), Parrot("no")).value("accuracy+") == 0.5
+    )
+    assert (
+        evaluate(load_task("captions", TaskOptions(files / "captions.jsonl")), Parrot("one dog")).value(
+            "ROUGE-L"
+        )
+        == 1.0
+    )
     chairs = load_task("chair", TaskOptions(files / "captions.jsonl", synonyms=files / "synonyms.txt"))
     assert evaluate(chairs, Parrot("A man.")).value("CHAIRi") == 1.0
 
 
-def test_results_are_written_with_what_they_depend_on_and_a_run_goes_on_where_it_was_cut_off(files: Path, tmp_path: Path):
-    task, parrot, out = load_task("pope", TaskOptions(files / "pope.jsonl", seed=5)), Parrot("no"), tmp_path / "out"
+def test_results_are_written_with_what_they_depend_on_and_a_run_goes_on_where_it_was_cut_off(
+    files: Path, tmp_path: Path
+):
+    task, parrot, out = (
+        load_task("pope", TaskOptions(files / "pope.jsonl", seed=5)),
+        Parrot("no"),
+        tmp_path / "out",
+    )
 
     class PowerCut(Exception):
         pass
@@ -277,8 +328,13 @@ def endpoint() -> Iterator[tuple[str, list[dict], list[str]]]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
-            requests.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))) | {"key": self.headers["Authorization"]})
-            body = json.dumps({"choices": [{"message": {"content": says.pop(0)}}]} if says else {"oops": 1}).encode()
+            requests.append(
+                json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                | {"key": self.headers["Authorization"]}
+            )
+            body = json.dumps(
+                {"choices": [{"message": {"content": says.pop(0)}}]} if says else {"oops": 1}
+            ).encode()
             self.send_response(200)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -297,7 +353,9 @@ def endpoint() -> Iterator[tuple[str, list[dict], list[str]]]:
 def test_llava_bench_with_and_without_a_judge(files: Path, endpoint, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "*")
     url, requests, says = endpoint
-    options = TaskOptions(files / "bench.jsonl", references=files / "references.jsonl", contexts=files / "contexts.jsonl")
+    options = TaskOptions(
+        files / "bench.jsonl", references=files / "references.jsonl", contexts=files / "contexts.jsonl"
+    )
     assert evaluate(load_task("llava-bench", options), Parrot("A circle.")).metrics == ()
     says += ["8 4\nbecause", "6 8\nthe other way round"]
     judged = load_task("llava-bench", replace(options, judge=OpenAIJudge(url, "some-model", key="secret")))

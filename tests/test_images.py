@@ -41,7 +41,12 @@ def png_header(width: int, height: int) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0" * 100))
+        + chunk(b"IEND", b"")
+    )
 
 
 @pytest.mark.parametrize(
@@ -66,7 +71,13 @@ def test_formats(format: str, options: dict[str, Any], tolerance: int) -> None:
 @pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", "TIFF"])
 def test_first_frame_of_an_animation(format: str) -> None:
     frames = [Image.new("RGB", (8, 6), colour) for colour in ("red", "blue")]
-    data = encoded(frames[0], format, save_all=True, append_images=frames[1:], **({"lossless": True} if format == "WEBP" else {}))
+    data = encoded(
+        frames[0],
+        format,
+        save_all=True,
+        append_images=frames[1:],
+        **({"lossless": True} if format == "WEBP" else {}),
+    )
     assert decode(data).getpixel((3, 3)) == (255, 0, 0)
 
 
@@ -217,7 +228,10 @@ def test_what_is_no_image(data: bytes, message: str) -> None:
         decode(data)
 
 
-@pytest.mark.parametrize(("width", "height"), [(30_000, 30_000), (2_000_000_000, 2_000_000_000), (1, 2_000_000_000), (100_001, 1000)])
+@pytest.mark.parametrize(
+    ("width", "height"),
+    [(30_000, 30_000), (2_000_000_000, 2_000_000_000), (1, 2_000_000_000), (100_001, 1000)],
+)
 def test_a_decompression_bomb_is_refused_from_its_header(width: int, height: int) -> None:
     with pytest.raises(BadImage, match=r"too large: .*more than the limit of 100,000,000 in all.*max_pixels"):
         decode(png_header(width, height))
@@ -248,7 +262,11 @@ def test_the_limit_is_an_option_and_no_pillow_limit_interferes() -> None:
 
 
 def test_threads_get_what_one_thread_gets() -> None:
-    data = [encoded(photograph(seed=seed), format) for seed in range(8) for format in ("JPEG", "PNG", "WEBP", "GIF")]
+    data = [
+        encoded(photograph(seed=seed), format)
+        for seed in range(8)
+        for format in ("JPEG", "PNG", "WEBP", "GIF")
+    ]
     data.append(encoded(photograph(), "JPEG")[:300])
 
     def outcome(item: bytes) -> bytes | str:

@@ -39,18 +39,31 @@ APPROXIMATE = ("hnsw", "ivf", "ivfpq")
 def clustered(n: int, seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
     centres = np.random.default_rng(99).standard_normal((max(1, n // 10), D), dtype=np.float32)
-    vectors = centres[rng.integers(len(centres), size=n)] + 0.4 * rng.standard_normal((n, D), dtype=np.float32)
+    vectors = centres[rng.integers(len(centres), size=n)] + 0.4 * rng.standard_normal(
+        (n, D), dtype=np.float32
+    )
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
 def draft(i: int, prefix: str = "k") -> Draft:
     """Every tenth picture is the same as the one before, and hashes of neighbours in number differ in few bits."""
     colour = COLOURS[i % len(COLOURS)]
-    metadata = {} if i % 7 == 0 else {"colour": None if colour == "None" else colour, "size": i % 3, "sharp": i % 2 == 0}
+    metadata = (
+        {}
+        if i % 7 == 0
+        else {"colour": None if colour == "None" else colour, "size": i % 3, "sharp": i % 2 == 0}
+    )
     picture = i - 1 if i % 10 == 0 else i
     words = [f"tag {i % 40}", f"tag {i % 11}"]
     tags = tuple(MergedTag(t, "object", t, 1.0, 1, ()) for t in dict.fromkeys(words))
-    return Draft(f"{prefix}{i}", picture.to_bytes(32, "little", signed=True), picture & 0xFFFF, ("red and blue",), tags, metadata)
+    return Draft(
+        f"{prefix}{i}",
+        picture.to_bytes(32, "little", signed=True),
+        picture & 0xFFFF,
+        ("red and blue",),
+        tags,
+        metadata,
+    )
 
 
 def append(root: Path, name: str, vectors: np.ndarray, prefix: str = "k") -> Snapshot:
@@ -96,7 +109,9 @@ def similarities(oracle: NumpyIndex, queries: np.ndarray, ids: np.ndarray) -> np
 
 @pytest.mark.parametrize("kind", VERSION)
 @pytest.mark.parametrize("batch", [1, 3, 70])
-def test_every_kind_finds_what_numpy_finds(engines: dict[str, Engine], oracle: NumpyIndex, kind: str, batch: int) -> None:
+def test_every_kind_finds_what_numpy_finds(
+    engines: dict[str, Engine], oracle: NumpyIndex, kind: str, batch: int
+) -> None:
     queries = clustered(70, 5)
     best = similarities(oracle, queries, oracle.search(queries, 10))
     pieces = [engines[kind].index.search(queries[i : i + batch], 10)[:, :10] for i in range(0, 70, batch)]
@@ -117,7 +132,9 @@ def test_answers_do_not_depend_on_the_batch_whatever_the_kind(engines: dict[str,
 
 
 @pytest.mark.parametrize("kind", APPROXIMATE)
-def test_where_the_candidates_cover_the_truth_the_answer_is_the_exact_one(engines: dict[str, Engine], kind: str) -> None:
+def test_where_the_candidates_cover_the_truth_the_answer_is_the_exact_one(
+    engines: dict[str, Engine], kind: str
+) -> None:
     queries = clustered(30, 7)
     wide = Search(k=3, nprobe=1 << 20, ef_search=2048)
     got, true = (engines[kind].nearest(queries, s) for s in (wide, replace(wide, exact=True)))
@@ -133,7 +150,9 @@ def test_request_parameters_change_nothing_that_is_shared(engines: dict[str, Eng
         expected = {s.ef_search: engines[kind].nearest(queries, s) for s in (narrow, wide)}
         wrong: list[Search] = []
 
-        def ask(search: Search, engine: Engine = engines[kind], expected: dict = expected, wrong: list = wrong) -> None:
+        def ask(
+            search: Search, engine: Engine = engines[kind], expected: dict = expected, wrong: list = wrong
+        ) -> None:
             for i in range(0, 300, 50):
                 if engine.nearest(queries[i : i + 50], search) != expected[search.ef_search][i : i + 50]:
                     wrong.append(search)
@@ -167,7 +186,9 @@ def test_masked_searches_in_many_threads_agree(root: Path, tmp_path: Path) -> No
     assert not wrong
 
 
-def brute(snapshot: Snapshot, oracle: NumpyIndex, query: np.ndarray, search: Search, own: Identity) -> tuple[list[int], int]:
+def brute(
+    snapshot: Snapshot, oracle: NumpyIndex, query: np.ndarray, search: Search, own: Identity
+) -> tuple[list[int], int]:
     """Neighbours and the number kept out, by looking at every entry."""
     rows = [(e, int(i)) for i, e in enumerate(snapshot.entries())]
     exclude = search.exclude
@@ -176,7 +197,10 @@ def brute(snapshot: Snapshot, oracle: NumpyIndex, query: np.ndarray, search: Sea
     kept: list[int] = []
     out = 0
     for entry, row in ranked:
-        if not all(name in entry.metadata and str(entry.metadata[name]) == value for name, value in search.where.items()):
+        if not all(
+            name in entry.metadata and str(entry.metadata[name]) == value
+            for name, value in search.where.items()
+        ):
             continue
         if cosines[row] < search.min_similarity or len(kept) == search.k:
             break
@@ -184,7 +208,9 @@ def brute(snapshot: Snapshot, oracle: NumpyIndex, query: np.ndarray, search: Sea
             (exclude.key and entry.key == own.key)
             or (exclude.sha256 and entry.sha256 == own.sha256)
             or (
-                exclude.perceptual_hash >= 0 and (entry.perceptual_hash ^ (own.perceptual_hash or 0)).bit_count() <= exclude.perceptual_hash
+                exclude.perceptual_hash >= 0
+                and (entry.perceptual_hash ^ (own.perceptual_hash or 0)).bit_count()
+                <= exclude.perceptual_hash
             )
             or entry.key in exclude.keys
             or entry.entry_id in exclude.entry_ids
@@ -206,7 +232,9 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Engine:
     k=st.integers(1, 30),
     least=st.sampled_from([-1.0, 0.2, 0.9]),
     where=st.dictionaries(
-        st.sampled_from(["colour", "size", "sharp", "none"]), st.sampled_from([*COLOURS, "0", "1", "True", "False"]), max_size=2
+        st.sampled_from(["colour", "size", "sharp", "none"]),
+        st.sampled_from([*COLOURS, "0", "1", "True", "False"]),
+        max_size=2,
     ),
     key=st.booleans(),
     digest=st.booleans(),
@@ -215,22 +243,39 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Engine:
     ids=st.lists(st.integers(-3, 410), max_size=40),
 )
 def test_filters_and_exclusions_are_what_a_look_at_every_entry_gives(
-    small: Engine, at: int, k: int, least: float, where: dict, key: bool, digest: bool, bits: int, keys: list, ids: list
+    small: Engine,
+    at: int,
+    k: int,
+    least: float,
+    where: dict,
+    key: bool,
+    digest: bool,
+    bits: int,
+    keys: list,
+    ids: list,
 ) -> None:
     oracle = NumpyIndex(small.snapshot.vectors(small.snapshot.live()), small.snapshot.live())
     entry = small.snapshot.entry(at)
     own = Identity(entry.key, entry.sha256, entry.perceptual_hash)
-    search = Search(k=k, min_similarity=least, where=where, exclude=Exclude(key, digest, bits, tuple(keys), tuple(ids)))
+    search = Search(
+        k=k, min_similarity=least, where=where, exclude=Exclude(key, digest, bits, tuple(keys), tuple(ids))
+    )
     [(found, _, out)] = small.nearest(oracle.vectors[at : at + 1], search, [own])
     assert (found, out) == brute(small.snapshot, oracle, oracle.vectors[at], search, own)
 
 
 @pytest.mark.parametrize("kind", VERSION)
-def test_k_neighbours_come_back_whatever_is_kept_out(engines: dict[str, Engine], oracle: NumpyIndex, kind: str) -> None:
+def test_k_neighbours_come_back_whatever_is_kept_out(
+    engines: dict[str, Engine], oracle: NumpyIndex, kind: str
+) -> None:
     engine, snapshot = engines[kind], engines[kind].snapshot
     queries = oracle.vectors[:6]
     near = {n for ids, _, _ in engines["flat"].nearest(queries, Search(k=200)) for n in ids}
-    search = Search(k=7, exclude=Exclude(key=True, sha256=True, perceptual_hash=1, entry_ids=tuple(near)), where={"size": "1"})
+    search = Search(
+        k=7,
+        exclude=Exclude(key=True, sha256=True, perceptual_hash=1, entry_ids=tuple(near)),
+        where={"size": "1"},
+    )
     identities = [Identity(e.key, e.sha256, e.perceptual_hash) for e in snapshot.entries(np.arange(6))]
     answers = engine.retrieve(queries, search, identities)
     for answer, own in zip(answers, identities, strict=True):
@@ -247,9 +292,15 @@ def test_k_neighbours_come_back_whatever_is_kept_out(engines: dict[str, Engine],
 
 def test_a_guard_that_could_not_hold_is_refused(small: Engine) -> None:
     query = np.ones((1, D), np.float32)
-    for exclude, missing in ((Exclude(key=True), "key"), (Exclude(sha256=True), "sha256"), (Exclude(perceptual_hash=3), "perceptual_hash")):
+    for exclude, missing in (
+        (Exclude(key=True), "key"),
+        (Exclude(sha256=True), "sha256"),
+        (Exclude(perceptual_hash=3), "perceptual_hash"),
+    ):
         for identities in ([], [Identity()]):
-            with pytest.raises(InvalidInput, match=f"excluded by {missing}, but that of query 0 is not known"):
+            with pytest.raises(
+                InvalidInput, match=f"excluded by {missing}, but that of query 0 is not known"
+            ):
                 small.retrieve(query, Search(exclude=exclude), identities)
     for search, identities, what in (
         (Search(exclude=Exclude(perceptual_hash=65)), [], "0 to 64 bits"),
@@ -272,7 +323,11 @@ def test_tags_come_in_the_order_asked_for_and_only_as_much_of_them(small: Engine
     [whole] = small.retrieve(query, Search(k=9))
     for order in ("votes", "similarity", "relevance"):
         [answer] = small.retrieve(query, Search(k=9, order=order))
-        signals = {"votes": lambda t: -t.votes, "similarity": lambda t: -t.similarity, "relevance": lambda t: -t.relevance}
+        signals = {
+            "votes": lambda t: -t.votes,
+            "similarity": lambda t: -t.similarity,
+            "relevance": lambda t: -t.relevance,
+        }
         first = signals.pop(order)
         ranked = sorted(whole.tags, key=lambda t: (first(t), *(s(t) for s in signals.values()), t.tag_id))
         assert list(answer.tags) == ranked
@@ -288,7 +343,9 @@ def test_filters_are_kept_within_their_memory(small: Engine, monkeypatch: pytest
     assert len(small._filters._kept) == 2
 
 
-def test_tags_at_hand_are_let_go_when_they_are_too_many(small: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tags_at_hand_are_let_go_when_they_are_too_many(
+    small: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     queries = clustered(30, 11)
     expected = small.retrieve(queries)
     monkeypatch.setattr(lookups, "TAG_BYTES", 12 * (4 * D + 300))
@@ -297,7 +354,9 @@ def test_tags_at_hand_are_let_go_when_they_are_too_many(small: Engine, monkeypat
     assert len(crowded._tags._table.names) <= 18  # one query may need more than there is room for
 
 
-def test_an_index_file_lends_the_stored_vectors_without_a_copy(root: Path, engines: dict[str, Engine], tmp_path: Path) -> None:
+def test_an_index_file_lends_the_stored_vectors_without_a_copy(
+    root: Path, engines: dict[str, Engine], tmp_path: Path
+) -> None:
     append(tmp_path, "s", clustered(900))
     delete(tmp_path, "s", Selection(keys=[f"k{i}" for i in range(0, 900, 7)]))
     append(tmp_path, "s", clustered(50, 78), "late")
@@ -316,12 +375,22 @@ def test_an_index_file_lends_the_stored_vectors_without_a_copy(root: Path, engin
 def test_float16_is_widened_bit_for_bit() -> None:
     finite = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
     finite = finite[np.isfinite(finite)]
-    np.testing.assert_array_equal(exact.widened(finite).view(np.uint32), finite.astype(np.float32).view(np.uint32))
+    np.testing.assert_array_equal(
+        exact.widened(finite).view(np.uint32), finite.astype(np.float32).view(np.uint32)
+    )
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.integers(0, 400), st.integers(0, 400), st.integers(1, 450), st.integers(1, 9), st.integers(0, 2**32 - 1))
-def test_exact_search_over_any_run_and_any_set(small: Engine, first: int, end: int, k: int, n: int, seed: int) -> None:
+@given(
+    st.integers(0, 400),
+    st.integers(0, 400),
+    st.integers(1, 450),
+    st.integers(1, 9),
+    st.integers(0, 2**32 - 1),
+)
+def test_exact_search_over_any_run_and_any_set(
+    small: Engine, first: int, end: int, k: int, n: int, seed: int
+) -> None:
     rng = np.random.default_rng(seed)
     kept = rng.random(400) < rng.random()
     allowed = Allowed.of(np.packbits(kept, bitorder="little"))
@@ -335,17 +404,25 @@ def test_exact_search_over_any_run_and_any_set(small: Engine, first: int, end: i
     assert allowed.between(first, max(first, end)) == len(ids)
     if len(ids):
         vectors = small.snapshot.vectors(np.arange(400))
-        ours, theirs = (np.einsum("nd,nkd->nk", queries, vectors[i]) for i in (got[1][:, : expected.shape[1]], expected))
+        ours, theirs = (
+            np.einsum("nd,nkd->nk", queries, vectors[i]) for i in (got[1][:, : expected.shape[1]], expected)
+        )
         np.testing.assert_allclose(ours, theirs, atol=2e-6)
 
 
-def test_exact_search_in_threads_and_with_merges(engines: dict[str, Engine], oracle: NumpyIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exact_search_in_threads_and_with_merges(
+    engines: dict[str, Engine], oracle: NumpyIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(exact, "MERGE_AT", 1)
     monkeypatch.setattr(exact, "cores", lambda: 2)
     queries = clustered(20, 12)
     live = Allowed(engines["flat"].snapshot.array("live", np.uint8), N)
     found = exact.search(engines["flat"].snapshot, queries, 50, live)[1]
-    np.testing.assert_allclose(similarities(oracle, queries, found), similarities(oracle, queries, oracle.search(queries, 50)), atol=2e-6)
+    np.testing.assert_allclose(
+        similarities(oracle, queries, found),
+        similarities(oracle, queries, oracle.search(queries, 50)),
+        atol=2e-6,
+    )
 
 
 @pytest.fixture
@@ -368,7 +445,9 @@ def test_what_comes_and_goes_beside_a_tuned_index_is_seen_at_once(copied: Path) 
     delete(copied, "s", Selection(keys=[f"k{i}" for i in range(200)]))
     third = Engine(Store(copied, "s").snapshot())
     assert third.info().index["stale"] == {"beside": 0.0541, "dead": 0.2222, "rebuild": True}
-    assert "stale" in CliRunner().invoke(cli, ["versions", f"file://{copied}/s"], env={"COLUMNS": "300"}).stdout
+    assert (
+        "stale" in CliRunner().invoke(cli, ["versions", f"file://{copied}/s"], env={"COLUMNS": "300"}).stdout
+    )
     old = Store(copied, "s").snapshot(1)
     found = third.nearest(old.vectors(np.arange(200)), Search(k=5))
     assert min(i for ids, _, _ in found for i in ids) >= 200
@@ -407,7 +486,12 @@ def test_the_same_store_gives_the_same_index(tmp_path: Path) -> None:
     digests = []
     for name in ("a", "b"):
         append(tmp_path, name, clustered(N))
-        digests.append([build_index(tmp_path, name, kind=kind).version.index["files"][0]["sha256"] for kind in ("hnsw", "ivf")])
+        digests.append(
+            [
+                build_index(tmp_path, name, kind=kind).version.index["files"][0]["sha256"]
+                for kind in ("hnsw", "ivf")
+            ]
+        )
     assert digests[0] == digests[1]
 
 
@@ -454,7 +538,22 @@ def test_a_budget_that_cannot_be_held_changes_nothing(tmp_path: Path) -> None:
 def test_the_command(tmp_path: Path) -> None:
     append(tmp_path, "s", clustered(800))
     url = f"file://{tmp_path}/s"
-    run = CliRunner().invoke(cli, ["build-index", url, "--kind", "hnsw", "--recall", "0.8", "--memory", "1G", "--latency", "5s", "--json"])
+    run = CliRunner().invoke(
+        cli,
+        [
+            "build-index",
+            url,
+            "--kind",
+            "hnsw",
+            "--recall",
+            "0.8",
+            "--memory",
+            "1G",
+            "--latency",
+            "5s",
+            "--json",
+        ],
+    )
     assert run.exit_code == 0, run.output
     report = json.loads(run.stdout)
     assert report["version"] == 2

@@ -49,13 +49,17 @@ def test_without_a_gpu_auto_is_the_cpu_and_cuda_says_what_is_missing(snapshot: S
             Engine(snapshot, device=device)
 
 
-def test_what_does_not_fit_is_refused_before_it_is_loaded(snapshot: Snapshot, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_does_not_fit_is_refused_before_it_is_loaded(
+    snapshot: Snapshot, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level("INFO")
     needed = gpu.needs(FaissIndex(snapshot), snapshot)
     assert needed >= N * D * 2 + gpu.TEMPORARY
     gpu.check_fits(needed, needed, 0)
     assert "the index takes 0.5 GiB on cuda:0" in caplog.text
-    with pytest.raises(InvalidInput, match=r"takes 0.5 GiB of device memory, cuda:0 has 0.1 GiB free: use --device cpu"):
+    with pytest.raises(
+        InvalidInput, match=r"takes 0.5 GiB of device memory, cuda:0 has 0.1 GiB free: use --device cpu"
+    ):
         gpu.check_fits(needed, 1 << 27, 0)
 
 

@@ -29,18 +29,24 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     yield
-    for name in [name for name in sys.modules if name.startswith(("lmms_eval", "tuna_model.evaluation.lmms"))]:
+    for name in [
+        name for name in sys.modules if name.startswith(("lmms_eval", "tuna_model.evaluation.lmms"))
+    ]:
         del sys.modules[name]
 
 
 def test_lmms_eval_finds_and_drives_the_model(registry, shapes_root: Path):
     # what lmms_eval.models does with LMMS_EVAL_PLUGINS=tuna_model.evaluation.lmms
     available = importlib.import_module("tuna_model.evaluation.lmms.models").AVAILABLE_MODELS
-    model_class = getattr(importlib.import_module("tuna_model.evaluation.lmms.models.tuna"), available["tuna"])
+    model_class = getattr(
+        importlib.import_module("tuna_model.evaluation.lmms.models.tuna"), available["tuna"]
+    )
     assert {"tuna": model_class} == importlib.import_module("lmms_eval.api.registry").REGISTRY
 
     model = model_class(pretrained="tiny", store=f"file://{shapes_root}/shapes", batch_size="2")
-    documents = [{"image": Image.open(io.BytesIO(picture(colour, "circle")))} for colour in ("red", "blue", "green")]
+    documents = [
+        {"image": Image.open(io.BytesIO(picture(colour, "circle")))} for colour in ("red", "blue", "green")
+    ]
     model.task_dict = {"pope": {"test": documents}}
 
     def request(number: int, **settings):
@@ -59,7 +65,11 @@ def test_lmms_eval_finds_and_drives_the_model(registry, shapes_root: Path):
     assert len(answers) == 3
     assert answers[2] == alone[0]
     likelihood = model.loglikelihood(
-        [SimpleNamespace(args=("Is it red?", " yes", lambda document: [document["image"]], 0, "pope", "test"))]
+        [
+            SimpleNamespace(
+                args=("Is it red?", " yes", lambda document: [document["image"]], 0, "pope", "test")
+            )
+        ]
     )
     assert likelihood[0][0] < 0
     with pytest.raises(InvalidInput, match="without rounds"):

@@ -51,7 +51,9 @@ def test_entries_are_selected_by_image_hash_and_metadata(root: Path, tmp_path: P
         list(Selection().find(snapshot))
     with pytest.raises(NotFound, match="nothing was deleted"):
         delete(root, "s", Selection(where={"colour": "blue"}))
-    (tmp_path / "shapes" / "more.jsonl").write_text('{"image": "red-circle.png", "caption": "A dot.", "key": "dot", "colour": "red"}\n')
+    (tmp_path / "shapes" / "more.jsonl").write_text(
+        '{"image": "red-circle.png", "caption": "A dot.", "key": "dot", "colour": "red"}\n'
+    )
     ingest(str(tmp_path / "shapes" / "more.jsonl"), root=root, store="s", encoder=mini)
     assert delete(root, "s", Selection(where={"colour": "red"}))[1] == ["dot"]
 
@@ -100,7 +102,9 @@ def test_reembedding_makes_a_version_of_another_encoder(root: Path, tmp_path: Pa
     version = reembed(root, "s", other)
     assert (version.number, version.fingerprint.digest, version.entries) == (2, other.fingerprint.digest, 18)
     ids = Store(root, "s").snapshot().live()
-    expected = other.encode_images([decode(picture(*e.key.split("-"))) for e in Store(root, "s").snapshot().entries()])
+    expected = other.encode_images(
+        [decode(picture(*e.key.split("-"))) for e in Store(root, "s").snapshot().entries()]
+    )
     np.testing.assert_allclose(Store(root, "s").snapshot().vectors(ids), expected, atol=2e-3)
     assert verify(root, "s", full=True) == []
     rollback(root, "s", 1)
@@ -157,7 +161,9 @@ def test_a_store_is_renamed_dropped_and_brought_back(root: Path) -> None:
         rename(root, "s", "../s")
 
 
-def test_a_store_dropped_and_made_again_is_not_taken_for_the_old_one(root: Path, tmp_path: Path, mini) -> None:
+def test_a_store_dropped_and_made_again_is_not_taken_for_the_old_one(
+    root: Path, tmp_path: Path, mini
+) -> None:
     with connect(f"file://{root}/s") as source:
         assert source.info().entries == 18
         drop(root, "s")

@@ -34,7 +34,9 @@ def texts(tags: Callable[[str], list[Tag]]) -> Callable[[str], set[str]]:
 
 def test_the_street_of_the_paper(tags: Callable[[str], list[Tag]]) -> None:
     found = tags(STREET)
-    assert {"narrow street", "colorful facades", "blue sky", "Montepulciano", "Italy"} <= {tag.text for tag in found}
+    assert {"narrow street", "colorful facades", "blue sky", "Montepulciano", "Italy"} <= {
+        tag.text for tag in found
+    }
     by_text = {tag.text: tag for tag in found}
     assert by_text["colorful facades"].canonical == "colorful facade"
     assert by_text["Italy"].kind == "entity"
@@ -72,7 +74,9 @@ def test_the_street_of_the_paper(tags: Callable[[str], list[Tag]]) -> None:
         ("A woman in a red scarf smiles", {"scarf", "red scarf"}, {"scarf smiles", "smiles"}),
     ],
 )  # fmt: skip
-def test_what_a_caption_gives(caption: str, wanted: set[str], unwanted: set[str], texts: Callable[[str], set[str]]) -> None:
+def test_what_a_caption_gives(
+    caption: str, wanted: set[str], unwanted: set[str], texts: Callable[[str], set[str]]
+) -> None:
     found = texts(caption)
     assert wanted <= found
     assert not unwanted & found
@@ -95,7 +99,9 @@ def test_product_titles(title: str, wanted: set[str], texts: Callable[[str], set
 
 
 def test_a_place_in_title_case_is_no_product(texts: Callable[[str], set[str]]) -> None:
-    assert "bridge" not in {text for text in texts("Golden Gate Bridge At Sunset") if text.endswith("'s bridge")}
+    assert "bridge" not in {
+        text for text in texts("Golden Gate Bridge At Sunset") if text.endswith("'s bridge")
+    }
     assert "man" in texts("THERE IS A MAN WALKING IN THE AIRPORT")
 
 
@@ -111,7 +117,9 @@ def test_relations_are_an_option() -> None:
     assert "man riding horse" in {tag.text for tag in found if tag.kind == "relation"}
 
 
-def test_noise_of_the_web_is_stripped_and_spans_point_into_the_original(tags: Callable[[str], list[Tag]]) -> None:
+def test_noise_of_the_web_is_stripped_and_spans_point_into_the_original(
+    tags: Callable[[str], list[Tag]],
+) -> None:
     caption = "Stock photo of a  blue&nbsp;sky &amp; a “red” car #sunset @me http://x.y/z?q=1 IMG_1234.jpg © Getty Images"
     found = tags(caption)
     assert {tag.text for tag in found} == {"sky", "blue sky", "car", "red car"}
@@ -130,13 +138,17 @@ def test_noise_of_the_web_is_stripped_and_spans_point_into_the_original(tags: Ca
         "red and white and " * 200 + "flag", "of " * 2000,
     ],
 )  # fmt: skip
-def test_odd_captions_give_tags_or_none_never_an_error(caption: str, tags: Callable[[str], list[Tag]]) -> None:
+def test_odd_captions_give_tags_or_none_never_an_error(
+    caption: str, tags: Callable[[str], list[Tag]]
+) -> None:
     for tag in tags(caption):
         assert tag.text
         assert 0 <= tag.span[0] < tag.span[1] <= len(caption)
 
 
-@pytest.mark.parametrize("piece", ["@", "&", "<", "a.", "a-", "http://", "photo of ", "(c)", "\"'", "Men Red ", "e\u0301", "x@y."])
+@pytest.mark.parametrize(
+    "piece", ["@", "&", "<", "a.", "a-", "http://", "photo of ", "(c)", "\"'", "Men Red ", "e\u0301", "x@y."]
+)
 def test_no_pattern_makes_a_long_caption_slow(piece: str, tags: Callable[[str], list[Tag]]) -> None:
     tags("warm up")
     start = time.perf_counter()
@@ -144,7 +156,9 @@ def test_no_pattern_makes_a_long_caption_slow(piece: str, tags: Callable[[str], 
     assert time.perf_counter() - start < 10
 
 
-def test_a_caption_of_ten_thousand_words_takes_bounded_time(miner: Miner, tags: Callable[[str], list[Tag]]) -> None:
+def test_a_caption_of_ten_thousand_words_takes_bounded_time(
+    miner: Miner, tags: Callable[[str], list[Tag]]
+) -> None:
     tags("warm up")
     start = time.perf_counter()
     found = tags("A dog chases a red ball on the wet grass. " * 1000)
@@ -192,7 +206,9 @@ def test_captions_are_tagged_alike_alone_and_together(miner: Miner) -> None:
     captions = [STREET, "two dogs on the grass", "A man rides a bike in Paris", "Puma Men White T-shirt"]
     (together,) = miner.mine([Pair("a", b"", tuple(captions))])
     apart = [tags for caption in captions for tags in load_miner("rules").mine([Pair("a", b"", (caption,))])]
-    assert [(t.text, t.kind, t.span) for t in together] == [(t.text, t.kind, t.span) for tags in apart for t in tags]
+    assert [(t.text, t.kind, t.span) for t in together] == [
+        (t.text, t.kind, t.span) for tags in apart for t in tags
+    ]
 
 
 def test_merging_counts_and_remembers_where() -> None:
@@ -224,5 +240,7 @@ def test_an_unknown_miner_or_setting_is_refused_by_name() -> None:
 
 
 def test_importing_the_package_loads_no_language_model() -> None:
-    code = "import sys, tagstore.mining; sys.exit(bool({'spacy', 'torch', 'transformers'} & set(sys.modules)))"
+    code = (
+        "import sys, tagstore.mining; sys.exit(bool({'spacy', 'torch', 'transformers'} & set(sys.modules)))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -16,7 +16,15 @@ SHOE = Pair(
     "1",
     b"",
     ("A red shoe",),
-    {"brand": "Puma", "colour": " Navy  Blue ", "sizes": ["S", "M"], "vegan": True, "id": 7, "url": "https://x.y/z", "gap": "NA"},
+    {
+        "brand": "Puma",
+        "colour": " Navy  Blue ",
+        "sizes": ["S", "M"],
+        "vegan": True,
+        "id": 7,
+        "url": "https://x.y/z",
+        "gap": "NA",
+    },
 )
 
 
@@ -83,7 +91,9 @@ def test_a_composition_gives_the_tags_of_its_parts_and_their_identity() -> None:
         load_miner("rules+metadata", colum="brand")
 
 
-def test_miners_that_others_install_are_found_by_entry_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_miners_that_others_install_are_found_by_entry_point(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "shouting.py").write_text(
         "from tagstore.types import Tag\n"
         "class Shout:\n"
@@ -112,8 +122,15 @@ def test_a_recorded_scene_graph_becomes_tags_with_places() -> None:
     caption = "2 beautiful pigs are flying on the sky with 2 bags on their backs"
     tags = {tag.text: tag for tag in graph_tags(PIGS, clean(caption, 400), 0, relations=True)}
     assert {text for text, tag in tags.items() if tag.kind == "object"} == {"pigs", "bags", "sky"}
-    assert {text for text, tag in tags.items() if tag.kind == "attribute"} == {"2 pigs", "beautiful pigs", "2 bags"}
-    assert {text for text, tag in tags.items() if tag.kind == "relation"} == {"bags on back of pigs", "pigs fly on sky"}
+    assert {text for text, tag in tags.items() if tag.kind == "attribute"} == {
+        "2 pigs",
+        "beautiful pigs",
+        "2 bags",
+    }
+    assert {text for text, tag in tags.items() if tag.kind == "relation"} == {
+        "bags on back of pigs",
+        "pigs fly on sky",
+    }
     assert caption[slice(*tags["beautiful pigs"].span)] == "beautiful pigs"
     assert tags["2 pigs"].canonical == "two pig"
     assert tags["bags on back of pigs"].score > 0
@@ -135,7 +152,10 @@ def test_facts_of_a_generated_graph(graph: str, read: list[tuple[str, ...]]) -> 
 
 
 def test_a_thing_that_the_caption_does_not_name_scores_low_and_has_no_place() -> None:
-    tags = {tag.text: tag for tag in graph_tags("( unicorn , is , blue )", clean("a blue sky", 400), 2, relations=False)}
+    tags = {
+        tag.text: tag
+        for tag in graph_tags("( unicorn , is , blue )", clean("a blue sky", 400), 2, relations=False)
+    }
     assert tags["unicorn"].span == (0, 0)
     assert tags["unicorn"].caption == 2
     assert tags["unicorn"].score == 0.5
@@ -152,10 +172,27 @@ def tiny_t5(tmp_path: Path) -> Path:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
-    words = ["<pad>", "</s>", "<unk>", "(", ")", ",", "is", "dog", "wet", "Generate", "Scene", "Graph", ":", "a"]
+    words = [
+        "<pad>",
+        "</s>",
+        "<unk>",
+        "(",
+        ")",
+        ",",
+        "is",
+        "dog",
+        "wet",
+        "Generate",
+        "Scene",
+        "Graph",
+        ":",
+        "a",
+    ]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>").save_pretrained(tmp_path)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(tmp_path)
     torch.manual_seed(0)
     config = T5Config(
         vocab_size=len(words),
@@ -176,7 +213,9 @@ def test_factual_reads_a_model_from_a_directory_and_keeps_the_order(tiny_t5: Pat
     miner = load_miner("factual", model=str(tiny_t5), device="cpu", batch_size=2, max_tokens=8)
     assert isinstance(miner, FactualMiner)
     pairs = [Pair(str(n), b"", ("a wet dog",) * (n % 3)) for n in range(5)]
-    assert len(mined(miner, *pairs)) == 5  # weights are random: what counts is that tokenizer, model and decoding fit together
+    assert (
+        len(mined(miner, *pairs)) == 5
+    )  # weights are random: what counts is that tokenizer, model and decoding fit together
     miner._generate = lambda texts: [f"( {text.split()[-1]} , is , wet )" for text in texts]  # type: ignore[method-assign]
     pairs = [Pair("1", b"", ("a dog", "🎉")), Pair("2", b"", ()), Pair("3", b"", ("a cat",))]
     assert texts(miner, *pairs) == [["dog", "wet dog"], [], ["cat", "wet cat"]]

@@ -75,12 +75,21 @@ def test_every_character_knows_where_it_stood(caption: str, most: int) -> None:
 
 
 def test_the_lexicon_is_lower_case_and_has_no_typing_traces() -> None:
-    words = {name: getattr(lexicon, name) for name in dir(lexicon) if name.isupper() and isinstance(getattr(lexicon, name), frozenset)}
+    words = {
+        name: getattr(lexicon, name)
+        for name in dir(lexicon)
+        if name.isupper() and isinstance(getattr(lexicon, name), frozenset)
+    }
     assert len(words) > 15
     for name, entries in words.items():
         assert entries, name
-        assert all(entry == entry.lower().strip() and "_" not in entry and "  " not in entry for entry in entries), name
+        assert all(
+            entry == entry.lower().strip() and "_" not in entry and "  " not in entry for entry in entries
+        ), name
 
 
 def test_sections_of_a_word_file() -> None:
-    assert lexicon.sections("# about\n[a]\nx, y\nz # why\n[b]\nhot dog,\n") == {"a": {"x", "y", "z"}, "b": {"hot dog"}}
+    assert lexicon.sections("# about\n[a]\nx, y\nz # why\n[b]\nhot dog,\n") == {
+        "a": {"x", "y", "z"},
+        "b": {"hot dog"},
+    }

@@ -45,7 +45,12 @@ def test_entities_and_custom_tags_are_replaced_whole_only() -> None:
 
 
 def test_the_digest_follows_every_part() -> None:
-    variants = [Rules(), Rules(minimum=2), Rules(stop=frozenset({("", "area")})), Rules(synonyms={"tv": "television"})]
+    variants = [
+        Rules(),
+        Rules(minimum=2),
+        Rules(stop=frozenset({("", "area")})),
+        Rules(synonyms={"tv": "television"}),
+    ]
     assert len({rules.digest for rules in variants}) == 4
     assert Rules().digest == Rules().digest
 
@@ -94,7 +99,12 @@ def test_idf() -> None:
 
 def test_summary_and_difference() -> None:
     old = [Record("dog", "object", 5), Record("cat", "object", 1), Record("blue sky", "attribute", 2)]
-    new = [Record("dog", "object", 8), Record("blue sky", "attribute", 2), Record("Oatly", "entity", 4), Record("emu", "object", 1)]
+    new = [
+        Record("dog", "object", 8),
+        Record("blue sky", "attribute", 2),
+        Record("Oatly", "entity", 4),
+        Record("emu", "object", 1),
+    ]
     summary = summarise(new, 2)
     assert (summary.unique, summary.total, summary.once) == (4, 15, 1)
     assert summary.kinds == {"object": (2, 9), "attribute": (1, 2), "entity": (1, 4)}
@@ -108,7 +118,15 @@ def test_summary_and_difference() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "tag"), [("a dog", "en"), ("café", "en"), ("собака", "und-Cyrl"), ("犬", "und-Hani"), ("いぬ", "und-Jpan"), ("12 🎉", "zxx")]
+    ("text", "tag"),
+    [
+        ("a dog", "en"),
+        ("café", "en"),
+        ("собака", "und-Cyrl"),
+        ("犬", "und-Hani"),
+        ("いぬ", "und-Jpan"),
+        ("12 🎉", "zxx"),
+    ],
 )
 def test_language(text: str, tag: str) -> None:
     assert language(text) == tag

@@ -44,7 +44,9 @@ def refused(call, *arguments) -> grpc.RpcError:
     return caught.value
 
 
-def test_more_calls_than_there_may_be_are_refused_with_a_time_to_come_again(served, mini, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_calls_than_there_may_be_are_refused_with_a_time_to_come_again(
+    served, mini, monkeypatch: pytest.MonkeyPatch
+) -> None:
     held = Held(monkeypatch)
     server, stub = served(in_flight=2)
     with ThreadPoolExecutor(2) as pool:
@@ -54,7 +56,10 @@ def test_more_calls_than_there_may_be_are_refused_with_a_time_to_come_again(serv
             time.sleep(0.001)
         error = refused(stub.Retrieve, vector_request(mini))
         assert "as many as there may be" in error.details()
-        with connect(f"grpc://{server.address}/shapes", retries=0) as source, pytest.raises(errors.Overloaded) as caught:
+        with (
+            connect(f"grpc://{server.address}/shapes", retries=0) as source,
+            pytest.raises(errors.Overloaded) as caught,
+        ):
             source.info()
         assert caught.value.retry_after > 0
         held.go.set()
@@ -62,7 +67,9 @@ def test_more_calls_than_there_may_be_are_refused_with_a_time_to_come_again(serv
     assert stub.Retrieve(vector_request(mini)).retrievals
 
 
-def test_a_burst_is_taken_in_and_a_queue_that_stands_is_not(served, mini, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_burst_is_taken_in_and_a_queue_that_stands_is_not(
+    served, mini, monkeypatch: pytest.MonkeyPatch
+) -> None:
     held = Held(monkeypatch)
     server, stub = served(in_flight=4, standing=1, soon=0.2, burst=0.5)
 
@@ -87,7 +94,9 @@ def test_a_burst_is_taken_in_and_a_queue_that_stands_is_not(served, mini, monkey
         assert all(f.result(10).retrievals for f in burst)
 
 
-def test_at_the_door_of_a_full_server_health_and_administrators_are_let_in(served, mini, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_at_the_door_of_a_full_server_health_and_administrators_are_let_in(
+    served, mini, monkeypatch: pytest.MonkeyPatch
+) -> None:
     held = Held(monkeypatch)
     server, stub = served(in_flight=2)
     with ThreadPoolExecutor(2) as pool, grpc.insecure_channel(server.address) as channel:
@@ -106,7 +115,10 @@ def test_at_the_door_of_a_full_server_health_and_administrators_are_let_in(serve
 def test_a_client_may_not_have_everything_for_itself(served, mini, monkeypatch: pytest.MonkeyPatch) -> None:
     held = Held(monkeypatch)
     server, stub = served(per_client=1)
-    with ThreadPoolExecutor(1) as pool, grpc.insecure_channel(server.address, [("grpc.use_local_subchannel_pool", 1)]) as other:
+    with (
+        ThreadPoolExecutor(1) as pool,
+        grpc.insecure_channel(server.address, [("grpc.use_local_subchannel_pool", 1)]) as other,
+    ):
         first = pool.submit(stub.Retrieve, vector_request(mini))
         held.started.acquire()
         error = refused(stub.Retrieve, vector_request(mini))
@@ -139,7 +151,11 @@ def test_a_long_queue_refuses(served, mini, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize(
     ("limits", "images", "message"),
-    [({"images": 2}, 3, "send at most 2"), ({"image_bytes": 50}, 1, "takes at most 50"), ({"message_bytes": 1000}, 9, "larger than max")],
+    [
+        ({"images": 2}, 3, "send at most 2"),
+        ({"image_bytes": 50}, 1, "takes at most 50"),
+        ({"message_bytes": 1000}, 9, "larger than max"),
+    ],
 )
 def test_what_is_too_large_is_refused(served, limits, images: int, message: str) -> None:
     _, stub = served(**limits)

@@ -26,7 +26,9 @@ class Recording:
         self.gate = threading.Event()
         self.gate.set()
 
-    def retrieve(self, images=(), *, vectors=None, fingerprint="", keys=(), identities=(), **options) -> list[Retrieval]:
+    def retrieve(
+        self, images=(), *, vectors=None, fingerprint="", keys=(), identities=(), **options
+    ) -> list[Retrieval]:
         with self.lock:
             self.calls.append(len(images))
             self.going += 1
@@ -37,7 +39,10 @@ class Recording:
         if b"bad" in images:
             raise errors.InvalidInput("bad image")
         names = [data.decode() for data in images] if vectors is None else [str(v[0]) for v in vectors]
-        return [Retrieval("s", 1, "", (), (RetrievedTag(0, f"{name} {options}", "object", 0, 0, 0, ()),)) for name in names]
+        return [
+            Retrieval("s", 1, "", (), (RetrievedTag(0, f"{name} {options}", "object", 0, 0, 0, ()),))
+            for name in names
+        ]
 
 
 def numbers(n: int) -> Iterator[dict[str, object]]:
@@ -47,7 +52,9 @@ def numbers(n: int) -> Iterator[dict[str, object]]:
 
 def test_order_is_kept_whoever_is_faster() -> None:
     source = Recording()
-    fetched = list(TagPrefetcher(numbers(103), source, image="image", key="n", into="tags", batch=5, workers=4, k=7))
+    fetched = list(
+        TagPrefetcher(numbers(103), source, image="image", key="n", into="tags", batch=5, workers=4, k=7)
+    )
     assert [s["n"] for s in fetched] == list(range(103))
     assert [s["tags"][0].tag for s in fetched] == [f"{i} {{'k': 7}}" for i in range(103)]
     assert source.calls.count(5) == 20
@@ -83,7 +90,12 @@ def test_what_goes_wrong_is_raised_where_it_belongs() -> None:
             seen.append(sample["n"])
     assert seen == list(range(10))
     seen = []
-    stream = TagPrefetcher(({"n": i, "image": b"bad" if i == 9 else b"good"} for i in range(20)), Recording(), image="image", batch=4)
+    stream = TagPrefetcher(
+        ({"n": i, "image": b"bad" if i == 9 else b"good"} for i in range(20)),
+        Recording(),
+        image="image",
+        batch=4,
+    )
     with pytest.raises(errors.InvalidInput, match="bad image"):  # noqa: PT012
         for sample, _ in stream:
             seen.append(sample["n"])
@@ -100,9 +112,15 @@ def test_a_loop_that_is_left_early_leaves_nothing_behind() -> None:
 
 
 def test_batches_of_a_loader_are_taken_as_they_are() -> None:
-    batches = ({"vectors": np.full((3, 2), i, np.float32), "keys": [f"{i}-{j}" for j in range(3)]} for i in range(5))
-    fetched = list(TagPrefetcher(batches, Recording(), vector="vectors", key="keys", fingerprint="f", batched=True))
-    assert [[a[0].tag for a in answers] for _, answers in fetched] == [[f"{float(i)} {{}}"] * 3 for i in range(5)]
+    batches = (
+        {"vectors": np.full((3, 2), i, np.float32), "keys": [f"{i}-{j}" for j in range(3)]} for i in range(5)
+    )
+    fetched = list(
+        TagPrefetcher(batches, Recording(), vector="vectors", key="keys", fingerprint="f", batched=True)
+    )
+    assert [[a[0].tag for a in answers] for _, answers in fetched] == [
+        [f"{float(i)} {{}}"] * 3 for i in range(5)
+    ]
 
 
 def test_a_map_style_dataset_is_answered_a_batch_at_a_time() -> None:
@@ -135,8 +153,12 @@ def test_a_real_source_and_loader_guard_each_sample(server_address: str, mini) -
         from tagstore.encoding.images import decode
 
         vectors = mini.encode_images([decode(s["image"]) for s in pictures])
-        samples = [{"vector": v, "identity": Identity(key=s["key"])} for v, s in zip(vectors, pictures, strict=True)]
-        asked = TagPrefetcher(samples, source, vector="vector", identity="identity", fingerprint=mini.fingerprint)
+        samples = [
+            {"vector": v, "identity": Identity(key=s["key"])} for v, s in zip(vectors, pictures, strict=True)
+        ]
+        asked = TagPrefetcher(
+            samples, source, vector="vector", identity="identity", fingerprint=mini.fingerprint
+        )
         assert all(n.key != s["identity"].key for s, a in asked for n in a.neighbours)
         assert pickle.loads(pickle.dumps(asked))[0][1] == asked[0][1]
 

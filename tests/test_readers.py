@@ -54,7 +54,11 @@ def write_tar(path: Path, members: list[tuple[str, bytes | str]], mode: str = "w
 
 
 def sample(key: str, caption: str = "a cat", **fields: Any) -> list[tuple[str, bytes | str]]:
-    return [(f"{key}.jpg", JPEG), (f"{key}.txt", caption), (f"{key}.json", json.dumps({"key": key, "caption": caption, **fields}))]
+    return [
+        (f"{key}.jpg", JPEG),
+        (f"{key}.txt", caption),
+        (f"{key}.json", json.dumps({"key": key, "caption": caption, **fields})),
+    ]
 
 
 # --- folder -------------------------------------------------------------------------------------------------------------------------------
@@ -130,7 +134,14 @@ def test_folder_rejects_and_goes_on(tmp_path: Path) -> None:
 
 
 def test_an_unreadable_file(tmp_path: Path) -> None:
-    write(tmp_path, {"a.txt": "a file that answers every read with an error, whoever asks", "b.jpg": JPEG, "b.txt": "readable"})
+    write(
+        tmp_path,
+        {
+            "a.txt": "a file that answers every read with an error, whoever asks",
+            "b.jpg": JPEG,
+            "b.txt": "readable",
+        },
+    )
     (tmp_path / "a.jpg").symlink_to("/proc/self/mem")
     items = list(read(str(tmp_path)))
     assert pairs(items) == [("b", ("readable",))]
@@ -152,14 +163,27 @@ def test_a_file_name_that_is_no_text(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", ["csv", "csv.gz", "tsv", "tsv.gz"])
 def test_csv_and_tsv(tmp_path: Path, suffix: str) -> None:
-    rows = [("image", "title", "colour"), ("images/1.jpg", "Red shirt", "red"), ("images/2.jpg", "Blue hat", "blue")]
+    rows = [
+        ("image", "title", "colour"),
+        ("images/1.jpg", "Red shirt", "red"),
+        ("images/2.jpg", "Blue hat", "blue"),
+    ]
     text = "\ufeff" + "\r\n".join(("," if "csv" in suffix else "\t").join(row) for row in rows) + "\r\n"
     data = text.encode()
-    write(tmp_path, {"images/1.jpg": JPEG, "images/2.jpg": JPEG, f"items.{suffix}": gzip.compress(data) if "gz" in suffix else data})
+    write(
+        tmp_path,
+        {
+            "images/1.jpg": JPEG,
+            "images/2.jpg": JPEG,
+            f"items.{suffix}": gzip.compress(data) if "gz" in suffix else data,
+        },
+    )
     for source in (tmp_path, tmp_path / f"items.{suffix}"):
         items = list(read(str(source)))
         assert pairs(items) == [("images/1", ("Red shirt",)), ("images/2", ("Blue hat",))]
-        assert items[1] == Pair("images/2", JPEG, ("Blue hat",), {"colour": "blue"}, f"{tmp_path}/items.{suffix}:3")
+        assert items[1] == Pair(
+            "images/2", JPEG, ("Blue hat",), {"colour": "blue"}, f"{tmp_path}/items.{suffix}:3"
+        )
 
 
 def test_csv_quoting(tmp_path: Path) -> None:
@@ -235,7 +259,13 @@ def test_a_quote_left_open_swallows_no_pair_in_silence(tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "ndjson"])
 def test_jsonl(tmp_path: Path, suffix: str) -> None:
     records = [
-        {"image": "i/1.jpg", "captions": ["a cat", "  ", "a black cat"], "caption": "a cat", "size": [3, 4], "score": float("nan")},
+        {
+            "image": "i/1.jpg",
+            "captions": ["a cat", "  ", "a black cat"],
+            "caption": "a cat",
+            "size": [3, 4],
+            "score": float("nan"),
+        },
         {"image": base64.b64encode(JPEG * 5).decode(), "caption": "embedded", "deep": {"a": None}},
         {"image": "data:image/jpeg;base64," + base64.b64encode(JPEG).decode(), "caption": "as a data url"},
         {"image": {"bytes": None, "path": "i/1.jpg"}, "caption": "as datasets writes it"},
@@ -305,7 +335,9 @@ def test_a_gzipped_table_that_is_cut_off_gives_what_came_before(tmp_path: Path) 
 
 
 def test_a_line_without_an_end_is_bounded(tmp_path: Path) -> None:
-    write(tmp_path, {"1.jpg": JPEG, "t.jsonl": '{"image": "1.jpg", "caption": "good"}\n' + "x" * (2**20 + 200)})
+    write(
+        tmp_path, {"1.jpg": JPEG, "t.jsonl": '{"image": "1.jpg", "caption": "good"}\n' + "x" * (2**20 + 200)}
+    )
     items = list(read(str(tmp_path), max_image_bytes=100))
     assert len(pairs(items)) == 1
     assert "larger than the limit" in reasons(items)["t.jsonl:2"]
@@ -345,13 +377,21 @@ def test_columns_by_option(tmp_path: Path) -> None:
     assert isinstance(first, Pair)
     assert (first.key, first.captions, first.metadata) == ("A1", ("Oatly", "oat milk"), {"id": "7"})
     assert pairs([second]) == [("A2", ("soy milk",))]
-    assert pairs(read(str(tmp_path), columns=Columns(image="picture", caption="kind"))) == [("7", ("oat milk",)), ("8", ("soy milk",))]
+    assert pairs(read(str(tmp_path), columns=Columns(image="picture", caption="kind"))) == [
+        ("7", ("oat milk",)),
+        ("8", ("soy milk",)),
+    ]
 
 
 def test_an_empty_key_is_rejected(tmp_path: Path) -> None:
     write(
         tmp_path,
-        {"1.jpg": JPEG, "t.jsonl": "\n".join(json.dumps({"id": key, "image": "1.jpg", "text": "x"}) for key in (0, "", None, 1.5))},
+        {
+            "1.jpg": JPEG,
+            "t.jsonl": "\n".join(
+                json.dumps({"id": key, "image": "1.jpg", "text": "x"}) for key in (0, "", None, 1.5)
+            ),
+        },
     )
     items = list(read(str(tmp_path)))
     assert pairs(items) == [("0", ("x",))]
@@ -359,7 +399,8 @@ def test_an_empty_key_is_rejected(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "columns", [Columns(image="foto"), Columns(caption="foto"), Columns(key="foto"), Columns(caption=["name", "foto"])]
+    "columns",
+    [Columns(image="foto"), Columns(caption="foto"), Columns(key="foto"), Columns(caption=["name", "foto"])],
 )
 @pytest.mark.parametrize("name", ["t.csv", "t.tsv", "t.jsonl", "t.parquet"])
 def test_an_unknown_column_lists_those_there_are(tmp_path: Path, name: str, columns: Columns) -> None:
@@ -369,11 +410,18 @@ def test_an_unknown_column_lists_those_there_are(tmp_path: Path, name: str, colu
         parquet.write_table(pa.Table.from_pylist([row]), tmp_path / name)
     else:
         separator = {"t.csv": ",", "t.tsv": "\t"}.get(name)
-        text = json.dumps(row) if separator is None else separator.join(row) + "\n" + separator.join(row.values())
+        text = (
+            json.dumps(row)
+            if separator is None
+            else separator.join(row) + "\n" + separator.join(row.values())
+        )
         write(tmp_path, {name: text})
     with pytest.raises(InvalidInput, match="no column 'foto'; there are: image, name, colour"):
         list(read(str(tmp_path), columns=columns))
-    with pytest.raises(InvalidInput, match=r"which column holds the caption\? There are: image, name, colour.*--caption-column"):
+    with pytest.raises(
+        InvalidInput,
+        match=r"which column holds the caption\? There are: image, name, colour.*--caption-column",
+    ):
         list(read(str(tmp_path)))
 
 
@@ -426,14 +474,18 @@ def test_parquet_of_bytes_and_paths_and_odd_values(tmp_path: Path) -> None:
     assert reasons(items) == {"c": "no image"}
     assert isinstance(items[0], Pair)
     assert items[0].metadata == {"day": "1970-01-01", "score": None}
-    parquet.write_table(pa.table({"path": ["1.jpg", "../1.jpg"], "title": ["x", "y"]}), tmp_path / "t.parquet")
+    parquet.write_table(
+        pa.table({"path": ["1.jpg", "../1.jpg"], "title": ["x", "y"]}), tmp_path / "t.parquet"
+    )
     items = list(read(str(tmp_path / "t.parquet")))
     assert pairs(items) == [("1", ("x",))]
     assert "leads out" in reasons(items)["../1"]
 
 
 def test_a_parquet_text_that_is_not_utf8_costs_its_row_only(tmp_path: Path) -> None:
-    texts = pa.Array.from_buffers(pa.string(), 3, pa.array([b"a cat", b"caf\xe9", b"last"], pa.binary()).buffers())
+    texts = pa.Array.from_buffers(
+        pa.string(), 3, pa.array([b"a cat", b"caf\xe9", b"last"], pa.binary()).buffers()
+    )
     parquet.write_table(pa.table({"image": [JPEG] * 3, "text": texts}), tmp_path / "t.parquet")
     items = list(read(str(tmp_path)))
     assert pairs(items) == [("t:1", ("a cat",)), ("t:3", ("last",))]
@@ -517,7 +569,12 @@ def test_webdataset_rejects_and_goes_on(tmp_path: Path) -> None:
 
 
 def test_webdataset_columns(tmp_path: Path) -> None:
-    path = str(write_tar(tmp_path / "t.tar", [*sample("0", "short", alt="the long text", sku="A1"), *sample("1", "short", sku="A2")]))
+    path = str(
+        write_tar(
+            tmp_path / "t.tar",
+            [*sample("0", "short", alt="the long text", sku="A1"), *sample("1", "short", sku="A2")],
+        )
+    )
     items = list(read(path, columns=Columns(caption="alt", key="sku")))
     assert pairs(items) == [("A1", ("the long text",))]
     assert "no field 'alt'" in reasons(items)["1"]
@@ -527,7 +584,9 @@ def test_webdataset_columns(tmp_path: Path) -> None:
 
 
 def test_a_shard_cut_off_anywhere_gives_what_came_before_and_one_rejection(tmp_path: Path) -> None:
-    whole = write_tar(tmp_path / "whole.tar", [member for i in range(6) for member in sample(f"{i}")]).read_bytes()
+    whole = write_tar(
+        tmp_path / "whole.tar", [member for i in range(6) for member in sample(f"{i}")]
+    ).read_bytes()
     end = whole.rstrip(b"\0")
     for cut in range(512, len(end), 256):
         path = tmp_path / "cut.tar"
@@ -555,7 +614,11 @@ def test_a_damaged_shard_and_a_damaged_gzip(tmp_path: Path) -> None:
     items = list(read(str(tmp_path / "t.tar")))
     assert [key for key, _ in pairs(items)] == ["0", "1", "2"]
     assert len(reasons(items)) == 1
-    members = [(f"{i}.{suffix}", content) for i in range(40) for suffix, content in (("jpg", os.urandom(4000)), ("txt", "x"))]
+    members = [
+        (f"{i}.{suffix}", content)
+        for i in range(40)
+        for suffix, content in (("jpg", os.urandom(4000)), ("txt", "x"))
+    ]
     data = bytearray(write_tar(tmp_path / "t.tgz", members, "w:gz").read_bytes())
     (tmp_path / "t.tgz").write_bytes(data[: len(data) // 2])
     items = list(read(str(tmp_path / "t.tgz")))
@@ -652,7 +715,15 @@ def test_an_ambiguous_folder_lists_what_was_found(tmp_path: Path, files: list[st
 
 
 def test_format_overrides(tmp_path: Path) -> None:
-    write(tmp_path, {"a.jpg": JPEG, "a.txt": "from the folder", "t.data": "image,caption\na.jpg,from the table\n", "u.csv": "x"})
+    write(
+        tmp_path,
+        {
+            "a.jpg": JPEG,
+            "a.txt": "from the folder",
+            "t.data": "image,caption\na.jpg,from the table\n",
+            "u.csv": "x",
+        },
+    )
     assert pairs(read(str(tmp_path), format="folder")) == [("a", ("from the folder",))]
     assert pairs(read(str(tmp_path / "t.data"), format="csv")) == [("a", ("from the table",))]
     with pytest.raises(NotFound, match="no file of format jsonl"):
@@ -664,7 +735,10 @@ def test_format_overrides(tmp_path: Path) -> None:
 
 
 def test_sources_that_are_none(tmp_path: Path) -> None:
-    write(tmp_path, {"a.jpg": JPEG, "b.xyz": b"", "docs/readme.md": b"x", "mixed/a.csv": b"x", "mixed/b.tar": b"x"})
+    write(
+        tmp_path,
+        {"a.jpg": JPEG, "b.xyz": b"", "docs/readme.md": b"x", "mixed/a.csv": b"x", "mixed/b.tar": b"x"},
+    )
     (tmp_path / "empty").mkdir()
     for source, message in {
         "nothing": "no such file",
@@ -706,7 +780,14 @@ def test_memory_does_not_grow_with_the_input(tmp_path: Path, name: str) -> None:
     write(tmp_path, {"1.jpg": b"x" * 1000})
     for count in (300, 3000):
         if name == "t.tar":
-            write_tar(tmp_path / name, [(f"{i}.{s}", b"x" * 1000 if s == "jpg" else "x") for i in range(count) for s in ("jpg", "txt")])
+            write_tar(
+                tmp_path / name,
+                [
+                    (f"{i}.{s}", b"x" * 1000 if s == "jpg" else "x")
+                    for i in range(count)
+                    for s in ("jpg", "txt")
+                ],
+            )
         elif name == "t.jsonl":
             write(tmp_path, {name: '{"image": "1.jpg", "caption": "a cat on a mat"}\n' * count})
         else:

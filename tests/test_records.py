@@ -7,9 +7,18 @@ from tagstore.storage.codec import decode_entry, decode_hot, decode_tag, encode_
 from tagstore.types import KINDS, Entry, EntryTag
 
 text = st.text(st.characters(exclude_categories=("Cs",)), max_size=40)
-json_values = st.recursive(st.none() | st.booleans() | st.integers() | text, lambda v: st.lists(v, max_size=3), max_leaves=5)
-mentions = st.tuples(st.integers(-1, 300), st.integers(0, 9000), st.integers(0, 300)).map(lambda m: (m[0], m[1], m[1] + m[2]))
-tags = st.builds(EntryTag, st.integers(0, 1 << 33), st.integers(0, 255).map(lambda i: i / 255), st.lists(mentions, max_size=4).map(tuple))
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | text, lambda v: st.lists(v, max_size=3), max_leaves=5
+)
+mentions = st.tuples(st.integers(-1, 300), st.integers(0, 9000), st.integers(0, 300)).map(
+    lambda m: (m[0], m[1], m[1] + m[2])
+)
+tags = st.builds(
+    EntryTag,
+    st.integers(0, 1 << 33),
+    st.integers(0, 255).map(lambda i: i / 255),
+    st.lists(mentions, max_size=4).map(tuple),
+)
 entries = st.builds(
     Entry,
     entry_id=st.integers(0, 1 << 40),
@@ -39,7 +48,9 @@ def test_a_tag_comes_back_as_it_was_written(shown: str, kind, canonical: str) ->
 def test_an_origin_that_names_the_key_costs_little_more_than_the_rest_of_it() -> None:
     entry = Entry(1, "1000268201_693b08cb0e", bytes(32), 0, (), (), {}, "train-000.tar!1000268201_693b08cb0e")
     assert decode_entry(1, encode_entry(entry)) == entry
-    assert len(encode_entry(entry)) == len(encode_entry(replace(entry, origin=""))) + len("train-000.tar!") + 1
+    assert (
+        len(encode_entry(entry)) == len(encode_entry(replace(entry, origin=""))) + len("train-000.tar!") + 1
+    )
 
 
 def test_a_lone_surrogate_does_not_stop_an_ingest() -> None:
@@ -50,7 +61,12 @@ def test_a_lone_surrogate_does_not_stop_an_ingest() -> None:
 def test_an_entry_costs_few_bytes_beyond_its_hashes_and_caption() -> None:
     caption = "A black dog is running after a white dog in the snow ."
     entry = Entry(
-        1, "1000268201_693b08cb0e", bytes(32), 1 << 63, (caption,), tuple(EntryTag(i * 300, 0.9, ((0, 2, 11),)) for i in range(5))
+        1,
+        "1000268201_693b08cb0e",
+        bytes(32),
+        1 << 63,
+        (caption,),
+        tuple(EntryTag(i * 300, 0.9, ((0, 2, 11),)) for i in range(5)),
     )
     overhead = len(encode_entry(entry)) - len(caption) - 32 - 8 - len(entry.key)
     assert overhead <= 5 * (2 + 5) + 8

@@ -19,7 +19,11 @@ from tagstore.client.mapfile import Map
 from tagstore.client.recording import record
 from tagstore.types import Exclude, Pair, Rejected
 
-QUERIES = {f"{colour}-{shape}": picture(colour, shape, shift=s) for s, colour in enumerate(COLOURS) for shape in ("circle", "square")}
+QUERIES = {
+    f"{colour}-{shape}": picture(colour, shape, shift=s)
+    for s, colour in enumerate(COLOURS)
+    for shape in ("circle", "square")
+}
 OPTIONS = [
     {},
     {"k": 3, "max_tags": 4, "order": "similarity"},
@@ -59,7 +63,9 @@ def live(server_address: str):
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_live_directory_and_map_agree_to_the_last_byte(local, live, server_address: str, tmp_path: Path, options) -> None:
+def test_live_directory_and_map_agree_to_the_last_byte(
+    local, live, server_address: str, tmp_path: Path, options
+) -> None:
     path = recorded(server_address, tmp_path / "map", **options)
     keys, images = list(QUERIES), list(QUERIES.values())
     with connect(f"replay://{path}") as replayed:
@@ -68,7 +74,9 @@ def test_live_directory_and_map_agree_to_the_last_byte(local, live, server_addre
         assert len({repr(a) for a in answers}) == 1
         assert {a.version for a in answers[2]} == {1}
         ids = sorted({t.tag_id for a in answers[2] for t in a})
-        for ours, theirs in zip(replayed.tags(ids, embeddings=True), live.tags(ids, embeddings=True), strict=True):
+        for ours, theirs in zip(
+            replayed.tags(ids, embeddings=True), live.tags(ids, embeddings=True), strict=True
+        ):
             np.testing.assert_array_equal(ours.embedding, theirs.embedding)
             assert (ours.text, ours.kind, ours.count) == (theirs.text, theirs.kind, theirs.count)
         assert replayed.info() == live.info()
@@ -80,7 +88,9 @@ def test_a_map_knows_samples_by_key_by_image_and_by_vector(the_map: Path, mini) 
     with connect(f"replay://{the_map}") as source:
         [by_key] = source.retrieve([data], keys=[key])
         [by_image] = source.retrieve([data])
-        [by_vector] = source.retrieve(vectors=np.ones((1, 2), np.float32), fingerprint=mini.fingerprint, keys=[key])
+        [by_vector] = source.retrieve(
+            vectors=np.ones((1, 2), np.float32), fingerprint=mini.fingerprint, keys=[key]
+        )
         assert by_key == by_image == by_vector
         with pytest.raises(errors.FingerprintMismatch):
             source.retrieve(vectors=np.ones((1, 2), np.float32), fingerprint="another", keys=[key])
@@ -117,7 +127,9 @@ def test_a_sample_that_was_refused_is_refused_again_with_its_reason(live, tmp_pa
                 source.retrieve([b"no image"], keys=[key])
 
 
-def test_a_recording_that_was_cut_off_goes_on_and_gives_the_same_map(server_address: str, tmp_path: Path) -> None:
+def test_a_recording_that_was_cut_off_goes_on_and_gives_the_same_map(
+    server_address: str, tmp_path: Path
+) -> None:
     def cut_off():
         yield from pairs()[:7]
         raise KeyboardInterrupt
@@ -128,7 +140,10 @@ def test_a_recording_that_was_cut_off_goes_on_and_gives_the_same_map(server_addr
             record(source, cut_off(), tmp_path / "map", workers=1, batch=2)
         with pytest.raises(errors.NotFound, match="unfinished"):
             connect(f"replay://{tmp_path / 'map'}")
-        with connect(f"grpc://{server_address}/shapes?k=9") as other, pytest.raises(errors.InvalidInput, match="was begun with options"):
+        with (
+            connect(f"grpc://{server_address}/shapes?k=9") as other,
+            pytest.raises(errors.InvalidInput, match="was begun with options"),
+        ):
             record(other, pairs(), tmp_path / "map")
         result = record(source, pairs(), tmp_path / "map", batch=2)
         assert 0 < result.asked < len(QUERIES)
@@ -176,7 +191,11 @@ def test_llava_style_json_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.png").write_bytes(QUERIES["red-circle"])
     records = [
-        {"id": 1, "image": "a.png", "conversations": [{"from": "human", "value": "<image>\nWhat, is ]this}?"}]},
+        {
+            "id": 1,
+            "image": "a.png",
+            "conversations": [{"from": "human", "value": "<image>\nWhat, is ]this}?"}],
+        },
         {"id": "text only", "conversations": []},
         {"id": "3", "image": "missing.png"},
         {"id": "4", "image": "../a.png"},
@@ -190,7 +209,11 @@ def test_llava_style_json_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.
     lines = tmp_path / "data.jsonl"
     lines.write_text("".join(json.dumps(r) + "\n" for r in records))
     assert [f.key for f in samples(str(lines), images=str(tmp_path / "images"))] == ["1", "3", "4"]
-    for text, message in (('{"id": 1}', "no JSON list"), ('[{"id": 1', "ends before"), ('[{"image": "a.png"}]', "has no 'id'")):
+    for text, message in (
+        ('{"id": 1}', "no JSON list"),
+        ('[{"id": 1', "ends before"),
+        ('[{"image": "a.png"}]', "has no 'id'"),
+    ):
         path.write_text(text)
         with pytest.raises(errors.InvalidInput, match=message):
             list(samples(str(path), images=str(tmp_path / "images")))
@@ -203,7 +226,10 @@ def test_the_command_records_a_folder(server_address: str, tmp_path: Path) -> No
         (folder / f"{key}.png").write_bytes(data)
         (folder / f"{key}.txt").write_text("a caption")
     out = str(tmp_path / "map")
-    result = CliRunner().invoke(cli, ["record", f"grpc://{server_address}/shapes?k=2&exclude=self", str(folder), "--out", out, "--json"])
+    result = CliRunner().invoke(
+        cli,
+        ["record", f"grpc://{server_address}/shapes?k=2&exclude=self", str(folder), "--out", out, "--json"],
+    )
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["samples"] == len(QUERIES)
     assert "is sound" in CliRunner().invoke(cli, ["verify-map", out]).stdout

@@ -43,7 +43,12 @@ class Work:
 
 
 def searches(work: Work, **options) -> Searches[int, list[int], int]:
-    return Searches(work, work.double, asyncio.get_running_loop(), **{"rows": 4, "threads": 2, "max_wait": 10.0, **options})
+    return Searches(
+        work,
+        work.double,
+        asyncio.get_running_loop(),
+        **{"rows": 4, "threads": 2, "max_wait": 10.0, **options},
+    )
 
 
 async def begun(work: Work, batches: int) -> None:
@@ -166,7 +171,11 @@ async def test_nothing_is_done_for_those_who_have_gone_or_are_too_late() -> None
     work.go.clear()
     first = together.submit("a", 0)
     await begun(work, 1)
-    late, gone, stays = together.submit("a", 1, deadline=time.monotonic() + 0.01), together.submit("a", 2), together.submit("a", 3)
+    late, gone, stays = (
+        together.submit("a", 1, deadline=time.monotonic() + 0.01),
+        together.submit("a", 2),
+        together.submit("a", 3),
+    )
     gone.cancel()
     together.sweep()
     assert together.depth == 2

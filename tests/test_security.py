@@ -28,15 +28,24 @@ READER, WRITER = "reader's long token", "writer's long token"
 
 
 def tokens(path: Path, **names: tuple[str, dict[str, str]]) -> Path:
-    path.write_text(json.dumps({"callers": [{"name": n, "token": t, "stores": s} for n, (t, s) in names.items()]}))
+    path.write_text(
+        json.dumps({"callers": [{"name": n, "token": t, "stores": s} for n, (t, s) in names.items()]})
+    )
     return path
 
 
 @pytest.fixture(scope="module")
 def secured(shapes_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Path]]:
     folder = tmp_path_factory.mktemp("secured")
-    file = tokens(folder / "tokens.json", reader=(READER, {"shapes": "read"}), writer=(WRITER, {"other": "ingest"}))
-    server = Server(shapes_root, "127.0.0.1:0", device="cpu", settings=Settings(tokens=str(file), audit=str(folder / "audit.jsonl")))
+    file = tokens(
+        folder / "tokens.json", reader=(READER, {"shapes": "read"}), writer=(WRITER, {"other": "ingest"})
+    )
+    server = Server(
+        shapes_root,
+        "127.0.0.1:0",
+        device="cpu",
+        settings=Settings(tokens=str(file), audit=str(folder / "audit.jsonl")),
+    )
     server.start()
     yield server, folder
     server.stop(0)
@@ -48,11 +57,20 @@ def test_a_token_opens_what_it_is_for_and_nothing_else(secured: tuple[Server, Pa
         assert source.info().entries == 18
     with connect(url, retries=0) as source, pytest.raises(errors.NotAuthenticated, match="wants a token"):
         source.info()
-    with connect(url, token="a token that nobody has", retries=0) as source, pytest.raises(errors.NotAuthenticated, match="not known"):
+    with (
+        connect(url, token="a token that nobody has", retries=0) as source,
+        pytest.raises(errors.NotAuthenticated, match="not known"),
+    ):
         source.info()
-    with connect(url, token=WRITER, retries=0) as source, pytest.raises(errors.NotPermitted, match="writer may not read store 'shapes'"):
+    with (
+        connect(url, token=WRITER, retries=0) as source,
+        pytest.raises(errors.NotPermitted, match="writer may not read store 'shapes'"),
+    ):
         source.info()
-    with connect(f"grpc://{secured[0].address}/nothing", token=READER, retries=0) as source, pytest.raises(errors.NotPermitted) as caught:
+    with (
+        connect(f"grpc://{secured[0].address}/nothing", token=READER, retries=0) as source,
+        pytest.raises(errors.NotPermitted) as caught,
+    ):
         source.info()
     assert "no store" not in str(caught.value)  # whether there is one is not told
 
@@ -61,8 +79,15 @@ def test_rights_hold_for_what_changes_stores_and_refusals_are_recorded(secured: 
     server, folder = secured
     with administer(f"grpc://{server.address}/shapes", token=READER) as admin:
         assert [v.number for v in admin.versions()] == [1]
-        for call in (lambda: admin.delete(keys=["red-circle"]), lambda: admin.rollback(1), admin.unload, lambda: admin.ingest([])):
-            with pytest.raises(errors.NotPermitted, match=r"reader may not (write to|administer) store 'shapes'"):
+        for call in (
+            lambda: admin.delete(keys=["red-circle"]),
+            lambda: admin.rollback(1),
+            admin.unload,
+            lambda: admin.ingest([]),
+        ):
+            with pytest.raises(
+                errors.NotPermitted, match=r"reader may not (write to|administer) store 'shapes'"
+            ):
                 call()
     with administer(f"grpc://{server.address}/other", token=WRITER) as admin:
         with pytest.raises(errors.NotFound):
@@ -84,7 +109,9 @@ def test_stores_are_listed_for_those_who_may_read_them(secured: tuple[Server, Pa
     with grpc.insecure_channel(secured[0].address) as channel:
         stub = pb_grpc.TagStoreStub(channel)
         for token, names in ((READER, ["shapes"]), (WRITER, [])):
-            found = stub.ListStores(pb.ListStoresRequest(), metadata=(("authorization", f"Bearer {token}"),)).stores
+            found = stub.ListStores(
+                pb.ListStoresRequest(), metadata=(("authorization", f"Bearer {token}"),)
+            ).stores
             assert [info.store for info in found] == names
 
 
@@ -93,7 +120,10 @@ def test_outsiders_see_health_only(secured: tuple[Server, Path]) -> None:
     from tagstore_proto.v1 import tagstore_pb2_grpc as pb_grpc
 
     with grpc.insecure_channel(secured[0].address) as channel:
-        assert health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest()).status == health_pb2.HealthCheckResponse.SERVING
+        assert (
+            health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest()).status
+            == health_pb2.HealthCheckResponse.SERVING
+        )
         with pytest.raises(grpc.RpcError) as caught:
             ProtoReflectionDescriptorDatabase(channel).get_services()
         assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
@@ -126,12 +156,16 @@ def test_tokens_are_read_again_when_the_file_changes(tmp_path: Path) -> None:
     with pytest.raises(errors.NotAuthenticated):
         access.caller("Bearer first long token")
     changed("{half a fi")
-    assert access.caller("Bearer second long token").name == "b"  # a file that is being written does not lock everybody out
+    assert (
+        access.caller("Bearer second long token").name == "b"
+    )  # a file that is being written does not lock everybody out
 
 
 def test_callers_come_from_the_environment_too(monkeypatch: pytest.MonkeyPatch) -> None:
     digest = __import__("hashlib").sha256(b"secret").hexdigest()
-    monkeypatch.setenv("TAGSTORE_TOKENS", json.dumps({"callers": [{"name": "e", "sha256": digest, "stores": {"*": "read"}}]}))
+    monkeypatch.setenv(
+        "TAGSTORE_TOKENS", json.dumps({"callers": [{"name": "e", "sha256": digest, "stores": {"*": "read"}}]})
+    )
     assert Access().caller("Bearer secret") == Caller("e", {"*": "read"})
     with pytest.raises(errors.NotAuthenticated):
         Access().caller("")
@@ -144,13 +178,18 @@ def test_callers_come_from_the_environment_too(monkeypatch: pytest.MonkeyPatch) 
         ("[]", "no list of callers"),
         ('{"callers": [{"name": "a", "stores": {"s": "read"}}]}', "neither token"),
         ('{"callers": [{"name": "a", "token": "short", "stores": {"s": "read"}}]}', "at least 16"),
-        ('{"callers": [{"name": "a", "token": "long enough, really", "stores": {"s": "root"}}]}', "role 'root'"),
+        (
+            '{"callers": [{"name": "a", "token": "long enough, really", "stores": {"s": "root"}}]}',
+            "role 'root'",
+        ),
         ('{"callers": [{"name": "a", "tokn": "x", "stores": {"s": "read"}}]}', "unknown key 'tokn'"),
         ('{"callers": [{"name": "a", "sha256": "xx", "stores": {"s": "read"}}]}', "sha256 that is none"),
         ('{"callers": [{"token": "long enough, really", "stores": {"s": "read"}}]}', "needs a name"),
     ],
 )
-def test_a_file_of_tokens_that_means_nothing_is_refused_at_the_start(tmp_path: Path, text: str, message: str) -> None:
+def test_a_file_of_tokens_that_means_nothing_is_refused_at_the_start(
+    tmp_path: Path, text: str, message: str
+) -> None:
     path = tmp_path / "tokens.json"
     path.write_text(text)
     with pytest.raises(errors.InvalidInput, match=message):
@@ -172,7 +211,9 @@ def test_roles_include_those_below_and_names_go_before_the_star() -> None:
         (Settings(tls_certificate="c", tls_key="k"), "does not ask who calls"),
     ],
 )
-def test_an_address_that_others_can_reach_needs_both_encryption_and_access(settings: Settings, lacking: str) -> None:
+def test_an_address_that_others_can_reach_needs_both_encryption_and_access(
+    settings: Settings, lacking: str
+) -> None:
     with pytest.raises(errors.InvalidInput, match=lacking):
         checked_host("0.0.0.0:1", settings)
     assert checked_host("127.0.0.1:1", settings) == "127.0.0.1"
@@ -180,7 +221,9 @@ def test_an_address_that_others_can_reach_needs_both_encryption_and_access(setti
 
 def test_both_together_may_be_reached() -> None:
     assert checked_host("0.0.0.0:1", Settings(tls_certificate="c", tls_key="k", tokens="t")) == "0.0.0.0"
-    assert checked_host("0.0.0.0:1", Settings(tls_certificate="c", tls_key="k", tls_client_ca="a")) == "0.0.0.0"
+    assert (
+        checked_host("0.0.0.0:1", Settings(tls_certificate="c", tls_key="k", tls_client_ca="a")) == "0.0.0.0"
+    )
     with pytest.raises(errors.InvalidInput, match="both a certificate and its key"):
         checked_host("127.0.0.1:1", Settings(tls_certificate="c"))
 
@@ -198,10 +241,14 @@ class Authority:
         """Paths of a certificate and its key, for localhost."""
         key = ec.generate_private_key(ec.SECP256R1())
         pem = self._signed(common_name, key, days=days).public_bytes(serialization.Encoding.PEM)
-        private = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+        private = key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
         return self._write(f"{file}.crt", pem), self._write(f"{file}.key", private)
 
-    def _signed(self, common_name: str, key: ec.EllipticCurvePrivateKey, *, days: int, authority: bool = False) -> x509.Certificate:
+    def _signed(
+        self, common_name: str, key: ec.EllipticCurvePrivateKey, *, days: int, authority: bool = False
+    ) -> x509.Certificate:
         now = datetime.datetime.now(datetime.UTC)
         builder = (
             x509.CertificateBuilder()
@@ -223,13 +270,19 @@ class Authority:
 
 
 @pytest.fixture(scope="module")
-def tls(shapes_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Authority, Path]]:
+def tls(
+    shapes_root: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Server, Authority, Path]]:
     folder = tmp_path_factory.mktemp("tls")
     authority = Authority(folder, "authority")
     certificate, key = authority.issue("localhost", "server")
     file = folder / "tokens.json"
-    file.write_text(json.dumps({"callers": [{"name": "operator", "certificate": "operator", "stores": {"*": "admin"}}]}))
-    settings = Settings(tls_certificate=certificate, tls_key=key, tls_client_ca=authority.path, tokens=str(file))
+    file.write_text(
+        json.dumps({"callers": [{"name": "operator", "certificate": "operator", "stores": {"*": "admin"}}]})
+    )
+    settings = Settings(
+        tls_certificate=certificate, tls_key=key, tls_client_ca=authority.path, tokens=str(file)
+    )
     server = Server(shapes_root, "localhost:0", device="cpu", settings=settings)
     server.start()
     yield server, authority, folder
@@ -251,7 +304,9 @@ def test_mutual_tls_says_who_calls(tls: tuple[Server, Authority, Path]) -> None:
             admin.delete(keys=["nobody"])
 
 
-def test_a_wrong_expired_or_missing_client_certificate_gets_no_connection(tls: tuple[Server, Authority, Path]) -> None:
+def test_a_wrong_expired_or_missing_client_certificate_gets_no_connection(
+    tls: tuple[Server, Authority, Path],
+) -> None:
     server, authority, folder = tls
     url = f"grpcs://{server.address}/shapes"
     stranger = Authority(folder, "stranger")
@@ -260,12 +315,21 @@ def test_a_wrong_expired_or_missing_client_certificate_gets_no_connection(tls: t
         dict(zip(("cert", "cert_key"), authority.issue("operator", "expired", days=-1), strict=True)),
         dict(zip(("cert", "cert_key"), stranger.issue("operator", "forged"), strict=True)),
     ):
-        with connect(url, ca=authority.path, retries=0, timeout=5, **options) as source, pytest.raises(errors.Unavailable):
+        with (
+            connect(url, ca=authority.path, retries=0, timeout=5, **options) as source,
+            pytest.raises(errors.Unavailable),
+        ):
             source.info()
     cert, key = authority.issue("operator", "operator")
-    with connect(url, ca=stranger.path, cert=cert, cert_key=key, retries=0, timeout=5) as source, pytest.raises(errors.Unavailable):
+    with (
+        connect(url, ca=stranger.path, cert=cert, cert_key=key, retries=0, timeout=5) as source,
+        pytest.raises(errors.Unavailable),
+    ):
         source.info()  # the server is not whom this client trusts
-    with connect(f"grpc://{server.address}/shapes", retries=0, timeout=5) as source, pytest.raises(errors.Unavailable):
+    with (
+        connect(f"grpc://{server.address}/shapes", retries=0, timeout=5) as source,
+        pytest.raises(errors.Unavailable),
+    ):
         source.info()  # not without TLS
 
 

@@ -25,7 +25,12 @@ def url_of(colour: str, shape: str = "circle") -> str:
 
 def body(colour: str | None = "red", text: str = "What is it?", **more) -> dict:
     image = [{"type": "image_url", "image_url": {"url": url_of(colour)}}] if colour else []
-    return {"model": "tiny", "messages": [{"role": "user", "content": [*image, {"type": "text", "text": text}]}], "max_tokens": 6, **more}
+    return {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": [*image, {"type": "text", "text": text}]}],
+        "max_tokens": 6,
+        **more,
+    }
 
 
 class Served:
@@ -104,11 +109,19 @@ def test_requests_that_wait_share_a_batch_and_get_their_own_answers(served):
     alone = {colour: client.post("/v1/chat/completions", json=body(colour)).json() for colour in colours}
     before = server.worker.batches
     with ThreadPoolExecutor(4) as pool:
-        together = dict(zip(colours, pool.map(lambda c: client.post("/v1/chat/completions", json=body(c)).json(), colours), strict=True))
+        together = dict(
+            zip(
+                colours,
+                pool.map(lambda c: client.post("/v1/chat/completions", json=body(c)).json(), colours),
+                strict=True,
+            )
+        )
     assert server.worker.batches - before < 4
     for colour in colours:
         assert together[colour]["choices"] == alone[colour]["choices"]
-        assert [tag["text"] for tag in together[colour]["tags"]] == [tag["text"] for tag in alone[colour]["tags"]]
+        assert [tag["text"] for tag in together[colour]["tags"]] == [
+            tag["text"] for tag in alone[colour]["tags"]
+        ]
 
 
 def test_words_without_a_picture_and_the_list_of_models(served):
@@ -136,9 +149,36 @@ def test_a_store_that_is_away_degrades_the_answer(tuna: Pipeline):
         ({"messages": [{"role": "robot", "content": "x"}]}, r"messages\[0\].role"),
         ({"messages": [{"role": "user", "content": 3}]}, r"messages\[0\].content"),
         ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "of type text or image_url"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x/y.png"}}]}]}, "are not fetched"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,%%"}}]}]}, "no base64"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:;base64,eHh4"}}]}]}, "known format"),
+        (
+            {
+                "messages": [
+                    {
+                        "role": "user",
+                        "content": [{"type": "image_url", "image_url": {"url": "http://x/y.png"}}],
+                    }
+                ]
+            },
+            "are not fetched",
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,%%"}}]}
+                ]
+            },
+            "no base64",
+        ),
+        (
+            {
+                "messages": [
+                    {
+                        "role": "user",
+                        "content": [{"type": "image_url", "image_url": {"url": "data:;base64,eHh4"}}],
+                    }
+                ]
+            },
+            "known format",
+        ),
         ({"temperature": 3}, "temperature is 3"),
         ({"max_tokens": 0}, "max_tokens is 0"),
         ({"max_tokens": True}, "max_tokens is True"),

@@ -54,19 +54,31 @@ def test_a_stream_answers_in_order_as_calls_do_and_survives_bad_requests(stub, m
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"omit_neighbours": True}, {"omit_texts": True, "max_tags": 3}, {"omit_neighbours": True, "omit_texts": True}]
+    "fields",
+    [
+        {},
+        {"omit_neighbours": True},
+        {"omit_texts": True, "max_tags": 3},
+        {"omit_neighbours": True, "omit_texts": True},
+    ],
 )
-def test_the_message_of_an_answer_says_what_its_values_say(stub, shapes_root: Path, mini, fields: dict) -> None:
+def test_the_message_of_an_answer_says_what_its_values_say(
+    stub, shapes_root: Path, mini, fields: dict
+) -> None:
     from tagstore.retrieval.catalog import Catalog
 
     catalog = Catalog(shapes_root, device="cpu")
     request = vector_request(mini, 3, **fields)
     vectors, search = convert.vectors_from_proto(request.vectors), convert.search_from_proto(request)
-    expected = catalog.retrieve(catalog.engine("shapes"), vectors=vectors, fingerprint=request.fingerprint, search=search)
+    expected = catalog.retrieve(
+        catalog.engine("shapes"), vectors=vectors, fingerprint=request.fingerprint, search=search
+    )
     assert convert.retrievals_from_proto(stub.Retrieve(request)) == expected
 
 
-def test_calls_that_come_together_are_searched_together(served, mini, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_that_come_together_are_searched_together(
+    served, mini, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, stub = served()
     expected = [stub.Retrieve(vector_request(mini, i)) for i in range(9)]
     held = Held(monkeypatch)
@@ -82,7 +94,9 @@ def test_calls_that_come_together_are_searched_together(served, mini, monkeypatc
     assert held.rows == [1, 8]
 
 
-def test_a_version_that_is_not_open_is_opened_once_for_all_who_wait(served, mini, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_version_that_is_not_open_is_opened_once_for_all_who_wait(
+    served, mini, monkeypatch: pytest.MonkeyPatch
+) -> None:
     server, stub = served()
     expected = stub.Retrieve(vector_request(mini))
     opened, go, plain = threading.Semaphore(0), threading.Event(), server.catalog.engine
@@ -111,9 +125,15 @@ def test_images_that_come_together_give_the_vectors_that_they_give_alone(served)
     images = [picture(c, s, shift=3) for c in ("red", "blue") for s in ("circle", "triangle")]
     alone = [stub.Retrieve(pb.RetrieveRequest(store="shapes", images=[image])) for image in images]
     with ThreadPoolExecutor(8) as pool:
-        together = list(pool.map(lambda i: stub.Retrieve(pb.RetrieveRequest(store="shapes", images=[images[i % 4]])), range(8)))
+        together = list(
+            pool.map(
+                lambda i: stub.Retrieve(pb.RetrieveRequest(store="shapes", images=[images[i % 4]])), range(8)
+            )
+        )
     assert together == alone * 2
-    assert list(stub.Retrieve(pb.RetrieveRequest(store="shapes", images=images)).retrievals) == [a.retrievals[0] for a in alone]
+    assert list(stub.Retrieve(pb.RetrieveRequest(store="shapes", images=images)).retrievals) == [
+        a.retrievals[0] for a in alone
+    ]
 
 
 def test_connections_that_never_speak_or_speak_nonsense_do_no_harm(server_address: str, stub, mini) -> None:
@@ -130,7 +150,9 @@ def test_connections_that_never_speak_or_speak_nonsense_do_no_harm(server_addres
         connection.close()
 
 
-def test_malformed_messages_are_refused_and_never_a_fault(server_address: str, mini, caplog: pytest.LogCaptureFixture) -> None:
+def test_malformed_messages_are_refused_and_never_a_fault(
+    server_address: str, mini, caplog: pytest.LogCaptureFixture
+) -> None:
     from benchmarks.fuzz import fuzz
 
     outcome = fuzz(server_address, "shapes", mini.fingerprint.digest, mini.dimension, messages=1500, seed=1)
@@ -250,7 +272,12 @@ def test_many_versions_come_and_go_without_a_failed_or_mixed_answer(tmp_path: Pa
     from tagstore.upkeep.edits import Selection, delete, rollback
 
     root = tmp_path / "root"
-    ingest_pairs((Pair(str(i), picture("red", "circle", shift=i), (f"tag{i}",)) for i in range(6)), root=root, store="live", encoder=mini)
+    ingest_pairs(
+        (Pair(str(i), picture("red", "circle", shift=i), (f"tag{i}",)) for i in range(6)),
+        root=root,
+        store="live",
+        encoder=mini,
+    )
     server = limited(root, cores=2)
     stop, wrong, answered = threading.Event(), [], []
 

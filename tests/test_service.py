@@ -48,7 +48,9 @@ def test_server_and_directory_give_the_same_answers(remote, local, mini) -> None
         assert remote.retrieve(images, **options) == local.retrieve(images, **options)
     vectors = np.random.default_rng(0).standard_normal((300, mini.dimension)).astype(np.float32)
     for v in (vectors, vectors.astype(np.float16)):
-        assert remote.retrieve(vectors=v, fingerprint=mini.fingerprint) == local.retrieve(vectors=v, fingerprint=mini.fingerprint)
+        assert remote.retrieve(vectors=v, fingerprint=mini.fingerprint) == local.retrieve(
+            vectors=v, fingerprint=mini.fingerprint
+        )
     mixed = {"images": images, "vectors": vectors[:3], "fingerprint": mini.fingerprint}
     assert remote.retrieve(**mixed) == local.retrieve(**mixed)
     assert len(remote.retrieve(**mixed)) == 7
@@ -114,8 +116,15 @@ def test_unknown_stores_versions_and_tags_are_not_found(server_address: str, rem
     for source in (remote, local):
         with pytest.raises(errors.NotFound, match="no tag 99999"):
             source.tags([99999])
-    for url, message in (("nope", "those there are: shapes"), ("shapes@7", "its current one is 1"), ("-x", "no name for a store")):
-        with connect(f"grpc://{server_address}/{url}") as source, pytest.raises((errors.NotFound, errors.InvalidInput), match=message):
+    for url, message in (
+        ("nope", "those there are: shapes"),
+        ("shapes@7", "its current one is 1"),
+        ("-x", "no name for a store"),
+    ):
+        with (
+            connect(f"grpc://{server_address}/{url}") as source,
+            pytest.raises((errors.NotFound, errors.InvalidInput), match=message),
+        ):
             source.info()
 
 
@@ -147,7 +156,9 @@ def test_stores_are_listed(stub) -> None:
 def test_health_and_reflection_answer(server_address: str) -> None:
     with grpc.insecure_channel(server_address) as channel:
         for name in ("", SERVICE):
-            status = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=name)).status
+            status = (
+                health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=name)).status
+            )
             assert status == health_pb2.HealthCheckResponse.SERVING
         assert SERVICE in ProtoReflectionDescriptorDatabase(channel).get_services()
 
@@ -181,7 +192,9 @@ def test_a_fault_of_ours_shows_nothing_of_itself(
     assert "secret path" in caplog.text
 
 
-def test_a_version_committed_while_the_server_runs_is_served_and_the_old_one_stays(tmp_path: Path, mini) -> None:
+def test_a_version_committed_while_the_server_runs_is_served_and_the_old_one_stays(
+    tmp_path: Path, mini
+) -> None:
     from tagstore.ingest import ingest
 
     source = write_shapes(tmp_path / "shapes")
@@ -189,7 +202,10 @@ def test_a_version_committed_while_the_server_runs_is_served_and_the_old_one_sta
     server = Server(tmp_path / "root", "127.0.0.1:0", device="cpu")
     server.start()
     try:
-        with connect(f"grpc://{server.address}/live") as now, connect(f"grpc://{server.address}/live@1") as pinned:
+        with (
+            connect(f"grpc://{server.address}/live") as now,
+            connect(f"grpc://{server.address}/live@1") as pinned,
+        ):
             assert now.info().version == 1
             (source / "extra.png").write_bytes(picture("black", "circle"))
             (source / "extra.txt").write_text("A black hole.")
@@ -203,8 +219,21 @@ def test_a_version_committed_while_the_server_runs_is_served_and_the_old_one_sta
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_command_serves_says_where_and_drains(shapes_root: Path, number: int) -> None:
-    command = [sys.executable, "-m", "tagstore.cli", "serve", "--root", str(shapes_root), "--address", "127.0.0.1:0", "--device", "cpu"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": ""})
+    command = [
+        sys.executable,
+        "-m",
+        "tagstore.cli",
+        "serve",
+        "--root",
+        str(shapes_root),
+        "--address",
+        "127.0.0.1:0",
+        "--device",
+        "cpu",
+    ]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": ""}
+    )
     try:
         address = process.stdout.readline().strip()
         with connect(f"grpc://{address}/shapes") as source:
@@ -228,7 +257,9 @@ def test_an_open_address_is_refused_unless_said(shapes_root: Path) -> None:
     Server(shapes_root, "0.0.0.0:0", insecure=True).stop(0)
 
 
-def test_a_taken_port_and_a_missing_root_are_said(shapes_root: Path, server_address: str, tmp_path: Path) -> None:
+def test_a_taken_port_and_a_missing_root_are_said(
+    shapes_root: Path, server_address: str, tmp_path: Path
+) -> None:
     with pytest.raises(errors.Unavailable, match="is another server running"):
         Server(shapes_root, server_address)
     with pytest.raises(errors.NotFound, match="no directory"):

@@ -35,7 +35,12 @@ def draft(key: str, *tags: str, caption: str = "a caption") -> Draft:
     return Draft(key, key.encode().ljust(32, b"\0")[:32], 7, (caption,), merged, {"n": 1}, f"file of {key}")
 
 
-def put(root: Path, drafts: list[Draft], vectors: np.ndarray, indexer=lambda s, p, d: {"kind": "none", "files": []}):
+def put(
+    root: Path,
+    drafts: list[Draft],
+    vectors: np.ndarray,
+    indexer=lambda s, p, d: {"kind": "none", "files": []},
+):
     with Writer(root, "toy", FINGERPRINT) as writer:
         writer.append(drafts, vectors)
         while texts := writer.new_tags(limit=3):
@@ -54,10 +59,17 @@ def test_what_is_committed_is_read_back(tmp_path: Path, rng: np.random.Generator
     assert snapshot.tags([0, 1]) == [("dog", "object", "dog"), ("sky", "object", "sky")]
     np.testing.assert_array_equal(snapshot.vectors(np.array([2, 0])), vectors[[2, 0]].astype(np.float16))
     entry = snapshot.entry(0)
-    assert (entry.captions, entry.metadata, entry.origin, entry.tags[1].mentions) == (("a caption",), {"n": 1}, "file of a", ((0, 0, 3),))
+    assert (entry.captions, entry.metadata, entry.origin, entry.tags[1].mentions) == (
+        ("a caption",),
+        {"n": 1},
+        "file of a",
+        ((0, 0, 3),),
+    )
 
 
-def test_a_key_that_comes_again_replaces_its_entry_and_the_old_version_stays(tmp_path: Path, rng: np.random.Generator) -> None:
+def test_a_key_that_comes_again_replaces_its_entry_and_the_old_version_stays(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
     put(tmp_path, [draft("a", "dog"), draft("b", "sky")], unit(rng, 2))
     put(tmp_path, [draft("a", "cat", caption="another")], unit(rng, 1))
     store = Store(tmp_path, "toy")
@@ -112,7 +124,9 @@ def test_what_was_not_committed_is_gone_for_the_next_writer(tmp_path: Path, rng:
     assert ([d.key for d in admitted], unchanged) == (["lost"], 1)
 
 
-def test_a_duplicate_key_in_one_ingest_is_rejected_an_unchanged_one_counted(tmp_path: Path, rng: np.random.Generator) -> None:
+def test_a_duplicate_key_in_one_ingest_is_rejected_an_unchanged_one_counted(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
     put(tmp_path, [draft("a")], unit(rng, 1))
     with Writer(tmp_path, "toy", FINGERPRINT) as writer:
         admitted, rejected, unchanged = writer.admit([draft("a"), draft("b"), draft("b")], same_miner=True)
@@ -121,7 +135,9 @@ def test_a_duplicate_key_in_one_ingest_is_rejected_an_unchanged_one_counted(tmp_
         _, rejected, _ = writer.admit([draft("b")], same_miner=True)
         assert "duplicate key" in rejected[0].reason
         _, rejected, unchanged = writer.admit([draft("a", caption="another")], same_miner=True)
-        assert ([r.key for r in rejected], unchanged) == (["a"], 0), "the first of this key was unchanged, this is its duplicate"
+        assert ([r.key for r in rejected], unchanged) == (["a"], 0), (
+            "the first of this key was unchanged, this is its duplicate"
+        )
     with Writer(tmp_path, "toy", FINGERPRINT) as writer:
         admitted, _, _ = writer.admit([draft("a")], same_miner=False)
         assert len(admitted) == 1
@@ -153,7 +169,9 @@ def test_another_writer_of_this_process_is_refused_too(tmp_path: Path) -> None:
         pass
 
 
-def test_vectors_of_another_encoder_are_refused_with_both_fingerprints(tmp_path: Path, rng: np.random.Generator) -> None:
+def test_vectors_of_another_encoder_are_refused_with_both_fingerprints(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
     put(tmp_path, [draft("a")], unit(rng, 1))
     other = Fingerprint("other", "01", {"size": [8, 8]}, False, True, D)
     with pytest.raises(FingerprintMismatch) as caught, Writer(tmp_path, "toy", other):
@@ -163,7 +181,9 @@ def test_vectors_of_another_encoder_are_refused_with_both_fingerprints(tmp_path:
     put(tmp_path, [draft("b")], unit(rng, 1))
 
 
-def test_a_writer_killed_at_any_instant_leaves_the_last_version(tmp_path: Path, rng: np.random.Generator) -> None:
+def test_a_writer_killed_at_any_instant_leaves_the_last_version(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
     put(tmp_path, [draft("a", "dog")], unit(rng, 1))
     code = textwrap.dedent(f"""
         import numpy as np
@@ -224,13 +244,17 @@ def test_a_file_that_is_no_database_is_named(tmp_path: Path) -> None:
         Store(tmp_path, "toy")
 
 
-def test_a_store_in_another_releases_format_is_refused_by_readers_and_writers(tmp_path: Path, rng: np.random.Generator) -> None:
+def test_a_store_in_another_releases_format_is_refused_by_readers_and_writers(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
     put(tmp_path, [draft("a")], unit(rng, 1))
     store = Store(tmp_path, "toy")
     with store.env.begin(write=True) as txn:
         txn.put(b"state", seal(b"state", store.state() | {"format": FORMAT - 1}), db=store.db["meta"])
     for use in (lambda: Store(tmp_path, "toy"), lambda: put(tmp_path, [draft("b")], unit(rng, 1))):
-        with pytest.raises(Damaged, match=f"format {FORMAT - 1}, this release reads {FORMAT}: use the release that wrote it"):
+        with pytest.raises(
+            Damaged, match=f"format {FORMAT - 1}, this release reads {FORMAT}: use the release that wrote it"
+        ):
             use()
 
 
@@ -262,11 +286,14 @@ def test_the_reader_in_the_documentation_reads_a_store(tmp_path: Path, rng: np.r
     code += "names = 'key', 'tags', 'perceptual_hash', 'captions'\n"
     code += "print(json.dumps([[i, e['sha256'].hex(), *(e[name] for name in names)] for i, e in entries.items()]))\n"
     code += "print(json.dumps(vectors.tolist()))"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     snapshot = Store(tmp_path, "toy").snapshot()
     entries, vectors = map(json.loads, out)
     assert entries == [
-        [e.entry_id, e.sha256.hex(), e.key, [t.tag_id for t in e.tags], e.perceptual_hash, list(e.captions)] for e in snapshot.entries()
+        [e.entry_id, e.sha256.hex(), e.key, [t.tag_id for t in e.tags], e.perceptual_hash, list(e.captions)]
+        for e in snapshot.entries()
     ]
     np.testing.assert_array_equal(np.array(vectors, np.float16), snapshot.vectors(snapshot.live()))
 

@@ -32,7 +32,15 @@ KEYS = [f"key-{i:05d}" for i in range(20)]
 def _write(root: Path, number: int) -> None:
     """A version in which every entry has another serial: number * 100 and on. A mix of two versions shows at once."""
     batch = [(key, number * 100 + i) for i, key in enumerate(KEYS)]
-    crash.ingest(root, {"space": "first", "identity": f"source {number}", "batches": [batch[:10], batch[10:]], "sync": "batch"})
+    crash.ingest(
+        root,
+        {
+            "space": "first",
+            "identity": f"source {number}",
+            "batches": [batch[:10], batch[10:]],
+            "sync": "batch",
+        },
+    )
 
 
 def _read(snapshot: Snapshot) -> int:

@@ -98,7 +98,9 @@ def test_a_sound_store_is_sound_and_its_records_digest_is_stable(sound: Path, tm
     assert len(first[1]) == 64
 
 
-def test_a_bit_flipped_in_the_database_is_found_or_stood_where_nothing_is(sound: Path, tmp_path: Path) -> None:
+def test_a_bit_flipped_in_the_database_is_found_or_stood_where_nothing_is(
+    sound: Path, tmp_path: Path
+) -> None:
     root = _copy(sound, tmp_path / "root")
     [database] = root.glob("*/db-*/data.mdb")
     data, expected = database.read_bytes(), _look(root)[1]
@@ -108,7 +110,13 @@ def test_a_bit_flipped_in_the_database_is_found_or_stood_where_nothing_is(sound:
         _flipped(database, bit)
         problems, records = _look(root)
         # a free page, or the room between the keys and the values of a page: no record, no structure, nothing to find
-        outcome["found" if problems else "nothing there" if records == expected else f"missed: byte {bit // 8} bit {bit % 8}"] += 1
+        outcome[
+            "found"
+            if problems
+            else "nothing there"
+            if records == expected
+            else f"missed: byte {bit // 8} bit {bit % 8}"
+        ] += 1
         database.write_bytes(data)
     assert set(outcome) == {"found", "nothing there"}, outcome
     assert outcome["found"] > 20
@@ -141,7 +149,9 @@ def _values(root: Path) -> dict[str, list[bytes]]:
 
 
 @pytest.mark.parametrize("kind", ["*/db-*/index/*.faiss", "*/CURRENT"])
-def test_a_bit_flipped_in_any_other_file_is_found_and_the_file_named(sound: Path, tmp_path: Path, kind: str) -> None:
+def test_a_bit_flipped_in_any_other_file_is_found_and_the_file_named(
+    sound: Path, tmp_path: Path, kind: str
+) -> None:
     root, rng = _copy(sound, tmp_path / "root"), random.Random(1)
     for path in sorted(root.glob(kind)):
         data = path.read_bytes()
@@ -149,7 +159,9 @@ def test_a_bit_flipped_in_any_other_file_is_found_and_the_file_named(sound: Path
             _flipped(path, rng.randrange(len(data) * 8))
             problems = _look(root)[0]
             # the end of the one line of CURRENT says nothing: any white space will do
-            assert any(path.name in problem for problem in problems) or path.read_bytes().strip() == data.strip()
+            assert (
+                any(path.name in problem for problem in problems) or path.read_bytes().strip() == data.strip()
+            )
             path.write_bytes(data)
 
 

@@ -39,12 +39,23 @@ class StoreMachine(RuleBasedStateMachine):
         self.model = self.model.after(operation)
         assert answer["version"] == self.model.current
 
-    @rule(batches=st.lists(st.lists(KEYS, min_size=1, max_size=12), min_size=1, max_size=3), sync=st.sampled_from(["full", "batch"]))
+    @rule(
+        batches=st.lists(st.lists(KEYS, min_size=1, max_size=12), min_size=1, max_size=3),
+        sync=st.sampled_from(["full", "batch"]),
+    )
     def ingest(self, batches: list[list[str]], sync: str) -> None:
         """New keys are inserts, those that are there upserts; of a key that comes twice the first counts."""
         items = [[(key, next(self.serial)) for key in batch] for batch in batches]
         identity = f"source {next(self.serial)}"
-        self._do({"operation": "ingest", "space": self.model.content[0], "identity": identity, "batches": items, "sync": sync})
+        self._do(
+            {
+                "operation": "ingest",
+                "space": self.model.content[0],
+                "identity": identity,
+                "batches": items,
+                "sync": sync,
+            }
+        )
 
     @precondition(lambda self: self.model.content[1])
     @rule(data=st.data())
@@ -52,12 +63,16 @@ class StoreMachine(RuleBasedStateMachine):
         """What is there unchanged makes no version."""
         space, content = self.model.content
         items = data.draw(st.lists(st.sampled_from(sorted(content.items())), min_size=1, max_size=5))
-        self._do({"operation": "ingest", "space": space, "identity": "again", "batches": [items], "sync": "full"})
+        self._do(
+            {"operation": "ingest", "space": space, "identity": "again", "batches": [items], "sync": "full"}
+        )
 
     @precondition(lambda self: self.model.content[1])
     @rule(data=st.data())
     def delete(self, data: st.DataObject) -> None:
-        keys = data.draw(st.lists(st.sampled_from(sorted(self.model.content[1])), min_size=1, max_size=12, unique=True))
+        keys = data.draw(
+            st.lists(st.sampled_from(sorted(self.model.content[1])), min_size=1, max_size=12, unique=True)
+        )
         self._do({"operation": "delete", "keys": keys})
 
     @precondition(lambda self: self.model.versions)
@@ -83,7 +98,9 @@ class StoreMachine(RuleBasedStateMachine):
         taken = purge(self.root, crash.NAME, Selection(keys=[key]), reason="asked for")
         space, content = self.model.content
         kept = {n: (s, c) for n, (s, c) in self.model.versions.items() if key not in c}
-        self.model = crash.Model({**kept, self.model.current + 1: (space, {k: v for k, v in content.items() if k != key})})
+        self.model = crash.Model(
+            {**kept, self.model.current + 1: (space, {k: v for k, v in content.items() if k != key})}
+        )
         assert taken.version == self.model.current
 
     @precondition(lambda self: len(self.model.versions) > 1)
@@ -118,7 +135,11 @@ class StoreMachine(RuleBasedStateMachine):
 
 
 StoreMachine.TestCase.settings = settings(
-    max_examples=10, stateful_step_count=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    max_examples=10,
+    stateful_step_count=20,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
 )
 TestStoreMachine = StoreMachine.TestCase
 
@@ -132,10 +153,18 @@ def _in_turn(root: Path, *operations: crash.Operation) -> None:
 
 
 def _ingest(space: str, *items: tuple[str, int]) -> crash.Operation:
-    return {"operation": "ingest", "space": space, "identity": f"{items}", "batches": [list(items)], "sync": "full"}
+    return {
+        "operation": "ingest",
+        "space": space,
+        "identity": f"{items}",
+        "batches": [list(items)],
+        "sync": "full",
+    }
 
 
-def test_a_tag_that_only_versions_of_another_encoder_need_keeps_its_embedding_through_compaction(tmp_path: Path) -> None:
+def test_a_tag_that_only_versions_of_another_encoder_need_keeps_its_embedding_through_compaction(
+    tmp_path: Path,
+) -> None:
     _in_turn(
         tmp_path,
         _ingest("first", ("a", 1), ("b", 2)),
@@ -146,7 +175,9 @@ def test_a_tag_that_only_versions_of_another_encoder_need_keeps_its_embedding_th
     )
 
 
-def test_entries_that_came_with_another_encoder_leave_the_checksums_of_the_first_as_they_are(tmp_path: Path) -> None:
+def test_entries_that_came_with_another_encoder_leave_the_checksums_of_the_first_as_they_are(
+    tmp_path: Path,
+) -> None:
     _in_turn(
         tmp_path,
         _ingest("first", ("a", 1), ("b", 2)),

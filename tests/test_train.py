@@ -41,7 +41,12 @@ def recipe_of(place: Path, out: str, **values) -> Recipe:
         "warmup": 2,
         "save_every": 2,
         "rates": {"connector": 3e-3, "tag_encoder": 3e-3, "weight_tuner": 3e-3, "language_model": 1e-3},
-        "data": {"path": str(place / "data" / "data.json"), "limit": 40, "features": str(place / "features"), "template": "plain"},
+        "data": {
+            "path": str(place / "data" / "data.json"),
+            "limit": 40,
+            "features": str(place / "features"),
+            "template": "plain",
+        },
     }
     return Recipe.of({**base, **values})
 
@@ -54,7 +59,10 @@ def everything(place: Path, root: Path, out: str, **values) -> Recipe:
         ema=0.9,
         lora={"rank": 2, "dropout": 0.2},
         model_config={"learn_temperature": True},
-        tags={"store": f"file://{root}/shapes", "noise": {"drop": 0.2, "wrong": 0.2, "none": 0.1, "shuffle": 0.2, "pool": 16}},
+        tags={
+            "store": f"file://{root}/shapes",
+            "noise": {"drop": 0.2, "wrong": 0.2, "none": 0.1, "shuffle": 0.2, "pool": 16},
+        },
         **values,
     )
 
@@ -79,7 +87,11 @@ def whole(place: Path, shapes_root: Path) -> Path:
 @pytest.mark.slow
 def test_tiny_learns_200_answers_by_heart(place: Path):
     values = Recipe.read("tiny-overfit").to_dict()
-    data = {"path": str(place / "data" / "data.json"), "features": str(place / "features-200"), "template": "plain"}
+    data = {
+        "path": str(place / "data" / "data.json"),
+        "features": str(place / "features-200"),
+        "template": "plain",
+    }
     recipe = Recipe.of({**values, "out": str(place / "overfit"), "save_every": 1000, "data": data})
     train(recipe)
     assert sum(losses(place / "overfit")[-10:]) / 10 < 0.1
@@ -96,7 +108,9 @@ def test_a_run_that_goes_on_equals_one_that_was_not_interrupted(place: Path, sha
 def test_kill_9_and_go_on(place: Path, shapes_root: Path, whole: Path):
     recipe = everything(place, shapes_root, "killed", keep=3)
     (place / "killed.json").write_text(json.dumps(recipe.to_dict()))
-    with subprocess.Popen([sys.executable, str(WORKER), str(place / "killed.json")], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, str(WORKER), str(place / "killed.json")], stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout is not None
         for line in process.stdout:
             if line.strip() == "5":
@@ -122,8 +136,22 @@ def test_micro_batches_learn_what_a_whole_batch_does(place: Path, one: Path):
 @pytest.mark.slow
 def test_two_processes_learn_what_one_does(place: Path, one: Path):
     (place / "two.json").write_text(json.dumps(recipe_of(place, "two", ema=0.9, keep=3).to_dict()))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(WORKER), str(place / "two.json")]
-    subprocess.run([*command, "ddp", "fsdp2"], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(WORKER),
+        str(place / "two.json"),
+    ]
+    subprocess.run(
+        [*command, "ddp", "fsdp2"],
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+    )
     for mode in ("ddp", "fsdp2"):
         out = place / f"two-{mode}"
         assert losses(out) == pytest.approx(losses(one.parent), rel=1e-5)
@@ -160,7 +188,9 @@ def test_a_checkpoint_that_was_changed_or_is_missing(whole: Path, tmp_path: Path
         checkpoint.read(tmp_path)
 
 
-def test_another_version_of_the_store_is_refused_unless_told(place: Path, shapes_root: Path, whole: Path, tmp_path: Path, mini):
+def test_another_version_of_the_store_is_refused_unless_told(
+    place: Path, shapes_root: Path, whole: Path, tmp_path: Path, mini
+):
     from tagstore.ingest import ingest
 
     root = tmp_path / "root"
@@ -174,7 +204,10 @@ def test_another_version_of_the_store_is_refused_unless_told(place: Path, shapes
     changed = json.loads((place / "newer" / "step-000002" / "tuna.json").read_text())
     changed["recipe"]["steps"] = 3
     (place / "newer" / "step-000002" / "tuna.json").write_text(json.dumps(changed))
-    with pytest.raises(FingerprintMismatch, match=r"was trained with store 'shapes' version 1 .* answers as store 'shapes' version 2"):
+    with pytest.raises(
+        FingerprintMismatch,
+        match=r"was trained with store 'shapes' version 1 .* answers as store 'shapes' version 2",
+    ):
         train(recipe)
     values = recipe.to_dict()
     values["tags"]["any_store"] = True

@@ -39,7 +39,10 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_llava_json_is_read_without_its_image_markers(llava: Path):
     sample = read_samples(llava)[7]
-    assert (sample.key, sample.turns) == ("7", (Turn("user", "What is it?"), Turn("assistant", "A green square.")))
+    assert (sample.key, sample.turns) == (
+        "7",
+        (Turn("user", "What is it?"), Turn("assistant", "A green square.")),
+    )
     assert sample.images[0].read().startswith(b"\x89PNG")
 
 
@@ -48,7 +51,9 @@ def test_a_shard_is_read_in_place(tmp_path: Path):
     assert len(samples) == 12
     assert samples[0].captions == ("A red circle.", "One circle in red.")
     assert samples[3].images[0].read().startswith(b"\x89PNG")
-    assert [sample.key for sample in read_samples(tmp_path)] == [sample.key for sample in read_samples(tmp_path / "train-000.tar")]
+    assert [sample.key for sample in read_samples(tmp_path)] == [
+        sample.key for sample in read_samples(tmp_path / "train-000.tar")
+    ]
 
 
 def test_a_caption_is_drawn_by_the_generator(tmp_path: Path):
@@ -101,7 +106,8 @@ def test_grouping_by_length_pads_less():
 
     def padding(group: int) -> int:
         return sum(
-            max(lengths[i] for i in b) * len(b) - sum(lengths[i] for i in b) for b in batches(lengths, 8, seed=0, epoch=0, group=group)
+            max(lengths[i] for i in b) * len(b) - sum(lengths[i] for i in b)
+            for b in batches(lengths, 8, seed=0, epoch=0, group=group)
         )
 
     assert padding(50) < padding(0) / 5
@@ -133,7 +139,9 @@ def feed_of(root: Path, tiny, **recipe):
     model, _ = tiny
     source = connect(f"file://{root}/shapes")
     tags = TagRecipe(f"file://{root}/shapes", **recipe)
-    return source, TagFeed(source, TagLookup(source, k=3, dimension=512), tags, fingerprint=model.config.encoder_digest, seed=0)
+    return source, TagFeed(
+        source, TagLookup(source, k=3, dimension=512), tags, fingerprint=model.config.encoder_digest, seed=0
+    )
 
 
 @pytest.fixture(scope="module")
@@ -217,14 +225,22 @@ def test_captions_in_the_place_of_tags(shapes_root: Path, tiny, shapes_features)
     _, features = shapes_features
     model, processor = tiny
     with connect(f"file://{shapes_root}/shapes") as source:
-        captions = {f"{c}-{s}": [f"a {c} {s}"] for c in ("red", "green", "blue") for s in ("circle", "square", "triangle")}
+        captions = {
+            f"{c}-{s}": [f"a {c} {s}"]
+            for c in ("red", "green", "blue")
+            for s in ("circle", "square", "triangle")
+        }
         recipe = TagRecipe(content="captions")
         lookup = TagLookup(source, k=3, dimension=512)
-        feed = TagFeed(source, lookup, recipe, fingerprint=model.config.encoder_digest, seed=0, captions=captions)
+        feed = TagFeed(
+            source, lookup, recipe, fingerprint=model.config.encoder_digest, seed=0, captions=captions
+        )
         texts = feed.captions(features, range(18), 0)
         assert any("a red square" in text for text in texts)
         assert texts == feed.captions(features, range(18), 0)
-    text = Collator(processor).parts([Turn("user", "What?"), Turn("assistant", "That.")], 1, "a red circle")[0][0]
+    text = Collator(processor).parts([Turn("user", "What?"), Turn("assistant", "That.")], 1, "a red circle")[
+        0
+    ][0]
     assert "<image>" in text
     assert text.index("a red circle") < text.index("What?")
     with pytest.raises(InvalidInput, match=r"tags\.captions"):
@@ -247,7 +263,11 @@ def test_what_the_assistant_says_is_learnt_and_nothing_else(tiny):
 def test_labels_stand_at_the_end_of_a_batch_and_only_their_logits_are_kept(tiny):
     _, processor = tiny
     collate = Collator(processor, template="plain")
-    batch = collate(["a", "b"], [[Turn("assistant", "x")], [Turn("assistant", "a longer one")]], [[ImageTags.none(512)]] * 2)
+    batch = collate(
+        ["a", "b"],
+        [[Turn("assistant", "x")], [Turn("assistant", "a longer one")]],
+        [[ImageTags.none(512)]] * 2,
+    )
     length = batch["labels"].shape[1]
     first = int((batch["labels"] != IGNORED).any(0).nonzero()[0])
     assert batch["logits_to_keep"] == length - first + 1
@@ -256,7 +276,9 @@ def test_labels_stand_at_the_end_of_a_batch_and_only_their_logits_are_kept(tiny)
 
 def test_a_loss_of_the_last_logits_is_that_of_all(tiny):
     model, processor = tiny
-    batch = Collator(processor, template="plain")(["a"], [[Turn("assistant", "a dog")]], [[ImageTags.none(512)]])
+    batch = Collator(processor, template="plain")(
+        ["a"], [[Turn("assistant", "a dog")]], [[ImageTags.none(512)]]
+    )
     grid, vectors = torch.randn(1, 49, 1280), torch.nn.functional.normalize(torch.randn(1, 512), dim=-1)
     some = model(**batch, grid=grid, image_vectors=vectors).loss
     every = model(**{**batch, "logits_to_keep": 0}, grid=grid, image_vectors=vectors).loss
@@ -311,7 +333,10 @@ def test_the_rate_rises_and_falls():
 def test_parts_without_a_rate_are_frozen():
     parts = {"a": torch.nn.Linear(2, 2), "b": torch.nn.Linear(2, 2)}
     groups = parameter_groups(parts, {"a": 0.1}, weight_decay=0.5)
-    assert [(group["lr"], group["weight_decay"], len(group["params"])) for group in groups] == [(0.1, 0.5, 1), (0.1, 0.0, 1)]
+    assert [(group["lr"], group["weight_decay"], len(group["params"])) for group in groups] == [
+        (0.1, 0.5, 1),
+        (0.1, 0.0, 1),
+    ]
     assert not any(p.requires_grad for p in parts["b"].parameters())
     with pytest.raises(InvalidInput, match="no part of the model is called c: it has a, b"):
         parameter_groups(parts, {"c": 0.1}, 0.0)
@@ -349,8 +374,21 @@ def test_a_recipe_with_a_mistake_is_refused_by_name(tmp_path: Path, text: str, m
 
 
 def test_values_from_the_command_line():
-    recipe = Recipe().with_values(["steps=7", "tags.noise.drop=0.5", "rates.connector=2e-3", "tags.store=null://", "data.template=plain"])
-    assert (recipe.steps, recipe.tags.noise.drop, recipe.rates["connector"], recipe.data.template) == (7, 0.5, 2e-3, "plain")
+    recipe = Recipe().with_values(
+        [
+            "steps=7",
+            "tags.noise.drop=0.5",
+            "rates.connector=2e-3",
+            "tags.store=null://",
+            "data.template=plain",
+        ]
+    )
+    assert (recipe.steps, recipe.tags.noise.drop, recipe.rates["connector"], recipe.data.template) == (
+        7,
+        0.5,
+        2e-3,
+        "plain",
+    )
     with pytest.raises(InvalidInput, match="write key=value"):
         recipe.with_values(["steps"])
     with pytest.raises(NotFound, match="there is no recipe 'nothing'"):

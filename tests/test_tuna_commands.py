@@ -39,8 +39,12 @@ def run(tmp_path_factory: pytest.TempPathFactory, shapes_root: Path) -> Path:
 def test_a_run_is_a_model_and_so_is_its_export(run: Path, shapes_root: Path):
     (run / "q.png").write_bytes(picture("red", "circle"))
     store = ("--store", f"file://{shapes_root}/shapes", "--max-tokens", "5")
-    of_run = json.loads(tuna("generate", "--model", str(run / "run"), *store, "--json", str(run / "q.png"), "What is it?"))
-    of_export = json.loads(tuna("generate", "--model", str(run / "model"), *store, "--json", str(run / "q.png"), "What is it?"))
+    of_run = json.loads(
+        tuna("generate", "--model", str(run / "run"), *store, "--json", str(run / "q.png"), "What is it?")
+    )
+    of_export = json.loads(
+        tuna("generate", "--model", str(run / "model"), *store, "--json", str(run / "q.png"), "What is it?")
+    )
     assert of_run["answer"] == of_export["answer"]
     assert of_run["tags"] == of_export["tags"]
     assert list((run / "run" / "tensorboard").iterdir())
@@ -71,7 +75,16 @@ def test_eval_and_audit_write_their_figures(run: Path, shapes_root: Path):
 def test_explain_writes_a_page(run: Path, shapes_root: Path):
     (run / "p.png").write_bytes(picture("blue", "square"))
     out = run / "why.html"
-    arguments = ("--model", "tiny", "--store", f"file://{shapes_root}/shapes", "--max-tokens", "3", "--out", str(out))
+    arguments = (
+        "--model",
+        "tiny",
+        "--store",
+        f"file://{shapes_root}/shapes",
+        "--max-tokens",
+        "3",
+        "--out",
+        str(out),
+    )
     assert tuna("explain", *arguments, str(run / "p.png"), "What is it?").strip() == str(out)
     assert out.read_text().startswith("<!doctype html>")
 
@@ -90,7 +103,17 @@ def test_serve_says_where_it_listens():
 
 def test_a_mistake_is_one_line_on_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit, match="1"):
-        main(["train", "--config", "tiny-overfit", "--data", str(tmp_path / "none.json"), "--out", str(tmp_path / "run")])
+        main(
+            [
+                "train",
+                "--config",
+                "tiny-overfit",
+                "--data",
+                str(tmp_path / "none.json"),
+                "--out",
+                str(tmp_path / "run"),
+            ]
+        )
     assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: there is no data set at")
 
 

@@ -10,15 +10,31 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPModel, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
+from transformers import (
+    CLIPModel,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Qwen2Config,
+)
 
 from clip import write_clip
 from tagstore.encoding.encoder import load_encoder
 from tagstore.errors import FingerprintMismatch, InvalidInput
 from tuna_model import ImageTags, TunaForConditionalGeneration, presets
 
-TEXT = {"vocab_size": 260, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-DECODERS = {"llama": LlamaConfig(**TEXT, num_key_value_heads=2), "qwen2": Qwen2Config(**TEXT, num_key_value_heads=2)}
+TEXT = {
+    "vocab_size": 260,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+DECODERS = {
+    "llama": LlamaConfig(**TEXT, num_key_value_heads=2),
+    "qwen2": Qwen2Config(**TEXT, num_key_value_heads=2),
+}
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +46,9 @@ def write_llava(directory: Path, decoder: str, clip: str) -> LlavaForConditional
     """A random Llava on the tower of a CLIP, in a directory as the hub has it."""
     tower = CLIPModel.from_pretrained(clip.removeprefix("hf:")).vision_model
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig.from_dict(tower.config.to_dict()), text_config=DECODERS[decoder], image_token_index=259
+        vision_config=CLIPVisionConfig.from_dict(tower.config.to_dict()),
+        text_config=DECODERS[decoder],
+        image_token_index=259,
     )
     torch.manual_seed(0)
     llava = LlavaForConditionalGeneration(config).eval()
@@ -48,7 +66,11 @@ def inputs() -> dict[str, torch.Tensor]:
     ids[0, 3:7] = ids[1, 10:14] = 259
     mask = torch.ones_like(ids)
     mask[0, :2] = 0
-    return {"input_ids": ids, "attention_mask": mask, "pixel_values": torch.randn(2, 3, 28, 28, generator=generator)}
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "pixel_values": torch.randn(2, 3, 28, 28, generator=generator),
+    }
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
@@ -74,29 +96,47 @@ def test_names_of_weights_of_every_age(layout: str, clip: str, tmp_path: Path) -
     llava = write_llava(tmp_path, "llama", clip)
     file = tmp_path / "model.safetensors"
     if layout == "memory":
-        save_file({name: tensor.contiguous() for name, tensor in llava.state_dict().items()}, file, metadata={"format": "pt"})
+        save_file(
+            {name: tensor.contiguous() for name, tensor in llava.state_dict().items()},
+            file,
+            metadata={"format": "pt"},
+        )
     if layout == "first":
-        named = {name.replace("vision_tower.", "vision_tower.vision_model."): tensor for name, tensor in load_file(file).items()}
+        named = {
+            name.replace("vision_tower.", "vision_tower.vision_model."): tensor
+            for name, tensor in load_file(file).items()
+        }
         save_file(named, file, metadata={"format": "pt"})
     model, notes = TunaForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
-    assert all(name.startswith("tag_encoder") or name == "vision_projection" for name in notes["missing_keys"])
+    assert all(
+        name.startswith("tag_encoder") or name == "vision_projection" for name in notes["missing_keys"]
+    )
     assert not notes["unexpected_keys"]
     model.eval().save_pretrained(tmp_path / "again")
     names = set(load_file(tmp_path / "again" / "model.safetensors"))
-    assert {"language_model.lm_head.weight", "vision_tower.post_layernorm.weight", "vision_projection"} <= names
+    assert {
+        "language_model.lm_head.weight",
+        "vision_tower.post_layernorm.weight",
+        "vision_projection",
+    } <= names
     again = TunaForConditionalGeneration.from_pretrained(tmp_path / "again").eval()
     with torch.no_grad():
         assert torch.equal(again(**inputs()).logits, llava(**inputs()).logits)
 
 
-def test_joined_to_its_encoder_one_forward_gives_grid_and_the_stores_vectors(clip: str, tmp_path: Path) -> None:
+def test_joined_to_its_encoder_one_forward_gives_grid_and_the_stores_vectors(
+    clip: str, tmp_path: Path
+) -> None:
     write_llava(tmp_path, "llama", clip)
     model, processor = presets.load_llava(str(tmp_path), encoder=clip)
     model.eval()
     assert model.config.tag_coupling == "multiply"
     encoder = load_encoder(clip, device="cpu")
     assert model.config.encoder_digest == encoder.fingerprint.digest
-    pictures = [Image.fromarray(np.random.default_rng(i).integers(0, 256, (40, 50, 3), dtype=np.uint8)) for i in range(2)]
+    pictures = [
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (40, 50, 3), dtype=np.uint8))
+        for i in range(2)
+    ]
     grid, vectors = model.encode_images(processor.image_processor(pictures)["pixel_values"])
     np.testing.assert_allclose(vectors.numpy(), encoder.encode_images(pictures), atol=1e-5)
     np.testing.assert_allclose(grid.numpy(), encoder.encode_grid(pictures, layer=-2)[0], atol=1e-5)

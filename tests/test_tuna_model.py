@@ -68,14 +68,22 @@ def test_a_batch_is_its_members_and_padding_changes_nothing(kind: str, side: str
         together = model(**batch).logits
         for row, one in enumerate(alone(processor)):
             expected = model(**one).logits[0]
-            torch.testing.assert_close(together[row][batch["attention_mask"][row].bool()], expected, atol=2e-4, rtol=1e-3)
+            torch.testing.assert_close(
+                together[row][batch["attention_mask"][row].bool()], expected, atol=2e-4, rtol=1e-3
+            )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_cache_changes_nothing(kind: str) -> None:
     model, processor = small(**copy.deepcopy(KINDS[kind]))
     batch = ragged(processor)
-    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    options = {
+        "max_new_tokens": 6,
+        "min_new_tokens": 6,
+        "do_sample": False,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
     cached, plain = (model.generate(**batch, **options, use_cache=use) for use in (True, False))
     assert torch.equal(cached.sequences, plain.sequences)
     for with_cache, without in zip(cached.logits, plain.logits, strict=True):
@@ -90,7 +98,9 @@ OTHERS = {
     "mistral": MistralConfig(**BASE, num_key_value_heads=2, sliding_window=16),
     "gemma2": Gemma2Config(**BASE, num_key_value_heads=2, head_dim=8, sliding_window=16),
     "phi": PhiConfig(**BASE),
-    "gpt2": GPT2Config(vocab_size=260, n_embd=32, n_layer=2, n_head=4, n_positions=512, bos_token_id=256, eos_token_id=257),
+    "gpt2": GPT2Config(
+        vocab_size=260, n_embd=32, n_layer=2, n_head=4, n_positions=512, bos_token_id=256, eos_token_id=257
+    ),
 }
 
 
@@ -111,7 +121,9 @@ def test_any_decoder_of_transformers(name: str) -> None:
 def test_a_static_cache_changes_nothing() -> None:
     model, processor = small()
     options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
-    static = model.generate(**ragged(processor), **options, cache_implementation="static", disable_compile=True)
+    static = model.generate(
+        **ragged(processor), **options, cache_implementation="static", disable_compile=True
+    )
     assert torch.equal(static, model.generate(**ragged(processor), **options))
 
 
@@ -131,7 +143,11 @@ def test_sampling_is_reproducible_and_several_answers_are_given() -> None:
     drawn = []
     for _ in range(2):
         torch.manual_seed(3)
-        drawn.append(model.generate(**ragged(processor), max_new_tokens=4, do_sample=True, num_return_sequences=2, top_k=20))
+        drawn.append(
+            model.generate(
+                **ragged(processor), max_new_tokens=4, do_sample=True, num_return_sequences=2, top_k=20
+            )
+        )
     assert torch.equal(*drawn)
     assert len(drawn[0]) == 2 * len(PROMPTS)
 
@@ -143,7 +159,10 @@ def test_a_saved_model_is_the_same_model(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.bin"))
     stored = AutoConfig.from_pretrained(tmp_path).to_dict()
     assert stored | {"_name_or_path": ""} == model.config.to_dict() | {"_name_or_path": ""}
-    again, read = AutoModelForImageTextToText.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)
+    again, read = (
+        AutoModelForImageTextToText.from_pretrained(tmp_path),
+        AutoProcessor.from_pretrained(tmp_path),
+    )
     assert type(again) is TunaForConditionalGeneration
     batch = ragged(processor)
     for name, tensor in ragged(read).items():
@@ -165,29 +184,43 @@ def test_tied_embeddings_are_saved_once_and_stay_tied(tmp_path: Path) -> None:
 def test_without_tags_there_is_no_tag_path() -> None:
     model, processor = small()
     without, _ = small(tags=False)
-    kept = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(("tag_encoder", "weight_tuner"))}
+    kept = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if not name.startswith(("tag_encoder", "weight_tuner"))
+    }
     without.load_state_dict(kept, strict=True)
     batch = dict(processor(text=PROMPTS, tags=[tags(0)] * 3)) | features(3)
     assert "tag_index" not in batch
     with torch.no_grad():
         plain = without(**batch).logits
         assert torch.equal(model(**batch).logits, plain)
-        empty = {"tag_embeddings": torch.zeros(0, 16), "tag_signals": torch.zeros(0, 2), "cu_tags": torch.zeros(4, dtype=torch.int32)}
-        assert torch.equal(model(**batch, **empty, tag_index=torch.full_like(batch["input_ids"], -1)).logits, plain)
+        empty = {
+            "tag_embeddings": torch.zeros(0, 16),
+            "tag_signals": torch.zeros(0, 2),
+            "cu_tags": torch.zeros(4, dtype=torch.int32),
+        }
+        assert torch.equal(
+            model(**batch, **empty, tag_index=torch.full_like(batch["input_ids"], -1)).logits, plain
+        )
     with pytest.raises(ValueError, match="no tag path"):
         without(**ragged(processor))
 
 
 @pytest.mark.parametrize("queries", ["tag", "token"])
 def test_kernels_give_what_the_reference_gives(queries: str) -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU through Triton's interpreter, which conftest asks for
+    device = (
+        "cuda" if torch.cuda.is_available() else "cpu"
+    )  # on the CPU through Triton's interpreter, which conftest asks for
     logits = []
     for kernels in ("reference", "triton"):
         model, processor = small(kernels=kernels, tag_queries=queries)
         batch = {name: tensor.to(device) for name, tensor in ragged(processor).items()}
         out = model.to(device)(**batch, output_tag_attention=True)
         out.logits.square().mean().backward()
-        logits.append((out.logits, out.tag_attention, out.tag_weights, model.tag_encoder.from_tag.weight.grad))
+        logits.append(
+            (out.logits, out.tag_attention, out.tag_weights, model.tag_encoder.from_tag.weight.grad)
+        )
     for reference, kernel in zip(*logits, strict=True):
         torch.testing.assert_close(kernel, reference, atol=1e-4, rtol=1e-3)
 
@@ -199,7 +232,9 @@ def test_weights_scale_the_pair_of_each_tag(coupling: str) -> None:
     batch = dict(processor(text="<image>?", tags=[tags(4)])) | features(1)
     with torch.no_grad():
         out = model(**batch)
-        weights = torch.softmax(torch.from_numpy(tags(4).embeddings) @ features(1)["image_vectors"][0] / 0.1, 0)
+        weights = torch.softmax(
+            torch.from_numpy(tags(4).embeddings) @ features(1)["image_vectors"][0] / 0.1, 0
+        )
         order = processor_order(tags(4))
         expected = weights[order] if coupling != "multiply_max" else weights[order] / weights.max()
         torch.testing.assert_close(out.tag_weights, expected)
@@ -213,7 +248,9 @@ def test_weights_scale_the_pair_of_each_tag(coupling: str) -> None:
                 continue
             pair = out.tag_hidden_states[i] if token == model.config.image_token_id else embeds[place]
             embeds[place] = pair * (1 if coupling == "none" else expected[i])
-        torch.testing.assert_close(model.language_model(inputs_embeds=embeds[None]).logits, out.logits, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            model.language_model(inputs_embeds=embeds[None]).logits, out.logits, atol=1e-5, rtol=1e-4
+        )
 
 
 def processor_order(some) -> list[int]:
@@ -293,7 +330,10 @@ def test_lora_trains_and_generates() -> None:
     batch = ragged(processor)
     before = model.generate(**batch, max_new_tokens=3, do_sample=False)
     modules = r".*language_model.*\.(q_proj|v_proj)"
-    tuned = get_peft_model(model, LoraConfig(r=2, target_modules=modules, modules_to_save=["multi_modal_projector", "tag_encoder"]))
+    tuned = get_peft_model(
+        model,
+        LoraConfig(r=2, target_modules=modules, modules_to_save=["multi_modal_projector", "tag_encoder"]),
+    )
     assert torch.equal(tuned.generate(**batch, max_new_tokens=3, do_sample=False), before)
     tuned.train()(**batch, labels=batch["input_ids"]).loss.backward()
     trained = [name for name, parameter in tuned.named_parameters() if parameter.grad is not None]
@@ -323,13 +363,18 @@ def test_qlora_trains_and_generates(tmp_path: Path) -> None:
     small_again = TunaForConditionalGeneration.from_pretrained(tmp_path, quantization_config=quantized)
     assert isinstance(small_again.get_submodule("language_model.model.layers.0.self_attn.q_proj"), Linear4bit)
     assert not any(isinstance(module, Linear4bit) for module in small_again.tag_encoder.modules())
-    tuned = get_peft_model(prepare_model_for_kbit_training(small_again), LoraConfig(r=2, target_modules=r".*\.(q_proj|v_proj)"))
+    tuned = get_peft_model(
+        prepare_model_for_kbit_training(small_again), LoraConfig(r=2, target_modules=r".*\.(q_proj|v_proj)")
+    )
     batch = ragged(processor)
     tuned.train()(**batch, labels=batch["input_ids"]).loss.backward()
     trained = {name for name, parameter in tuned.named_parameters() if parameter.grad is not None}
     assert trained
     assert all("lora_" in name for name in trained)
-    assert tuned.eval().generate(**batch, max_new_tokens=2, do_sample=False).shape[1] == batch["input_ids"].shape[1] + 2
+    assert (
+        tuned.eval().generate(**batch, max_new_tokens=2, do_sample=False).shape[1]
+        == batch["input_ids"].shape[1] + 2
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -343,14 +388,18 @@ def test_half_precision_is_near_single(dtype: torch.dtype, coupling: str) -> Non
     assert half.dtype == dtype
     error = (half.float() - single)[batch["attention_mask"].bool()].abs().mean() / single.abs().mean()
     assert error < 0.1
-    assert model.generate(**batch, max_new_tokens=2, do_sample=False).shape[1] == batch["input_ids"].shape[1] + 2
+    assert (
+        model.generate(**batch, max_new_tokens=2, do_sample=False).shape[1] == batch["input_ids"].shape[1] + 2
+    )
 
 
 def test_what_does_not_fit_is_said() -> None:
     model, processor = small()
     batch = ragged(processor)
     with pytest.raises(Exception, match="image tokens of 2 images"):
-        model(**batch | rows(features(3), slice(0, 2)) | {"cu_tags": torch.tensor([0, 3, 8], dtype=torch.int32)})
+        model(
+            **batch | rows(features(3), slice(0, 2)) | {"cu_tags": torch.tensor([0, 3, 8], dtype=torch.int32)}
+        )
     with pytest.raises(ValueError, match="needs image vectors"):
         model(**{name: tensor for name, tensor in batch.items() if name != "image_vectors"})
     with pytest.raises(ValueError, match="tags need"):
@@ -390,7 +439,9 @@ def test_configuration_is_json_and_comes_back(tmp_path: Path) -> None:
     config = presets.tiny_config(tag_order="none", store="flickr8k", store_version=3)
     config.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["store_version"] == 3
-    assert TunaConfig.from_pretrained(tmp_path).to_dict() | {"_name_or_path": ""} == config.to_dict() | {"_name_or_path": ""}
+    assert TunaConfig.from_pretrained(tmp_path).to_dict() | {"_name_or_path": ""} == config.to_dict() | {
+        "_name_or_path": ""
+    }
 
 
 def test_every_field_is_documented() -> None:
@@ -423,7 +474,10 @@ def test_pooled_and_linear_connectors() -> None:
     assert processor.image_tokens == 4
     assert model(**ragged(processor)).image_hidden_states.shape == (3, 4, 32)
     linear, processor = small(connector="linear")
-    assert {name for name, _ in linear.multi_modal_projector.named_parameters()} == {"linear_1.weight", "linear_1.bias"}
+    assert {name for name, _ in linear.multi_modal_projector.named_parameters()} == {
+        "linear_1.weight",
+        "linear_1.bias",
+    }
     assert linear(**ragged(processor)).image_hidden_states.shape == (3, 16, 32)
 
 

@@ -52,7 +52,9 @@ def default() -> torch.Tensor:
     return run({})[0]
 
 
-@pytest.mark.parametrize("fields", OPTIONS, ids=lambda fields: ",".join(f"{k}={v}" for k, v in fields.items()) or "defaults")
+@pytest.mark.parametrize(
+    "fields", OPTIONS, ids=lambda fields: ",".join(f"{k}={v}" for k, v in fields.items()) or "defaults"
+)
 def test_option(fields: dict, default: torch.Tensor) -> None:
     logits, _ = run(fields)
     assert torch.isfinite(logits).all()

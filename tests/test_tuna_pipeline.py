@@ -16,7 +16,14 @@ from pictures import picture
 from tagstore.client import connect
 from tagstore.errors import FingerprintMismatch, InvalidInput, NotFound
 from tuna import features, small, tags
-from tuna_model import ContrastiveLogits, Pipeline, TagLookup, TunaForConditionalGeneration, presets, tag_prompt
+from tuna_model import (
+    ContrastiveLogits,
+    Pipeline,
+    TagLookup,
+    TunaForConditionalGeneration,
+    presets,
+    tag_prompt,
+)
 from tuna_model.cli import COMMANDS, cli
 from tuna_model.inference.pipeline import user_message
 from tuna_model.inference.prompt import relative_weights
@@ -51,7 +58,9 @@ def test_an_answer_with_its_tags(tuna: Pipeline, image: str, server_address: str
     answer = tuna.answer(image, "What is it?", max_new_tokens=4, min_new_tokens=4)
     assert answer.tags[0].text == "red circle"
     assert answer.tags[0].weight == 1.0
-    assert [tag.relevance for tag in answer.tags] == sorted((tag.relevance for tag in answer.tags), reverse=True)
+    assert [tag.relevance for tag in answer.tags] == sorted(
+        (tag.relevance for tag in answer.tags), reverse=True
+    )
     assert answer.neighbours[0].key == "red-circle"
     assert (answer.store, answer.version, answer.degraded, answer.finished) == ("shapes", 1, False, False)
     # the same from a server, and from bytes
@@ -71,7 +80,9 @@ def test_a_batch_of_conversations_is_its_members(tuna: Pipeline, image: str) -> 
         alone = tuna.answers([pictures], [messages], **options)[0]
         assert alone.text == answer.text
         assert [(tag.text, tag.image) for tag in alone.tags] == [(tag.text, tag.image) for tag in answer.tags]
-        np.testing.assert_allclose([tag.weight for tag in alone.tags], [tag.weight for tag in answer.tags], atol=1e-4)
+        np.testing.assert_allclose(
+            [tag.weight for tag in alone.tags], [tag.weight for tag in answer.tags], atol=1e-4
+        )
     assert {tag.image for tag in together[0].tags} == {0, 1}
     with pytest.raises(InvalidInput, match="1 parts"):
         tuna.answers([[]], [[user_message("what?", 1)]])
@@ -111,13 +122,18 @@ def test_relevance_is_the_cosine_that_the_model_weighs_by(loaded, source, image:
     with torch.no_grad():
         out = model(**processor(text="<image>", tags=some), grid=grid, image_vectors=vectors)
     chosen = sorted(some[0].relevance, reverse=True)[: len(out.tag_weights)]
-    np.testing.assert_allclose(out.tag_weights.numpy(), np.exp((np.array(chosen) - chosen[0]) / 0.1), rtol=1e-3)
+    np.testing.assert_allclose(
+        out.tag_weights.numpy(), np.exp((np.array(chosen) - chosen[0]) / 0.1), rtol=1e-3
+    )
 
 
 def test_a_stream_is_the_answer_in_pieces_and_can_be_left(tuna: Pipeline, image: str) -> None:
     messages = [user_message("What is it?", 1)]
     options = {"max_new_tokens": 12, "min_new_tokens": 12}
-    assert "".join(tuna.stream([image], messages, **options)).strip() == tuna.answers([[image]], [messages], **options)[0].text
+    assert (
+        "".join(tuna.stream([image], messages, **options)).strip()
+        == tuna.answers([[image]], [messages], **options)[0].text
+    )
     pieces = tuna.stream([image], messages, max_new_tokens=100_000, min_new_tokens=100_000)
     next(pieces)
     pieces.close()  # ends the thread: the fixture looks for threads left behind
@@ -130,18 +146,27 @@ def test_an_encoder_of_another_fingerprint_is_refused(loaded, mini) -> None:
     model = TunaForConditionalGeneration(config)
     with pytest.raises(FingerprintMismatch, match="0123456789abcdef"):
         model.use_encoder(mini)
-    assert not any("trunk" in name for name in loaded[0].state_dict())  # the frozen encoder is no part of the weights
+    assert not any(
+        "trunk" in name for name in loaded[0].state_dict()
+    )  # the frozen encoder is no part of the weights
 
 
 def contrast(alpha: float | None, beta: float, wrong_tags: bool = False, **options):
     model, processor = small(tag_coupling="log_bias")
     given = dict(processor(text=["Say <image> it", "<image>"], tags=[tags(3), tags(2, 1)])) | features(2)
     if wrong_tags:
-        against = dict(processor(text=["Say <image> it", "<image>"], tags=[tags(4, 7), tags(1, 8)])) | features(2)
+        against = dict(
+            processor(text=["Say <image> it", "<image>"], tags=[tags(4, 7), tags(1, 8)])
+        ) | features(2)
     else:
         against = dict(processor(text=["Say it", "and"]))
     logits = [ContrastiveLogits(model, against, alpha=alpha, beta=beta)] if alpha is not None else []
-    return model, given, against, model.generate(**given, max_new_tokens=5, min_new_tokens=5, logits_processor=logits, **options)
+    return (
+        model,
+        given,
+        against,
+        model.generate(**given, max_new_tokens=5, min_new_tokens=5, logits_processor=logits, **options),
+    )
 
 
 @pytest.mark.parametrize("wrong_tags", [False, True])
@@ -170,7 +195,9 @@ def test_contrastive_decoding_follows_its_formula(wrong_tags: bool) -> None:
     assert torch.equal(found[:, -5:], said)
 
 
-@pytest.mark.parametrize("options", [{"do_sample": False}, {"do_sample": False, "num_beams": 3}], ids=["greedy", "beams"])
+@pytest.mark.parametrize(
+    "options", [{"do_sample": False}, {"do_sample": False, "num_beams": 3}], ids=["greedy", "beams"]
+)
 def test_contrast_of_no_strength_changes_nothing(options: dict) -> None:
     assert torch.equal(contrast(0.0, 0.0, **options)[3], contrast(None, 0.0, **options)[3])
     if "num_beams" in options:
@@ -187,7 +214,9 @@ def test_prompts_for_models_that_know_nothing_of_tags() -> None:
     assert text.endswith("\n\nWhat is it?")
     best = int(some.relevance.argmax())
     assert f"from 0 to 1: {some.texts[best]} (1.00)" in text
-    assert all(word in tag_prompt("?", some, style=style) for style in ("words", "list") for word in some.texts)
+    assert all(
+        word in tag_prompt("?", some, style=style) for style in ("words", "list") for word in some.texts
+    )
     assert "fit it less well" in tag_prompt("?", some, style="words", temperature=0.01)
     assert tag_prompt("What is it?", some.take([])) == "What is it?"
     for wrong in ({"style": "loud"}, {"temperature": 0.0}):
@@ -201,14 +230,28 @@ def run(*arguments: str, text: str | None = None):
 
 def test_tuna_generate(image: str, shapes_root: Path, mini) -> None:
     store = f"file://{shapes_root}/shapes"
-    found = run("generate", "--model", "tiny", "--store", store, image, "What?", "--max-tokens", "4", "--json")
+    found = run(
+        "generate", "--model", "tiny", "--store", store, image, "What?", "--max-tokens", "4", "--json"
+    )
     value = json.loads(found.stdout)
     assert value["tags"][0]["text"] == "red circle"
     assert value["neighbours"][0]["key"] == "red-circle"
     plain = run("generate", "--model", "tiny", "--store", store, image, "What?", "--max-tokens", "4")
     assert plain.stdout == value["answer"] + "\n"
     assert not plain.stderr
-    down = run("generate", "--model", "tiny", "--store", NOWHERE, "--timeout", "0.3", image, "What?", "--max-tokens", "4")
+    down = run(
+        "generate",
+        "--model",
+        "tiny",
+        "--store",
+        NOWHERE,
+        "--timeout",
+        "0.3",
+        image,
+        "What?",
+        "--max-tokens",
+        "4",
+    )
     assert down.exit_code == 0
     assert down.stderr.startswith("without tags: ")
     with pytest.raises(NotFound, match="nor a preset"):
@@ -216,8 +259,20 @@ def test_tuna_generate(image: str, shapes_root: Path, mini) -> None:
 
 
 def test_tuna_chat(image: str, shapes_root: Path, mini) -> None:
-    lines = f"hello\n/image {image}\nand this?\n/tags\n/image nowhere.png\nwhat?\n/help\n/reset\n/tags\n/quit\n"
-    found = run("chat", "--model", "tiny", "--store", f"file://{shapes_root}/shapes", "--max-tokens", "3", image, text=lines)
+    lines = (
+        f"hello\n/image {image}\nand this?\n/tags\n/image nowhere.png\nwhat?\n/help\n/reset\n/tags\n/quit\n"
+    )
+    found = run(
+        "chat",
+        "--model",
+        "tiny",
+        "--store",
+        f"file://{shapes_root}/shapes",
+        "--max-tokens",
+        "3",
+        image,
+        text=lines,
+    )
     assert found.exit_code == 0
     assert found.stderr.count("red circle") == 2  # of each of the two pictures
     assert "cannot read image nowhere.png" in found.stderr
@@ -254,7 +309,9 @@ def test_smol_answers_sanely_without_a_network(monkeypatch: pytest.MonkeyPatch, 
     smol = Pipeline(*presets.load("smol"), source, any_store=True)
     # its decoder is as it was
     assert "Paris" in smol.answer(None, "What is the capital of France?", max_new_tokens=20).text
-    with_tags = smol.answer(picture("red", "circle"), "Describe the image in one sentence.", max_new_tokens=40)
+    with_tags = smol.answer(
+        picture("red", "circle"), "Describe the image in one sentence.", max_new_tokens=40
+    )
     assert with_tags.finished
     assert with_tags.text.strip()
     assert with_tags.tags[0].text == "red circle"

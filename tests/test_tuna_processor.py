@@ -15,7 +15,9 @@ from tuna_model.processing.tags import TagLayout
 def named(*texts: str, relevance: tuple[float, ...] = ()) -> ImageTags:
     some = tags(len(texts))
     scores = np.array(relevance or [1 - i / 10 for i in range(len(texts))], np.float32)
-    return ImageTags(texts, some.embeddings, scores[::-1].copy(), some.votes, scores, tuple(range(10, 10 + len(texts))))
+    return ImageTags(
+        texts, some.embeddings, scores[::-1].copy(), some.votes, scores, tuple(range(10, 10 + len(texts)))
+    )
 
 
 def spelled(processor: TunaProcessor, batch, row: int = 0) -> str:
@@ -58,11 +60,26 @@ def test_a_word_inside_a_text_begins_with_a_space_where_the_tokenizer_has_such_w
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = {"Ġa": 0, "a": 1, "Ġdog": 2, "dog": 3, "Ġ": 4, "<image>": 5, "</s>": 6, "d": 7, "o": 8, "g": 9, "do": 10, "Ġdo": 11}
+    words = {
+        "Ġa": 0,
+        "a": 1,
+        "Ġdog": 2,
+        "dog": 3,
+        "Ġ": 4,
+        "<image>": 5,
+        "</s>": 6,
+        "d": 7,
+        "o": 8,
+        "g": 9,
+        "do": 10,
+        "Ġdo": 11,
+    }
     merges = [("Ġ", "a"), ("d", "o"), ("do", "g"), ("Ġ", "dog")]
     tokenizer = Tokenizer(models.BPE(words, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", extra_special_tokens=["<image>"])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="</s>", extra_special_tokens=["<image>"]
+    )
     processor = TunaProcessor(TunaImageProcessor(**PREPROCESS), fast, image_tokens=1)
     assert processor.encode("<image>", [named("dog")]).words == ((2,),)
 
@@ -76,14 +93,18 @@ def test_indices_count_over_the_whole_batch_and_parts_join(queries: str) -> None
     assert spelled(processor, batch, 2).endswith("VcQz\nV")
     word = processor.tokenizer.convert_tokens_to_ids("z")
     assert batch["tag_index"][batch["input_ids"] == word].tolist() == [2]
-    parts = processor.join([processor.encode("<image>c", [named("x", "yy")]), processor.encode("d<image>", [named("z")])])
+    parts = processor.join(
+        [processor.encode("<image>c", [named("x", "yy")]), processor.encode("d<image>", [named("z")])]
+    )
     whole = processor.encode("<image>cd<image>", [named("x", "yy"), named("z")])
     assert (parts.input_ids, parts.tag_index, parts.words) == (whole.input_ids, whole.tag_index, whole.words)
 
 
 def test_padding_sides() -> None:
     _, processor = small()
-    left, right = (processor(text=["<image>", "ab"], tags=[named("x")], padding_side=side) for side in ("left", "right"))
+    left, right = (
+        processor(text=["<image>", "ab"], tags=[named("x")], padding_side=side) for side in ("left", "right")
+    )
     for name in ("input_ids", "attention_mask", "tag_index"):
         assert torch.equal(left[name][0], right[name][0])
         assert left[name][1, -2:].tolist() == right[name][1, :2].tolist()
@@ -169,6 +190,8 @@ def test_chat_template_takes_text_and_parts() -> None:
     text = processor.apply_chat_template(messages, add_generation_prompt=True)
     assert text == "Be brief. Q: <image>\nWhat is it? A: A dog.</s>Q: Sure? A:"
     picture = {"type": "image", "image": np.zeros((40, 50, 3), np.uint8)}
-    batch = processor.apply_chat_template([{"role": "user", "content": [picture]}], tokenize=True, return_dict=True)
+    batch = processor.apply_chat_template(
+        [{"role": "user", "content": [picture]}], tokenize=True, return_dict=True
+    )
     assert batch["pixel_values"].shape == (1, 3, 32, 32)
     assert int((batch["input_ids"] == processor.image_token_id).sum()) == 16

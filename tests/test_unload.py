@@ -36,12 +36,25 @@ def answers(address: str, store: str) -> list:
         return [source.retrieve(vectors=rows, fingerprint=synthetic.fingerprint(DIMENSION)) for rows in parts]
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc to read the memory of a process from")
+@pytest.mark.skipif(
+    not Path("/proc/self/statm").exists(), reason="no /proc to read the memory of a process from"
+)
 def test_unloading_gives_the_memory_back(tmp_path: Path) -> None:
     root = tmp_path / "root"
     for store, entries in (("bench", ENTRIES), ("small", 2_000)):  # of an encoder that cannot be loaded
         synthetic.build(root, entries, DIMENSION, store)
-    command = [sys.executable, "-m", "tagstore.cli", "serve", "--root", str(root), "--address", "127.0.0.1:0", "--device", "cpu"]
+    command = [
+        sys.executable,
+        "-m",
+        "tagstore.cli",
+        "serve",
+        "--root",
+        str(root),
+        "--address",
+        "127.0.0.1:0",
+        "--device",
+        "cpu",
+    ]
     command += ["--workers", "1", "--anonymous", "admin"]
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)

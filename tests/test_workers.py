@@ -24,21 +24,45 @@ def test_workers_share_a_port_survive_each_other_and_drain(tmp_path: Path) -> No
     """One test for the whole life of a group of processes: starting it takes seconds."""
     root = tmp_path / "root"
     synthetic.build(root, 300, 64)  # of an encoder that cannot be loaded, so that nobody waits for torch
-    command = [sys.executable, "-m", "tagstore.cli", "serve", "--root", str(root), "--address", "127.0.0.1:0", "--device", "cpu"]
-    command += ["--workers", "2", "--anonymous", "admin", "--audit", str(tmp_path / "audit"), "--metrics", "127.0.0.1:0"]
+    command = [
+        sys.executable,
+        "-m",
+        "tagstore.cli",
+        "serve",
+        "--root",
+        str(root),
+        "--address",
+        "127.0.0.1:0",
+        "--device",
+        "cpu",
+    ]
+    command += [
+        "--workers",
+        "2",
+        "--anonymous",
+        "admin",
+        "--audit",
+        str(tmp_path / "audit"),
+        "--metrics",
+        "127.0.0.1:0",
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         address = process.stdout.readline().strip()
         children = workers_of(process.pid)
         assert len(children) == 2
         vectors = convert.vectors_to_proto(synthetic.queries(1, 300, 64))
-        request = pb.RetrieveRequest(store="bench", vectors=vectors, fingerprint=synthetic.fingerprint(64).digest)
+        request = pb.RetrieveRequest(
+            store="bench", vectors=vectors, fingerprint=synthetic.fingerprint(64).digest
+        )
         expected = call(address, request)
         # both of them answer, over connections of their own
         for _ in range(20):
             assert call(address, request) == expected
         os.kill(children[0], signal.SIGKILL)
-        for _ in range(20):  # the kernel may have given a connection to the one that died: such a call fails at once and is sent again
+        for _ in range(
+            20
+        ):  # the kernel may have given a connection to the one that died: such a call fails at once and is sent again
             assert again(address, request) == expected
         while len(now := workers_of(process.pid)) < 2 or children[0] in now:
             time.sleep(0.05)
@@ -93,7 +117,9 @@ def until_unloaded(address: str, request: pb.RetrieveRequest) -> None:
             refusals += 1
 
 
-def test_a_supervisor_refuses_what_a_server_refuses(shapes_root: Path, server_address: str, tmp_path: Path) -> None:
+def test_a_supervisor_refuses_what_a_server_refuses(
+    shapes_root: Path, server_address: str, tmp_path: Path
+) -> None:
     from tagstore.serving.workers import Supervisor
 
     with pytest.raises(errors.Unavailable, match="is another server running"):

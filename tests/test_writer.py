@@ -29,7 +29,9 @@ from tagstore.upkeep.compact import compact, purge
 from tagstore.upkeep.edits import Selection, drop, rename, undrop
 from tagstore.upkeep.verify import repair, verify
 
-needs_compiler = pytest.mark.skipif(not shutil.which("cc"), reason="needs a C compiler, to build what makes writes fail")
+needs_compiler = pytest.mark.skipif(
+    not shutil.which("cc"), reason="needs a C compiler, to build what makes writes fail"
+)
 
 
 def put(root: Path, first: int, n: int, space: str = "first") -> Version:
@@ -39,7 +41,9 @@ def put(root: Path, first: int, n: int, space: str = "first") -> Version:
 
 
 def staged(n: int) -> tuple[list[Draft], np.ndarray]:
-    return [crash.draft(f"new-{i}", 1000 + i) for i in range(n)], crash.vectors_of("first", list(range(1000, 1000 + n)))
+    return [crash.draft(f"new-{i}", 1000 + i) for i in range(n)], crash.vectors_of(
+        "first", list(range(1000, 1000 + n))
+    )
 
 
 def test_after_a_step_that_failed_a_writer_does_nothing_more(tmp_path: Path) -> None:
@@ -96,7 +100,9 @@ def test_a_mistake_of_the_caller_that_changed_nothing_does_not_stop_a_writer(tmp
         assert writer.commit(operation="ingest", indexer=faiss_index.extend).entries == 8
 
 
-def test_a_reembedding_that_was_cut_off_does_not_stand_in_the_way_of_one_with_another_dimension(tmp_path: Path) -> None:
+def test_a_reembedding_that_was_cut_off_does_not_stand_in_the_way_of_one_with_another_dimension(
+    tmp_path: Path,
+) -> None:
     put(tmp_path, 0, 300)
     with Writer(tmp_path, crash.NAME, crash.SPACES["second"], new_space=True) as writer:
         writer.put_vectors(list(range(300)), crash.vectors_of("second", list(range(300))))
@@ -111,7 +117,9 @@ def test_a_reembedding_that_was_cut_off_does_not_stand_in_the_way_of_one_with_an
     assert verify(tmp_path, crash.NAME, full=True) == []
 
 
-def test_a_commit_reads_no_other_version_than_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_commit_reads_no_other_version_than_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for i in range(6):
         put(tmp_path, i, 2)
     read: list[int] = []
@@ -131,7 +139,11 @@ def test_a_leftover_of_the_index_is_swept_and_what_versions_name_is_not(tmp_path
         put(tmp_path, 2 * i, 2)
     directory = Store(tmp_path, crash.NAME).index_directory
     named = {f["file"] for v in Store(tmp_path, crash.NAME).versions() for f in v.index["files"]}
-    for left in ("00000005-000000000008-000000000010.faiss", "00000003-000000000000-000000000006.tmp", "else"):
+    for left in (
+        "00000005-000000000008-000000000010.faiss",
+        "00000003-000000000000-000000000006.tmp",
+        "else",
+    ):
         (directory / left).write_bytes(b"")
     with Writer(tmp_path, crash.NAME):
         pass
@@ -198,7 +210,10 @@ def test_what_was_read_of_a_database_does_not_stay_in_memory(tmp_path: Path) -> 
 def put_plain(root: Path, first: int, n: int) -> Version:
     """Entries without tags, in one append."""
     with Writer(root, crash.NAME, crash.SPACES["first"]) as writer:
-        writer.append([Draft(f"{i:09d}", bytes(32), 0, ("c" * 200,)) for i in range(first, first + n)], np.full((n, crash.D), 0.25))
+        writer.append(
+            [Draft(f"{i:09d}", bytes(32), 0, ("c" * 200,)) for i in range(first, first + n)],
+            np.full((n, crash.D), 0.25),
+        )
         return writer.commit(operation="ingest", indexer=faiss_index.extend)
 
 
@@ -216,7 +231,9 @@ def test_a_map_that_is_full_is_said_and_a_process_with_a_larger_one_goes_on(tmp_
     put_plain(tmp_path, 0, 500)
     reader = Store(tmp_path, crash.NAME)
     env = {**os.environ, "TAGSTORE_MAP_SIZE": str(1 << 20)}
-    child = subprocess.run([sys.executable, __file__, str(tmp_path)], env=env, capture_output=True, text=True, check=True)
+    child = subprocess.run(
+        [sys.executable, __file__, str(tmp_path)], env=env, capture_output=True, text=True, check=True
+    )
     commits, said = json.loads(child.stdout)
     assert "set TAGSTORE_MAP_SIZE to more than 1048576 bytes" in said
     assert commits > 1
@@ -235,7 +252,9 @@ OPERATIONS = {
     "reembed": lambda root, to: crash.reembed(root, {"space": "second"}),
     "rollback": lambda root, to: crash.rollback(root, {"to": 1}),
     "compact": lambda root, to: compact(root, crash.NAME, keep=1),
-    "purge": lambda root, to: purge(root, crash.NAME, Selection(keys=["key-3"]), reason="asked for", who="me"),
+    "purge": lambda root, to: purge(
+        root, crash.NAME, Selection(keys=["key-3"]), reason="asked for", who="me"
+    ),
     "repair": lambda root, to: repair(root, crash.NAME),
     "rename": lambda root, to: rename(root, crash.NAME, "other"),
     "drop": lambda root, to: drop(root, crash.NAME),

@@ -7,7 +7,11 @@ import os
 import sys
 from pathlib import Path
 
-FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+}
 
 
 def main() -> None:
@@ -28,7 +32,9 @@ def main() -> None:
 
     checkpoint.trained_tensors = watched
     for mode in sys.argv[2:] or ["plain"]:
-        os.environ.update({**FSDP2, "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer"} if mode == "fsdp2" else {})
+        os.environ.update(
+            {**FSDP2, "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer"} if mode == "fsdp2" else {}
+        )
         recipe = Recipe.of({**values, "out": f"{values['out']}-{mode}"} if mode != "plain" else values)
         train(recipe, progress=lambda line: print(line.step, flush=True))
         assert sharded[-1] is (mode == "fsdp2"), "parameters are cut into shards with FSDP2 and whole without"

@@ -10,13 +10,32 @@ import torch
 from tuna_model import ImageTags, TunaForConditionalGeneration, TunaProcessor, presets
 
 C, D, SIDE = 24, 16, 4
-PREPROCESS = {"size": [32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
-WORDS = ("red circle", "blue sky", "dog", "narrow street", "wine glass", "Paris", "green grass", "old man", "boat", "snow")
+PREPROCESS = {
+    "size": [32, 32],
+    "mean": [0.5] * 3,
+    "std": [0.5] * 3,
+    "interpolation": "bicubic",
+    "resize_mode": "shortest",
+}
+WORDS = (
+    "red circle",
+    "blue sky",
+    "dog",
+    "narrow street",
+    "wine glass",
+    "Paris",
+    "green grass",
+    "old man",
+    "boat",
+    "snow",
+)
 
 
 def small(**fields: Any) -> tuple[TunaForConditionalGeneration, TunaProcessor]:
     """A random model in evaluation mode, of the same weights every time, and its processor."""
-    config = presets.tiny_config(**{"grid_side": SIDE, "grid_channels": C, "tag_dimension": D, "kernels": "reference"} | fields)
+    config = presets.tiny_config(
+        **{"grid_side": SIDE, "grid_channels": C, "tag_dimension": D, "kernels": "reference"} | fields
+    )
     torch.manual_seed(0)
     model = TunaForConditionalGeneration(config).eval()
     # weights as they come are so small that nothing changes anything: a test would not see a mistake
@@ -42,7 +61,9 @@ def tags(count: int, seed: int = 0) -> ImageTags:
     embeddings = random.standard_normal((count, D)).astype(np.float32)
     embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
     signals = random.random((3, count)).astype(np.float32)
-    return ImageTags(tuple(WORDS[(seed + i) % len(WORDS)] for i in range(count)), embeddings, *signals, tuple(range(count)))
+    return ImageTags(
+        tuple(WORDS[(seed + i) % len(WORDS)] for i in range(count)), embeddings, *signals, tuple(range(count))
+    )
 
 
 def rows(inputs: dict[str, torch.Tensor], images: slice) -> dict[str, torch.Tensor]:

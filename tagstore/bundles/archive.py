@@ -55,12 +55,16 @@ class ArchiveWriter:
             raise NotFound(f"cannot write {self.path}: {error.strerror}") from error
         if not _locked(self._file, self._temporary):
             self._file.close()
-            raise Busy(f"{self.path} is being written by another process: wait for it to end, or name another file")
+            raise Busy(
+                f"{self.path} is being written by another process: wait for it to end, or name another file"
+            )
         self._file.truncate(0)  # what an export that was cut off left
         self._compressor = zstandard.ZstdCompressor(level=LEVEL, write_checksum=True).compressobj()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         with self._file:
             try:
                 if kind is None:
@@ -103,7 +107,9 @@ class ArchiveReader:
     def __init__(self, file: BinaryIO, name: str) -> None:
         self._name = name
         decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW)
-        self._stream = decompressor.stream_reader(cast("IO[bytes]", _WithTail(file)), read_size=PIECE // 8, read_across_frames=True)
+        self._stream = decompressor.stream_reader(
+            cast("IO[bytes]", _WithTail(file)), read_size=PIECE // 8, read_across_frames=True
+        )
 
     def small(self, name: str, limit: int) -> bytes:
         """The content of the next member, whatever its size up to `limit`."""
@@ -137,13 +143,17 @@ class ArchiveReader:
         if self.take(len(_END)) != _END:
             raise InvalidInput(f"{self._name}: more follows where the archive should end")
         if self._read(2) != _WithTail.SIGN:
-            raise Damaged(f"{self._name} does not end where it should: it is cut off, or something was added to it")
+            raise Damaged(
+                f"{self._name} does not end where it should: it is cut off, or something was added to it"
+            )
 
     def _finish(self, member: Member, digest: str) -> None:
         while member.read(PIECE):
             pass
         if member.sha256.hexdigest() != digest:
-            raise Damaged(f"{member.name} does not fit the checksum in the manifest: the file was changed or copied badly; get it again")
+            raise Damaged(
+                f"{member.name} does not fit the checksum in the manifest: the file was changed or copied badly; get it again"
+            )
 
     def _next(self, name: str) -> int:
         """The size of the next member, which must have this name."""
@@ -151,7 +161,9 @@ class ArchiveReader:
         try:
             found = tarfile.TarInfo.frombuf(block, "utf-8", "replace")
         except tarfile.HeaderError as error:
-            raise Damaged(f"{self._name}: '{name}' should come next, but there is no header of a tar: {error}") from error
+            raise Damaged(
+                f"{self._name}: '{name}' should come next, but there is no header of a tar: {error}"
+            ) from error
         if found.size < 0 or block != _header(name, found.size):
             raise InvalidInput(
                 f"{self._name}: '{name}' should come next, but there is '{found.name[:100]}' of tar type {found.type!r}, "
@@ -177,7 +189,9 @@ class ArchiveReader:
             try:
                 piece = self._stream.read(min(size, PIECE))
             except zstandard.ZstdError as error:
-                raise Damaged(f"{self._name} cannot be decompressed: {error}. It is no bundle, or it is damaged: get it again") from error
+                raise Damaged(
+                    f"{self._name} cannot be decompressed: {error}. It is no bundle, or it is damaged: get it again"
+                ) from error
             if not piece:
                 break
             pieces.append(piece)

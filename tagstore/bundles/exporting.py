@@ -99,7 +99,9 @@ def _check_sound(snapshot: Snapshot) -> None:
                 )
 
 
-def _describe(snapshot: Snapshot, licence: str, note: str, signer: str, pictures: Pictures | None) -> BundleInfo:
+def _describe(
+    snapshot: Snapshot, licence: str, note: str, signer: str, pictures: Pictures | None
+) -> BundleInfo:
     files = {}
     for name, pieces in _contents(snapshot).items():
         digest, size = sha256(), 0
@@ -170,7 +172,9 @@ def _line(value: dict[str, Any], what: str) -> bytes:
     return data
 
 
-def _rows(snapshot: Snapshot, name: str, gather: Callable[[NDArray[np.int64]], Vectors], ids: NDArray[np.int64]) -> Iterator[bytes]:
+def _rows(
+    snapshot: Snapshot, name: str, gather: Callable[[NDArray[np.int64]], Vectors], ids: NDArray[np.int64]
+) -> Iterator[bytes]:
     for start in range(0, len(ids), BATCH):
         some = ids[start : start + BATCH]
         rows = gather(some)

@@ -95,12 +95,16 @@ def import_(
             _check_room(root, info, max_bytes)
         with writing(str(root)), _workshop(root) as workshop, folder(images, info) as pictures:
             if (root / name).exists():
-                raise AlreadyExists(f"there is a store '{name}' already: import under another name, or drop it first")
+                raise AlreadyExists(
+                    f"there is a store '{name}' already: import under another name, or drop it first"
+                )
             source = _source(path, info, manifest) | (pictures.source() if pictures else {})
             _build(workshop, name, archive, info, source, pictures)
             archive.end()
             if problems := verify(workshop, name, full=True):
-                raise Damaged(f"the store made of {path} is not sound: {problems[0].what} ({len(problems)} problems); nothing was imported")
+                raise Damaged(
+                    f"the store made of {path} is not sound: {problems[0].what} ({len(problems)} problems); nothing was imported"
+                )
             if pictures:
                 pictures.finish()
             try:
@@ -108,12 +112,21 @@ def import_(
             except OSError as error:
                 if pictures:
                     shutil.rmtree(pictures.path)
-                raise AlreadyExists(f"{root / name} has come up meanwhile: import under another name") from error
+                raise AlreadyExists(
+                    f"{root / name} has come up meanwhile: import under another name"
+                ) from error
             sync_directory(root)
     return Store(root, name).snapshot().version
 
 
-def _build(workshop: Path, name: str, archive: ArchiveReader, info: BundleInfo, source: Mapping[str, Any], pictures: Folder | None) -> None:
+def _build(
+    workshop: Path,
+    name: str,
+    archive: ArchiveReader,
+    info: BundleInfo,
+    source: Mapping[str, Any],
+    pictures: Folder | None,
+) -> None:
     """The store of a bundle, complete, and closed again: LMDB must not have a file open that is about to get another path."""
 
     def member(file: str) -> AbstractContextManager[Member]:
@@ -131,7 +144,9 @@ def _build(workshop: Path, name: str, archive: ArchiveReader, info: BundleInfo, 
                 writer.put_entries(entries)
             _check_count(ENTRIES, len(writer.entry_ids), info.entries)
             _check_count(f"tags in {ENTRIES}", int(writer.counts.sum(dtype=np.int64)), info.tags)
-            _check_count(f"different tags in {ENTRIES}", int(np.count_nonzero(writer.counts)), info.unique_tags)
+            _check_count(
+                f"different tags in {ENTRIES}", int(np.count_nonzero(writer.counts)), info.unique_tags
+            )
         with member(VECTORS) as file:
             writer.put_rows("vectors", writer.entry_ids, file)
         unpack(archive, info, writer.entries(), pictures)
@@ -150,7 +165,10 @@ def _entries(member: Member, end: int) -> Iterator[tuple[tuple[Entry, bytes], in
             sha256=bytes.fromhex(value["sha256"]),
             perceptual_hash=int(value["perceptual_hash"], 16),
             captions=tuple(value["captions"]),
-            tags=tuple(EntryTag(i, score / 255, tuple((c, s, e) for c, s, e in mentions)) for i, score, mentions in value["tags"]),
+            tags=tuple(
+                EntryTag(i, score / 255, tuple((c, s, e) for c, s, e in mentions))
+                for i, score, mentions in value["tags"]
+            ),
             metadata=value["metadata"],
             origin=value["origin"],
         )
@@ -168,9 +186,13 @@ def _records(member: Member, shape: dict[str, Any], end: int) -> Iterator[tuple[
         where = f"{member.name}, line {number}"
         value = from_json(line, where)
         if not fits(value, shape):
-            raise InvalidInput(f"{where} has not the fields and types that it should have: {', '.join(shape)}")
+            raise InvalidInput(
+                f"{where} has not the fields and types that it should have: {', '.join(shape)}"
+            )
         if not before < value["id"] < end:
-            raise InvalidInput(f"{where} has id {value['id']} after {before}: ids ascend, and stay below {end}")
+            raise InvalidInput(
+                f"{where} has id {value['id']} after {before}: ids ascend, and stay below {end}"
+            )
         before = value["id"]
         yield value, len(line), where
 
@@ -189,10 +211,18 @@ def _batches(records: Iterable[tuple[T, int]]) -> Iterator[list[T]]:
 
 def _source(path: str | Path, info: BundleInfo, manifest: bytes) -> dict[str, Any]:
     """What the version will say of where it came from. Paths that a bundle names are for people to read: nothing follows them."""
-    this = {name: getattr(info, name) for name in ("store", "version", "created", "licence", "note", "signer")}
+    this = {
+        name: getattr(info, name) for name in ("store", "version", "created", "licence", "note", "signer")
+    }
     this["manifest_sha256"] = sha256(manifest).hexdigest()
     came = {"sources": list(info.sources), "bundles": [*info.bundles, this]}
-    return {"path": os.path.abspath(path), "format": "bundle", "columns": asdict(Columns()), "allow_outside": False, "bundle": came}
+    return {
+        "path": os.path.abspath(path),
+        "format": "bundle",
+        "columns": asdict(Columns()),
+        "allow_outside": False,
+        "bundle": came,
+    }
 
 
 def _check_count(what: str, found: int, said: int) -> None:
@@ -212,7 +242,9 @@ def _check_room(root: Path, info: BundleInfo, max_bytes: int | None) -> None:
 
 def _check_signature(archive: ArchiveReader, info: BundleInfo, manifest: bytes, demanded: str) -> None:
     if demanded and not info.signer:
-        raise InvalidInput("the bundle is not signed, and a signature is demanded: get a signed one, or import without a key")
+        raise InvalidInput(
+            "the bundle is not signed, and a signature is demanded: get a signed one, or import without a key"
+        )
     if demanded and demanded != info.signer:
         raise InvalidInput(f"the bundle is signed by {info.signer}, the key demanded is {demanded}")
     if info.signer:
@@ -238,7 +270,9 @@ def _workshop(root: Path) -> Iterator[Path]:
         try:
             stack.enter_context(writer_lock(workshop))
         except Busy:
-            raise Busy(f"another import into {root} is under way: wait for it to end, then try again") from None
+            raise Busy(
+                f"another import into {root} is under way: wait for it to end, then try again"
+            ) from None
         stack.callback(_empty, workshop)
         _empty(workshop)
         yield workshop

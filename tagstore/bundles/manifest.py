@@ -26,7 +26,12 @@ _SPARSE, _SLACK = 4096, 1 << 24
 
 _WHOLE, _SMALL = range(1 << 62), range(1 << 31)
 _SHA256 = re.compile("[0-9a-f]{64}")
-TAG = {"id": _WHOLE, "text": str, "kind": re.compile("|".join(KINDS)), "canonical": re.compile(".+", re.DOTALL)}
+TAG = {
+    "id": _WHOLE,
+    "text": str,
+    "kind": re.compile("|".join(KINDS)),
+    "canonical": re.compile(".+", re.DOTALL),
+}
 ENTRY = {
     "id": _WHOLE,
     "key": str,
@@ -109,7 +114,9 @@ class BundleInfo:
         value = {name: value for name, value in asdict(self).items() if name != "sha256"}
         data = to_json({"bundle": "tagstore", "format": FORMAT, **value}, MANIFEST)
         if len(data) > MAX_MANIFEST:
-            raise InvalidInput(f"the manifest would have {len(data)} bytes, {MAX_MANIFEST} is the most: shorten licence or note")
+            raise InvalidInput(
+                f"the manifest would have {len(data)} bytes, {MAX_MANIFEST} is the most: shorten licence or note"
+            )
         return data
 
     @classmethod
@@ -119,9 +126,13 @@ class BundleInfo:
         if type(value) is not dict or value.pop("bundle", None) != "tagstore":
             raise InvalidInput(f"{MANIFEST} is not that of a bundle of tagstore")
         if (found := value.pop("format", None)) != FORMAT:
-            raise InvalidInput(f"the bundle has format {found}, this release reads {FORMAT}: use the release that wrote it")
+            raise InvalidInput(
+                f"the bundle has format {found}, this release reads {FORMAT}: use the release that wrote it"
+            )
         for name in sorted(value.keys() ^ _MANIFEST.keys()):
-            raise InvalidInput(f"{MANIFEST} {'lacks' if name in _MANIFEST else 'has the unknown field'} '{name[:100]}'")
+            raise InvalidInput(
+                f"{MANIFEST} {'lacks' if name in _MANIFEST else 'has the unknown field'} '{name[:100]}'"
+            )
         for name, shape in _MANIFEST.items():
             if not fits(value[name], shape):
                 raise InvalidInput(f"{MANIFEST}: '{name}' is not what it should be: {str(value[name])[:100]}")
@@ -133,12 +144,19 @@ class BundleInfo:
         if self.image_bytes and not self.images:
             raise InvalidInput(f"{MANIFEST}: 'image_bytes' is {self.image_bytes} in a bundle without images")
         width = 2 * self.fingerprint.dimension
-        for ids, n, rows in (("next_entry_id", self.entries, VECTORS), ("next_tag_id", self.unique_tags, EMBEDDINGS)):
+        for ids, n, rows in (
+            ("next_entry_id", self.entries, VECTORS),
+            ("next_tag_id", self.unique_tags, EMBEDDINGS),
+        ):
             # whoever opens a version holds a bit or a count for every id there ever was: a small file must not ask for a lot of memory
             if not n <= getattr(self, ids) <= n * _SPARSE + _SLACK:
-                raise InvalidInput(f"{MANIFEST}: '{ids}' is {getattr(self, ids)} for {n} records: out of all proportion")
+                raise InvalidInput(
+                    f"{MANIFEST}: '{ids}' is {getattr(self, ids)} for {n} records: out of all proportion"
+                )
             if self.files[rows]["bytes"] != n * width:
-                raise InvalidInput(f"{MANIFEST}: '{rows}' has {self.files[rows]['bytes']} bytes, {n} rows have {n * width}")
+                raise InvalidInput(
+                    f"{MANIFEST}: '{rows}' has {self.files[rows]['bytes']} bytes, {n} rows have {n * width}"
+                )
 
 
 def check_rows(rows: NDArray[Any], ids: NDArray[np.int64], fingerprint: Fingerprint, name: str) -> None:
@@ -148,7 +166,9 @@ def check_rows(rows: NDArray[Any], ids: NDArray[np.int64], fingerprint: Fingerpr
     fine = np.abs(norms - 1) < 0.01 if fingerprint.normalised else np.isfinite(norms)
     if not fine.all():
         bad = int(np.flatnonzero(~fine)[0])
-        raise InvalidInput(f"{name}: the row of id {ids[bad]} has length {norms[bad]:g}, which no vector of {fingerprint} has")
+        raise InvalidInput(
+            f"{name}: the row of id {ids[bad]} has length {norms[bad]:g}, which no vector of {fingerprint} has"
+        )
 
 
 def fits(value: Any, shape: Any) -> bool:
@@ -163,7 +183,11 @@ def fits(value: Any, shape: Any) -> bool:
         case tuple():
             return type(value) is list and len(value) == len(shape) and all(map(fits, value, shape))
         case dict():
-            return type(value) is dict and value.keys() == shape.keys() and all(fits(value[name], s) for name, s in shape.items())
+            return (
+                type(value) is dict
+                and value.keys() == shape.keys()
+                and all(fits(value[name], s) for name, s in shape.items())
+            )
         case _:
             return type(value) is shape
 
@@ -171,7 +195,9 @@ def fits(value: Any, shape: Any) -> bool:
 def to_json(value: Mapping[str, Any], what: str) -> bytes:
     """The one form of a JSON value: UTF-8, sorted names, no spaces. Raises `InvalidInput` for NaN and infinity."""
     try:
-        return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+        return json.dumps(
+            value, ensure_ascii=False, sort_keys=True, separators=(",", ":"), allow_nan=False
+        ).encode()
     except ValueError as error:
         raise InvalidInput(f"{what} holds what JSON cannot: {error}") from error
 

@@ -49,7 +49,9 @@ class Pictures:
     def __enter__(self) -> Pictures:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._file.close()
 
     @property
@@ -94,7 +96,12 @@ class Folder:
 
     def source(self) -> dict[str, Any]:
         """How a store says that it can be read."""
-        return {"path": os.path.abspath(self.path / PAIRS), "format": "jsonl", "columns": asdict(COLUMNS), "allow_outside": False}
+        return {
+            "path": os.path.abspath(self.path / PAIRS),
+            "format": "jsonl",
+            "columns": asdict(COLUMNS),
+            "allow_outside": False,
+        }
 
     def close(self) -> None:
         """Remove what was not finished."""
@@ -113,7 +120,9 @@ def folder(path: str | Path | None, info: BundleInfo) -> Iterator[Folder | None]
         return
     path = Path(path)
     if not info.images:
-        raise InvalidInput("the bundle holds no images: import it without asking for them, or get one that was exported with images")
+        raise InvalidInput(
+            "the bundle holds no images: import it without asking for them, or get one that was exported with images"
+        )
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise AlreadyExists(f"{path} is there already: name a new or an empty folder for the images")
     partial = path.with_name(f".{path.name}.partial")
@@ -135,8 +144,12 @@ def unpack(archive: ArchiveReader, info: BundleInfo, entries: Iterator[Entry], t
         image = archive.small(member_name(entry.entry_id), min(left, MAX_IMAGE_BYTES))
         left -= len(image)
         if sha256(image).digest() != entry.sha256:
-            raise Damaged(f"the image of entry {entry.entry_id} ({entry.key[:100]}) is not the one that was ingested: get the bundle again")
+            raise Damaged(
+                f"the image of entry {entry.entry_id} ({entry.key[:100]}) is not the one that was ingested: get the bundle again"
+            )
         if to:
             to.put(entry, image)
     if left:
-        raise InvalidInput(f"the images have {info.image_bytes - left} bytes in all, the manifest says {info.image_bytes}")
+        raise InvalidInput(
+            f"the images have {info.image_bytes - left} bytes in all, the manifest says {info.image_bytes}"
+        )

@@ -44,7 +44,9 @@ class Restorer(Writer):
         with self.transaction() as txn:
             for tag in tags:
                 if not self._put_tag(txn, tag["id"], tag["text"], tag["kind"], tag["canonical"]):
-                    raise InvalidInput(f"{TAGS}: tag {tag['id']}, {tag['kind']} '{tag['canonical'][:100]}', is there twice")
+                    raise InvalidInput(
+                        f"{TAGS}: tag {tag['id']}, {tag['kind']} '{tag['canonical'][:100]}', is there twice"
+                    )
                 self._known[tag["id"]] = True
 
     def put_entries(self, entries: list[tuple[Entry, bytes]]) -> None:
@@ -53,9 +55,13 @@ class Restorer(Writer):
             for entry, record in entries:
                 ids = [tag.tag_id for tag in entry.tags]
                 if len(set(ids)) != len(ids) or not all(i < self.next_tag_id and self._known[i] for i in ids):
-                    raise InvalidInput(f"{ENTRIES}: entry {entry.entry_id} carries a tag twice, or one that is not in {TAGS}")
+                    raise InvalidInput(
+                        f"{ENTRIES}: entry {entry.entry_id} carries a tag twice, or one that is not in {TAGS}"
+                    )
                 if self._live_id(txn, entry.key) is not None:
-                    raise InvalidInput(f"{ENTRIES}: the key of entry {entry.entry_id}, '{entry.key[:100]}', is there twice")
+                    raise InvalidInput(
+                        f"{ENTRIES}: the key of entry {entry.entry_id}, '{entry.key[:100]}', is there twice"
+                    )
                 self._put_entry(txn, entry, record)
 
     def entries(self) -> Iterator[Entry]:
@@ -63,7 +69,10 @@ class Restorer(Writer):
         ids = self.entry_ids
         for start in range(0, len(ids), BATCH):
             with self.env.begin() as txn:
-                found = [(i, txn.get(U64.pack(i), db=self.db["entries"])) for i in ids[start : start + BATCH].tolist()]
+                found = [
+                    (i, txn.get(U64.pack(i), db=self.db["entries"]))
+                    for i in ids[start : start + BATCH].tolist()
+                ]
             yield from (decode_entry(i, data) for i, data in found)
 
     def put_rows(self, db: str, ids: NDArray[np.int64], member: Member) -> None:

@@ -44,7 +44,9 @@ def check(data: bytes, signature: bytes, public: str) -> None:
     try:
         Ed25519PublicKey.from_public_bytes(bytes.fromhex(public)).verify(signature, data)
     except InvalidSignature:
-        raise Damaged(f"the signature is not one of this manifest by {public}: do not trust the bundle") from None
+        raise Damaged(
+            f"the signature is not one of this manifest by {public}: do not trust the bundle"
+        ) from None
 
 
 def _pem(path: Path, load: Callable[[bytes], Any], what: str) -> Any:
@@ -54,4 +56,6 @@ def _pem(path: Path, load: Callable[[bytes], Any], what: str) -> Any:
         raise NotFound(f"cannot read the {what} key {path}: {error.strerror}") from error
     except (ValueError, TypeError, UnsupportedAlgorithm):
         make = "openssl genpkey -algorithm ed25519" if what == "private" else "openssl pkey -pubout"
-        raise InvalidInput(f"{path} holds no {what} key in PEM without a password: `{make}` writes one") from None
+        raise InvalidInput(
+            f"{path} holds no {what} key in PEM without a password: `{make}` writes one"
+        ) from None

@@ -23,7 +23,10 @@ def cli(verbose: bool) -> None:
 
     URL is grpc://HOST:PORT/NAME for a server, file://DIR/NAME for a directory; NAME@7 is version 7.
     """
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
 
 
 for module in (pipeline, recording, serving, stores, maintenance, indexing):

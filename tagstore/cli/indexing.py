@@ -20,7 +20,12 @@ if TYPE_CHECKING:
 
 @click.command("build-index")
 @click.argument("url")
-@click.option("--recall", default=0.95, show_default=True, help="Least share of the true neighbours that a search must find.")
+@click.option(
+    "--recall",
+    default=0.95,
+    show_default=True,
+    help="Least share of the true neighbours that a search must find.",
+)
 @click.option("--k", default=5, show_default=True, help="Neighbours that recall is measured for.")
 @click.option("--memory", metavar="SIZE", help="Most memory of the index: 500M, 4G.")
 @click.option("--latency", metavar="TIME", help="Most time of one search, median: 5ms, 0.2s.")
@@ -63,7 +68,9 @@ def build_index(
         budget: dict[str, Any] = {"recall": recall, "kind": "" if kind == "auto" else kind}
         budget |= {"memory_bytes": size or 0, "latency_ms": (seconds or 0) * 1e3}
         if queries or k != 5 or device != "auto":
-            raise InvalidInput("--queries, --k and --device are for a store of this machine: run it where the store is, with file://")
+            raise InvalidInput(
+                "--queries, --k and --device are for a store of this machine: run it where the store is, with file://"
+            )
         with administer(url) as admin:
             made, report = admin.build_index(progress=lambda what: click.echo(what, err=True), **budget)
         click.echo(json.dumps(report) if as_json else f"version {made.number}: {_sentence(report['index'])}")
@@ -101,7 +108,9 @@ def build_index(
 
 def _sentence(index: Any) -> str:
     found = index["recall"]
-    numbers = ", ".join(f"{name} {value}" for name, value in {**index["tuned"]["build"], **index["tuned"]["search"]}.items())
+    numbers = ", ".join(
+        f"{name} {value}" for name, value in {**index["tuned"]["build"], **index["tuned"]["search"]}.items()
+    )
     return (
         f"{index['kind']}{f' ({numbers})' if numbers else ''}, recall@{found['k']} {found['recall']:.3f} on {found['queries']} queries "
         f"({found['source']}), {found['latency_ms']:.2f} ms a query"

@@ -21,11 +21,26 @@ from tagstore.errors import InvalidInput
 @click.option("--key", "keys", multiple=True, metavar="K", help="Entries of these keys.")
 @click.option("--sha256", "digests", multiple=True, metavar="HEX", help="Entries of images with this sha256.")
 @click.option(
-    "--near", "near", multiple=True, type=click.Path(exists=True, dir_okay=False), metavar="IMAGE", help="Entries that look like IMAGE."
+    "--near",
+    "near",
+    multiple=True,
+    type=click.Path(exists=True, dir_okay=False),
+    metavar="IMAGE",
+    help="Entries that look like IMAGE.",
 )
-@click.option("--distance", type=click.IntRange(0, 64), default=4, show_default=True, help="Bits of perceptual hash that count as alike.")
-@click.option("--where", multiple=True, metavar="FIELD=VALUE", help="Entries with this metadata; several must all fit.")
-@click.option("--purge", is_flag=True, help="Remove their bytes from disk, and every version that held them, for good.")
+@click.option(
+    "--distance",
+    type=click.IntRange(0, 64),
+    default=4,
+    show_default=True,
+    help="Bits of perceptual hash that count as alike.",
+)
+@click.option(
+    "--where", multiple=True, metavar="FIELD=VALUE", help="Entries with this metadata; several must all fit."
+)
+@click.option(
+    "--purge", is_flag=True, help="Remove their bytes from disk, and every version that held them, for good."
+)
 @click.option("--reason", default="", help="Why, for the takedown's record; needed with --purge.")
 @click.option("--by", default="", help="Who, for the takedown's record; the user's name if not given.")
 @options.as_json
@@ -73,7 +88,11 @@ def delete(
 
 def _deleted(store: str, version: int, entries: int, keys: list[str], as_json: bool) -> None:
     text = f"deleted {len(keys)} entries: {store}@{version} has {entries}"
-    click.echo(json.dumps({"store": store, "version": version, "entries": entries, "deleted": keys}) if as_json else text)
+    click.echo(
+        json.dumps({"store": store, "version": version, "entries": entries, "deleted": keys})
+        if as_json
+        else text
+    )
 
 
 def _field(text: str) -> tuple[str, str]:
@@ -105,7 +124,10 @@ def rollback(url: str, version: int) -> None:
 @click.command()
 @click.argument("url")
 @click.option(
-    "--keep", type=click.IntRange(1), metavar="N", help="Drop all but the newest N versions, this one included; all stay if not given."
+    "--keep",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Drop all but the newest N versions, this one included; all stay if not given.",
 )
 def compact(url: str, keep: int | None) -> None:
     """Write a store anew, without slack, its index in one file."""
@@ -114,7 +136,9 @@ def compact(url: str, keep: int | None) -> None:
     root, store, _ = options.local(url)
     before = _size(Path(root) / store)
     version = run(root, store, keep=keep)
-    click.echo(f"{store}@{version.number}: {version.entries} entries, {before:,} -> {_size(Path(root) / store):,} bytes")
+    click.echo(
+        f"{store}@{version.number}: {version.entries} entries, {before:,} -> {_size(Path(root) / store):,} bytes"
+    )
 
 
 def _size(directory: Path) -> int:
@@ -134,7 +158,10 @@ def verify(url: str, full: bool, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([asdict(problem) for problem in problems]))
     elif problems:
-        output.table(("file", "problem", "repair can mend it"), [(p.file, p.what, "yes" if p.derived else "no") for p in problems])
+        output.table(
+            ("file", "problem", "repair can mend it"),
+            [(p.file, p.what, "yes" if p.derived else "no") for p in problems],
+        )
     else:
         click.echo(f"{store} is sound")
     if problems:
@@ -156,7 +183,9 @@ def repair(url: str) -> None:
 @click.argument("url")
 @click.option("--key", "keys", multiple=True, metavar="K")
 @click.option("--caption", "captions", multiple=True, metavar="TEXT")
-@click.option("--image", "images", multiple=True, type=click.Path(exists=True, dir_okay=False), metavar="IMAGE")
+@click.option(
+    "--image", "images", multiple=True, type=click.Path(exists=True, dir_okay=False), metavar="IMAGE"
+)
 def prove_absent(url: str, keys: tuple[str, ...], captions: tuple[str, ...], images: tuple[str, ...]) -> None:
     """Search every file and record of a store, all versions and slack included: exit code 1 if anything is found.
 
@@ -169,7 +198,12 @@ def prove_absent(url: str, keys: tuple[str, ...], captions: tuple[str, ...], ima
         raise InvalidInput("nothing to look for: give --key, --caption or --image")
     data = [Path(path).read_bytes() for path in images]
     found = run(
-        root, store, keys=keys, captions=captions, images=[sha256(d).hexdigest() for d in data], vectors=_vectors(root, store, data)
+        root,
+        store,
+        keys=keys,
+        captions=captions,
+        images=[sha256(d).hexdigest() for d in data],
+        vectors=_vectors(root, store, data),
     )
     click.echo("\n".join(found) or "nothing of it is in any file or record")
     if found:
@@ -186,7 +220,9 @@ def _vectors(root: str, store: str, images: list[bytes]) -> list[bytes]:
     from tagstore.storage.store import Store
 
     encoder = load_encoder_of(Store(root, store).snapshot().version.fingerprint)
-    return [row.astype(np.float16).tobytes() for row in encoder.encode_images([decode(data) for data in images])]
+    return [
+        row.astype(np.float16).tobytes() for row in encoder.encode_images([decode(data) for data in images])
+    ]
 
 
 @click.command()
@@ -212,15 +248,38 @@ def takedowns(url: str, as_json: bool) -> None:
 @click.argument("path", type=click.Path(dir_okay=False))
 @click.option("--licence", default="", help="Under which the content may be used, for the manifest.")
 @click.option("--note", default="", help="Anything else that the manifest should say.")
-@click.option("--key", type=click.Path(exists=True, dir_okay=False), metavar="PEM", help="Ed25519 private key to sign with.")
+@click.option(
+    "--key",
+    type=click.Path(exists=True, dir_okay=False),
+    metavar="PEM",
+    help="Ed25519 private key to sign with.",
+)
 @click.option("--images", is_flag=True, help="Put the images in, read again from where they were ingested.")
-@click.option("--source", "sources", multiple=True, metavar="SRC", help="Where the images are, if not where they were ingested from.")
-def export(url: str, path: str, licence: str, note: str, key: str | None, images: bool, sources: tuple[str, ...]) -> None:
+@click.option(
+    "--source",
+    "sources",
+    multiple=True,
+    metavar="SRC",
+    help="Where the images are, if not where they were ingested from.",
+)
+def export(
+    url: str, path: str, licence: str, note: str, key: str | None, images: bool, sources: tuple[str, ...]
+) -> None:
     """Write a version to PATH, one file: entries, vocabulary and vectors. The same version gives the same bytes."""
     from tagstore.bundles import export as run
 
     root, store, version = options.local(url, versioned=True)
-    info = run(root, store, path, version=version, licence=licence, note=note, key=key, images=images, sources=sources)
+    info = run(
+        root,
+        store,
+        path,
+        version=version,
+        licence=licence,
+        note=note,
+        key=key,
+        images=images,
+        sources=sources,
+    )
     click.echo(f"{path}: {info.store}@{info.version}, {info.entries} entries, sha256 {info.sha256}")
 
 
@@ -229,16 +288,25 @@ def export(url: str, path: str, licence: str, note: str, key: str | None, images
 @options.root
 @click.option("--store", metavar="NAME", help="Name of the new store, if not the one it was exported from.")
 @click.option(
-    "--key", type=click.Path(exists=True, dir_okay=False), metavar="PEM", help="Take it only if this Ed25519 public key signed it."
+    "--key",
+    type=click.Path(exists=True, dir_okay=False),
+    metavar="PEM",
+    help="Take it only if this Ed25519 public key signed it.",
 )
-@click.option("--images", metavar="DIR", help="Unpack the images to a new folder DIR, with a pairs.jsonl that lists them.")
+@click.option(
+    "--images",
+    metavar="DIR",
+    help="Unpack the images to a new folder DIR, with a pairs.jsonl that lists them.",
+)
 def import_(path: str, root: str, store: str | None, key: str | None, images: str | None) -> None:
     """Make a store out of a bundle: all of it is verified before anything of it can be seen."""
     from tagstore.bundles import import_ as run
     from tagstore.bundles import inspect
 
     version = run(root, path, store=store, key=key, images=images)
-    click.echo(f"{store or inspect(path).store}@{version.number}: {version.entries} entries, {version.unique_tags} unique tags")
+    click.echo(
+        f"{store or inspect(path).store}@{version.number}: {version.entries} entries, {version.unique_tags} unique tags"
+    )
 
 
 COMMANDS = (delete, rollback, compact, verify, repair, prove_absent, takedowns, export, import_)

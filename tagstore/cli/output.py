@@ -19,7 +19,10 @@ def retrieval_json(retrieval: Retrieval) -> dict[str, Any]:
     return {
         "store": retrieval.store,
         "version": retrieval.version,
-        "neighbours": [{"key": n.key, "entry_id": n.entry_id, "similarity": round(n.similarity, 6)} for n in retrieval.neighbours],
+        "neighbours": [
+            {"key": n.key, "entry_id": n.entry_id, "similarity": round(n.similarity, 6)}
+            for n in retrieval.neighbours
+        ],
         "tags": [
             {
                 "tag": t.tag,
@@ -35,16 +38,26 @@ def retrieval_json(retrieval: Retrieval) -> dict[str, Any]:
 
 
 def info_json(info: StoreInfo) -> dict[str, Any]:
-    return {**asdict(info), "fingerprint": {**asdict(info.fingerprint), "digest": info.fingerprint.digest}, "index": dict(info.index)}
+    return {
+        **asdict(info),
+        "fingerprint": {**asdict(info.fingerprint), "digest": info.fingerprint.digest},
+        "index": dict(info.index),
+    }
 
 
 def print_report(report: Report | Ingested) -> None:
     s = report.seconds
-    click.echo(f"{report.store}@{report.version}: {report.entries} entries, {report.tags} tags, {report.unique_tags} unique tags")
-    click.echo(f"read {report.pairs} pairs: {report.added} added, {report.unchanged} unchanged, {sum(report.reasons.values())} quarantined")
+    click.echo(
+        f"{report.store}@{report.version}: {report.entries} entries, {report.tags} tags, {report.unique_tags} unique tags"
+    )
+    click.echo(
+        f"read {report.pairs} pairs: {report.added} added, {report.unchanged} unchanged, {sum(report.reasons.values())} quarantined"
+    )
     for reason, count in sorted(report.reasons.items(), key=lambda item: -item[1])[:10]:
         example = next((r for r in report.quarantined if r.reason.startswith(reason)), None)
-        click.echo(f"  {count} x {reason}" + (f", for example {example.key}: {example.reason}" if example else ""))
+        click.echo(
+            f"  {count} x {reason}" + (f", for example {example.key}: {example.reason}" if example else "")
+        )
     if s:
         click.echo("seconds: " + ", ".join(f"{stage} {spent:.1f}" for stage, spent in s.items()))
 
@@ -74,7 +87,13 @@ def progress() -> Iterator[Advance]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         tasks: dict[str, Any] = {}
 

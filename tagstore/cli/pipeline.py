@@ -17,17 +17,41 @@ from tagstore.errors import InvalidInput
 @click.argument("source")
 @click.option("--root", metavar="DIR", help="Directory of the stores.")
 @click.option("--store", metavar="NAME", help="Store to add to; it is made if it isn't there.")
-@click.option("--to", "url", metavar="URL", help="Instead of --root and --store; grpc://HOST:PORT/NAME sends the pairs to a server.")
-@click.option("--format", "format_", metavar="F", help="folder, csv, tsv, jsonl, parquet or webdataset; found by looking if not given.")
-@click.option("--encoder", metavar="E", help="mini, NAME/PRETRAINED or local-dir:PATH; the store's own, or mini, if not given.")
+@click.option(
+    "--to",
+    "url",
+    metavar="URL",
+    help="Instead of --root and --store; grpc://HOST:PORT/NAME sends the pairs to a server.",
+)
+@click.option(
+    "--format",
+    "format_",
+    metavar="F",
+    help="folder, csv, tsv, jsonl, parquet or webdataset; found by looking if not given.",
+)
+@click.option(
+    "--encoder",
+    metavar="E",
+    help="mini, NAME/PRETRAINED or local-dir:PATH; the store's own, or mini, if not given.",
+)
 @options.miner
 @options.stoplist
 @options.synonyms
 @click.option("--image-column", metavar="C", help="Column with the image or its path.")
-@click.option("--caption-column", metavar="C", multiple=True, help="Column with captions; may be given several times.")
+@click.option(
+    "--caption-column", metavar="C", multiple=True, help="Column with captions; may be given several times."
+)
 @click.option("--key-column", metavar="C", help="Column with the unique key.")
-@click.option("--allow-outside", is_flag=True, help="Follow image paths that lead out of the source's folder.")
-@click.option("--sync", type=click.Choice(["full", "batch"]), default="full", show_default=True, help="When work reaches the disk.")
+@click.option(
+    "--allow-outside", is_flag=True, help="Follow image paths that lead out of the source's folder."
+)
+@click.option(
+    "--sync",
+    type=click.Choice(["full", "batch"]),
+    default="full",
+    show_default=True,
+    help="When work reaches the disk.",
+)
 @options.device
 @options.as_json
 def ingest(
@@ -61,7 +85,9 @@ def ingest(
     columns = Columns(image=image_column, caption=caption_column, key=key_column)
     if url and options.remote(url):
         if stoplist or synonyms:
-            raise InvalidInput("a server mines with its own stop list and synonyms: leave --stoplist and --synonyms out")
+            raise InvalidInput(
+                "a server mines with its own stop list and synonyms: leave --stoplist and --synonyms out"
+            )
         _send(url, source, format_, columns, allow_outside, encoder, miner, as_json)
         return
     if url:
@@ -93,7 +119,14 @@ def ingest(
 
 
 def _send(
-    url: str, source: str, format_: str | None, columns: Any, allow_outside: bool, encoder: str | None, miner: str, as_json: bool
+    url: str,
+    source: str,
+    format_: str | None,
+    columns: Any,
+    allow_outside: bool,
+    encoder: str | None,
+    miner: str,
+    as_json: bool,
 ) -> None:
     import os
 
@@ -102,7 +135,9 @@ def _send(
 
     pairs = read(source, format=format_, columns=columns, allow_outside=allow_outside)
     with output.progress() as progress, administer(url) as admin:
-        report = admin.ingest(pairs, encoder=encoder or "", miner=miner, source=os.path.abspath(source), progress=progress)
+        report = admin.ingest(
+            pairs, encoder=encoder or "", miner=miner, source=os.path.abspath(source), progress=progress
+        )
     if as_json:
         click.echo(json.dumps(asdict(report)))
     else:
@@ -112,7 +147,13 @@ def _send(
 @click.command()
 @click.argument("url")
 @click.option("--encoder", required=True, metavar="E", help="mini, NAME/PRETRAINED or local-dir:PATH.")
-@click.option("--source", "sources", multiple=True, metavar="SRC", help="Where the images are, if not where they were ingested from.")
+@click.option(
+    "--source",
+    "sources",
+    multiple=True,
+    metavar="SRC",
+    help="Where the images are, if not where they were ingested from.",
+)
 @options.device
 def reembed(url: str, encoder: str, sources: tuple[str, ...], device: str) -> None:
     """Make a version with another encoder's vectors, from the original images; the old one is served until then."""
@@ -142,7 +183,10 @@ def mine(file: Any, miner: str, as_json: bool) -> None:
     for tags in run(lines(), miner):
         caption = captions.pop(0)
         if as_json:
-            found = [{"text": t.text, "kind": t.kind, "span": list(t.span), "score": round(t.score, 3)} for t in tags]
+            found = [
+                {"text": t.text, "kind": t.kind, "span": list(t.span), "score": round(t.score, 3)}
+                for t in tags
+            ]
             click.echo(json.dumps({"caption": caption, "tags": found}, ensure_ascii=False))
         else:
             click.echo(f"{caption}\n    " + (", ".join(f"{t.text} ({t.kind})" for t in tags) or "no tags"))
@@ -153,7 +197,13 @@ def mine(file: Any, miner: str, as_json: bool) -> None:
 @options.miner
 @options.stoplist
 @options.synonyms
-@click.option("--min-count", type=click.IntRange(1), default=1, show_default=True, help="Leave out tags that fewer entries carry.")
+@click.option(
+    "--min-count",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Leave out tags that fewer entries carry.",
+)
 def retag(url: str, miner: str, stoplist: str | None, synonyms: str | None, min_count: int) -> None:
     """Make a version whose tags are mined again from the stored captions; no image is read or embedded."""
     from tagstore.mining import load_rules
@@ -161,7 +211,9 @@ def retag(url: str, miner: str, stoplist: str | None, synonyms: str | None, min_
 
     root, store, _ = options.local(url)
     version = run(root, store, miner=miner, vocabulary=load_rules(stoplist, synonyms, min_count))
-    click.echo(f"{store}@{version.number}: {version.entries} entries, {version.tags} tags, {version.unique_tags} unique tags")
+    click.echo(
+        f"{store}@{version.number}: {version.entries} entries, {version.tags} tags, {version.unique_tags} unique tags"
+    )
 
 
 COMMANDS = (ingest, retag, reembed, mine)

@@ -13,12 +13,29 @@ from tagstore.cli import options, output
 @click.command()
 @click.argument("url")
 @click.argument("dataset")
-@click.option("--out", required=True, type=click.Path(dir_okay=False), metavar="FILE", help="The map; connect to it with replay://FILE.")
-@click.option("--images", metavar="DIR", help="DATASET is LLaVA-style JSON or JSON Lines, its image paths relative to DIR.")
-@click.option("--format", "format_", metavar="F", help="folder, csv, tsv, jsonl, parquet or webdataset; found by looking if not given.")
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
+    help="The map; connect to it with replay://FILE.",
+)
+@click.option(
+    "--images",
+    metavar="DIR",
+    help="DATASET is LLaVA-style JSON or JSON Lines, its image paths relative to DIR.",
+)
+@click.option(
+    "--format",
+    "format_",
+    metavar="F",
+    help="folder, csv, tsv, jsonl, parquet or webdataset; found by looking if not given.",
+)
 @click.option("--key-column", metavar="C", help="Column or field with the unique key.")
 @click.option("--image-column", metavar="C", help="Column or field with the image or its path.")
-@click.option("--workers", type=click.IntRange(1, 64), default=4, show_default=True, help="Requests at a time.")
+@click.option(
+    "--workers", type=click.IntRange(1, 64), default=4, show_default=True, help="Requests at a time."
+)
 @click.option("--batch", type=click.IntRange(1, 32), default=16, show_default=True, help="Samples a request.")
 @options.as_json
 def record(
@@ -49,8 +66,13 @@ def record(
         click.echo(json.dumps(asdict(recorded)))
         return
     r = recorded
-    click.echo(f"{r.path}: {r.samples} samples of {r.store}@{r.version}, {r.tags} tags, {r.bytes:,} bytes, checksum {r.checksum}")
-    click.echo(f"asked for {r.asked} in {r.seconds:.1f} s" + (f"; {r.refused} were refused, the map says why" if r.refused else ""))
+    click.echo(
+        f"{r.path}: {r.samples} samples of {r.store}@{r.version}, {r.tags} tags, {r.bytes:,} bytes, checksum {r.checksum}"
+    )
+    click.echo(
+        f"asked for {r.asked} in {r.seconds:.1f} s"
+        + (f"; {r.refused} were refused, the map says why" if r.refused else "")
+    )
 
 
 @click.command("verify-map")
@@ -61,7 +83,9 @@ def verify_map(path: str) -> None:
 
     map_ = Map(path)
     map_.verify()
-    click.echo(f"{path} is sound: {map_.meta['samples']} samples of {map_.meta['store']}@{map_.meta['version']}")
+    click.echo(
+        f"{path} is sound: {map_.meta['samples']} samples of {map_.meta['store']}@{map_.meta['version']}"
+    )
 
 
 COMMANDS = (record, verify_map)

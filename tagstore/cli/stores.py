@@ -36,7 +36,10 @@ def stores(root: str, as_json: bool) -> None:
     else:
         output.table(
             ("store", "version", "entries", "tags", "unique tags", "encoder", "created"),
-            [(i.store, i.version, i.entries, i.tags, i.unique_tags, str(i.fingerprint), i.created) for i in infos],
+            [
+                (i.store, i.version, i.entries, i.tags, i.unique_tags, str(i.fingerprint), i.created)
+                for i in infos
+            ],
         )
 
 
@@ -58,18 +61,34 @@ def versions(url: str, as_json: bool) -> None:
         found = Store(root, store).versions()
     if as_json:
         skipped = ("pages", "ranges")
-        click.echo(json.dumps([{k: v for k, v in asdict(version).items() if k not in skipped} for version in found]))
+        click.echo(
+            json.dumps([{k: v for k, v in asdict(version).items() if k not in skipped} for version in found])
+        )
     else:
         output.table(
             ("version", "parent", "created", "operation", "entries", "unique tags", "encoder", "index"),
-            [(v.number, v.parent or "", v.created, v.operation, v.entries, v.unique_tags, str(v.fingerprint), _index(v)) for v in found],
+            [
+                (
+                    v.number,
+                    v.parent or "",
+                    v.created,
+                    v.operation,
+                    v.entries,
+                    v.unique_tags,
+                    str(v.fingerprint),
+                    _index(v),
+                )
+                for v in found
+            ],
         )
 
 
 def _index(version: Any) -> str:
     """Kind of a version's index, and whether it is time to build it anew; a server does not say."""
     about: dict[str, Any] = getattr(version, "index", {})
-    return str(about.get("kind", "")) + (" (stale: run build-index)" if about.get("stale", {}).get("rebuild") else "")
+    return str(about.get("kind", "")) + (
+        " (stale: run build-index)" if about.get("stale", {}).get("rebuild") else ""
+    )
 
 
 @click.command()
@@ -96,7 +115,10 @@ def diff(url: str, before: int, after: int, limit: int, as_json: bool) -> None:
         return
     for name in ("added", "removed", "changed"):
         keys: list[str] = getattr(found, name)
-        click.echo(f"{len(keys)} entries {name}" + (f": {', '.join(keys[:limit])}" + (" ..." if len(keys) > limit else "") if keys else ""))
+        click.echo(
+            f"{len(keys)} entries {name}"
+            + (f": {', '.join(keys[:limit])}" + (" ..." if len(keys) > limit else "") if keys else "")
+        )
     click.echo(f"{len(found.tags)} tags changed")
     ranked = sorted(found.tags, key=lambda t: -abs(t[3] - t[2]))
     output.table(("tag", "kind", str(before), str(after)), list(ranked[:limit]))
@@ -105,7 +127,12 @@ def diff(url: str, before: int, after: int, limit: int, as_json: bool) -> None:
 @click.command()
 @click.argument("url")
 @click.option("--n", default=20, show_default=True, help="How many tags of the head and the tail to show.")
-@click.option("--against", type=options.number, metavar="VERSION", help="Show what is new and what vanished since that version.")
+@click.option(
+    "--against",
+    type=options.number,
+    metavar="VERSION",
+    help="Show what is new and what vanished since that version.",
+)
 @options.as_json
 def vocab(url: str, n: int, against: int | None, as_json: bool) -> None:
     """The vocabulary of a store: its head, tail and kinds."""
@@ -120,13 +147,19 @@ def vocab(url: str, n: int, against: int | None, as_json: bool) -> None:
     if against is not None:
         scheme, place, store, _ = parse(url)
         change = compare(records(f"{scheme}://{place}/{store}@{against}"), now)
-        click.echo(json.dumps(asdict(change)) if as_json else f"new: {_names(change.new, n)}\nvanished: {_names(change.vanished, n)}")
+        click.echo(
+            json.dumps(asdict(change))
+            if as_json
+            else f"new: {_names(change.new, n)}\nvanished: {_names(change.vanished, n)}"
+        )
         return
     summary = summarise(now, n)
     if as_json:
         click.echo(json.dumps(asdict(summary)))
         return
-    click.echo(f"{len(now)} tags: " + ", ".join(f"{unique} {kind}" for kind, (unique, _) in summary.kinds.items()))
+    click.echo(
+        f"{len(now)} tags: " + ", ".join(f"{unique} {kind}" for kind, (unique, _) in summary.kinds.items())
+    )
     output.table(("most", "kind", "entries"), [(r.text, r.kind, r.count) for r in summary.head])
     output.table(("least", "kind", "entries"), [(r.text, r.kind, r.count) for r in summary.tail])
 

@@ -80,7 +80,9 @@ def administer(url: str, **options: Unpack[ConnectOptions]) -> RemoteAdmin:
     if location.scheme not in ("grpc", "grpcs") or len(location.addresses) != 1:
         raise InvalidInput(f"'{url}' is no server of one address: write grpc://HOST:PORT/NAME")
     if location.version:
-        raise InvalidInput(f"{url} names version {location.version}, but this is about the store as a whole: leave @{location.version} out")
+        raise InvalidInput(
+            f"{url} names version {location.version}, but this is about the store as a whole: leave @{location.version} out"
+        )
     return RemoteAdmin(Wire(location, Options().merged({**location.options, **options}), counters()))
 
 
@@ -123,11 +125,15 @@ class RemoteAdmin:
         failure: list[Exception] = []
 
         def requests() -> Iterator[pb.IngestRequest]:
-            yield pb.IngestRequest(start=pb.IngestStart(store=self._store, encoder=encoder, miner=miner, source=source))
+            yield pb.IngestRequest(
+                start=pb.IngestStart(store=self._store, encoder=encoder, miner=miner, source=source)
+            )
             try:
                 for item in pairs:
                     if isinstance(item, Rejected):
-                        yield pb.IngestRequest(rejected=pb.Rejected(key=item.key, reason=item.reason, origin=item.origin))
+                        yield pb.IngestRequest(
+                            rejected=pb.Rejected(key=item.key, reason=item.reason, origin=item.origin)
+                        )
                     else:
                         yield pb.IngestRequest(pair=convert.pair_to_proto(item))
             except Exception as error:  # noqa: BLE001  gRPC would swallow it and half-close: what came so far must not become a version
@@ -148,9 +154,22 @@ class RemoteAdmin:
             progress("pairs", len(response.results))
             if response.HasField("report"):
                 r = response.report
-                done = Ingested(r.store, r.version, r.pairs, r.added, r.unchanged, r.entries, r.tags, r.unique_tags, reasons, quarantined)
+                done = Ingested(
+                    r.store,
+                    r.version,
+                    r.pairs,
+                    r.added,
+                    r.unchanged,
+                    r.entries,
+                    r.tags,
+                    r.unique_tags,
+                    reasons,
+                    quarantined,
+                )
         if done is None:
-            raise Unavailable(f"the server at {self._address} ended the ingest without a report: nothing was changed")
+            raise Unavailable(
+                f"the server at {self._address} ended the ingest without a report: nothing was changed"
+            )
         return done
 
     def delete(
@@ -165,7 +184,9 @@ class RemoteAdmin:
         from tagstore_proto.v1 import tagstore_pb2 as pb
 
         hashes = [pb.Near(perceptual_hash=value, distance=distance) for value, distance in near]
-        request = pb.DeleteRequest(store=self._store, keys=keys, sha256=sha256, near=hashes, where=where or {})
+        request = pb.DeleteRequest(
+            store=self._store, keys=keys, sha256=sha256, near=hashes, where=where or {}
+        )
         response = self._call("Delete", request)
         return _version(response.version), list(response.keys)
 
@@ -173,9 +194,13 @@ class RemoteAdmin:
         """As `maintenance.rollback`."""
         from tagstore_proto.v1 import tagstore_pb2 as pb
 
-        return _version(self._call("Rollback", pb.RollbackRequest(store=self._store, version=version)).version)
+        return _version(
+            self._call("Rollback", pb.RollbackRequest(store=self._store, version=version)).version
+        )
 
-    def build_index(self, *, progress: Callable[[str], None] = lambda what: None, **budget: Any) -> tuple[VersionInfo, dict[str, Any]]:
+    def build_index(
+        self, *, progress: Callable[[str], None] = lambda what: None, **budget: Any
+    ) -> tuple[VersionInfo, dict[str, Any]]:
         """Build an index within a budget (recall, memory_bytes, latency_ms, kind): the version made, and the report."""
         from tagstore_proto.v1 import tagstore_pb2 as pb
 
@@ -204,7 +229,10 @@ class RemoteAdmin:
         """All versions, oldest first."""
         from tagstore_proto.v1 import tagstore_pb2 as pb
 
-        return [_version(v) for v in self._call("ListVersions", pb.ListVersionsRequest(store=self._store)).versions]
+        return [
+            _version(v)
+            for v in self._call("ListVersions", pb.ListVersionsRequest(store=self._store)).versions
+        ]
 
     def diff(self, before: int, after: int) -> Difference:
         """As `maintenance.diff`."""
@@ -216,7 +244,9 @@ class RemoteAdmin:
         return Difference(r.before, r.after, list(r.added), list(r.removed), list(r.changed), tags)
 
     def _call(self, method: str, request: Any) -> Any:
-        [response] = self._errors(lambda: [getattr(self._stub, method)(request, metadata=self._wire.metadata)])
+        [response] = self._errors(
+            lambda: [getattr(self._stub, method)(request, metadata=self._wire.metadata)]
+        )
         return response
 
     def _errors(self, call: Callable[[], Iterable[T]], failure: Sequence[Exception] = ()) -> Iterator[T]:
@@ -232,7 +262,9 @@ class RemoteAdmin:
                 raise failure[0] from None
             code, said = error.code(), error.details()
             if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
-                raise Unavailable(f"no server answers at {self._address} ({said}): check the address, then `tagstore versions`") from None
+                raise Unavailable(
+                    f"no server answers at {self._address} ({said}): check the address, then `tagstore versions`"
+                ) from None
             raise error_of(code, said, retry_after_of(error.trailing_metadata())) from None
 
 

@@ -55,7 +55,9 @@ class AsyncSource(Flows):
         **options: Unpack[SearchOptions],
     ) -> list[Retrieval]:
         """See `TagSource.retrieve`."""
-        answers: list[Retrieval] = await self._run(self._retrieving(images, vectors, captions, fingerprint, keys, identities, options))
+        answers: list[Retrieval] = await self._run(
+            self._retrieving(images, vectors, captions, fingerprint, keys, identities, options)
+        )
         return answers
 
     async def tags(self, tag_ids: Sequence[int], *, embeddings: bool = False) -> list[TagInfo]:
@@ -152,13 +154,17 @@ class AioBackend:
     async def tags(self, tag_ids: Sequence[int], version: int, embeddings: bool) -> tuple[list[TagInfo], int]:
         from tagstore.wire import convert
 
-        response = await self._call("GetTags", self.wire.tags_request(version, tag_ids=tag_ids, embeddings=embeddings))
+        response = await self._call(
+            "GetTags", self.wire.tags_request(version, tag_ids=tag_ids, embeddings=embeddings)
+        )
         return convert.tags_from_proto(response), response.version
 
     async def page(self, first: int, version: int, embeddings: bool) -> tuple[list[TagInfo], int, int]:
         from tagstore.wire import convert
 
-        response = await self._call("GetTags", self.wire.tags_request(version, first_tag_id=first, embeddings=embeddings))
+        response = await self._call(
+            "GetTags", self.wire.tags_request(version, first_tag_id=first, embeddings=embeddings)
+        )
         return convert.tags_from_proto(response), response.next_tag_id, response.version
 
     async def info(self, version: int) -> StoreInfo:
@@ -192,7 +198,9 @@ class AioBackend:
             attempt = attempts.failed(attempt, error)
             self.wire.counters.add(retries=1)
 
-    async def _tried(self, attempts: Attempts, first: Attempt, method: str, request: Any) -> tuple[Attempt, Any, TagstoreError | None]:
+    async def _tried(
+        self, attempts: Attempts, first: Attempt, method: str, request: Any
+    ) -> tuple[Attempt, Any, TagstoreError | None]:
         """The outcome of a try, or of two where the first is slow and hedging is on; whoever is slower is cancelled."""
         tries = {asyncio.create_task(self._send(first, method, request)): first}
         try:
@@ -221,7 +229,9 @@ class AioBackend:
         self.wire.counters.add(requests=1)
         stub = self._stub(attempt.endpoint.address)
         try:
-            return await getattr(stub, method)(request, timeout=attempt.timeout, metadata=self.wire.metadata), None
+            return await getattr(stub, method)(
+                request, timeout=attempt.timeout, metadata=self.wire.metadata
+            ), None
         except grpc.RpcError as error:
             return None, self.wire.error(error, attempt)
 

@@ -77,7 +77,9 @@ class AnswerCache:
         try:
             import lmdb  # noqa: F401
         except ModuleNotFoundError as error:
-            raise MissingExtra("a cache of answers needs lmdb: pip install lmdb, or leave cache= out") from error
+            raise MissingExtra(
+                "a cache of answers needs lmdb: pip install lmdb, or leave cache= out"
+            ) from error
         self._directory, self._size, self._place = directory, size, place
         self._env: Opened[Any] = Opened(self._open)
 
@@ -85,7 +87,9 @@ class AnswerCache:
         """What decides the answer to one query of a request."""
         query = ask.query(row) + (b"" if ask.vectors is None else ask.vectors.dtype.str.encode())
         search = astuple(ask.search)
-        guarded = ask.search.exclude.key or ask.search.exclude.sha256 or ask.search.exclude.perceptual_hash >= 0
+        guarded = (
+            ask.search.exclude.key or ask.search.exclude.sha256 or ask.search.exclude.perceptual_hash >= 0
+        )
         own = astuple(ask.identities[row]) if guarded and ask.identities else ()
         parts = repr((self._place, ask.version, ask.fingerprint, _plain(search), own, ask.kind)).encode()
         return hashlib.sha256(hashlib.sha256(parts).digest() + hashlib.sha256(query).digest()).digest()
@@ -111,7 +115,10 @@ class AnswerCache:
         rows = []
         for key, a in zip(keys, answers, strict=True):
             response = pb.RetrieveResponse(
-                store=a.store, version=a.version, fingerprint=a.fingerprint, retrievals=[convert.retrieval_to_proto(a)]
+                store=a.store,
+                version=a.version,
+                fingerprint=a.fingerprint,
+                retrievals=[convert.retrieval_to_proto(a)],
             )
             value = response.SerializeToString()
             rows.append((key, _seal(key, value) + value))
@@ -128,7 +135,9 @@ class AnswerCache:
         try:
             # sync=False: after a crash of the machine the file may be bad, which the seals notice.
             # LMDB copies what it changes: dropping answers from a full file needs as much room again
-            return lmdb.open(self._directory, map_size=2 * self._size, max_readers=2048, sync=False, metasync=False)
+            return lmdb.open(
+                self._directory, map_size=2 * self._size, max_readers=2048, sync=False, metasync=False
+            )
         except lmdb.Error as error:
             raise WriteFailed(
                 f"the cache at {self._directory} cannot be opened ({error}): delete it, it holds nothing of its own"
@@ -141,12 +150,18 @@ class AnswerCache:
         try:
             with env.begin(write=True) as txn:
                 stat = txn.stat()
-                if (stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"]) * stat["psize"] > self._size:
+                if (stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"]) * stat[
+                    "psize"
+                ] > self._size:
                     self._drop_some(txn.cursor(), 1 + stat["entries"] // 10)
                 for key, value in rows:
                     txn.put(key, value)
         except lmdb.MapFullError:
-            log.info("the cache at %s is full of what others still read: %d answers were not kept", self._directory, len(rows))
+            log.info(
+                "the cache at %s is full of what others still read: %d answers were not kept",
+                self._directory,
+                len(rows),
+            )
 
     @staticmethod
     def _drop_some(cursor: Any, count: int) -> None:

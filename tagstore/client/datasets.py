@@ -17,7 +17,12 @@ _BETWEEN = re.compile(r"[ \t\r\n,]*")
 
 
 def samples(
-    dataset: str, *, images: str | None = None, format: str | None = None, key: str | None = None, image: str | None = None
+    dataset: str,
+    *,
+    images: str | None = None,
+    format: str | None = None,
+    key: str | None = None,
+    image: str | None = None,
 ) -> Iterator[Pair | Rejected]:
     """The samples of a data set, in an order that stays.
 
@@ -33,7 +38,9 @@ def samples(
     try:
         from tagstore.readers import Columns, read
     except ModuleNotFoundError as error:
-        raise MissingExtra(f"reading {dataset} needs {error.name}: pip install 'tagstore[server]', or pass LLaVA-style JSON") from error
+        raise MissingExtra(
+            f"reading {dataset} needs {error.name}: pip install 'tagstore[server]', or pass LLaVA-style JSON"
+        ) from error
     return read(dataset, format=format, columns=Columns(image=image, key=key))
 
 
@@ -45,7 +52,9 @@ def _llava(path: Path, images: Path, key: str, image: str) -> Iterator[Pair | Re
     for number, record in enumerate(_objects(path)):
         origin = f"{path}#{number}"
         if not isinstance(record, dict):
-            raise InvalidInput(f"{origin} is no object: a list of objects with '{key}' and '{image}' is expected")
+            raise InvalidInput(
+                f"{origin} is no object: a list of objects with '{key}' and '{image}' is expected"
+            )
         name = record.get(image)
         if not name:
             continue
@@ -77,7 +86,9 @@ def _objects(path: Path) -> Iterator[Any]:
         decoder = json.JSONDecoder()
         buffer = file.read(_CHUNK).lstrip("\ufeff \t\r\n")
         if not buffer.startswith("["):
-            raise InvalidInput(f"{path} is no JSON list: LLaVA-style data is [{{...}}, ...], or .jsonl with an object a line")
+            raise InvalidInput(
+                f"{path} is no JSON list: LLaVA-style data is [{{...}}, ...], or .jsonl with an object a line"
+            )
         at = 1
         while True:
             at = _BETWEEN.match(buffer, at).end()  # type: ignore[union-attr]  # it fits nothing as well

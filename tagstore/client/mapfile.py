@@ -93,7 +93,9 @@ def options_of(values: dict[str, Any]) -> dict[str, Any]:
     """`asked`, as options that `connect` takes."""
     exclude = values["exclude"]
     if isinstance(exclude, dict):
-        exclude = Exclude(**{**exclude, "keys": tuple(exclude["keys"]), "entry_ids": tuple(exclude["entry_ids"])})
+        exclude = Exclude(
+            **{**exclude, "keys": tuple(exclude["keys"]), "entry_ids": tuple(exclude["entry_ids"])}
+        )
     return {**values, "exclude": exclude}
 
 
@@ -107,11 +109,17 @@ class Map:
         self.path = Path(path)
         if not self.path.is_file():
             part = Path(f"{path}.part")
-            hint = f"{part} is an unfinished one: run `tagstore record` again" if part.exists() else "`tagstore record` makes one"
+            hint = (
+                f"{part} is an unfinished one: run `tagstore record` again"
+                if part.exists()
+                else "`tagstore record` makes one"
+            )
             raise NotFound(f"no map at {path}: {hint}")
         try:
             # immutable: no lock and no journal, so it works on a read-only disk and for any number of readers
-            self._db = sqlite3.connect(f"{self.path.resolve().as_uri()}?mode=ro&immutable=1", uri=True, check_same_thread=False)
+            self._db = sqlite3.connect(
+                f"{self.path.resolve().as_uri()}?mode=ro&immutable=1", uri=True, check_same_thread=False
+            )
             self.meta: dict[str, str] = dict(self._db.execute("SELECT name, value FROM meta"))
         except sqlite3.Error as error:
             raise Damaged(f"{path} is no map ({error}): record it again") from error
@@ -149,7 +157,11 @@ class Map:
         for tag_id, text, kind, count, embedding, sealed in rows:
             if sealed != seal(tag_id, text, kind, count, embedding):
                 raise Damaged(f"{self.path}: tag {tag_id} does not fit its checksum: record it again")
-            vector = np.frombuffer(embedding, "<f2").astype(np.float32) if embeddings and embedding is not None else None
+            vector = (
+                np.frombuffer(embedding, "<f2").astype(np.float32)
+                if embeddings and embedding is not None
+                else None
+            )
             yield TagInfo(tag_id, text, cast(Kind, kind), count, vector)
 
     def answer(self, row: Row) -> Retrieval:
@@ -157,7 +169,9 @@ class Map:
         from tagstore.wire import convert
         from tagstore_proto.v1 import tagstore_pb2 as pb
 
-        response = pb.RetrieveResponse(store=self.meta["store"], version=int(self.meta["version"]), fingerprint=self.meta["fingerprint"])
+        response = pb.RetrieveResponse(
+            store=self.meta["store"], version=int(self.meta["version"]), fingerprint=self.meta["fingerprint"]
+        )
         response.retrievals.append(pb.Retrieval.FromString(row.answer or b""))
         return convert.retrievals_from_proto(response)[0]
 
@@ -166,10 +180,15 @@ class Map:
         try:
             if checksum(self._db) != self.meta["checksum"]:
                 raise Damaged(f"{self.path} does not fit its checksum: record it again")
-            for table, columns in (("samples", "position, key, sha256, answer, refused"), ("tags", "tag_id, text, kind, count, embedding")):
+            for table, columns in (
+                ("samples", "position, key, sha256, answer, refused"),
+                ("tags", "tag_id, text, kind, count, embedding"),
+            ):
                 for *fields, sealed in self._db.execute(f"SELECT {columns}, seal FROM {table}"):
                     if seal(*fields) != sealed:
-                        raise Damaged(f"{self.path}: {table} {fields[0]} does not fit its checksum: record it again")
+                        raise Damaged(
+                            f"{self.path}: {table} {fields[0]} does not fit its checksum: record it again"
+                        )
         except sqlite3.Error as error:
             raise Damaged(f"{self.path} cannot be read: {error}. Record it again") from error
 
@@ -184,7 +203,9 @@ class Map:
             for *fields, sealed in self._run(query, some):
                 row = Row(*fields)
                 if row.seal != sealed:
-                    raise Damaged(f"{self.path}: sample '{row.key}' does not fit its checksum: record it again")
+                    raise Damaged(
+                        f"{self.path}: sample '{row.key}' does not fit its checksum: record it again"
+                    )
                 yield row
 
     def _run(self, query: str, values: Sequence[Any] = ()) -> list[Any]:

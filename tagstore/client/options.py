@@ -116,7 +116,9 @@ class Options:
             ("tags", self.tags >= 0),
         ):
             if not good:
-                raise InvalidInput(f"option {name} cannot be {getattr(self, name)!r}: {_HINTS.get(name, 'it must not be negative')}")
+                raise InvalidInput(
+                    f"option {name} cannot be {getattr(self, name)!r}: {_HINTS.get(name, 'it must not be negative')}"
+                )
 
     def merged(self, options: Mapping[str, Any], *, call: bool = False) -> Options:
         """These with some replaced. `call`: only what a single call may set.
@@ -127,14 +129,22 @@ class Options:
         unknown = [name for name in options if name not in known]
         if unknown:
             where = "retrieve takes no option" if call else "there is no option"
-            raise InvalidInput(f"{where} {', '.join(map(repr, unknown))}; there are: {', '.join(sorted(known))}")
+            raise InvalidInput(
+                f"{where} {', '.join(map(repr, unknown))}; there are: {', '.join(sorted(known))}"
+            )
         if not isinstance(options.get("texts", True), bool):
-            raise InvalidInput("texts says whether answers hold the tags' texts, true or false: queries by text are captions=[...]")
+            raise InvalidInput(
+                "texts says whether answers hold the tags' texts, true or false: queries by text are captions=[...]"
+            )
         search = {name: value for name, value in options.items() if name in _SEARCH}
         own = {name: value for name, value in options.items() if name in _OWN}
         if "exclude_keys" in own:
             own["exclude_keys"] = tuple(_listed("exclude_keys", own["exclude_keys"]))
-        return replace(self, search=replace(self.search, **search) if search else self.search, **own) if options else self
+        return (
+            replace(self, search=replace(self.search, **search) if search else self.search, **own)
+            if options
+            else self
+        )
 
 
 _SEARCH = {f.name for f in fields(Search)} - {"exclude"}
@@ -154,15 +164,21 @@ def from_query(pairs: Iterable[tuple[str, str]]) -> dict[str, Any]:
     """Options of a URL's query string, as text. Raises `InvalidInput` for one that has no such meaning, by name."""
     found: dict[str, Any] = {}
     where: dict[str, str] = {}
-    defaults = {**{f.name: getattr(_PLAIN.search, f.name) for f in fields(Search)}, **{name: getattr(_PLAIN, name) for name in _OWN}}
+    defaults = {
+        **{f.name: getattr(_PLAIN.search, f.name) for f in fields(Search)},
+        **{name: getattr(_PLAIN, name) for name in _OWN},
+    }
     for name, text in pairs:
         if name == "token":
-            raise InvalidInput("a token does not belong in a URL, which is logged: pass token=, or set TAGSTORE_TOKEN")
+            raise InvalidInput(
+                "a token does not belong in a URL, which is logged: pass token=, or set TAGSTORE_TOKEN"
+            )
         if name.startswith("where."):
             where[name.removeprefix("where.")] = text
         elif name in ("where", "exclude_keys") or name not in defaults:
             hint = {"where": "write where.FIELD=VALUE", "exclude_keys": "pass it in code"}.get(
-                name, f"there are: {', '.join(sorted(set(defaults) - {'token', 'where', 'exclude_keys'}))}, where.FIELD"
+                name,
+                f"there are: {', '.join(sorted(set(defaults) - {'token', 'where', 'exclude_keys'}))}, where.FIELD",
             )
             raise InvalidInput(f"'{name}' is no option of a URL: {hint}")
         else:
@@ -182,7 +198,11 @@ def _value(name: str, text: str, default: Any) -> Any:
             return _BOOLEANS[text.lower()]
         return type(default)(text)
     except (KeyError, ValueError):
-        kind = "self or none" if name == "exclude" else {bool: "true or false", int: "a whole number", float: "a number"}[type(default)]
+        kind = (
+            "self or none"
+            if name == "exclude"
+            else {bool: "true or false", int: "a whole number", float: "a number"}[type(default)]
+        )
         raise InvalidInput(f"option {name}={text}: write {kind}") from None
 
 

@@ -69,7 +69,9 @@ class TagPrefetcher:
         **options: Any,
     ) -> None:
         if (image is None) == (vector is None):
-            raise InvalidInput("a TagPrefetcher asks by image or by vector: say how to take one of them from a sample")
+            raise InvalidInput(
+                "a TagPrefetcher asks by image or by vector: say how to take one of them from a sample"
+            )
         if batch < 1 or depth < 1 or workers < 1:
             raise InvalidInput(f"batch {batch}, depth {depth}, workers {workers}: each is at least 1")
         self.samples, self.source = samples, source

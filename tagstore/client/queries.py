@@ -93,10 +93,23 @@ def asks(
     digest = fingerprint if isinstance(fingerprint, str) else fingerprint.digest
     limit = max(1, _BATCH_NEIGHBOURS // max(1, options.search.k))
 
-    def ask(first: int, some: tuple[bytes, ...] = (), matrix: NDArray[np.floating] | None = None, said: tuple[str, ...] = ()) -> Ask:
+    def ask(
+        first: int,
+        some: tuple[bytes, ...] = (),
+        matrix: NDArray[np.floating] | None = None,
+        said: tuple[str, ...] = (),
+    ) -> Ask:
         count = len(some or said) if matrix is None else len(matrix)
         own = known[first : first + count]
-        return Ask(some, matrix, digest, replace(options.search, exclude=_guard(options, own, bool(some))), own, options, said)
+        return Ask(
+            some,
+            matrix,
+            digest,
+            replace(options.search, exclude=_guard(options, own, bool(some))),
+            own,
+            options,
+            said,
+        )
 
     batch: list[bytes] = []
     first = size = 0
@@ -144,12 +157,17 @@ def _identities(queries: int, keys: Sequence[str], identities: Sequence[Identity
         raise InvalidInput(f"keys is a list: pass [{keys!r}] for one")
     for name, given in (("keys", keys), ("identities", identities)):
         if len(given) not in (0, queries):
-            raise InvalidInput(f"{len(given)} {name} for {queries} queries: pass one for each, images first, or none")
+            raise InvalidInput(
+                f"{len(given)} {name} for {queries} queries: pass one for each, images first, or none"
+            )
     if not keys:
         return tuple(identities)
     if not identities:
         return tuple(Identity(key=key) for key in keys)
-    return tuple(identity if identity.key else replace(identity, key=key) for key, identity in zip(keys, identities, strict=True))
+    return tuple(
+        identity if identity.key else replace(identity, key=key)
+        for key, identity in zip(keys, identities, strict=True)
+    )
 
 
 def _guard(options: Options, own: Sequence[Identity], by_image: bool) -> Exclude:
@@ -161,10 +179,14 @@ def _guard(options: Options, own: Sequence[Identity], by_image: bool) -> Exclude
         exclude = Exclude(
             key=any(i.key for i in own),
             sha256=by_image or any(i.sha256 for i in own),
-            perceptual_hash=options.exclude_distance if by_image or any(i.perceptual_hash is not None for i in own) else -1,
+            perceptual_hash=options.exclude_distance
+            if by_image or any(i.perceptual_hash is not None for i in own)
+            else -1,
         )
         if not (exclude.key or exclude.sha256 or exclude.perceptual_hash >= 0):
-            raise InvalidInput('exclude="self" cannot know which image a vector or caption is of: pass keys= or identities=')
+            raise InvalidInput(
+                'exclude="self" cannot know which image a vector or caption is of: pass keys= or identities='
+            )
     return replace(exclude, keys=(*exclude.keys, *options.exclude_keys)) if options.exclude_keys else exclude
 
 

@@ -124,16 +124,26 @@ def _begin(db: sqlite3.Connection, part: Path, source: Source) -> None:
         source.pin(int(meta["version"]))
         for name, value in (("store", source.info().store), ("options", options)):
             if meta[name] != value:
-                raise InvalidInput(f"{part} was begun with {name} {meta[name]}, this is {value}: delete it, or record to another file")
+                raise InvalidInput(
+                    f"{part} was begun with {name} {meta[name]}, this is {value}: delete it, or record to another file"
+                )
         return
     pin = source.pin()
     with db:
         db.executescript(SCHEMA)
-        db.executemany("INSERT INTO meta VALUES (?, ?)", [("store", pin.store), ("version", str(pin.version)), ("options", options)])
+        db.executemany(
+            "INSERT INTO meta VALUES (?, ?)",
+            [("store", pin.store), ("version", str(pin.version)), ("options", options)],
+        )
 
 
 def _answer(
-    db: sqlite3.Connection, source: Source, samples: Iterable[Pair | Rejected], workers: int, batch: int, progress: Progress
+    db: sqlite3.Connection,
+    source: Source,
+    samples: Iterable[Pair | Rejected],
+    workers: int,
+    batch: int,
+    progress: Progress,
 ) -> int:
     """Ask for what isn't there yet; the answers are kept in the order of the samples. Returns how many were asked for."""
     pending: deque[Future[list[Row]]] = deque()
@@ -161,7 +171,9 @@ def _answer(
     return asked_for
 
 
-def _missing(db: sqlite3.Connection, samples: Iterable[Pair | Rejected], batch: int, progress: Progress) -> Iterator[list[_Sample]]:
+def _missing(
+    db: sqlite3.Connection, samples: Iterable[Pair | Rejected], batch: int, progress: Progress
+) -> Iterator[list[_Sample]]:
     """Batches of what the map lacks, by key."""
     some: list[_Sample] = []
     on_their_way: deque[dict[str, bytes]] = deque(maxlen=_REMEMBERED)
@@ -174,7 +186,9 @@ def _missing(db: sqlite3.Connection, samples: Iterable[Pair | Rejected], batch: 
         if known is None:
             some.append((position, item, digest))
         elif known != digest and digest and known:
-            raise InvalidInput(f"key '{item.key}' ({item.origin}) comes twice, with different images: name a field that is unique")
+            raise InvalidInput(
+                f"key '{item.key}' ({item.origin}) comes twice, with different images: name a field that is unique"
+            )
         else:
             progress("recorded", 1)
         if len(some) == batch:
@@ -188,10 +202,17 @@ def _missing(db: sqlite3.Connection, samples: Iterable[Pair | Rejected], batch: 
 def _ask(source: Source, some: Sequence[_Sample]) -> list[Row]:
     """The rows of a batch. If it is refused, one by one: then the one that is to blame is known."""
     good = [(position, item, digest) for position, item, digest in some if isinstance(item, Pair)]
-    rows = [Row(position, item.key, b"", None, item.reason) for position, item, _ in some if isinstance(item, Rejected)]
+    rows = [
+        Row(position, item.key, b"", None, item.reason)
+        for position, item, _ in some
+        if isinstance(item, Rejected)
+    ]
     try:
         answers = source.retrieve([item.image for _, item, _ in good], keys=[item.key for _, item, _ in good])
-        rows += [Row(position, item.key, digest, _bytes(a), None) for (position, item, digest), a in zip(good, answers, strict=True)]
+        rows += [
+            Row(position, item.key, digest, _bytes(a), None)
+            for (position, item, digest), a in zip(good, answers, strict=True)
+        ]
     except InvalidInput as error:
         if len(good) > 1:
             return rows + [row for one in good for row in _ask(source, [one])]
@@ -217,7 +238,9 @@ def _add_tags(db: sqlite3.Connection, source: Source, progress: Progress) -> int
     wanted = {tag.tag_id for (data,) in answers for tag in pb.Retrieval.FromString(data).tags}
     missing = sorted(wanted - {i for (i,) in db.execute("SELECT tag_id FROM tags")})
     for start in range(0, len(missing), _TAGS_AT_ONCE):
-        rows = [tag_fields(tag) for tag in source.tags(missing[start : start + _TAGS_AT_ONCE], embeddings=True)]
+        rows = [
+            tag_fields(tag) for tag in source.tags(missing[start : start + _TAGS_AT_ONCE], embeddings=True)
+        ]
         with db:
             db.executemany("INSERT INTO tags VALUES (?, ?, ?, ?, ?, ?)", [(*row, seal(*row)) for row in rows])
         progress("tags", len(rows))

@@ -87,7 +87,9 @@ class Balancer:
         """The address for the next try, one not in `avoid` if there is any; None if every circuit is open and nobody insists."""
         with self._lock:
             self._turn += 1
-            turned = [self.endpoints[(self._turn + i) % len(self.endpoints)] for i in range(len(self.endpoints))]
+            turned = [
+                self.endpoints[(self._turn + i) % len(self.endpoints)] for i in range(len(self.endpoints))
+            ]
             ranked = sorted(turned, key=lambda e: (e in avoid, e.in_flight))
             found = next((e for e in ranked if e.breaker.allows()), None)
             if found is None and insist:

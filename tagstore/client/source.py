@@ -66,8 +66,16 @@ class Pin:
 class Flows:
     """What a source does, whichever way it waits."""
 
-    def __init__(self, url: str, location: Location, options: Options, counters: Counters, backend: Any) -> None:
-        self.url, self.location, self.options, self.counters, self.backend = url, location, options, counters, backend
+    def __init__(
+        self, url: str, location: Location, options: Options, counters: Counters, backend: Any
+    ) -> None:
+        self.url, self.location, self.options, self.counters, self.backend = (
+            url,
+            location,
+            options,
+            counters,
+            backend,
+        )
         self._version = location.version
         self._embeddings = EmbeddingCache(options.embedding_cache)
         place = f"{location.scheme}://{location.place}/{location.store}"
@@ -133,13 +141,18 @@ class Flows:
         if self._cache is None:
             return (yield "retrieve", (ask,))
         if not ask.version:
-            raise InvalidInput(f"a cache of answers needs to know the version: call pin(), or write {self.url.partition('?')[0]}@VERSION")
+            raise InvalidInput(
+                f"a cache of answers needs to know the version: call pin(), or write {self.url.partition('?')[0]}@VERSION"
+            )
         keys = [self._cache.key(ask, row) for row in range(len(ask))]
         answers = self._cache.get(keys)
         missing = [row for row, answer in enumerate(answers) if answer is None]
         self.counters.add(cache_hits=len(ask) - len(missing), cache_misses=len(missing))
         if missing:
-            fresh: list[Retrieval] = yield "retrieve", (ask.only(missing) if len(missing) < len(ask) else ask,)
+            fresh: list[Retrieval] = yield (
+                "retrieve",
+                (ask.only(missing) if len(missing) < len(ask) else ask,),
+            )
             self._cache.put([keys[row] for row in missing], fresh)
             for row, answer in zip(missing, fresh, strict=True):
                 answers[row] = answer
@@ -181,7 +194,9 @@ class Source(Flows):
         identities: Sequence[Identity] = (),
         **options: Unpack[SearchOptions],
     ) -> list[Retrieval]:
-        answers: list[Retrieval] = self._run(self._retrieving(images, vectors, captions, fingerprint, keys, identities, options))
+        answers: list[Retrieval] = self._run(
+            self._retrieving(images, vectors, captions, fingerprint, keys, identities, options)
+        )
         return answers
 
     def tags(self, tag_ids: Sequence[int], *, embeddings: bool = False) -> list[TagInfo]:

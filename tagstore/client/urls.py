@@ -41,8 +41,14 @@ def parse(url: str) -> tuple[str, str, str, int]:
 def locate(url: str) -> Location:
     """A URL, taken apart and checked. Raises `InvalidInput`, with an example."""
     match = _URL.fullmatch(url)
-    if match is None or match["scheme"] not in (*_STORES, *_OTHERS) or (match["of"] and match["scheme"] != "random"):
-        raise InvalidInput(f"'{url}' is no URL of a store: write grpc://HOST:PORT/NAME, file://DIR/NAME or replay://FILE")
+    if (
+        match is None
+        or match["scheme"] not in (*_STORES, *_OTHERS)
+        or (match["of"] and match["scheme"] != "random")
+    ):
+        raise InvalidInput(
+            f"'{url}' is no URL of a store: write grpc://HOST:PORT/NAME, file://DIR/NAME or replay://FILE"
+        )
     scheme, rest = match["scheme"], match["rest"]
     options = from_query(parse_qsl(match["query"] or "", keep_blank_values=True))
     if scheme in _OTHERS:
@@ -53,7 +59,9 @@ def locate(url: str) -> Location:
     if scheme == "file" and not place and store:
         place = "/" if rest.startswith("/") else "."
     if not store or not place:
-        raise InvalidInput(f"'{url}' names no store: end it with one, as in {scheme}://{rest.rstrip('/')}/NAME")
+        raise InvalidInput(
+            f"'{url}' names no store: end it with one, as in {scheme}://{rest.rstrip('/')}/NAME"
+        )
     if scheme != "file":
         _check_addresses(url, scheme, place, store)
     version = int(parts["version"] or 0)
@@ -66,12 +74,17 @@ def _other_place(url: str, scheme: str, of: str | None, rest: str) -> str:
     if scheme == "null":
         return ""
     if not rest:
-        what = {"replay": "replay://FILE, a map made by `tagstore record`", "random": "random://FILE, a tag a line, or random+URL"}[scheme]
+        what = {
+            "replay": "replay://FILE, a map made by `tagstore record`",
+            "random": "random://FILE, a tag a line, or random+URL",
+        }[scheme]
         raise InvalidInput(f"'{url}' names no file: write {what}")
     if of:
         inner = f"{of[1:]}://{rest}"
         if locate(inner).scheme in ("null", "random"):
-            raise InvalidInput(f"'{url}': random tags are drawn from the vocabulary of a store, as in random+grpc://HOST:PORT/NAME")
+            raise InvalidInput(
+                f"'{url}': random tags are drawn from the vocabulary of a store, as in random+grpc://HOST:PORT/NAME"
+            )
         return inner
     return rest
 

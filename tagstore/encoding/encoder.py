@@ -83,7 +83,9 @@ class Encoder:
 
         preprocess = PreprocessCfg(**model.visual.preprocess_cfg)
         height, width = preprocess.input_size[1:]
-        self._resize = image_transform_v2(preprocess, is_train=False).transforms[:-2]  # without ToTensor and Normalize
+        self._resize = image_transform_v2(preprocess, is_train=False).transforms[
+            :-2
+        ]  # without ToTensor and Normalize
         self._tokenizer = tokenizer
         text_tower = getattr(model, "text", None)
         self._pad = text_tower.config.pad_token_id if isinstance(text_tower, HFTextEncoder) else None
@@ -113,7 +115,9 @@ class Encoder:
                 "resize_mode": preprocess.resize_mode,
                 "fill_color": preprocess.fill_color,
             },
-            quick_gelu=any(isinstance(module, QuickGELU) for module in model.modules()) if quick_gelu is None else quick_gelu,
+            quick_gelu=any(isinstance(module, QuickGELU) for module in model.modules())
+            if quick_gelu is None
+            else quick_gelu,
             normalised=True,
             dimension=self.dimension,
         )
@@ -132,7 +136,9 @@ class Encoder:
             "fingerprint": self.fingerprint.digest,
             "dimension": self.dimension,
             "image_size": list(self.image_size),
-            "device": self.device if self.device == "cpu" else f"{self.device} ({torch.cuda.get_device_name(self.device)})",
+            "device": self.device
+            if self.device == "cpu"
+            else f"{self.device} ({torch.cuda.get_device_name(self.device)})",
             "precision": self.precision,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
@@ -159,7 +165,9 @@ class Encoder:
         parts = [self._forward_images(batch) for batch in self._batches(images)]
         return np.concatenate(parts) if parts else np.zeros((0, self.dimension), np.float32)
 
-    def encode_grid(self, images: Sequence[Image] | NDArray[np.uint8], *, layer: int = -1) -> tuple[NDArray[np.float32], Vectors]:
+    def encode_grid(
+        self, images: Sequence[Image] | NDArray[np.uint8], *, layer: int = -1
+    ) -> tuple[NDArray[np.float32], Vectors]:
         """Patch features `[N, P, C]` and unit vectors `[N, D]`, both float32, from one forward.
 
         Args:
@@ -174,7 +182,9 @@ class Encoder:
             raise InvalidInput(f"layer is counted from the end and must be negative, not {layer}")
         parts = [self._forward_grid(batch, layer) for batch in self._batches(images)]
         if not parts:
-            points, channels = self._forward_grid(np.zeros((1, *self.image_size, 3), np.uint8), layer)[0].shape[1:]
+            points, channels = self._forward_grid(np.zeros((1, *self.image_size, 3), np.uint8), layer)[
+                0
+            ].shape[1:]
             return np.zeros((0, points, channels), np.float32), np.zeros((0, self.dimension), np.float32)
         return np.concatenate([grid for grid, _ in parts]), np.concatenate([vectors for _, vectors in parts])
 
@@ -197,17 +207,27 @@ class Encoder:
         if layer >= 0:
             raise InvalidInput(f"layer is counted from the end and must be negative, not {layer}")
         if pixels.ndim != 4 or tuple(pixels.shape[1:]) != (3, *self.image_size):
-            raise InvalidInput(f"pixels are [N, 3, {self.image_size[0]}, {self.image_size[1]}], not {list(pixels.shape)}")
+            raise InvalidInput(
+                f"pixels are [N, 3, {self.image_size[0]}, {self.image_size[1]}], not {list(pixels.shape)}"
+            )
         pixels = pixels.to(self.device, self._dtype).contiguous(memory_format=torch.channels_last)
         parts = []
         # no_grad and not inference_mode: what comes out is input to a model that is trained
         with self._lock, torch.no_grad():
             for start in range(0, len(pixels), self._batch_size):
-                parts.append(open_clip_models.grid_and_vectors(self._model.visual, pixels[start : start + self._batch_size], layer))
+                parts.append(
+                    open_clip_models.grid_and_vectors(
+                        self._model.visual, pixels[start : start + self._batch_size], layer
+                    )
+                )
         if not parts:
-            points, channels = self._forward_grid(np.zeros((1, *self.image_size, 3), np.uint8), layer)[0].shape[1:]
+            points, channels = self._forward_grid(np.zeros((1, *self.image_size, 3), np.uint8), layer)[
+                0
+            ].shape[1:]
             return pixels.new_zeros(0, points, channels), torch.zeros(0, self.dimension, device=self.device)
-        return torch.cat([grid for grid, _ in parts]), normalize(torch.cat([vectors for _, vectors in parts]).float(), dim=-1)
+        return torch.cat([grid for grid, _ in parts]), normalize(
+            torch.cat([vectors for _, vectors in parts]).float(), dim=-1
+        )
 
     def grid_projection(self) -> torch.Tensor:
         """`[C, D]` float32 on the CPU: leads from a point of the last grid into the space of the vectors (biases left out).
@@ -224,7 +244,8 @@ class Encoder:
             return False
         theirs, mine = tower.state_dict(), own.state_dict()
         return mine.keys() == theirs.keys() and all(
-            bool((mine[name].to(tensor.device, tensor.dtype) == tensor).all()) for name, tensor in theirs.items()
+            bool((mine[name].to(tensor.device, tensor.dtype) == tensor).all())
+            for name, tensor in theirs.items()
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Encoder:
@@ -278,7 +299,9 @@ class Encoder:
 
     def _forward_grid(self, images: NDArray[np.uint8], layer: int) -> tuple[NDArray[np.float32], Vectors]:
         with self._exclusive():
-            grid, vectors = open_clip_models.grid_and_vectors(self._model.visual, self._normalised(images), layer)
+            grid, vectors = open_clip_models.grid_and_vectors(
+                self._model.visual, self._normalised(images), layer
+            )
             return grid.float().cpu().numpy(), _unit(vectors)
 
     def _forward_tokens(self, tokens: torch.Tensor) -> Vectors:
@@ -322,14 +345,22 @@ def load_encoder(spec: str = "mini", *, device: str = "auto", precision: str = "
         raise InvalidInput(f"precision '{precision}' is not one of {', '.join(PRECISIONS)}")
     for package in ("torch", "open_clip"):
         if find_spec(package) is None:
-            raise MissingExtra(f"the encoder needs the package {package}: pip install 'tagstore[server]' (or 'tagstore[model]')")
+            raise MissingExtra(
+                f"the encoder needs the package {package}: pip install 'tagstore[server]' (or 'tagstore[model]')"
+            )
     prepare_torchvision()
     device = _device(device)
     if precision == "fp16" and device == "cpu":
         raise InvalidInput("precision 'fp16' needs a GPU: on the CPU pass fp32 or bf16")
     source = open_clip_models.load(spec)
     return Encoder(
-        source.model, source.tokenizer, name=spec, weights=source.weights, device=device, precision=precision, quick_gelu=source.quick_gelu
+        source.model,
+        source.tokenizer,
+        name=spec,
+        weights=source.weights,
+        device=device,
+        precision=precision,
+        quick_gelu=source.quick_gelu,
     )
 
 
@@ -355,11 +386,17 @@ def _device(name: str) -> str:
     try:
         kind = torch.device(name).type
     except RuntimeError as error:
-        raise InvalidInput(f"device '{name}' is not one that torch knows: pass auto, cpu, cuda or cuda:N") from error
+        raise InvalidInput(
+            f"device '{name}' is not one that torch knows: pass auto, cpu, cuda or cuda:N"
+        ) from error
     if kind not in ("cpu", "cuda"):
         raise InvalidInput(f"device '{name}' is not supported: pass auto, cpu, cuda or cuda:N")
-    if kind == "cuda" and (not torch.cuda.is_available() or (torch.device(name).index or 0) >= torch.cuda.device_count()):
-        raise InvalidInput(f"device '{name}' is not there: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices")
+    if kind == "cuda" and (
+        not torch.cuda.is_available() or (torch.device(name).index or 0) >= torch.cuda.device_count()
+    ):
+        raise InvalidInput(
+            f"device '{name}' is not there: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices"
+        )
     return name
 
 

@@ -94,7 +94,9 @@ def load_clip(place: str) -> tuple[ClipModel, Callable[[list[str]], Tensor], boo
     try:
         config = CLIPConfig.from_pretrained(place)
         stored, _ = BaseImageProcessor.get_image_processor_dict(place)
-        clip, notes = CLIPModel.from_pretrained(place, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
+        clip, notes = CLIPModel.from_pretrained(
+            place, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        )
         tokenizer = AutoTokenizer.from_pretrained(place)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         first = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
@@ -110,7 +112,9 @@ def load_clip(place: str) -> tuple[ClipModel, Callable[[list[str]], Tensor], boo
     length = config.text_config.max_position_embeddings
 
     def tokenize(texts: list[str]) -> Tensor:
-        found = tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+        found = tokenizer(
+            texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+        )
         return found["input_ids"]  # type: ignore[no-any-return]
 
     quick = "quick_gelu" in (config.vision_config.hidden_act, config.text_config.hidden_act)
@@ -129,7 +133,9 @@ def clip_preprocess(stored: Mapping[str, Any]) -> dict[str, Any]:
     crop = {"height": crop, "width": crop} if isinstance(crop, int) else dict(crop or {})
     cropped = stored.get("do_center_crop", True)
     sides = crop if cropped else size
-    target: list[Any] = [sides.get(name, sides.get("shortest_edge") if cropped else None) for name in ("height", "width")]
+    target: list[Any] = [
+        sides.get(name, sides.get("shortest_edge") if cropped else None) for name in ("height", "width")
+    ]
     known = None not in target and stored.get("resample", 3) in _FILTERS
     if not known or (cropped and size.get("shortest_edge") != min(target)):
         raise InvalidInput(

@@ -18,7 +18,16 @@ from typing import Any, cast
 
 import imagehash
 import numpy as np
-from PIL import BmpImagePlugin, GifImagePlugin, Image, ImageChops, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
+from PIL import (
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    ImageChops,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
 
 from tagstore.errors import BadImage
 
@@ -85,10 +94,16 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         except Image.DecompressionBombError as error:
             raise BadImage(f"the image is too large: {error}; shrink it") from error
         except MemoryError as error:
-            raise BadImage("the image is too large: not enough memory to decode it; lower max_pixels, or shrink the image") from error
-        except Exception as error:  # decoders answer damaged bytes with any exception at all; each means the same
+            raise BadImage(
+                "the image is too large: not enough memory to decode it; lower max_pixels, or shrink the image"
+            ) from error
+        except (
+            Exception
+        ) as error:  # decoders answer damaged bytes with any exception at all; each means the same
             name = plugin.format or "image"
-            raise BadImage(f"damaged or truncated {name}: {error} ({len(data)} bytes), fetch or export it again") from error
+            raise BadImage(
+                f"damaged or truncated {name}: {error} ({len(data)} bytes), fetch or export it again"
+            ) from error
 
 
 def suffix_of(data: bytes) -> str:
@@ -113,7 +128,9 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
             "shrink it, or raise max_pixels if you trust it"
         )
     if max(width, height) > MAX_ASPECT * min(width, height):
-        raise BadImage(f"the image is {width} x {height} pixels: a strip of more than {MAX_ASPECT} to 1 shows nothing; crop it")
+        raise BadImage(
+            f"the image is {width} x {height} pixels: a strip of more than {MAX_ASPECT} to 1 shows nothing; crop it"
+        )
 
 
 def _orientation(image: Image.Image) -> int:
@@ -148,7 +165,9 @@ def _grey_to_rgb(image: Image.Image) -> Image.Image:
         if not finite.size:
             raise BadImage("the image is empty: it has no finite pixel values, export it again")
         low, high = float(finite.min()), float(finite.max())
-        scaled = (np.nan_to_num(values.astype(np.float64), nan=low, posinf=high, neginf=low) - low) * (255 / max(high - low, 1e-300))
+        scaled = (np.nan_to_num(values.astype(np.float64), nan=low, posinf=high, neginf=low) - low) * (
+            255 / max(high - low, 1e-300)
+        )
         grey = (scaled + 0.5).astype(np.uint8)
     return Image.fromarray(grey).convert("RGB")
 

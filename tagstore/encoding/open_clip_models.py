@@ -58,7 +58,9 @@ def _mini() -> Source:
 
     model, weights = mini.build()
     text = mini.config()["model_cfg"]["text_cfg"]
-    return Source(model, HFTokenizer(text["hf_tokenizer_name"], context_length=text["context_length"]), weights)
+    return Source(
+        model, HFTokenizer(text["hf_tokenizer_name"], context_length=text["context_length"]), weights
+    )
 
 
 def _local(spec: str) -> Source:
@@ -68,15 +70,30 @@ def _local(spec: str) -> Source:
     directory = Path(spec.removeprefix(LOCAL))
     config = directory / "open_clip_config.json"
     if not config.is_file():
-        raise NotFound(f"no open_clip_config.json in {directory.absolute()}: '{LOCAL}PATH' takes a directory in open_clip's layout")
+        raise NotFound(
+            f"no open_clip_config.json in {directory.absolute()}: '{LOCAL}PATH' takes a directory in open_clip's layout"
+        )
     # open_clip would go on with random weights here
     if not any(path for pattern in _WEIGHTS for path in directory.glob(pattern)):
-        raise NotFound(f"no weights ({', '.join(_WEIGHTS)}) beside {config}: copy open_clip_model.safetensors there")
+        raise NotFound(
+            f"no weights ({', '.join(_WEIGHTS)}) beside {config}: copy open_clip_model.safetensors there"
+        )
     try:
         model = open_clip.create_model(spec, require_pretrained=True)
         tokenizer = open_clip.get_tokenizer(spec)
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, UnpicklingError, SafetensorError) as error:
-        raise InvalidInput(f"{directory} is no model that open_clip can load: {_first_line(error)}") from error
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+        KeyError,
+        TypeError,
+        EOFError,
+        UnpicklingError,
+        SafetensorError,
+    ) as error:
+        raise InvalidInput(
+            f"{directory} is no model that open_clip can load: {_first_line(error)}"
+        ) from error
     return Source(model, tokenizer, model.state_dict().items())
 
 
@@ -89,7 +106,11 @@ def _named(spec: str) -> Source:
         raise NotFound(f"no encoder '{spec}'{_near(name, ['mini', *open_clip.list_models()])}: {_USAGE}")
     tags = open_clip.list_pretrained_tags_by_model(name)
     if not tag:
-        known = f"its pretrained tags are {', '.join(tags)}" if tags else "open_clip knows no pretrained weights of it"
+        known = (
+            f"its pretrained tags are {', '.join(tags)}"
+            if tags
+            else "open_clip knows no pretrained weights of it"
+        )
         raise InvalidInput(
             f"'{spec}' names an architecture without weights: {known}. Pass {name}/TAG (or {name}/{RANDOM} for random weights)"
         )
@@ -99,7 +120,9 @@ def _named(spec: str) -> Source:
             model = open_clip.create_model(name, pretrained_text=False)
         return Source(model, open_clip.get_tokenizer(name), model.state_dict().items())
     if not open_clip.get_pretrained_cfg(name, tag):
-        raise NotFound(f"'{name}' has no pretrained tag '{tag}'{_near(tag, tags)}: it has {', '.join(tags) or 'none'}")
+        raise NotFound(
+            f"'{name}' has no pretrained tag '{tag}'{_near(tag, tags)}: it has {', '.join(tags) or 'none'}"
+        )
     # open_clip only warns when a tag was trained with QuickGELU and the plain name is asked for, and then computes other vectors
     quick_gelu = bool(open_clip.get_pretrained_cfg(name, tag).get("quick_gelu", False))
     try:
@@ -128,7 +151,9 @@ def grid_and_vectors(visual: Any, pixels: torch.Tensor, layer: int) -> tuple[tor
         last = getattr(visual.trunk, "output_fmt", "NCHW") == "NHWC"
         return features.flatten(1, 2) if last else features.flatten(2).transpose(1, 2), vectors
     try:
-        found = visual.forward_intermediates(pixels, indices=[layer], normalize_intermediates=layer == -1, output_fmt="NCHW")
+        found = visual.forward_intermediates(
+            pixels, indices=[layer], normalize_intermediates=layer == -1, output_fmt="NCHW"
+        )
     except (AssertionError, IndexError) as error:
         raise InvalidInput(f"the image tower has no layer {layer}") from error
     return found["image_intermediates"][0].flatten(2).transpose(1, 2), found["image_features"]
@@ -149,7 +174,9 @@ def grid_projection(visual: Any) -> torch.Tensor:
         return visual.proj  # type: ignore[no-any-return]
     if isinstance(visual, TimmModel) and hasattr(visual.head, "proj") and hasattr(visual.head.proj, "weight"):
         return visual.head.proj.weight.T  # type: ignore[no-any-return]
-    raise InvalidInput("this image tower has no matrix from its grid to its vectors: take a tag encoder with learned layers")
+    raise InvalidInput(
+        "this image tower has no matrix from its grid to its vectors: take a tag encoder with learned layers"
+    )
 
 
 def _near(word: str, known: list[str]) -> str:

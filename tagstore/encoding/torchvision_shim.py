@@ -37,7 +37,9 @@ def prepare_torchvision() -> bool:
     global _library
     with _lock:
         for finder in [finder for finder in sys.meta_path if isinstance(finder, _BeforeTorchvision)]:
-            sys.meta_path.remove(finder)  # it would be asked for torchvision below, and call this function again
+            sys.meta_path.remove(
+                finder
+            )  # it would be asked for torchvision below, and call this function again
         spec = find_spec("torchvision")
         if spec is None or not spec.submodule_search_locations:
             return False

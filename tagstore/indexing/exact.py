@@ -70,7 +70,9 @@ def in_parallel(work: Callable[[int], T], parts: int) -> list[T]:
             return [work(0)]
     with _lock:
         if _pool is None:
-            _pool = ThreadPoolExecutor(cores(), thread_name_prefix="scan", initializer=faiss.omp_set_num_threads, initargs=(1,))
+            _pool = ThreadPoolExecutor(
+                cores(), thread_name_prefix="scan", initializer=faiss.omp_set_num_threads, initargs=(1,)
+            )
         pool = _pool
     return list(pool.map(work, range(parts)))
 
@@ -83,7 +85,9 @@ def _forget_pool() -> None:
 os.register_at_fork(after_in_child=_forget_pool)
 
 
-def search(snapshot: Snapshot, queries: Vectors, k: int, allowed: Allowed, first: int = 0, end: int | None = None) -> Found:
+def search(
+    snapshot: Snapshot, queries: Vectors, k: int, allowed: Allowed, first: int = 0, end: int | None = None
+) -> Found:
     """The best `k` of the allowed entries with ids in `[first, end)`, best first, equal ones by id: `[N, k]`.
 
     Raises `Damaged` if rows are missing.
@@ -146,7 +150,9 @@ class _Best:
         return np.take_along_axis(similarities, best, axis=1), np.take_along_axis(ids, best, axis=1)
 
 
-def _rows(snapshot: Snapshot, groups: range, allowed: Allowed, first: int, end: int) -> Iterator[tuple[NDArray[np.int64], Vectors]]:
+def _rows(
+    snapshot: Snapshot, groups: range, allowed: Allowed, first: int, end: int
+) -> Iterator[tuple[NDArray[np.int64], Vectors]]:
     """Allowed ids and their rows as float32, `BLOCKS` blocks at a time; the rows' memory is used again for the next."""
     width = snapshot.dimension
     halves = np.empty((BLOCKS * ROWS, width), np.int32)
@@ -163,10 +169,17 @@ def _rows(snapshot: Snapshot, groups: range, allowed: Allowed, first: int, end: 
                 low, high = max(start - block * ROWS, 0), min(stop - block * ROWS, ROWS)
                 data = txn.get(block_key(space, block), db=db)
                 held = 0 if data is None else len(data) // (2 * width)
-                if held < high and allowed.holds(np.arange(block * ROWS + max(low, held), block * ROWS + high)).any():
-                    raise Damaged(f"store '{snapshot.store.name}' has lost rows of block {block} of its vectors")
+                if (
+                    held < high
+                    and allowed.holds(np.arange(block * ROWS + max(low, held), block * ROWS + high)).any()
+                ):
+                    raise Damaged(
+                        f"store '{snapshot.store.name}' has lost rows of block {block} of its vectors"
+                    )
                 if held > low:
-                    rows = np.frombuffer(data, np.int16, count=min(held, high) * width).reshape(-1, width)[low:]
+                    rows = np.frombuffer(data, np.int16, count=min(held, high) * width).reshape(-1, width)[
+                        low:
+                    ]
                     halves[at : at + len(rows)] = rows
                 at += high - low
             if kept.all():

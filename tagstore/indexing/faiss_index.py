@@ -46,7 +46,12 @@ FEW_ALLOWED = 0.05
 
 
 def extend(
-    snapshot: Snapshot, parent: Version | None, directory: Path, *, whole: bool = False, advance: Advance = lambda *_: None
+    snapshot: Snapshot,
+    parent: Version | None,
+    directory: Path,
+    *,
+    whole: bool = False,
+    advance: Advance = lambda *_: None,
 ) -> Mapping[str, Any]:
     """The index of a version that is about to be committed: the parent's files and what came since, or, if `whole`, all anew.
 
@@ -60,14 +65,21 @@ def extend(
     if whole and len(live) and about.get("tuned", ABOUT)["kind"] != "flat":
         try:
             plan = _fitted(plan_of(about["tuned"]), len(live), snapshot.dimension)
-            files = [write(snapshot, plan, live, 0, snapshot.version.next_entry_id, directory, advance=advance)]
+            files = [
+                write(snapshot, plan, live, 0, snapshot.version.next_entry_id, directory, advance=advance)
+            ]
         except InvalidInput:
             about = ABOUT  # too few are left for such an index
     elif not (files and tuned(files[0])):
         about = ABOUT
     first = files[-1]["end"] if files else 0
     rows = int(np.count_nonzero(live >= first))
-    while files and not tuned(files[-1]) and files[-1]["rows"] <= MERGE * rows and files[-1]["rows"] + rows <= MAX_ROWS:
+    while (
+        files
+        and not tuned(files[-1])
+        and files[-1]["rows"] <= MERGE * rows
+        and files[-1]["rows"] + rows <= MAX_ROWS
+    ):
         first = files.pop()["first"]
         rows = int(np.count_nonzero(live >= first))
     # a file of which most rows are dead costs every search more than it gives
@@ -186,7 +198,9 @@ class Part:
             return codes.view(np.float32).reshape(len(ids), self._dimension)
         return exact.widened(codes.view(np.float16)).reshape(len(ids), self._dimension)
 
-    def search(self, queries: Vectors, k: int, allowed: Allowed | None, live: Allowed, search: Search) -> exact.Found:
+    def search(
+        self, queries: Vectors, k: int, allowed: Allowed | None, live: Allowed, search: Search
+    ) -> exact.Found:
         """The best of the file's entries, by the index's own arithmetic; -1 where it found no more."""
         held, bits = self.alive, live
         if allowed is not None:
@@ -214,10 +228,14 @@ class Part:
         """`self.index.search`, less what its wrapper checks and converts."""
         shape = len(queries), k
         similarities, ids = np.empty(shape, np.float32), np.empty(shape, np.int64)
-        self.index.search_c(shape[0], faiss.swig_ptr(queries), k, faiss.swig_ptr(similarities), faiss.swig_ptr(ids), told)
+        self.index.search_c(
+            shape[0], faiss.swig_ptr(queries), k, faiss.swig_ptr(similarities), faiss.swig_ptr(ids), told
+        )
         return similarities, ids
 
-    def _shared_out(self, queries: Vectors, k: int, search: Search, share: float, selector: Any) -> exact.Found:
+    def _shared_out(
+        self, queries: Vectors, k: int, search: Search, share: float, selector: Any
+    ) -> exact.Found:
         """Queries divided among the cores. Of lists, each by itself: which are nearest is decided by a matrix product, whose last bits
         depend on its size."""
         parts = min(exact.cores(), len(queries))
@@ -225,7 +243,10 @@ class Part:
         starts = range(0, len(queries), step)
 
         def some(part: int) -> list[exact.Found]:
-            return [self._ask(queries[i : i + step], k, self._told(search, k, share, selector)) for i in starts[part::parts]]
+            return [
+                self._ask(queries[i : i + step], k, self._told(search, k, share, selector))
+                for i in starts[part::parts]
+            ]
 
         found = exact.in_parallel(some, parts)
         rows = [found[n % parts][n // parts] for n in range(len(starts))]
@@ -259,7 +280,10 @@ class FaissIndex:
         self._entries = snapshot.version.entries
         self._live = Allowed(snapshot.array("live", np.uint8), self._entries)
         directory = snapshot.store.index_directory
-        self.parts = [Part(directory / about["file"], about, self._live, snapshot.dimension) for about in self._about["files"]]
+        self.parts = [
+            Part(directory / about["file"], about, self._live, snapshot.dimension)
+            for about in self._about["files"]
+        ]
         self._exact = all(part.plan.exact for part in self.parts)
         covered = sum(part.alive for part in self.parts)
         if covered != self._entries:
@@ -268,7 +292,9 @@ class FaissIndex:
                 f"{self._entries} entries: run `tagstore repair`"
             )
 
-    def search(self, queries: Vectors, k: int, *, allowed: Allowed | None = None, search: Search = PLAIN) -> NDArray[np.int64]:
+    def search(
+        self, queries: Vectors, k: int, *, allowed: Allowed | None = None, search: Search = PLAIN
+    ) -> NDArray[np.int64]:
         count = self._entries if allowed is None else allowed.count
         k = min(k, count)
         queries = np.ascontiguousarray(queries, np.float32)
@@ -283,8 +309,12 @@ class FaissIndex:
             if part.plan.exact and len(queries) > FEW_QUERIES:
                 found.append(exact.search(self._snapshot, queries, k, everything, part.first, part.end))
             else:
-                found.append(self.refined(part, queries, part.search(queries, k, allowed, self._live, search)))
-        ids = found[0][1][:, :k] if len(found) == 1 and found[0][1].shape[1] >= k else exact.merged(found, k)[1]
+                found.append(
+                    self.refined(part, queries, part.search(queries, k, allowed, self._live, search))
+                )
+        ids = (
+            found[0][1][:, :k] if len(found) == 1 and found[0][1].shape[1] >= k else exact.merged(found, k)[1]
+        )
         if not self._exact and (ids[:, -1] < 0).any():
             # an approximate search may come to an end before it has found enough: what it owes is looked up
             short = np.flatnonzero((ids < 0).any(axis=1))
@@ -319,7 +349,9 @@ def open_file(path: Path, rows: int, dimension: int) -> Any:
         if index is None:
             index = _open[key] = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
     except (OSError, RuntimeError) as error:
-        raise Damaged(f"the index file {path} cannot be read: it is missing, cut off or no FAISS index. Run `tagstore repair`") from error
+        raise Damaged(
+            f"the index file {path} cannot be read: it is missing, cut off or no FAISS index. Run `tagstore repair`"
+        ) from error
     if index.ntotal != rows or index.d != dimension:
         raise Damaged(
             f"the index file {path} holds {index.ntotal} vectors of {index.d} dimensions instead of {rows} of {dimension}: "

@@ -119,22 +119,30 @@ class GpuIndex:
                 self._index.add(rows)
         self._test()
 
-    def search(self, queries: Vectors, k: int, *, allowed: Allowed | None = None, search: Search = PLAIN) -> NDArray[np.int64]:
+    def search(
+        self, queries: Vectors, k: int, *, allowed: Allowed | None = None, search: Search = PLAIN
+    ) -> NDArray[np.int64]:
         wanted = min(k, self._snapshot.version.entries) + self._dead
         if allowed is not None or wanted > MAX_K or (search.exact and self._lists) or not wanted:
             return self._cpu.search(queries, k, allowed=allowed, search=search)
         with self._lock:
             if self._lists:
                 plan = self._cpu.parts[0].plan
-                told: Any = faiss.SearchParametersIVF(nprobe=min(plan.build["lists"], search.nprobe or plan.search["nprobe"]))
+                told: Any = faiss.SearchParametersIVF(
+                    nprobe=min(plan.build["lists"], search.nprobe or plan.search["nprobe"])
+                )
                 if isinstance(self._index, faiss.IndexPreTransform):
                     told = faiss.SearchParametersPreTransform(index_params=told)
-                similarities, ids = self._index.search(queries, wanted * plan.search.get("refine", 1), params=told)
+                similarities, ids = self._index.search(
+                    queries, wanted * plan.search.get("refine", 1), params=told
+                )
             else:
                 similarities, rows = self._index.search(queries, wanted)
                 return np.asarray(self._ids[rows])
         similarities[~self._live.holds(ids)] = -np.inf
-        similarities, ids = self._cpu.refined(self._cpu.parts[0], queries, (similarities, np.where(np.isinf(similarities), -1, ids)))
+        similarities, ids = self._cpu.refined(
+            self._cpu.parts[0], queries, (similarities, np.where(np.isinf(similarities), -1, ids))
+        )
         ids = exact.merged([(similarities, ids)], min(k, self._snapshot.version.entries))[1]
         short = np.flatnonzero((ids < 0).any(axis=1))
         if len(short):
@@ -142,7 +150,11 @@ class GpuIndex:
         return ids
 
     def describe(self) -> Mapping[str, Any]:
-        return {**self._cpu.describe(), "device": f"cuda:{self._device}", "on device": "lists" if self._lists else "flat, float16"}
+        return {
+            **self._cpu.describe(),
+            "device": f"cuda:{self._device}",
+            "on device": "lists" if self._lists else "flat, float16",
+        }
 
     def _test(self) -> None:
         """A real search on the device, compared with the CPU's."""
@@ -153,8 +165,14 @@ class GpuIndex:
         k = min(5, self._snapshot.version.entries)
         best = exact.search(self._snapshot, queries, k, self._live)[0]
         found = self.search(queries, k)
-        ours = np.stack([self._snapshot.vectors(row) @ query for row, query in zip(found, queries, strict=True)])
+        ours = np.stack(
+            [self._snapshot.vectors(row) @ query for row, query in zip(found, queries, strict=True)]
+        )
         near = best[:, -1:] - TOLERANCE
         # lists may miss some of the five; the stored vector itself they must find
-        if not (ours.max(axis=1) >= best[:, 0] - TOLERANCE).all() or not (self._lists or (ours >= near).all()):
-            raise Damaged(f"cuda:{self._device} finds other neighbours than the CPU: its answers can't be trusted, use --device cpu")
+        if not (ours.max(axis=1) >= best[:, 0] - TOLERANCE).all() or not (
+            self._lists or (ours >= near).all()
+        ):
+            raise Damaged(
+                f"cuda:{self._device} finds other neighbours than the CPU: its answers can't be trusted, use --device cpu"
+            )

@@ -62,12 +62,16 @@ def plan_for(kind: IndexKind, rows: int, dimension: int) -> Plan:
     if kind == "hnsw":
         return Plan(kind, {"links": 32, "ef_construction": 80}, {"ef_search": 64})
     if rows < 39 * 16:
-        raise InvalidInput(f"{rows} entries are too few to learn lists from: at least {39 * 16}. Take flat or hnsw")
+        raise InvalidInput(
+            f"{rows} entries are too few to learn lists from: at least {39 * 16}. Take flat or hnsw"
+        )
     lists = min(lists, rows // 39)
     if kind == "ivf":
         return Plan(kind, {"lists": lists}, {"nprobe": 8})
     if dimension % 8 or rows < 256 * 39:
-        raise InvalidInput(f"ivfpq needs a dimension that 8 divides, and {256 * 39} entries: here are {dimension} and {rows}")
+        raise InvalidInput(
+            f"ivfpq needs a dimension that 8 divides, and {256 * 39} entries: here are {dimension} and {rows}"
+        )
     return Plan(kind, {"lists": lists, "bytes": dimension // 8}, {"nprobe": 8, "refine": 8})
 
 
@@ -85,7 +89,13 @@ def weight(plan: Plan, rows: int, dimension: int) -> int:
         case "ivf":
             return rows * dimension * 2 + ids + plan.build["lists"] * dimension * 4
         case "ivfpq":
-            return rows * plan.build["bytes"] + ids + plan.build["lists"] * dimension * 4 + dimension * dimension * 4 + 1024 * dimension
+            return (
+                rows * plan.build["bytes"]
+                + ids
+                + plan.build["lists"] * dimension * 4
+                + dimension * dimension * 4
+                + 1024 * dimension
+            )
 
 
 def made(
@@ -106,7 +116,9 @@ def made(
     index = _empty(plan, dimension)
     if gpu is not None and "lists" in plan.build:
         lists = faiss.extract_index_ivf(index)
-        lists.clustering_index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), gpu, faiss.IndexFlatIP(dimension))
+        lists.clustering_index = faiss.index_cpu_to_gpu(
+            faiss.StandardGpuResources(), gpu, faiss.IndexFlatIP(dimension)
+        )
     if plan.kind in ("ivf", "ivfpq"):
         rng = np.random.default_rng(SEED)
         free = np.setdiff1d(ids, held_out)
@@ -207,7 +219,9 @@ def codes_of(plan: Plan, index: Any) -> NDArray[np.void]:
     A view of the mapped file, not a copy: valid for as long as the index is, and not aligned.
     """
     storage = _storage(plan, index)
-    codes: NDArray[np.void] = faiss.rev_swig_ptr(storage.codes.data(), storage.codes.size()).view(f"V{storage.code_size}")
+    codes: NDArray[np.void] = faiss.rev_swig_ptr(storage.codes.data(), storage.codes.size()).view(
+        f"V{storage.code_size}"
+    )
     codes.flags.writeable = False
     return codes
 

@@ -47,7 +47,9 @@ class Allowed:
         """Which of some ids are members; negative ones and those beyond the bits are not."""
         inside = (ids >= 0) & (ids < 8 * len(self.bits))
         safe = np.where(inside, ids, 0)
-        held: NDArray[np.bool_] = inside & (self.bits[safe >> 3] >> (safe & 7).astype(np.uint8) & 1).astype(bool)
+        held: NDArray[np.bool_] = inside & (self.bits[safe >> 3] >> (safe & 7).astype(np.uint8) & 1).astype(
+            bool
+        )
         return held
 
 
@@ -59,7 +61,9 @@ class Index(Protocol):
         """How far the index's inner products may be from those of the stored vectors, where it claims to be exact."""
         ...
 
-    def search(self, queries: Vectors, k: int, *, allowed: Allowed | None = None, search: Search = PLAIN) -> NDArray[np.int64]:
+    def search(
+        self, queries: Vectors, k: int, *, allowed: Allowed | None = None, search: Search = PLAIN
+    ) -> NDArray[np.int64]:
         """Entry ids of the best `k` of each query, `[N, M]` int64, best first by the index's own arithmetic.
 
         M is at least k, or the number of entries there are to be found if that is less: an index that approximates may propose more
@@ -84,7 +88,9 @@ class NumpyIndex:
     def __init__(self, vectors: Vectors, entry_ids: NDArray[np.int64]) -> None:
         self.vectors, self.entry_ids = vectors, entry_ids
 
-    def search(self, queries: Vectors, k: int, *, allowed: Allowed | None = None, search: Search = PLAIN) -> NDArray[np.int64]:
+    def search(
+        self, queries: Vectors, k: int, *, allowed: Allowed | None = None, search: Search = PLAIN
+    ) -> NDArray[np.int64]:
         rows = slice(None) if allowed is None else np.flatnonzero(allowed.holds(self.entry_ids))
         ids = self.entry_ids[rows]
         similarities = queries @ self.vectors[rows].T

@@ -35,7 +35,9 @@ def names(p: Parse, doc: Any, common: frozenset[str]) -> list[Name]:
                 found.append(Name(first, last, entity.label_, CONFIDENCE["ner"]))
     taken = {i for name in found for i in range(name.first, name.last + 1)}
     words = [i for i in range(len(p)) if p.low[i].isalpha() and len(p.low[i]) > 3]
-    if 2 * sum(_capital(p, i) for i in words) <= len(words) + 2:  # where every word is capitalised, capitals say nothing
+    if (
+        2 * sum(_capital(p, i) for i in words) <= len(words) + 2
+    ):  # where every word is capitalised, capitals say nothing
         found.extend(_missed(p, taken, common))
     return _united(p, sorted(found, key=lambda name: name.first))
 
@@ -90,7 +92,9 @@ def _missed(p: Parse, taken: set[int], common: frozenset[str]) -> Iterator[Name]
         if _proper(p, i) and i not in taken:
             while last + 1 < len(p) and last + 1 not in taken and _proper(p, last + 1):
                 last += 1
-            counted = last == i and p.tag[i - 1] in ("CD", "JJ") and singular(p.low[i]) in common  # "Four Musicians"
+            counted = (
+                last == i and p.tag[i - 1] in ("CD", "JJ") and singular(p.low[i]) in common
+            )  # "Four Musicians"
             if not counted and not (last > i and _is_thing(p, i, last, common)):
                 yield Name(i, last, "", CONFIDENCE["capitals"])
         i = last + 1
@@ -98,4 +102,10 @@ def _missed(p: Parse, taken: set[int], common: frozenset[str]) -> Iterator[Name]
 
 def _proper(p: Parse, i: int) -> bool:
     begins = p.text[i - 1] in (".", "!", "?", ":", '"')
-    return p.tag[i] in ("NNP", "NNPS") and _capital(p, i) and len(p.low[i]) > 1 and singular(p.low[i]) not in lx.COMMONS and not begins
+    return (
+        p.tag[i] in ("NNP", "NNPS")
+        and _capital(p, i)
+        and len(p.low[i]) > 1
+        and singular(p.low[i]) not in lx.COMMONS
+        and not begins
+    )

@@ -23,7 +23,17 @@ UNPLACED = 0.5  # ... and one that cannot be found in the caption probably does
 
 _FACT = re.compile(r"\(([^()]*)\)")
 _MARKS = re.compile(r"\b(?:p?v:|:\d+)|:\d+")  # verb, passive and node marks of the model's longer output form
-_NUMBERS = {"2": "two", "3": "three", "4": "four", "5": "five", "6": "six", "7": "seven", "8": "eight", "9": "nine", "10": "ten"}
+_NUMBERS = {
+    "2": "two",
+    "3": "three",
+    "4": "four",
+    "5": "five",
+    "6": "six",
+    "7": "seven",
+    "8": "eight",
+    "9": "nine",
+    "10": "ten",
+}
 _log = logging.getLogger(__name__)
 
 
@@ -52,7 +62,12 @@ class FactualMiner:
         if min(batch_size, beams, max_chars, max_tokens) < 1:
             raise InvalidInput("batch_size, beams, max_chars and max_tokens are at least 1")
         self._model_name, self._device, self._batch = model, device, batch_size
-        self._beams, self._max_chars, self._max_tokens, self._relations = beams, max_chars, max_tokens, relations
+        self._beams, self._max_chars, self._max_tokens, self._relations = (
+            beams,
+            max_chars,
+            max_tokens,
+            relations,
+        )
         self._loaded: tuple[Any, Any, str] | None = None
         self.settings: Mapping[str, Any] = {
             "beams": beams,
@@ -93,7 +108,13 @@ class FactualMiner:
         import torch
 
         tokenizer, model, device = self._load()
-        batch = tokenizer([PROMPT + text for text in texts], padding=True, truncation=True, max_length=512, return_tensors="pt").to(device)
+        batch = tokenizer(
+            [PROMPT + text for text in texts],
+            padding=True,
+            truncation=True,
+            max_length=512,
+            return_tensors="pt",
+        ).to(device)
         with torch.inference_mode():
             ids = model.generate(
                 input_ids=batch["input_ids"],
@@ -114,8 +135,12 @@ class FactualMiner:
                 prepare_torchvision()
                 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
             except ModuleNotFoundError as error:
-                raise MissingExtra("the miner 'factual' needs torch and transformers: pip install 'tagstore[server]'") from error
-            device = ("cuda" if torch.cuda.is_available() else "cpu") if self._device == "auto" else self._device
+                raise MissingExtra(
+                    "the miner 'factual' needs torch and transformers: pip install 'tagstore[server]'"
+                ) from error
+            device = (
+                ("cuda" if torch.cuda.is_available() else "cpu") if self._device == "auto" else self._device
+            )
             try:
                 tokenizer = AutoTokenizer.from_pretrained(self._model_name)
                 model = AutoModelForSeq2SeqLM.from_pretrained(self._model_name)
@@ -131,7 +156,10 @@ class FactualMiner:
 
 def facts(graph: str) -> list[tuple[str, ...]]:
     """The facts of a generated graph, each once; one that was cut off at the end or has no sense is left out."""
-    found = (tuple(" ".join(_MARKS.sub("", part).split()) for part in fact.split(",")) for fact in _FACT.findall(graph))
+    found = (
+        tuple(" ".join(_MARKS.sub("", part).split()) for part in fact.split(","))
+        for fact in _FACT.findall(graph)
+    )
     return list(dict.fromkeys(fact for fact in found if len(fact) in (1, 3) and all(fact)))
 
 
@@ -143,7 +171,9 @@ def graph_tags(graph: str, c: Clean, caption: int, relations: bool) -> list[Tag]
         placed = [s for s in spans if s != (0, 0)]
         whole = len(placed) == len(spans)
         span = (min(s for s, _ in placed), max(e for _, e in placed)) if whole else (0, 0)
-        tags.setdefault((kind, canonical), Tag(text, kind, span, caption, SOURCE if whole else UNPLACED, canonical))
+        tags.setdefault(
+            (kind, canonical), Tag(text, kind, span, caption, SOURCE if whole else UNPLACED, canonical)
+        )
 
     for fact in facts(graph):
         subject = fact[0].lower()
@@ -155,12 +185,19 @@ def graph_tags(graph: str, c: Clean, caption: int, relations: bool) -> list[Tag]
         if verb == "is":
             said = _NUMBERS.get(other, other)
             if said not in ("1", "one"):
-                add(f"{other} {subject}", "attribute", f"{said} {singular(subject)}", [_place(other, c), here])
+                add(
+                    f"{other} {subject}", "attribute", f"{said} {singular(subject)}", [_place(other, c), here]
+                )
         else:
             there = _place(other, c)
             add(other, "object", singular(other), [there])
             if relations:
-                add(f"{subject} {verb} {other}", "relation", f"{singular(subject)} {verb} {singular(other)}", [here, there])
+                add(
+                    f"{subject} {verb} {other}",
+                    "relation",
+                    f"{singular(subject)} {verb} {singular(other)}",
+                    [here, there],
+                )
     return list(tags.values())
 
 

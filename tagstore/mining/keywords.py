@@ -24,7 +24,9 @@ class KeywordMiner:
 
     def __init__(self, *, column: str = "", separator: str = ",", max_chars: int = 20_000) -> None:
         if not separator:
-            raise InvalidInput("separator is empty: give what stands between two keywords, such as ',' or '|'")
+            raise InvalidInput(
+                "separator is empty: give what stands between two keywords, such as ',' or '|'"
+            )
         self._column, self._separator, self._max_chars = column, separator, max_chars
         self.settings: Mapping[str, Any] = {"column": column, "max_chars": max_chars, "separator": separator}
 
@@ -49,7 +51,9 @@ class KeywordMiner:
                 text = part.strip().lstrip("#").strip()
                 if _worth(text):
                     at = start + part.index(text)
-                    yield Tag(text, "custom", (at, at + len(text)), number, 1.0, " ".join(text.casefold().split()))
+                    yield Tag(
+                        text, "custom", (at, at + len(text)), number, 1.0, " ".join(text.casefold().split())
+                    )
                 start += len(part) + len(self._separator)
 
 

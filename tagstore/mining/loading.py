@@ -37,14 +37,19 @@ def load_miner(spec: str = "rules", **settings: Any) -> Miner:
         if not any(key in keys for keys in accepted):
             every = sorted(set().union(*accepted))
             raise InvalidInput(f"miner '{spec}' has no setting '{key}': it has {', '.join(every) or 'none'}")
-    parts = [maker(**{k: v for k, v in settings.items() if k in keys}) for maker, keys in zip(makers, accepted, strict=True)]
+    parts = [
+        maker(**{k: v for k, v in settings.items() if k in keys})
+        for maker, keys in zip(makers, accepted, strict=True)
+    ]
     return parts[0] if len(parts) == 1 else Composed(parts)
 
 
 def mine(captions: Iterable[str], spec: str = "rules", **settings: Any) -> Iterator[tuple[Tag, ...]]:
     """Tags of plain captions, one tuple a caption, in order: `load_miner(spec)` for text that has no image."""
     miner = load_miner(spec, **settings)
-    return miner.mine(Pair(key=str(number), image=b"", captions=(caption,)) for number, caption in enumerate(captions))
+    return miner.mine(
+        Pair(key=str(number), image=b"", captions=(caption,)) for number, caption in enumerate(captions)
+    )
 
 
 def _maker(name: str) -> Callable[..., Miner]:
@@ -54,7 +59,9 @@ def _maker(name: str) -> Callable[..., Miner]:
     others = {point.name: point for point in entry_points(group=GROUP)}
     if name in others:
         return cast(Callable[..., Miner], others[name].load())
-    raise InvalidInput(f"no miner '{name}': there are {', '.join(sorted({*SHIPPED, *others}))}; join several with '+'")
+    raise InvalidInput(
+        f"no miner '{name}': there are {', '.join(sorted({*SHIPPED, *others}))}; join several with '+'"
+    )
 
 
 def _parameters(maker: Callable[..., Miner]) -> frozenset[str]:

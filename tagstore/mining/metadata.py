@@ -12,7 +12,25 @@ from tagstore.types import Pair, Tag
 LONGEST = 80  # characters; longer values are texts, not tags
 PATIENCE = 1000  # pairs without a column that was asked for, before it is called unknown
 
-_NOTHING = frozenset({"", "na", "n/a", "nan", "none", "null", "nil", "-", "--", "?", "unknown", "other", "others", "undefined", "misc"})
+_NOTHING = frozenset(
+    {
+        "",
+        "na",
+        "n/a",
+        "nan",
+        "none",
+        "null",
+        "nil",
+        "-",
+        "--",
+        "?",
+        "unknown",
+        "other",
+        "others",
+        "undefined",
+        "misc",
+    }
+)
 
 
 class MetadataMiner:
@@ -27,16 +45,24 @@ class MetadataMiner:
     name = "metadata"
     version = "1"
 
-    def __init__(self, *, columns: str | Sequence[str] = (), templates: str | Sequence[str] = (), separator: str = "") -> None:
+    def __init__(
+        self, *, columns: str | Sequence[str] = (), templates: str | Sequence[str] = (), separator: str = ""
+    ) -> None:
         self._columns = _listed(columns)
         self._templates = [templates] if isinstance(templates, str) and templates else list(templates)
         self._separator = separator
         self._fields = {template: _fields(template) for template in self._templates}
-        self.settings: Mapping[str, Any] = {"columns": self._columns, "separator": separator, "templates": self._templates}
+        self.settings: Mapping[str, Any] = {
+            "columns": self._columns,
+            "separator": separator,
+            "templates": self._templates,
+        }
 
     def mine(self, pairs: Iterable[Pair]) -> Iterator[tuple[Tag, ...]]:
         """Tags of each pair, with caption -1 and no span; `label` is the column or the template."""
-        missing = dict.fromkeys([*self._columns, *(name for names in self._fields.values() for name in names)])
+        missing = dict.fromkeys(
+            [*self._columns, *(name for names in self._fields.values() for name in names)]
+        )
         seen: dict[str, None] = {}
         pairs_read = 0
         for pair in pairs:
@@ -74,7 +100,11 @@ class MetadataMiner:
                 continue
             for text in str(part).split(self._separator) if self._separator else [str(part)]:
                 text = " ".join(text.split())
-                if text.casefold() not in _NOTHING and len(text) <= LONGEST and not text.startswith(("http://", "https://", "www.")):
+                if (
+                    text.casefold() not in _NOTHING
+                    and len(text) <= LONGEST
+                    and not text.startswith(("http://", "https://", "www."))
+                ):
                     yield text
 
 
@@ -85,7 +115,9 @@ def _tag(text: str, label: str) -> Tag:
 def _is_text(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return bool(value) and all(_is_text(part) for part in value)
-    return isinstance(value, str) and any(c.isalpha() for c in value) and "/" not in value and "\\" not in value
+    return (
+        isinstance(value, str) and any(c.isalpha() for c in value) and "/" not in value and "\\" not in value
+    )
 
 
 def _listed(columns: str | Sequence[str]) -> list[str]:
@@ -97,13 +129,23 @@ def _fields(template: str) -> list[str]:
     try:
         parts = list(Formatter().parse(template))
     except ValueError as error:
-        raise InvalidInput(f"template '{template}': {error}. Write columns in braces, like '{{colour}} {{category}}'") from error
+        raise InvalidInput(
+            f"template '{template}': {error}. Write columns in braces, like '{{colour}} {{category}}'"
+        ) from error
     names = [name for _, name, spec, conversion in parts if name is not None]
-    if not names or any(not name or set(name) & set(".[") or spec or conversion for _, name, spec, conversion in parts if name is not None):
-        raise InvalidInput(f"template '{template}' needs plain column names in braces, like '{{colour}} {{category}}'")
+    if not names or any(
+        not name or set(name) & set(".[") or spec or conversion
+        for _, name, spec, conversion in parts
+        if name is not None
+    ):
+        raise InvalidInput(
+            f"template '{template}' needs plain column names in braces, like '{{colour}} {{category}}'"
+        )
     return names
 
 
 def _unknown(missing: Iterable[str], seen: Iterable[str]) -> InvalidInput:
     names = ", ".join(f"'{name}'" for name in missing)
-    return InvalidInput(f"no pair has a column {names}: there are {', '.join(sorted(seen)) or 'no columns at all'}")
+    return InvalidInput(
+        f"no pair has a column {names}: there are {', '.join(sorted(seen)) or 'no columns at all'}"
+    )

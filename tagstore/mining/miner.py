@@ -26,7 +26,12 @@ class Miner(Protocol):
 
 def identity(miner: Miner, rules: Rules) -> dict[str, Any]:
     """What a version records of how its tags came about: two that are equal give the same tags for the same captions."""
-    return {"name": miner.name, "version": miner.version, "settings": dict(miner.settings), "vocabulary": rules.digest}
+    return {
+        "name": miner.name,
+        "version": miner.version,
+        "settings": dict(miner.settings),
+        "vocabulary": rules.digest,
+    }
 
 
 def refuse(pair: Pair) -> Rejected | None:

@@ -45,7 +45,12 @@ def singular(word: str) -> str:
         return _IRREGULAR[word]
     if word.endswith("men") and len(word) > 4 and word not in _NO_MEN:
         return word[:-2] + "an"
-    if len(word) < 4 or not word.endswith("s") or word in _UNCHANGED or word.endswith(("ss", "'s", "ous", "sis")):
+    if (
+        len(word) < 4
+        or not word.endswith("s")
+        or word in _UNCHANGED
+        or word.endswith(("ss", "'s", "ous", "sis"))
+    ):
         return word
     if word.endswith(("sses", "shes", "ches", "xes", "zzes")):
         return word[:-2]

@@ -38,10 +38,17 @@ class Parse:
         # the part of a word whose head lies outside says what the whole depends on
         word_of = self.word_of
         leads = (
-            last if first is last else [next((j for j in range(i, first[i] - 1, -1) if word_of[heads[j]] != word_of[i]), i) for i in last]
+            last
+            if first is last
+            else [
+                next((j for j in range(i, first[i] - 1, -1) if word_of[heads[j]] != word_of[i]), i)
+                for i in last
+            ]
         )
 
-        self.text: list[str] = texts if first is last else [self.source[idx[first[i]] : ends[i]] for i in last]
+        self.text: list[str] = (
+            texts if first is last else [self.source[idx[first[i]] : ends[i]] for i in last]
+        )
         self.low: list[str] = [t.lower() for t in self.text]
         self.start: list[int] = idx if first is last else [idx[first[i]] for i in last]
         self.end: list[int] = ends if first is last else [ends[i] for i in last]

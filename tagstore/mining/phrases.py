@@ -6,11 +6,49 @@ from collections.abc import Iterator
 
 from tagstore.mining import lexicon as lx
 from tagstore.mining.parse import NOUNS, Parse
-from tagstore.mining.things import CONFIDENCE, Found, Thing, acts, content, is_head, measures, negated, thing_at, visible
+from tagstore.mining.things import (
+    CONFIDENCE,
+    Found,
+    Thing,
+    acts,
+    content,
+    is_head,
+    measures,
+    negated,
+    thing_at,
+    visible,
+)
 
-_DIGITS = {"2": "two", "3": "three", "4": "four", "5": "five", "6": "six", "7": "seven", "8": "eight", "9": "nine", "10": "ten"}
+_DIGITS = {
+    "2": "two",
+    "3": "three",
+    "4": "four",
+    "5": "five",
+    "6": "six",
+    "7": "seven",
+    "8": "eight",
+    "9": "nine",
+    "10": "ten",
+}
 _COPULAS = frozenset(
-    {"is", "are", "was", "were", "be", "being", "been", "'s", "'re", "looks", "look", "looking", "seems", "seem", "appears", "appear"}
+    {
+        "is",
+        "are",
+        "was",
+        "were",
+        "be",
+        "being",
+        "been",
+        "'s",
+        "'re",
+        "looks",
+        "look",
+        "looking",
+        "seems",
+        "seem",
+        "appears",
+        "appear",
+    }
 )
 _AGES = frozenset({"year", "years", "month", "months"})
 _HOLDERS = lx.CONTAINERS | lx.PARTITIVES
@@ -50,7 +88,9 @@ def _thing(p: Parse, thing: Thing, named: frozenset[int]) -> Iterator[Found]:
 def _joined(p: Parse, thing: Thing, first: int, last: int, pattern: str, folded: str) -> Found:
     words = " ".join(p.low[first : last + 1])
     start, end = min(p.start[first], p.start[thing.first]), max(p.end[last], p.end[thing.head])
-    return Found(f"{words} {thing.text}", "attribute", start, end, CONFIDENCE[pattern], f"{folded} {thing.folded}")
+    return Found(
+        f"{words} {thing.text}", "attribute", start, end, CONFIDENCE[pattern], f"{folded} {thing.folded}"
+    )
 
 
 def _phrase(p: Parse, outer: Thing, inner: Thing) -> Found:
@@ -66,7 +106,9 @@ def _count(p: Parse, i: int) -> int:
         if (
             p.dep[k] == "nummod"
             and k < i
-            and (number in lx.NUMBERS or (number.isascii() and number.isdigit() and 2 <= int(number[:4]) <= 99))
+            and (
+                number in lx.NUMBERS or (number.isascii() and number.isdigit() and 2 <= int(number[:4]) <= 99)
+            )
         ):
             return k
     return -1
@@ -75,10 +117,14 @@ def _count(p: Parse, i: int) -> int:
 def _attributes(p: Parse, thing: Thing) -> Iterator[tuple[int, int, str]]:
     """`(first word, last word, pattern)` of each adjective, participle or colour of a thing."""
     queue = [k for j in range(thing.first, thing.head + 1) for k in p.kids[j] if k < thing.first]
-    if thing.head + 1 < len(p) and acts(p, thing.head + 1):  # "a red scarf smiles": what hangs on the verb is the scarf's
+    if thing.head + 1 < len(p) and acts(
+        p, thing.head + 1
+    ):  # "a red scarf smiles": what hangs on the verb is the scarf's
         queue += [k for k in p.kids[thing.head + 1] if k < thing.first and p.dep[k] == "amod"]
     # "a green white engine", "a white metal fence": the first word may hang on the second
-    queue += [k for a in queue if p.low[a] in _LOOKS or p.tag[a] == "JJ" for k in p.kids[a] if p.dep[k] == "amod"]
+    queue += [
+        k for a in queue if p.low[a] in _LOOKS or p.tag[a] == "JJ" for k in p.kids[a] if p.dep[k] == "amod"
+    ]
     # "a red pair of scissors"
     queue += [k for measure in measures(p, thing.head) for k in p.kids[measure] if p.low[k] in lx.COLOURS]
     seen: set[int] = set()
@@ -86,10 +132,20 @@ def _attributes(p: Parse, thing: Thing) -> Iterator[tuple[int, int, str]]:
         if p.dep[k] not in _MODIFIERS or not _describes(p, k):
             continue
         for a in (k, *_conjuncts(p, k, thing.first)):
-            after = p.low[a + 1] if a + 1 < thing.first else ""  # "light blue", "bald headed": the first is no attribute of its own
-            shade = (p.low[a] in lx.SHADES and after in lx.COLOURS) or (after in lx.BARE and p.head[a] >= a + 1)
+            after = (
+                p.low[a + 1] if a + 1 < thing.first else ""
+            )  # "light blue", "bald headed": the first is no attribute of its own
+            shade = (p.low[a] in lx.SHADES and after in lx.COLOURS) or (
+                after in lx.BARE and p.head[a] >= a + 1
+            )
             first = _prefix(p, a)
-            if a not in seen and first >= 0 and not shade and _describes(p, a) and _touches(p, a, thing.first):
+            if (
+                a not in seen
+                and first >= 0
+                and not shade
+                and _describes(p, a)
+                and _touches(p, a, thing.first)
+            ):
                 seen.add(a)
                 yield first, a, "participle" if p.tag[a] in ("VBN", "VBG") else "attribute"
     for first, last, pattern in (*_participles(p, thing), *_predicates(p, thing)):
@@ -104,7 +160,9 @@ def _describes(p: Parse, a: int) -> bool:
         return False
     if low in lx.COLOURS or (low in lx.ADJECTIVES and dep in ("amod", "compound", "nmod")):
         return True
-    return tag in ("JJ", "JJR", "JJS", "VBN", "VBG", "VBD") or (dep == "amod" and tag == "RB" and not low.endswith("ly"))
+    return tag in ("JJ", "JJR", "JJS", "VBN", "VBG", "VBD") or (
+        dep == "amod" and tag == "RB" and not low.endswith("ly")
+    )
 
 
 def _touches(p: Parse, a: int, before: int) -> bool:
@@ -112,7 +170,8 @@ def _touches(p: Parse, a: int, before: int) -> bool:
     if p.tag[a] == "VBG" and a > 0 and p.is_noun(a - 1):  # "a man in uniform holding rifles"
         return False
     return p.low[p.head[a]] in lx.MEASURES or not any(
-        (p.tag[j] in ("NN", "NNS") and p.low[j] not in _BETWEEN and not j < p.head[j] < before) or p.tag[j] in ("VBZ", "VBP", "IN")
+        (p.tag[j] in ("NN", "NNS") and p.low[j] not in _BETWEEN and not j < p.head[j] < before)
+        or p.tag[j] in ("VBZ", "VBP", "IN")
         for j in range(a + 1, before)
     )
 
@@ -134,9 +193,20 @@ def _prefix(p: Parse, a: int) -> int:
         if p.low[j] in _AGES:
             return -1
         shade = p.low[a] in lx.COLOURS and p.low[j] in lx.SHADES and p.head[j] >= a
-        affixed = first == a and p.low[a] in lx.AFFIXED and p.head[j] >= a and p.tag[j] in ("JJ", "NN", "NNS", "NNP", "RB", "CD", "VBN")
+        affixed = (
+            first == a
+            and p.low[a] in lx.AFFIXED
+            and p.head[j] >= a
+            and p.tag[j] in ("JJ", "NN", "NNS", "NNP", "RB", "CD", "VBN")
+        )
         noun = p.head[j] == a and p.dep[j] in ("npadvmod", "compound", "nmod") and p.is_noun(j)
-        name = p.head[j] == a and p.tag[a][:2] == "JJ" and j > 0 and p.text[j][0].isupper() and p.text[a][0].isupper()  # "Middle Eastern"
+        name = (
+            p.head[j] == a
+            and p.tag[a][:2] == "JJ"
+            and j > 0
+            and p.text[j][0].isupper()
+            and p.text[a][0].isupper()
+        )  # "Middle Eastern"
         if not (shade or affixed or noun or name):
             break
         first = j
@@ -163,7 +233,9 @@ def _predicates(p: Parse, thing: Thing) -> Iterator[tuple[int, int, str]]:
     """Adjectives said of a thing: "the sky is blue", "a dog that is wet"."""
     verbs = [p.head[thing.head]] if p.dep[thing.head] == "nsubj" else []
     for k in p.kids[thing.head]:
-        if p.dep[k] == "relcl" and any(p.dep[s] == "nsubj" and p.low[s] in ("that", "which", "who") for s in p.kids[k]):
+        if p.dep[k] == "relcl" and any(
+            p.dep[s] == "nsubj" and p.low[s] in ("that", "which", "who") for s in p.kids[k]
+        ):
             verbs.append(k)
     for verb in verbs:
         if p.low[verb] not in _COPULAS or any(p.dep[k] == "neg" for k in p.kids[verb]):
@@ -172,5 +244,10 @@ def _predicates(p: Parse, thing: Thing) -> Iterator[tuple[int, int, str]]:
             if p.dep[k] == "acomp" and k > verb:
                 for a in (k, *_conjuncts(p, k, len(p))):
                     denied = any(p.dep[x] == "neg" for x in p.kids[a])
-                    if p.tag[a] in ("JJ", "VBN", "NN") and p.low[a].isalpha() and p.low[a] not in _SAYS_NOTHING and not denied:
+                    if (
+                        p.tag[a] in ("JJ", "VBN", "NN")
+                        and p.low[a].isalpha()
+                        and p.low[a] not in _SAYS_NOTHING
+                        and not denied
+                    ):
                         yield a, a, "predicate"

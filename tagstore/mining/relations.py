@@ -51,7 +51,13 @@ def _relation(p: Parse, subject: int, word: str, target: int, named: frozenset[i
     ends = []
     for i in (subject, target):
         thing = thing_at(p, i, named)
-        if not is_head(p, i) or acts(p, i) or negated(p, i) or not visible(p, thing) or p.low[i] in lx.MEASURES:
+        if (
+            not is_head(p, i)
+            or acts(p, i)
+            or negated(p, i)
+            or not visible(p, thing)
+            or p.low[i] in lx.MEASURES
+        ):
             return
         ends.append(thing)
     first, last = ends
@@ -64,7 +70,11 @@ def _subjects(p: Parse, verb: int) -> Iterator[int]:
     """Nouns that do what the verb at word `verb` says."""
     if p.dep[verb] in ("acl", "relcl") and p.is_noun(p.head[verb]) and p.tag[verb] != "VBN":
         yield p.head[verb]
-    if p.dep[verb] in ("conj", "advcl", "xcomp") and p.child(verb, "nsubj") < 0 and p.tag[p.head[verb]][:2] == "VB":
+    if (
+        p.dep[verb] in ("conj", "advcl", "xcomp")
+        and p.child(verb, "nsubj") < 0
+        and p.tag[p.head[verb]][:2] == "VB"
+    ):
         yield from _objects(p, p.head[verb], "nsubj")
     yield from _objects(p, verb, "nsubj")
 
@@ -93,12 +103,18 @@ def progressive(verb: str, tag: str) -> str:
     if tag == "VBZ" and verb.endswith("ies") and len(verb) > 4:
         base = verb[:-3] + "y"
     elif tag == "VBZ":
-        base = verb[:-2] if verb.endswith(("shes", "ches", "sses", "xes", "zzes", "oes")) else verb.removesuffix("s")
+        base = (
+            verb[:-2]
+            if verb.endswith(("shes", "ches", "sses", "xes", "zzes", "oes"))
+            else verb.removesuffix("s")
+        )
     elif tag not in ("VBP", "VB"):
         return verb
     if base.endswith("ie"):
         return base[:-2] + "ying"
     if base.endswith("e") and not base.endswith(("ee", "ye", "oe")):
         return base[:-1] + "ing"
-    doubled = 3 <= len(base) <= 4 and base[-1] not in "aeiouwxy" and base[-2] in "aeiou" and base[-3] not in "aeiou"
+    doubled = (
+        3 <= len(base) <= 4 and base[-1] not in "aeiouwxy" and base[-2] in "aeiou" and base[-3] not in "aeiou"
+    )
     return base + (base[-1] if doubled else "") + "ing"

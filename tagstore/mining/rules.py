@@ -80,7 +80,12 @@ class RuleMiner:
         while len(self._known) > REMEMBERED:
             self._known.popitem(last=False)
         return [
-            tuple(_moved(tag, n) for n, caption in enumerate(pair.captions) if isinstance(caption, str) for tag in tags[caption])
+            tuple(
+                _moved(tag, n)
+                for n, caption in enumerate(pair.captions)
+                if isinstance(caption, str)
+                for tag in tags[caption]
+            )
             for pair in block
         ]
 
@@ -138,7 +143,11 @@ def _english(text: str) -> bool:
 
 
 def _moved(tag: Tag, caption: int) -> Tag:
-    return tag if caption == 0 else Tag(tag.text, tag.kind, tag.span, caption, tag.score, tag.canonical, tag.label)
+    return (
+        tag
+        if caption == 0
+        else Tag(tag.text, tag.kind, tag.span, caption, tag.score, tag.canonical, tag.label)
+    )
 
 
 def _finished(found: Iterable[Found], c: Clean) -> Iterator[Tag]:

@@ -19,7 +19,19 @@ _ODD_WORDS = frozenset(
     }
 )  # fmt: skip
 _ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")
-_PLAIN = {"‘": "'", "’": "'", "‛": "'", "“": '"', "”": '"', "„": '"', "–": "-", "—": " - ", "‐": "-", "‑": "-", "…": "..."}
+_PLAIN = {
+    "‘": "'",
+    "’": "'",
+    "‛": "'",
+    "“": '"',
+    "”": '"',
+    "„": '"',
+    "–": "-",
+    "—": " - ",
+    "‐": "-",
+    "‑": "-",
+    "…": "...",
+}
 
 _PICTURE = (
     r"(?:pictures?|pics?|photos?|photographs?|photography|images?|snapshots?|shots?|views?|close[- ]?ups?|portraits?|illustrations?|"
@@ -39,7 +51,9 @@ _BOILERPLATE = re.compile(
             r"(?<!\w)[@#][\w-]+",  # handles and hashtags
             r"(?<!\S)\S{1,120}\.(?:jpe?g|png|gif|tiff?|webp|bmp)\b",
             r"\b(?:IMG|DSC[NF]?|DCIM|PICT|P\d)_?\d{3,}\b",
-            r"\b(?:royalty[- ]free|rights[- ]managed|hd|free)?[ -]*stock (?:footage|vectors?|" + _PICTURE + r")\b",
+            r"\b(?:royalty[- ]free|rights[- ]managed|hd|free)?[ -]*stock (?:footage|vectors?|"
+            + _PICTURE
+            + r")\b",
             r"\broyalty[- ]free(?: " + _PICTURE + r")?",
             r"\b(?:getty images|shutterstock|istock(?:photo)?|alamy|dreamstime|adobe stock)\b",
             r"(?:\(c\)|©|\bcopyright\b)[^.,;|]{0,60}",
@@ -135,6 +149,11 @@ def _plain(c: str) -> str:
 
 
 def _unshouted(text: str) -> str:
-    if text.isupper() and text.count(" ") >= 3 and sum(map(str.isalpha, text)) > 12 and len(text.lower()) == len(text):
+    if (
+        text.isupper()
+        and text.count(" ") >= 3
+        and sum(map(str.isalpha, text)) > 12
+        and len(text.lower()) == len(text)
+    ):
         return text.lower()
     return text

@@ -24,9 +24,13 @@ CONFIDENCE = {
 }
 
 _NEGATIONS = frozenset({"no", "not", "n't", "without", "never", "neither", "nor", "zero"})
-_LACK = frozenset({"without", "minus", "sans", "except", "lacking", "lack", "lacks", "absence", "unlike", "free"})
+_LACK = frozenset(
+    {"without", "minus", "sans", "except", "lacking", "lack", "lacks", "absence", "unlike", "free"}
+)
 _ONE = frozenset({"a", "an", "another", "this", "that", "each", "one"})
-_TAKING = frozenset({"take", "taking", "takes", "taken", "took", "get", "getting", "pose", "posing", "snapping"})
+_TAKING = frozenset(
+    {"take", "taking", "takes", "taken", "took", "get", "getting", "pose", "posing", "snapping"}
+)
 
 _SHOWING = frozenset({"shows", "show", "showing", "depicts", "depicting", "features", "captures"})
 
@@ -58,10 +62,17 @@ def is_head(p: Parse, i: int) -> bool:
         return False
     if i + 1 < len(p) and p.is_noun(i + 1):
         pair = f"{p.low[i]} {p.low[i + 1]}" in lx.LEXICAL or p.low[i] in lx.ADJECTIVES
-        if pair or (i > 0 and p.head[i] == i + 1 and f"{p.low[i - 1]} {p.low[i]}" in lx.LEXICAL):  # "hot dog stand"
+        if pair or (
+            i > 0 and p.head[i] == i + 1 and f"{p.low[i - 1]} {p.low[i]}" in lx.LEXICAL
+        ):  # "hot dog stand"
             return False
     head, dep = p.head[i], p.dep[i]
-    if dep in ("compound", "nmod", "amod") and head > i and p.is_noun(head) and not (head == i + 1 and acts(p, head)):
+    if (
+        dep in ("compound", "nmod", "amod")
+        and head > i
+        and p.is_noun(head)
+        and not (head == i + 1 and acts(p, head))
+    ):
         return False
     if p.low[i] in lx.COLOURS:  # "dressed in red" names no thing, "an orange" does
         return p.low[i] == "orange" and any(p.dep[k] in ("det", "amod", "compound") for k in p.kids[i])
@@ -82,9 +93,16 @@ def acts(p: Parse, i: int) -> bool:
     if low not in lx.VERBS_S:
         return False
     compound = any(p.dep[k] == "compound" and k == i - 1 for k in p.kids[i])
-    if compound and low in lx.VERBS_ONLY and i + 1 < len(p) and p.tag[i + 1] in ("IN", "DT", "RP", "PRP$", "RB"):
+    if (
+        compound
+        and low in lx.VERBS_ONLY
+        and i + 1 < len(p)
+        and p.tag[i + 1] in ("IN", "DT", "RP", "PRP$", "RB")
+    ):
         return True
-    return p.dep[i] not in ("pobj", "dobj") and not any(p.dep[k] in ("amod", "nummod", "compound", "det", "poss") for k in p.kids[i])
+    return p.dep[i] not in ("pobj", "dobj") and not any(
+        p.dep[k] in ("amod", "nummod", "compound", "det", "poss") for k in p.kids[i]
+    )
 
 
 def thing_at(p: Parse, i: int, named: frozenset[int] = frozenset()) -> Thing:
@@ -109,13 +127,20 @@ def _belongs(p: Parse, j: int, after: int, head: int) -> bool:
     if low in lx.COLOURS or low in lx.ADJECTIVES or not low[0].isalnum():
         return False
     named = low in lx.GERUNDS or singular(low) in lx.THINGS_ING
-    if low.endswith("ing") and not named and j > 0 and p.is_noun(j - 1):  # "soldiers in uniform holding rifles"
+    if (
+        low.endswith("ing") and not named and j > 0 and p.is_noun(j - 1)
+    ):  # "soldiers in uniform holding rifles"
         return False
     if p.dep[j] in ("compound", "nmod") and (p.is_noun(j) or p.tag[j] == "VBG"):
         return not (p.tag[j] == "VBG" and singular(p.low[head]) in lx.ANIMATE)
     if p.dep[j] == "amod" and p.tag[j] == "VBG":
         return low in lx.GERUNDS and singular(p.low[head]) not in lx.ANIMATE
-    return p.dep[j] == "amod" and p.tag[j] in ("NN", "NNP") and low.isalpha() and (named or not low.endswith("ing"))
+    return (
+        p.dep[j] == "amod"
+        and p.tag[j] in ("NN", "NNP")
+        and low.isalpha()
+        and (named or not low.endswith("ing"))
+    )
 
 
 def content(p: Parse, i: int) -> int:
@@ -131,7 +156,9 @@ def content(p: Parse, i: int) -> int:
 def measures(p: Parse, i: int) -> list[int]:
     """Words X of "X of Y" for Y at word `i`, where X only says how much of it there is."""
     of = p.head[i]
-    return [p.head[of]] if p.dep[i] == "pobj" and p.low[of] == "of" and p.low[p.head[of]] in lx.MEASURES else []
+    return (
+        [p.head[of]] if p.dep[i] == "pobj" and p.low[of] == "of" and p.low[p.head[of]] in lx.MEASURES else []
+    )
 
 
 def visible(p: Parse, thing: Thing) -> bool:
@@ -156,7 +183,11 @@ def negated(p: Parse, i: int) -> bool:
     """Whether the caption says that the thing at word `i` is not there."""
     own = False  # "no cars and a bench": a determiner of its own ends the reach of "no", though not of "without"
     for _ in range(4):
-        if not own and any(p.low[k] in _NEGATIONS for k in p.kids[i] if k < i and p.dep[k] in ("det", "neg", "preconj", "advmod", "cc")):
+        if not own and any(
+            p.low[k] in _NEGATIONS
+            for k in p.kids[i]
+            if k < i and p.dep[k] in ("det", "neg", "preconj", "advmod", "cc")
+        ):
             return True
         head, dep = p.head[i], p.dep[i]
         if head == i:
@@ -171,5 +202,9 @@ def negated(p: Parse, i: int) -> bool:
             return p.low[p.head[head]] in _LACK
         if dep in ("dobj", "attr", "oprd") and any(p.dep[k] == "neg" for k in p.kids[head]):
             return True
-        return dep == "nsubj" and any(p.low[k] == "any" for k in p.kids[i]) and any(p.dep[k] == "neg" for k in p.kids[head])
+        return (
+            dep == "nsubj"
+            and any(p.low[k] == "any" for k in p.kids[i])
+            and any(p.dep[k] == "neg" for k in p.kids[head])
+        )
     return False

@@ -17,7 +17,9 @@ SOURCE = 0.9  # a title says less surely than a sentence what belongs to what
 _WORD = re.compile(r"&|[^\W_](?:[\w.'’/-]*[\w'’.])?")
 _LINKS = frozenset({"and", "&", "of", "by", "the", "de", "la"})
 _STOP = frozenset({"with", "for", "from", "in", "on", "pack", "set", "combo"})
-_SENTENCE = frozenset({"a", "an", "is", "are", "was", "at", "to", "his", "her", "their", "its", "while", "near", "into"})
+_SENTENCE = frozenset(
+    {"a", "an", "is", "are", "was", "at", "to", "his", "her", "their", "its", "while", "near", "into"}
+)
 _NATURAL = {
     "man": "men",
     "mens": "men",
@@ -50,20 +52,30 @@ class Title:
 
     def _looks(self) -> bool:
         content = [w for w in self.text if w.lower() not in _LINKS | _STOP]
-        made_for = any(low in lx.GENDERS and self.text[i][0].isupper() for i, low in enumerate(self.low[1:4], 1))
+        made_for = any(
+            low in lx.GENDERS and self.text[i][0].isupper() for i, low in enumerate(self.low[1:4], 1)
+        )
         if len(content) < 3 or (not made_for and any(low in _SENTENCE for low in self.low)):
             return False
         if sum(not w[0].islower() for w in content) < 0.8 * len(content):
             return False
-        return any(low in lx.GENDERS or low in lx.COLOURS or low in lx.TINTS or low in lx.DESCRIPTORS for low in self.low)
+        return any(
+            low in lx.GENDERS or low in lx.COLOURS or low in lx.TINTS or low in lx.DESCRIPTORS
+            for low in self.low
+        )
 
     def _head(self) -> int:
         """The word that names the product: the last known one before "with ..." or "pack of ...", or, after a gender, the last word."""
-        stop = next((i for i, low in enumerate(self.low) if i > 1 and low in _STOP and self.low[i + 1 : i + 2] != []), len(self.low))
+        stop = next(
+            (i for i, low in enumerate(self.low) if i > 1 and low in _STOP and self.low[i + 1 : i + 2] != []),
+            len(self.low),
+        )
         if stop < len(self.low) and self.low[stop] == "set" and self.low[stop + 1] != "of":
             stop = len(self.low)
         for i in range(stop - 1, 0, -1):
-            if self.low[i] in lx.PRODUCTS and not (self.low[i] in lx.TINTS and i + 1 < stop and self.low[i + 1] in lx.PRODUCTS):
+            if self.low[i] in lx.PRODUCTS and not (
+                self.low[i] in lx.TINTS and i + 1 < stop and self.low[i + 1] in lx.PRODUCTS
+            ):
                 return i
         if not any(low in lx.GENDERS for low in self.low[1:]):
             return -1
@@ -73,11 +85,20 @@ class Title:
         return -1
 
     def _marks(self, i: int) -> bool:
-        return any(self.low[i] in words for words in (lx.GENDERS, lx.COLOURS, lx.TINTS, lx.DESCRIPTORS, lx.PARTS))
+        return any(
+            self.low[i] in words for words in (lx.GENDERS, lx.COLOURS, lx.TINTS, lx.DESCRIPTORS, lx.PARTS)
+        )
 
     def brand(self) -> int:
         """How many words at the beginning are the brand; 0 if the title begins with what it describes."""
-        marker = next((i for i in range(1, self.head + 1) if self._marks(i) or self.text[i][0].isdigit() or i == self.head), self.head)
+        marker = next(
+            (
+                i
+                for i in range(1, self.head + 1)
+                if self._marks(i) or self.text[i][0].isdigit() or i == self.head
+            ),
+            self.head,
+        )
         if self.low[0] in lx.GENDERS | lx.DESCRIPTORS or (self._marks(0) and marker == 1):
             return 0
         while marker > 1 and self.low[marker - 1] in lx.SHADES | _LINKS:
@@ -110,11 +131,17 @@ def title_phrases(t: Title) -> Iterator[Found]:
             i += 1
             continue
         last = i
-        if low in lx.SHADES and i + 1 < len(t.low) and (t.low[i + 1] in lx.COLOURS or t.low[i + 1] == "white"):
+        if (
+            low in lx.SHADES
+            and i + 1 < len(t.low)
+            and (t.low[i + 1] in lx.COLOURS or t.low[i + 1] == "white")
+        ):
             last = i + 1
         words = " ".join(t.low[i : last + 1])
         if low in lx.GENDERS:
-            words = _NATURAL.get(low.removesuffix("'s").removesuffix("'"), low.removesuffix("'s").removesuffix("'"))
+            words = _NATURAL.get(
+                low.removesuffix("'s").removesuffix("'"), low.removesuffix("'s").removesuffix("'")
+            )
         described = last > i or (t._marks(i) and t.low[i + 1 : i + 2] != ["up"])
         part = _part(t, last, first)
         if described and low not in lx.PARTS and words not in seen:
@@ -138,6 +165,19 @@ def _part(t: Title, last: int, first: int) -> int:
 
 def _said(t: Title, i: int, last: int, first: int, head: int, words: str) -> Found:
     name = " ".join(t.low[first : head + 1])
-    shown = f"{words}'s" if words in ("men", "women") else f"{words}'" if words in ("boys", "girls", "kids") else words
+    shown = (
+        f"{words}'s"
+        if words in ("men", "women")
+        else f"{words}'"
+        if words in ("boys", "girls", "kids")
+        else words
+    )
     start, end = min(t.start[i], t.start[first]), max(t.end[last], t.end[head])
-    return Found(f"{shown} {name}", "attribute", start, end, SOURCE * CONFIDENCE["attribute"], f"{words} {singular(name)}")
+    return Found(
+        f"{shown} {name}",
+        "attribute",
+        start,
+        end,
+        SOURCE * CONFIDENCE["attribute"],
+        f"{words} {singular(name)}",
+    )

@@ -90,15 +90,21 @@ class Rules:
             text = tag.text if canonical == tag.canonical else canonical
             same = kept.get((tag.kind, canonical))
             if same is None:
-                kept[tag.kind, canonical] = MergedTag(text, tag.kind, canonical, tag.score, tag.count, tag.provenance)
+                kept[tag.kind, canonical] = MergedTag(
+                    text, tag.kind, canonical, tag.score, tag.count, tag.provenance
+                )
             else:
                 shown = text if tag.count > same.count else same.text
                 score, count = max(tag.score, same.score), tag.count + same.count
-                kept[tag.kind, canonical] = MergedTag(shown, tag.kind, canonical, score, count, same.provenance + tag.provenance)
+                kept[tag.kind, canonical] = MergedTag(
+                    shown, tag.kind, canonical, score, count, same.provenance + tag.provenance
+                )
         return tuple(kept.values())
 
 
-def load_rules(stoplist: str | Path | None = None, synonyms: str | Path | None = None, minimum: int = 1) -> Rules:
+def load_rules(
+    stoplist: str | Path | None = None, synonyms: str | Path | None = None, minimum: int = 1
+) -> Rules:
     """Rules from a stop list and a synonym file; None takes the shipped one, "" none at all.
 
     Raises `NotFound` for a missing file, `InvalidInput` (with file and line) for one that cannot be read.
@@ -127,7 +133,9 @@ def language(text: str) -> str:
     for c in text:
         if c.isalpha():
             name = unicodedata.name(c, "").split(" ", 1)[0].split("-", 1)[0]
-            scripts["Latn" if name in ("LATIN", "FULLWIDTH") or c.isascii() else _SCRIPTS.get(name, "Zyyy")] += 1
+            scripts[
+                "Latn" if name in ("LATIN", "FULLWIDTH") or c.isascii() else _SCRIPTS.get(name, "Zyyy")
+            ] += 1
     if not scripts:
         return "zxx"
     script = scripts.most_common(1)[0][0]
@@ -180,7 +188,9 @@ def compare(before: Iterable[Record], after: Iterable[Record]) -> Difference:
     """New, vanished and changed tags between two vocabularies; a tag is its kind and text."""
     old = {(r.kind, r.text): r for r in before}
     now = {(r.kind, r.text): r for r in after}
-    changed = [(r, r.count - old[key].count) for key, r in now.items() if key in old and r.count != old[key].count]
+    changed = [
+        (r, r.count - old[key].count) for key, r in now.items() if key in old and r.count != old[key].count
+    ]
     return Difference(
         new=_by_count(r for key, r in now.items() if key not in old),
         vanished=_by_count(r for key, r in old.items() if key not in now),
@@ -197,7 +207,9 @@ def _lines(path: str | Path | None, shipped: str) -> tuple[str, list[tuple[int, 
     if path == "":
         return "", []
     try:
-        text = (files("tagstore.mining").joinpath("data", shipped) if path is None else Path(path)).read_text(encoding="utf-8")
+        text = (files("tagstore.mining").joinpath("data", shipped) if path is None else Path(path)).read_text(
+            encoding="utf-8"
+        )
     except FileNotFoundError as error:
         raise NotFound(f"no file '{path}'") from error
     except UnicodeDecodeError as error:
@@ -211,7 +223,9 @@ def _stoplist(name: str, lines: Sequence[tuple[int, str]]) -> frozenset[tuple[st
     for number, line in lines:
         kind, colon, text = (part.strip() for part in line.casefold().partition(":"))
         if colon and kind not in KINDS:
-            raise InvalidInput(f"{name}, line {number}: '{kind}' is no kind of tag; there are {', '.join(KINDS)}")
+            raise InvalidInput(
+                f"{name}, line {number}: '{kind}' is no kind of tag; there are {', '.join(KINDS)}"
+            )
         stop.add((kind, text) if colon else ("", kind))
     return frozenset(stop)
 
@@ -221,7 +235,9 @@ def _synonyms(name: str, lines: Sequence[tuple[int, str]]) -> dict[str, str]:
     for number, line in lines:
         parts = [" ".join(part.casefold().split()) for part in line.split("\t")]
         if len(parts) != 2 or not all(parts):
-            raise InvalidInput(f"{name}, line {number}: expected a variant, one TAB and the preferred form, got {line!r}")
+            raise InvalidInput(
+                f"{name}, line {number}: expected a variant, one TAB and the preferred form, got {line!r}"
+            )
         if said.setdefault(parts[0], parts[1]) != parts[1]:
             raise InvalidInput(f"{name}, line {number}: '{parts[0]}' already stands for '{said[parts[0]]}'")
     resolved = {}

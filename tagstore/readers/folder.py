@@ -32,7 +32,9 @@ def read_folder(folder: Path, options: Options) -> Iterator[Pair | Rejected]:
             continue
         for stem, group in groupby(sorted(map(os.path.splitext, found)), lambda split: split[0]):
             names = [stem + suffix for _, suffix in group]
-            yield from _pairs_of(inner, [name for name in names if _suffix(name) in IMAGE_SUFFIXES], names, options)
+            yield from _pairs_of(
+                inner, [name for name in names if _suffix(name) in IMAGE_SUFFIXES], names, options
+            )
 
 
 def has_images(folder: Path) -> bool:
@@ -62,17 +64,23 @@ def _walk(folder: Path, above: tuple[str, ...]) -> Iterator[tuple[Path, list[str
             yield from _walk(folder / name, (*above, real))
 
 
-def _pairs_of(folder: Path, images: list[str], names: list[str], options: Options) -> Iterator[Pair | Rejected]:
+def _pairs_of(
+    folder: Path, images: list[str], names: list[str], options: Options
+) -> Iterator[Pair | Rejected]:
     """What becomes of the files that share a stem."""
     captions = next((name for name in names if _suffix(name) == "txt"), None)
     if not images and captions is not None:
         path = folder / captions
-        yield rejected(key_of_path(captions, folder, options.root), "no image: a caption file stands alone", str(path))
+        yield rejected(
+            key_of_path(captions, folder, options.root), "no image: a caption file stands alone", str(path)
+        )
     for image in images:
         path, key = folder / image, key_of_path(image, folder, options.root)
         try:
             if image != images[0]:
-                raise RecordError(f"two images have the same key: {images[0]} is used, {image} is not, rename one")
+                raise RecordError(
+                    f"two images have the same key: {images[0]} is used, {image} is not, rename one"
+                )
             if captions is None:
                 raise RecordError("no caption file: a .txt of the image's name is expected")
             texts = caption_texts([caption_lines(fetch(folder / captions, MAX_TEXT_BYTES), captions)])

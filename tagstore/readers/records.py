@@ -23,7 +23,17 @@ MAX_TEXT_BYTES = 16 * 2**20
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "jpe", "png", "webp", "gif", "bmp", "tif", "tiff"})
 
 # Tried in this order, in any case; all names of the first group of captions that is there are taken.
-_IMAGE_NAMES = ("image", "image_path", "file", "filename", "file_name", "filepath", "file_path", "path", "img")
+_IMAGE_NAMES = (
+    "image",
+    "image_path",
+    "file",
+    "filename",
+    "file_name",
+    "filepath",
+    "file_path",
+    "path",
+    "img",
+)
 _CAPTION_NAMES = (
     ("caption", "captions"),
     ("text", "texts"),
@@ -89,21 +99,40 @@ def choose(columns: Columns, names: Iterable[str], where: str) -> Chosen:
             raise UnknownColumn(f"{where}: no column '{asked}'; there are: {_listed(names)}")
     image = columns.image or next((lowered[name] for name in _IMAGE_NAMES if name in lowered), None)
     if image is None:
-        hint = " (a set of URLs has to be downloaded first, with img2dataset for example)" if "url" in lowered else ""
-        raise UnknownColumn(f"{where}: which column holds the image? There are: {_listed(names)}{hint}. Name it with --image-column")
+        hint = (
+            " (a set of URLs has to be downloaded first, with img2dataset for example)"
+            if "url" in lowered
+            else ""
+        )
+        raise UnknownColumn(
+            f"{where}: which column holds the image? There are: {_listed(names)}{hint}. Name it with --image-column"
+        )
     captions = columns.captions or default_captions(names)
     if not captions:
-        raise UnknownColumn(f"{where}: which column holds the caption? There are: {_listed(names)}. Name it with --caption-column")
-    return Chosen(image, captions, columns.key or next((lowered[name] for name in _KEY_NAMES if name in lowered), None))
+        raise UnknownColumn(
+            f"{where}: which column holds the caption? There are: {_listed(names)}. Name it with --caption-column"
+        )
+    return Chosen(
+        image, captions, columns.key or next((lowered[name] for name in _KEY_NAMES if name in lowered), None)
+    )
 
 
 def default_captions(names: Iterable[str]) -> tuple[str, ...]:
     """The columns that hold captions by their usual names; empty if none does."""
     lowered = {name.lower(): name for name in names}
-    return next((found for group in _CAPTION_NAMES if (found := tuple(lowered[name] for name in group if name in lowered))), ())
+    return next(
+        (
+            found
+            for group in _CAPTION_NAMES
+            if (found := tuple(lowered[name] for name in group if name in lowered))
+        ),
+        (),
+    )
 
 
-def row_to_pair(row: Mapping[str, Any], chosen: Chosen, file: Path, number: int, options: Options) -> Pair | Rejected:
+def row_to_pair(
+    row: Mapping[str, Any], chosen: Chosen, file: Path, number: int, options: Options
+) -> Pair | Rejected:
     """A row of a table (csv, json lines, parquet) as a pair; `number` counts from 1 and is what messages and keyless rows are called by."""
     origin = f"{file}:{number}"
     key = f"{key_of_path(file.name, file.parent, options.root)}:{number}"
@@ -115,8 +144,14 @@ def row_to_pair(row: Mapping[str, Any], chosen: Chosen, file: Path, number: int,
         if chosen.key is None and path is not None:
             key = key_of_path(path, file.parent, options.root)
         captions = caption_texts(row.get(name) for name in chosen.captions)
-        data = _embedded(image, options.max_image_bytes) if path is None else _fetch_inside(path, file.parent, options)
-        return Pair(key, data, captions, metadata_of(row, {chosen.image, chosen.key, *chosen.captions}), origin)
+        data = (
+            _embedded(image, options.max_image_bytes)
+            if path is None
+            else _fetch_inside(path, file.parent, options)
+        )
+        return Pair(
+            key, data, captions, metadata_of(row, {chosen.image, chosen.key, *chosen.captions}), origin
+        )
     except RecordError as error:
         return rejected(key, str(error), origin)
 
@@ -144,7 +179,9 @@ def caption_lines(data: bytes, name: str) -> list[str]:
     try:
         return data.decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
-        raise RecordError(f"not UTF-8: {name} has byte 0x{data[error.start]:02x} at offset {error.start}, convert it") from None
+        raise RecordError(
+            f"not UTF-8: {name} has byte 0x{data[error.start]:02x} at offset {error.start}, convert it"
+        ) from None
 
 
 def rejected(key: str, reason: str, origin: str) -> Rejected:
@@ -162,7 +199,9 @@ def fetch(path: Path, limit: int) -> bytes:
     except (OSError, ValueError) as error:
         if isinstance(error, FileNotFoundError):
             raise RecordError(f"a file is missing: {path.name}") from None
-        raise RecordError(f"a file cannot be read: {path.name} ({getattr(error, 'strerror', None) or error})") from None
+        raise RecordError(
+            f"a file cannot be read: {path.name} ({getattr(error, 'strerror', None) or error})"
+        ) from None
     check_size(len(data), limit, path.name)
     return data
 
@@ -182,7 +221,11 @@ def key_of_path(path: str, folder: Path, root: Path) -> str:
 def metadata_of(row: Mapping[str, Any], without: Iterable[str | None] = ()) -> dict[str, Any]:
     """The other columns as JSON values; bytes (further images, embeddings) are left out."""
     skipped = set(without)
-    return {name: json_value(value) for name, value in row.items() if name not in skipped and not isinstance(value, bytes)}
+    return {
+        name: json_value(value)
+        for name, value in row.items()
+        if name not in skipped and not isinstance(value, bytes)
+    }
 
 
 def json_value(value: Any, depth: int = 0) -> Any:
@@ -197,7 +240,11 @@ def json_value(value: Any, depth: int = 0) -> Any:
         case str():
             return value if _is_unicode(value) else value.encode("utf-8", "replace").decode()
         case Mapping():
-            return {str(name): json_value(item, depth + 1) for name, item in value.items() if not isinstance(item, bytes)}
+            return {
+                str(name): json_value(item, depth + 1)
+                for name, item in value.items()
+                if not isinstance(item, bytes)
+            }
         case list() | tuple():
             return [json_value(item, depth + 1) for item in value if not isinstance(item, bytes)]
     return str(value)
@@ -205,14 +252,18 @@ def json_value(value: Any, depth: int = 0) -> Any:
 
 def _unwrapped(image: Any) -> str | bytes:
     """The path, base64 or bytes of an image column's value."""
-    if isinstance(image, Mapping) and ("bytes" in image or "path" in image):  # as Hugging Face's datasets write images
+    if isinstance(image, Mapping) and (
+        "bytes" in image or "path" in image
+    ):  # as Hugging Face's datasets write images
         image = image["bytes"] if image.get("bytes") is not None else image.get("path")
     if image is None or image == "":
         raise RecordError("no image")
     if not isinstance(image, str | bytes):
         raise RecordError(f"the image is not a path, bytes or base64: it is of type {type(image).__name__}")
     if isinstance(image, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", image):
-        raise RecordError(f"the image is a URL: {image[:80]}, download it first, with img2dataset for example")
+        raise RecordError(
+            f"the image is a URL: {image[:80]}, download it first, with img2dataset for example"
+        )
     return image
 
 
@@ -242,7 +293,9 @@ def _fetch_inside(path: str, folder: Path, options: Options) -> bytes:
     except ValueError as error:
         raise RecordError(f"the image's path cannot be used: {error}") from None
     if not options.allow_outside and os.path.commonpath((target, home)) != home:
-        raise RecordError(f"the image's path leads out of the source's folder: {path[:80]}, allow it with --allow-outside if you trust it")
+        raise RecordError(
+            f"the image's path leads out of the source's folder: {path[:80]}, allow it with --allow-outside if you trust it"
+        )
     return fetch(Path(target), options.max_image_bytes)
 
 
@@ -251,7 +304,9 @@ def key_in(value: Any, column: str) -> str:
     if value is None or value == "":
         raise RecordError(f"no key: column '{column}' is empty")
     if isinstance(value, bool) or not isinstance(value, str | int):
-        raise RecordError(f"the key is not a text or an integer: column '{column}' is of type {type(value).__name__}")
+        raise RecordError(
+            f"the key is not a text or an integer: column '{column}' is of type {type(value).__name__}"
+        )
     if not _is_unicode(key := str(value)):
         raise RecordError(f"not UTF-8: the key in column '{column}'")
     return key

@@ -59,13 +59,19 @@ def locate(source: str, format: str | None = None) -> Located:
     files = _expand(source)
     folders = [str(file) for file in files if file.is_dir()]
     if folders:
-        raise InvalidInput(f"{source}: the pattern matches folders ({', '.join(folders[:3])}): give one folder, or a pattern of files")
+        raise InvalidInput(
+            f"{source}: the pattern matches folders ({', '.join(folders[:3])}): give one folder, or a pattern of files"
+        )
     return Located(format or _format_of(files), _fixed_part(source), tuple(files))
 
 
 def _locate_folder(folder: Path, format: str | None) -> Located:
     try:
-        names = sorted(entry.name for entry in os.scandir(folder) if not entry.name.startswith(".") and not entry.is_dir())
+        names = sorted(
+            entry.name
+            for entry in os.scandir(folder)
+            if not entry.name.startswith(".") and not entry.is_dir()
+        )
     except OSError as error:
         raise InvalidInput(f"{folder}: the folder cannot be read ({error.strerror})") from None
     tables = {
@@ -96,7 +102,9 @@ def _locate_folder(folder: Path, format: str | None) -> Located:
         listed = [file.name for files in found.values() for file in files]
         also = [f"images with caption files such as {captioned}"] if captioned else []
         what = ", ".join([*listed[:10], *(["…"] if len(listed) > 10 else []), *also])
-        raise InvalidInput(f"{folder}: there is more than one source in it ({what}): give the file itself, or name one with --format")
+        raise InvalidInput(
+            f"{folder}: there is more than one source in it ({what}): give the file itself, or name one with --format"
+        )
     return Located(kind, folder, tuple(files))
 
 
@@ -112,13 +120,22 @@ def _is_image(name: str) -> bool:
 
 def _format_of(files: list[Path]) -> str:
     formats = {
-        next((kind for kind, suffixes in _SUFFIXES.items() if file.name.lower().endswith(suffixes)), None): file for file in reversed(files)
+        next(
+            (kind for kind, suffixes in _SUFFIXES.items() if file.name.lower().endswith(suffixes)), None
+        ): file
+        for file in reversed(files)
     }
     if len(formats) > 1:
-        raise InvalidInput(f"files of different formats ({', '.join(file.name for file in formats.values())}): name one with --format")
+        raise InvalidInput(
+            f"files of different formats ({', '.join(file.name for file in formats.values())}): name one with --format"
+        )
     ((kind, file),) = formats.items()
     if kind is None:
-        hint = "give the folder it lies in" if _is_image(file.name) else f"name one of {', '.join(FORMATS)} with --format"
+        hint = (
+            "give the folder it lies in"
+            if _is_image(file.name)
+            else f"name one of {', '.join(FORMATS)} with --format"
+        )
         raise InvalidInput(f"{file}: its format isn't known by its name: {hint}")
     return kind
 
@@ -133,7 +150,9 @@ def _expand(source: str) -> list[Path]:
         missing += [] if found else [pattern]
         files += map(Path, found)
     if missing:
-        raise NotFound(f"{source}: nothing there for {', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}")
+        raise NotFound(
+            f"{source}: nothing there for {', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}"
+        )
     return list(dict.fromkeys(files))
 
 

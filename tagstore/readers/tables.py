@@ -31,7 +31,11 @@ def read_csv(file: Path, options: Options) -> Iterator[Pair | Rejected]:
 
 def read_tsv(file: Path, options: Options) -> Iterator[Pair | Rejected]:
     """As CSV with tabs, but a line is a row: captions beginning with a quotation mark are common in such files, quoted line breaks not."""
-    return _read_rows(file, options, lambda lines: ([_unquoted(field) for field in line.rstrip("\r\n").split("\t")] for line in lines))
+    return _read_rows(
+        file,
+        options,
+        lambda lines: ([_unquoted(field) for field in line.rstrip("\r\n").split("\t")] for line in lines),
+    )
 
 
 def _unquoted(field: str) -> str:
@@ -39,7 +43,9 @@ def _unquoted(field: str) -> str:
     return field[1:-1].replace('""', '"') if re.fullmatch(r'"([^"]|"")*"', field) else field
 
 
-def _read_rows(file: Path, options: Options, parse: Callable[[_Lines], Iterator[list[str]]]) -> Iterator[Pair | Rejected]:
+def _read_rows(
+    file: Path, options: Options, parse: Callable[[_Lines], Iterator[list[str]]]
+) -> Iterator[Pair | Rejected]:
     with _open_text(file) as text:
         lines = _Lines(text, options)
         rows = parse(lines)
@@ -48,7 +54,9 @@ def _read_rows(file: Path, options: Options, parse: Callable[[_Lines], Iterator[
         except csv.Error as error:
             raise InvalidInput(f"{file}: not a table ({error})") from None
         if not any(header) or lines.trouble:
-            raise InvalidInput(f"{file}: {lines.trouble or 'empty, not even a line with the names of the columns'}")
+            raise InvalidInput(
+                f"{file}: {lines.trouble or 'empty, not even a line with the names of the columns'}"
+            )
         if len(set(header)) < len(header):
             raise InvalidInput(f"{file}: two columns have the same name ({', '.join(header)}): rename one")
         chosen = choose(options.columns, header, f"{file} (its first line names the columns)")
@@ -59,14 +67,22 @@ def _read_rows(file: Path, options: Options, parse: Callable[[_Lines], Iterator[
             except StopIteration:
                 break
             except csv.Error as error:
-                yield _rejected(file, number, f"not CSV: {error} in lines {number} to {lines.number}, is a quote left open or not doubled?")
+                yield _rejected(
+                    file,
+                    number,
+                    f"not CSV: {error} in lines {number} to {lines.number}, is a quote left open or not doubled?",
+                )
                 continue
             if not any(row):
                 continue
             if any(map(_not_utf8, row)):
                 yield _rejected(file, number, _ENCODING)
             elif len(row) != len(header):
-                yield _rejected(file, number, f"wrong number of fields: the row has {len(row)}, the first line names {len(header)}")
+                yield _rejected(
+                    file,
+                    number,
+                    f"wrong number of fields: the row has {len(row)}, the first line names {len(header)}",
+                )
             else:
                 yield row_to_pair(dict(zip(header, row, strict=True)), chosen, file, number, options)
         if lines.trouble:
@@ -85,11 +101,15 @@ def read_jsonl(file: Path, options: Options) -> Iterator[Pair | Rejected]:
                 break
         names = dict.fromkeys(name for _, record in window if isinstance(record, dict) for name in record)
         if not names:
-            reason = next((record.reason for _, record in window if isinstance(record, Rejected)), lines.trouble)
+            reason = next(
+                (record.reason for _, record in window if isinstance(record, Rejected)), lines.trouble
+            )
             raise InvalidInput(f"{file}: {reason or 'empty'}")
         chosen = choose(options.columns, names, str(file))
         for number, record in chain(window, records):
-            yield record if isinstance(record, Rejected) else row_to_pair(record, chosen, file, number, options)
+            yield (
+                record if isinstance(record, Rejected) else row_to_pair(record, chosen, file, number, options)
+            )
         if lines.trouble:
             yield _rejected(file, lines.number + 1, lines.trouble)
 
@@ -98,7 +118,9 @@ def _objects(file: Path, lines: _Lines) -> Iterator[tuple[int, dict[str, Any] | 
     for line in lines:
         number = lines.number
         if number == 1 and line.lstrip().startswith("["):
-            raise InvalidInput(f"{file}: a JSON array, not JSON Lines (one object a line): convert it, with jq -c '.[]' for example")
+            raise InvalidInput(
+                f"{file}: a JSON array, not JSON Lines (one object a line): convert it, with jq -c '.[]' for example"
+            )
         if not line.strip():
             continue
         if _not_utf8(line):
@@ -111,7 +133,9 @@ def _objects(file: Path, lines: _Lines) -> Iterator[tuple[int, dict[str, Any] | 
             continue
         yield (
             number,
-            value if isinstance(value, dict) else _rejected(file, number, f"not a JSON object: it is of type {type(value).__name__}"),
+            value
+            if isinstance(value, dict)
+            else _rejected(file, number, f"not a JSON object: it is of type {type(value).__name__}"),
         )
 
 
@@ -130,12 +154,12 @@ class _Lines:
             try:
                 line = self.text.readline(self.limit)
             except _UNREADABLE as error:
-                self.trouble = f"damaged or cut off: what came before line {self.number + 1} is used ({error})"
+                self.trouble = (
+                    f"damaged or cut off: what came before line {self.number + 1} is used ({error})"
+                )
                 return
             if len(line) == self.limit:
-                self.trouble = (
-                    f"larger than the limit: line {self.number + 1} has more than {self.limit:,} characters, what came before is used"
-                )
+                self.trouble = f"larger than the limit: line {self.number + 1} has more than {self.limit:,} characters, what came before is used"
                 return
             if not line:
                 return
@@ -152,7 +176,9 @@ def _open_text(file: Path) -> IO[str]:
     except _UNREADABLE as error:
         raise InvalidInput(f"{file}: cannot be read ({error})") from None
     if head.startswith((b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")):
-        raise InvalidInput(f"{file}: UTF-16 or UTF-32, and UTF-8 is expected: convert it, with iconv -f utf-16 -t utf-8 for example")
+        raise InvalidInput(
+            f"{file}: UTF-16 or UTF-32, and UTF-8 is expected: convert it, with iconv -f utf-16 -t utf-8 for example"
+        )
     # Bytes that are no UTF-8 become lone surrogates, so that the row they stand in is rejected and not the file.
     return cast("IO[str]", opener(file, "rt", encoding="utf-8-sig", errors="surrogateescape", newline=""))
 

@@ -134,12 +134,16 @@ class _Sample:
                     message = f"no field '{name}': the json of '{key}' has {', '.join(fields) or 'none'}"
                     raise UnknownColumn(f"{file}: {message}") if first else RecordError(message)
             # A title is a caption only where nothing calls itself one.
-            captions = asked or default_captions({"caption", "captions"} & fields.keys() if self.text else fields)
+            captions = asked or default_captions(
+                {"caption", "captions"} & fields.keys() if self.text else fields
+            )
             lines = caption_lines(self.text, f"{key}.txt") if not asked or "txt" in asked else []
             texts = caption_texts([lines, *(fields.get(name) for name in captions)])
             if options.columns.key:
                 key = key_in(fields.get(options.columns.key), options.columns.key)
-            return Pair(key, self.image, texts, metadata_of(fields, {*captions, "key", options.columns.key}), origin)
+            return Pair(
+                key, self.image, texts, metadata_of(fields, {*captions, "key", options.columns.key}), origin
+            )
         except RecordError as error:
             return rejected(key, str(error), origin)
 

@@ -15,7 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tagstore.encoding.encoder import Encoder, load_encoder_of
-from tagstore.errors import BadImage, BadVector, Damaged, FingerprintMismatch, InvalidInput, NotFound, TagstoreError
+from tagstore.errors import (
+    BadImage,
+    BadVector,
+    Damaged,
+    FingerprintMismatch,
+    InvalidInput,
+    NotFound,
+    TagstoreError,
+)
 from tagstore.indexing.gpu import devices
 from tagstore.indexing.protocol import PLAIN
 from tagstore.retrieval.engine import Engine, check_request
@@ -43,14 +51,18 @@ class Catalog:
         self.device = device
         self._index_device = device if devices() else "cpu"
         if device.startswith("cuda") and not devices():
-            log.warning("indexes are searched on the CPU: the installed FAISS knows no GPU (the extra `gpu` has one that does)")
+            log.warning(
+                "indexes are searched on the CPU: the installed FAISS knows no GPU (the extra `gpu` has one that does)"
+            )
         self._stores: dict[str, Store] = {}
         self._engines: dict[tuple[str, int], Engine] = {}
         self._encoders: dict[str, Encoder] = {}
         self._lock, self._loading = Lock(), Lock()
         self._decoders = ThreadPoolExecutor(thread_name_prefix="decode")
         if not self.root.is_dir():
-            raise NotFound(f"{self.root.resolve()} is no directory: `tagstore ingest SRC --root {self.root} --store NAME` makes one")
+            raise NotFound(
+                f"{self.root.resolve()} is no directory: `tagstore ingest SRC --root {self.root} --store NAME` makes one"
+            )
 
     def engine(self, store: str, version: int = 0) -> Engine:
         """The engine of a version, 0 for the current one. Raises `NotFound`, `InvalidInput` for a name that can't be one."""
@@ -75,8 +87,16 @@ class Catalog:
         if engine is not None:
             self._engines[store, number] = engine  # the last one used stands last
         else:
-            engine = self._engines[store, number] = Engine(opened.snapshot(number or None), device=self._index_device)
-            log.info("opened %s@%d: %d entries, index %s", store, number, engine.version.entries, engine.index.describe().get("kind"))
+            engine = self._engines[store, number] = Engine(
+                opened.snapshot(number or None), device=self._index_device
+            )
+            log.info(
+                "opened %s@%d: %d entries, index %s",
+                store,
+                number,
+                engine.version.entries,
+                engine.index.describe().get("kind"),
+            )
             if not version:
                 for old in [key for key in self._engines if key[0] == store and key[1] < number]:
                     del self._engines[old]  # requests in flight hold their own reference
@@ -95,7 +115,9 @@ class Catalog:
         with self._loading:
             encoder = self._encoders.get(fingerprint.digest)
             if encoder is None:
-                encoder = self._encoders[fingerprint.digest] = load_encoder_of(fingerprint, device=self.device)
+                encoder = self._encoders[fingerprint.digest] = load_encoder_of(
+                    fingerprint, device=self.device
+                )
             return encoder
 
     def warm(self, opened: Callable[[], None] = lambda: None) -> list[StoreInfo]:
@@ -114,7 +136,9 @@ class Catalog:
         try:
             self.encoder(info.fingerprint)
         except TagstoreError as error:
-            log.warning("store '%s' answers vectors only, its encoder cannot be loaded: %s", info.store, error)
+            log.warning(
+                "store '%s' answers vectors only, its encoder cannot be loaded: %s", info.store, error
+            )
 
     def stores(self) -> list[StoreInfo]:
         """The current version of every store; one that can't be opened is logged and left out."""
@@ -178,7 +202,9 @@ class Catalog:
             if not fingerprint:
                 raise InvalidInput("a query by vector must say which encoder made it: pass its fingerprint")
             if vectors.ndim != 2 or vectors.shape[1] != engine.fingerprint.dimension:
-                raise BadVector(f"queries have shape {list(vectors.shape)}, store '{store}' takes [N, {engine.fingerprint.dimension}]")
+                raise BadVector(
+                    f"queries have shape {list(vectors.shape)}, store '{store}' takes [N, {engine.fingerprint.dimension}]"
+                )
             parts.append(vectors)
         if images:
             embedded, identities = self._embed(engine, images, search.exclude, identities, others)
@@ -186,12 +212,21 @@ class Catalog:
         if texts:
             parts.append(self._encode_texts(self.encoder(engine.fingerprint), texts))
         matrix = (
-            parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.zeros((0, engine.fingerprint.dimension), np.float32)
+            parts[0]
+            if len(parts) == 1
+            else np.concatenate(parts)
+            if parts
+            else np.zeros((0, engine.fingerprint.dimension), np.float32)
         )
         return matrix, identities
 
     def _embed(
-        self, engine: Engine, images: Sequence[bytes], exclude: Exclude, identities: Sequence[Identity], others: int
+        self,
+        engine: Engine,
+        images: Sequence[bytes],
+        exclude: Exclude,
+        identities: Sequence[Identity],
+        others: int,
     ) -> tuple[NDArray[np.floating], Sequence[Identity]]:
         """Vectors of images, and the identities of all queries with the images' hashes, so far as they are needed."""
         from tagstore.encoding.images import decode, perceptual_hash
@@ -213,9 +248,16 @@ class Catalog:
             return encoder.prepare(image)
 
         # in pieces, so that a request of many small files is not a memory of many large pictures
-        pieces = [range(len(images))[start : start + EMBED_AT_ONCE] for start in range(0, len(images), EMBED_AT_ONCE)]
-        over = map if len(images) == 1 else self._decoders.map  # a thread of its own would cost one image more than it saves
-        vectors = np.concatenate([self._encode(encoder, np.stack(list(over(prepared, piece)))) for piece in pieces])
+        pieces = [
+            range(len(images))[start : start + EMBED_AT_ONCE]
+            for start in range(0, len(images), EMBED_AT_ONCE)
+        ]
+        over = (
+            map if len(images) == 1 else self._decoders.map
+        )  # a thread of its own would cost one image more than it saves
+        vectors = np.concatenate(
+            [self._encode(encoder, np.stack(list(over(prepared, piece)))) for piece in pieces]
+        )
         return vectors, known
 
     def _encode(self, encoder: Encoder, pixels: NDArray[np.uint8]) -> Vectors:

@@ -20,7 +20,18 @@ from tagstore.retrieval.lookups import Rows, Tags, keys_and_tags
 from tagstore.retrieval.tag_votes import Answer as Answer
 from tagstore.retrieval.tag_votes import Near, cosines, merged
 from tagstore.storage.store import Snapshot
-from tagstore.types import ORDERS, Identity, Kind, Neighbour, Retrieval, RetrievedTag, Search, StoreInfo, TagInfo, Vectors
+from tagstore.types import (
+    ORDERS,
+    Identity,
+    Kind,
+    Neighbour,
+    Retrieval,
+    RetrievedTag,
+    Search,
+    StoreInfo,
+    TagInfo,
+    Vectors,
+)
 
 MAX_K = 1000
 MAX_BATCH = 4096
@@ -59,7 +70,9 @@ class Engine:
         self.observe: Callable[[str, float], None] | None = None
         """Called with a stage, "search" or "tags", and the seconds that it took of a request or a piece of one."""
 
-    def retrieve(self, vectors: NDArray[np.floating], search: Search = PLAIN, identities: Sequence[Identity] = ()) -> list[Retrieval]:
+    def retrieve(
+        self, vectors: NDArray[np.floating], search: Search = PLAIN, identities: Sequence[Identity] = ()
+    ) -> list[Retrieval]:
         """The tags of the nearest entries of each query.
 
         Args:
@@ -73,11 +86,15 @@ class Engine:
         """
         return [self._retrieval(answer, search) for answer in self.answers(vectors, search, identities)]
 
-    def answers(self, vectors: NDArray[np.floating], search: Search = PLAIN, identities: Sequence[Identity] = ()) -> list[Answer]:
+    def answers(
+        self, vectors: NDArray[np.floating], search: Search = PLAIN, identities: Sequence[Identity] = ()
+    ) -> list[Answer]:
         """As `retrieve`, in columns."""
         return self.merge(self.find(vectors, search, identities), search)
 
-    def find(self, vectors: NDArray[np.floating], search: Search = PLAIN, identities: Sequence[Identity] = ()) -> Found:
+    def find(
+        self, vectors: NDArray[np.floating], search: Search = PLAIN, identities: Sequence[Identity] = ()
+    ) -> Found:
         """The neighbours of each query, up to 4096: the half of an answer that is FAISS's work, and keeps the interpreter free.
 
         Raises as `retrieve`.
@@ -104,21 +121,39 @@ class Engine:
             self.observe("tags", time.perf_counter() - began)
         return answers
 
-    def nearest(self, vectors: NDArray[np.floating], search: Search = PLAIN, identities: Sequence[Identity] = ()) -> list[Near]:
+    def nearest(
+        self, vectors: NDArray[np.floating], search: Search = PLAIN, identities: Sequence[Identity] = ()
+    ) -> list[Near]:
         """Of each query, up to 4096: ids and similarities of its neighbours, best first, equal ones by id; how many nearer ones were
         kept out. Raises as `retrieve`."""
         return self.find(vectors, search, identities).near
 
-    def _conditions(self, queries: int, search: Search, identities: Sequence[Identity]) -> tuple[Allowed | None, Guard | None]:
-        guard = None if search.exclude == NOBODY else Guard(search.exclude, identities, queries, self.snapshot, self._live)
+    def _conditions(
+        self, queries: int, search: Search, identities: Sequence[Identity]
+    ) -> tuple[Allowed | None, Guard | None]:
+        guard = (
+            None
+            if search.exclude == NOBODY
+            else Guard(search.exclude, identities, queries, self.snapshot, self._live)
+        )
         return self._filters.find(search.where) if search.where else None, guard
 
     def _nearest(
-        self, queries: Vectors, numbers: NDArray[np.int64], candidates: int, search: Search, allowed: Allowed | None, guard: Guard | None
+        self,
+        queries: Vectors,
+        numbers: NDArray[np.int64],
+        candidates: int,
+        search: Search,
+        allowed: Allowed | None,
+        guard: Guard | None,
     ) -> list[Near]:
         if len(queries) > (step := max(1, ROWS_AT_ONCE // candidates)):
             pieces = (slice(start, start + step) for start in range(0, len(queries), step))
-            return [a for p in pieces for a in self._nearest(queries[p], numbers[p], candidates, search, allowed, guard)]
+            return [
+                a
+                for p in pieces
+                for a in self._nearest(queries[p], numbers[p], candidates, search, allowed, guard)
+            ]
         everything = self.version.entries if allowed is None else allowed.count
         found = self.index.search(queries, candidates, allowed=allowed, search=search)
         similarities = self._similarities(found, queries)
@@ -129,7 +164,9 @@ class Engine:
         answers: list[Near] = []
         short: list[int] = []
         if guard is None and search.min_similarity <= -1 and (complete or found.shape[1] >= k):
-            answers = [(i, s, 0) for i, s in zip(found[:, :k].tolist(), similarities[:, :k].tolist(), strict=True)]
+            answers = [
+                (i, s, 0) for i, s in zip(found[:, :k].tolist(), similarities[:, :k].tolist(), strict=True)
+            ]
             if not complete and candidates < MAX_TIES:
                 short = (similarities[:, -1] >= similarities[:, k - 1] - self._edge).nonzero()[0].tolist()
         else:
@@ -140,10 +177,16 @@ class Engine:
                 full = len(places) == k
                 # an entry beyond the candidates may be a neighbour if the last one is not clearly less similar than ours
                 edge = similarities[row, places[-1]] if full else np.float32(search.min_similarity)
-                if not complete and similarities[row, -1] >= edge - self._edge and (not full or candidates < MAX_TIES):
+                if (
+                    not complete
+                    and similarities[row, -1] >= edge - self._edge
+                    and (not full or candidates < MAX_TIES)
+                ):
                     short.append(row)
                 last = int(places[-1]) + 1 if full else int(near[row].sum())
-                answers.append((found[row, places].tolist(), similarities[row, places].tolist(), last - len(places)))
+                answers.append(
+                    (found[row, places].tolist(), similarities[row, places].tolist(), last - len(places))
+                )
         if short:
             more = self._nearest(queries[short], numbers[short], 4 * candidates, search, allowed, guard)
             for row, answer in zip(short, more, strict=True):
@@ -153,15 +196,27 @@ class Engine:
     def _similarities(self, found: NDArray[np.int64], queries: Vectors) -> NDArray[np.float32]:
         """Cosines of each query with its candidates, `[N, M]`, from the stored vectors."""
         if found.size > ROWS_AT_ONCE:
-            columns = (found[:, start : start + ROWS_AT_ONCE] for start in range(0, found.shape[1], ROWS_AT_ONCE))
+            columns = (
+                found[:, start : start + ROWS_AT_ONCE] for start in range(0, found.shape[1], ROWS_AT_ONCE)
+            )
             return np.concatenate([self._similarities(some, queries) for some in columns], axis=1)
-        return cosines(self._rows.find(found.reshape(-1)).reshape(*found.shape, queries.shape[1]), queries[:, None])
+        return cosines(
+            self._rows.find(found.reshape(-1)).reshape(*found.shape, queries.shape[1]), queries[:, None]
+        )
 
     def _retrieval(self, answer: Answer, search: Search) -> Retrieval:
         ids, there = answer.entry_ids, search.neighbours
         texts = answer.texts if search.texts else [""] * len(answer.tag_ids)
         kinds: Sequence[Kind] = answer.kinds if search.texts else ["object"] * len(answer.tag_ids)
-        rows = zip(answer.tag_ids, texts, kinds, answer.tag_similarities, answer.carriers, answer.relevance, strict=True)
+        rows = zip(
+            answer.tag_ids,
+            texts,
+            kinds,
+            answer.tag_similarities,
+            answer.carriers,
+            answer.relevance,
+            strict=True,
+        )
         return Retrieval(
             self.snapshot.store.name,
             self.version.number,
@@ -176,18 +231,27 @@ class Engine:
             answer.excluded,
         )
 
-    def tags(self, tag_ids: Sequence[int] = (), *, first: int = 0, limit: int = 1000, embeddings: bool = False) -> list[TagInfo]:
+    def tags(
+        self, tag_ids: Sequence[int] = (), *, first: int = 0, limit: int = 1000, embeddings: bool = False
+    ) -> list[TagInfo]:
         """Tags by id, or, without ids, up to `limit` tags from id `first` on. Raises `NotFound`."""
         ids = np.array(tag_ids or self.snapshot.vocabulary(first, limit), np.int64)
         found = self.snapshot.tags(ids.tolist())
         counts = self.snapshot.counts()
-        rows: Iterable[NDArray[np.float32] | None] = self.snapshot.embeddings(ids) if embeddings else [None] * len(ids)
-        return [TagInfo(i, text, kind, int(counts[i]), row) for i, (text, kind, _), row in zip(ids.tolist(), found, rows, strict=True)]
+        rows: Iterable[NDArray[np.float32] | None] = (
+            self.snapshot.embeddings(ids) if embeddings else [None] * len(ids)
+        )
+        return [
+            TagInfo(i, text, kind, int(counts[i]), row)
+            for i, (text, kind, _), row in zip(ids.tolist(), found, rows, strict=True)
+        ]
 
     def info(self) -> StoreInfo:
         return self.snapshot.info()
 
-    def _checked(self, vectors: NDArray[np.floating], search: Search, identities: Sequence[Identity]) -> Vectors:
+    def _checked(
+        self, vectors: NDArray[np.floating], search: Search, identities: Sequence[Identity]
+    ) -> Vectors:
         check_request(len(vectors), search, identities)
         if vectors.ndim != 2 or vectors.shape[1] != self.fingerprint.dimension:
             raise BadVector(
@@ -198,7 +262,9 @@ class Engine:
             norms = np.sqrt((queries * queries).sum(axis=1, keepdims=True))
         fine = [0 < norm < np.inf for [norm] in norms.tolist()]
         if False in fine:
-            raise BadVector(f"query {fine.index(False)} holds NaN, infinite or only zero values: it has no direction to search in")
+            raise BadVector(
+                f"query {fine.index(False)} holds NaN, infinite or only zero values: it has no direction to search in"
+            )
         unit: Vectors = queries / norms
         return unit
 
@@ -224,11 +290,15 @@ def check_request(queries: int, search: Search, identities: Sequence[Identity] =
     if search.order not in ORDERS:
         raise InvalidInput(f"order is '{search.order}': it is one of {', '.join(ORDERS)}")
     if search.nprobe < 0 or search.ef_search < 0:
-        raise InvalidInput(f"nprobe is {search.nprobe}, ef_search {search.ef_search}: pass 0 for what the index was tuned to, or more")
+        raise InvalidInput(
+            f"nprobe is {search.nprobe}, ef_search {search.ef_search}: pass 0 for what the index was tuned to, or more"
+        )
     if search.ef_search > MAX_EF:
         raise InvalidInput(f"ef_search is {search.ef_search}: at most {MAX_EF}, or ask for an exact search")
     if queries * k > MAX_ANSWERS:
-        raise InvalidInput(f"{queries} queries with k = {k} ask for {queries * k} neighbours: at most {MAX_ANSWERS} in one request")
+        raise InvalidInput(
+            f"{queries} queries with k = {k} ask for {queries * k} neighbours: at most {MAX_ANSWERS} in one request"
+        )
     if queries > MAX_BATCH:
         raise InvalidInput(f"{queries} queries in one request: send at most {MAX_BATCH}")
     check_exclude(search.exclude, identities, queries)

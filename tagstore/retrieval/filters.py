@@ -60,7 +60,9 @@ class Filters:
                     data = txn.get(U64.pack(i), db=db)
                     if all(needle in data for needle in needles):
                         metadata = decode_metadata(data)
-                        fits[i] = all(name in metadata and str(metadata[name]) == value for name, value in where.items())
+                        fits[i] = all(
+                            name in metadata and str(metadata[name]) == value for name, value in where.items()
+                        )
         return np.packbits(fits, bitorder="little")
 
 

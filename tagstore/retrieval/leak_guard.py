@@ -26,19 +26,27 @@ NOBODY = Exclude()
 def check_exclude(exclude: Exclude, identities: Sequence[Identity], queries: int) -> None:
     """Raises `InvalidInput` for a guard that could not keep out what it is asked to."""
     if identities and len(identities) != queries:
-        raise InvalidInput(f"{len(identities)} identities for {queries} queries: pass one for each, images first, or none")
+        raise InvalidInput(
+            f"{len(identities)} identities for {queries} queries: pass one for each, images first, or none"
+        )
     if len(exclude.keys) + len(exclude.entry_ids) > MAX_EXCLUDED:
         raise InvalidInput(
             f"{len(exclude.keys) + len(exclude.entry_ids)} keys and entry ids to exclude: at most {MAX_EXCLUDED} in one request; "
             "what must never be found is better filtered by its metadata, or deleted"
         )
     if not -1 <= exclude.perceptual_hash <= 64:
-        raise InvalidInput(f"exclude.perceptual_hash is {exclude.perceptual_hash}: 0 to 64 bits, or -1 to leave it out")
+        raise InvalidInput(
+            f"exclude.perceptual_hash is {exclude.perceptual_hash}: 0 to 64 bits, or -1 to leave it out"
+        )
     for i, identity in enumerate(identities):
         if len(identity.sha256) not in (0, 32):
-            raise InvalidInput(f"the sha256 of query {i} has {len(identity.sha256)} bytes: pass all 32, or none")
+            raise InvalidInput(
+                f"the sha256 of query {i} has {len(identity.sha256)} bytes: pass all 32, or none"
+            )
         if identity.perceptual_hash is not None and not 0 <= identity.perceptual_hash < 1 << 64:
-            raise InvalidInput(f"the perceptual hash of query {i} is {identity.perceptual_hash}: it has 64 bits, unsigned")
+            raise InvalidInput(
+                f"the perceptual hash of query {i} is {identity.perceptual_hash}: it has 64 bits, unsigned"
+            )
 
 
 class Guard:
@@ -47,7 +55,14 @@ class Guard:
     Raises `InvalidInput` where the identity of a query lacks what is to be compared: leaving it unguarded would be a silent leak.
     """
 
-    def __init__(self, exclude: Exclude, identities: Sequence[Identity], queries: int, snapshot: Snapshot, live: Allowed) -> None:
+    def __init__(
+        self,
+        exclude: Exclude,
+        identities: Sequence[Identity],
+        queries: int,
+        snapshot: Snapshot,
+        live: Allowed,
+    ) -> None:
         check_exclude(exclude, identities, queries)
         self._snapshot = snapshot
         self._bits = exclude.perceptual_hash
@@ -63,8 +78,14 @@ class Guard:
                 )
         known = _live_ids(snapshot, exclude.keys, live) + list(exclude.entry_ids)
         self.everywhere = np.unique(np.array([i for i in known if i >= 0], np.int64))
-        self._own = np.array(_live_ids(snapshot, [i.key for i in own], live), np.int64) if exclude.key else None
-        self._sha256 = np.frombuffer(b"".join(i.sha256 for i in own), np.uint64).reshape(-1, 4) if exclude.sha256 else None
+        self._own = (
+            np.array(_live_ids(snapshot, [i.key for i in own], live), np.int64) if exclude.key else None
+        )
+        self._sha256 = (
+            np.frombuffer(b"".join(i.sha256 for i in own), np.uint64).reshape(-1, 4)
+            if exclude.sha256
+            else None
+        )
         self._perceptual = np.array([i.perceptual_hash for i in own], np.uint64) if self._bits >= 0 else None
 
     def kept(self, queries: NDArray[np.int64], found: NDArray[np.int64]) -> NDArray[np.bool_]:

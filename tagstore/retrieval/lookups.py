@@ -55,11 +55,19 @@ def keys_and_tags(snapshot: Snapshot, ids: Iterable[Iterable[int]]) -> list[list
     found: dict[int, tuple[str, list[int]]] = {}
     with snapshot.store.env.begin(db=snapshot.store.db["entries"]) as txn:
         get = txn.get
-        return [[found[i] if i in found else found.setdefault(i, decode_hot(get(_pack(i)))) for i in some] for some in ids]
+        return [
+            [found[i] if i in found else found.setdefault(i, decode_hot(get(_pack(i)))) for i in some]
+            for some in ids
+        ]
 
 
 def _rows(txn: Any, snapshot: Snapshot, name: str, ids: Sequence[int]) -> Vectors:
-    width, space, get, db = 2 * snapshot.dimension, snapshot.version.space << SPACE, txn.get, snapshot.store.db[name]
+    width, space, get, db = (
+        2 * snapshot.dimension,
+        snapshot.version.space << SPACE,
+        txn.get,
+        snapshot.store.db[name],
+    )
     pieces = []
     for i in ids:
         at = i % ROWS * width
@@ -108,7 +116,9 @@ class _Table:
         self.room = max(1, min(room, max(1 << 16, snapshot.version.next_tag_id)))
         self.slots: dict[int, int] = {}
         self.names: list[tuple[str, Kind]] = []
-        self.rows = np.empty((self.room, snapshot.dimension), np.float32)  # pages are taken as they are written
+        self.rows = np.empty(
+            (self.room, snapshot.dimension), np.float32
+        )  # pages are taken as they are written
 
     def add(self, tag_ids: list[int]) -> None:
         snapshot = self._snapshot
@@ -122,7 +132,9 @@ class _Table:
             found = [txn.get(_pack(i), db=db) for i in tag_ids]
             for i, data in zip(tag_ids, found, strict=True):
                 if data is None:
-                    raise NotFound(f"store '{snapshot.store.name}' has no tag {i} in version {snapshot.version.number}")
+                    raise NotFound(
+                        f"store '{snapshot.store.name}' has no tag {i} in version {snapshot.version.number}"
+                    )
                 text, kind, _ = decode_tag(data)
                 self.names.append((text, kind))
                 self.slots[i] = len(self.names) - 1

@@ -48,12 +48,16 @@ class Answer(NamedTuple):
     """Positions in `entry_ids` of the neighbours that carry a tag, best first; its votes are their number."""
 
 
-def merged(tags: Tags, queries: Vectors, near: Sequence[Near], records: Sequence[Sequence[Record]], search: Search) -> list[Answer]:
+def merged(
+    tags: Tags, queries: Vectors, near: Sequence[Near], records: Sequence[Sequence[Record]], search: Search
+) -> list[Answer]:
     """Answers to queries `[N, D]` from their neighbours and the records of these. They do not depend on what else is in the batch."""
     carriers = [_carriers(some) for some in records]
     signals = _relevance(tags, queries, carriers)
     rows = zip(near, records, carriers, signals, strict=True)
-    return [_answer(*found, [key for key, _ in some], at, *of_tags, search) for found, some, at, of_tags in rows]
+    return [
+        _answer(*found, [key for key, _ in some], at, *of_tags, search) for found, some, at, of_tags in rows
+    ]
 
 
 def cosines(rows: NDArray[np.float32], queries: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -53,7 +53,9 @@ class Caller:
     def check(self, role: Role, store: str) -> None:
         """Raises `NotPermitted`; whether there is such a store is not told."""
         if not self.may(role, store):
-            raise NotPermitted(f"{self.name} may not {_VERBS[role]} store '{store}': ask for the role {role} on it")
+            raise NotPermitted(
+                f"{self.name} may not {_VERBS[role]} store '{store}': ask for the role {role} on it"
+            )
 
 
 _VERBS: dict[Role, str] = {"read": "read", "ingest": "write to", "admin": "administer"}
@@ -69,7 +71,9 @@ class Access:
         certificates: whether client certificates are asked for. A caller whose certificate is in no list may read.
     """
 
-    def __init__(self, path: str | Path | None = None, *, anonymous: Role | None = None, certificates: bool = False) -> None:
+    def __init__(
+        self, path: str | Path | None = None, *, anonymous: Role | None = None, certificates: bool = False
+    ) -> None:
         self._path = Path(path) if path else None
         self._lock = Lock()
         self._checked = time.monotonic()
@@ -112,9 +116,13 @@ class Access:
                 raise NotAuthenticated("the token is not known here: it is mistyped, or was withdrawn")
             return found
         if certificate:
-            return self._certificates.get(certificate) or Caller(f"certificate '{certificate}'", {"*": "read"})
+            return self._certificates.get(certificate) or Caller(
+                f"certificate '{certificate}'", {"*": "read"}
+            )
         if self._anonymous is None:
-            raise NotAuthenticated("this server wants a token: send the metadata 'authorization: Bearer TOKEN'")
+            raise NotAuthenticated(
+                "this server wants a token: send the metadata 'authorization: Bearer TOKEN'"
+            )
         return self._anonymous
 
     def _reload(self, path: Path) -> None:
@@ -146,10 +154,14 @@ class Access:
         self._tokens, self._certificates = tokens, certificates
 
 
-def _parse(entry: Mapping[str, Any], where: str, tokens: list[tuple[bytes, Caller]], certificates: dict[str, Caller]) -> None:
+def _parse(
+    entry: Mapping[str, Any], where: str, tokens: list[tuple[bytes, Caller]], certificates: dict[str, Caller]
+) -> None:
     unknown = set(entry) - _KNOWN
     if unknown:
-        raise InvalidInput(f"{where} has the unknown key '{min(unknown)}': there are {', '.join(sorted(_KNOWN))}")
+        raise InvalidInput(
+            f"{where} has the unknown key '{min(unknown)}': there are {', '.join(sorted(_KNOWN))}"
+        )
     stores = entry.get("stores") or {}
     for store, role in stores.items():
         if role not in ROLES:
@@ -161,7 +173,9 @@ def _parse(entry: Mapping[str, Any], where: str, tokens: list[tuple[bytes, Calle
         certificates[str(entry["certificate"])] = caller
     if "token" in entry:
         if len(str(entry["token"])) < 16:
-            raise InvalidInput(f"{where} has a token of {len(str(entry['token']))} characters: take at least 16 random ones")
+            raise InvalidInput(
+                f"{where} has a token of {len(str(entry['token']))} characters: take at least 16 random ones"
+            )
         tokens.append((hashlib.sha256(str(entry["token"]).encode()).digest(), caller))
     if "sha256" in entry:
         try:

@@ -28,10 +28,14 @@ class AdminService:
         announce: told what the other workers on this port must know: {"unload": STORE}.
     """
 
-    def __init__(self, catalog: LiveCatalog, gate: Gate, announce: Callable[[Mapping[str, Any]], None]) -> None:
+    def __init__(
+        self, catalog: LiveCatalog, gate: Gate, announce: Callable[[Mapping[str, Any]], None]
+    ) -> None:
         self._catalog, self.gate, self._announce = catalog, gate, announce
 
-    def Ingest(self, requests: Iterator[pb.IngestRequest], call: Call, send: Callable[[pb.IngestResponse], None]) -> None:  # noqa: N802
+    def Ingest(
+        self, requests: Iterator[pb.IngestRequest], call: Call, send: Callable[[pb.IngestResponse], None]
+    ) -> None:  # noqa: N802
         first = next(requests, None)
         if first is None or first.WhichOneof("part") != "start":
             raise errors.InvalidInput("the first message of an ingest says which store: send `start`")
@@ -49,7 +53,11 @@ class AdminService:
                 miner=start.miner or "rules",
                 device=self._catalog.device,
                 settled=lambda results: send(
-                    pb.IngestResponse(results=[pb.PairResult(key=k, outcome=convert.OUTCOMES[o], reason=r) for k, o, r in results])
+                    pb.IngestResponse(
+                        results=[
+                            pb.PairResult(key=k, outcome=convert.OUTCOMES[o], reason=r) for k, o, r in results
+                        ]
+                    )
                 ),
             )
             send(pb.IngestResponse(report=_report(report)))
@@ -66,7 +74,12 @@ class AdminService:
     @contextmanager
     def _recorded(self, method: str, store: str, call: Call) -> Iterator[None]:
         """Audit lines around what takes long: one at its beginning, one at its end."""
-        event: dict[str, Any] = {"method": method, "store": store, "caller": call.caller.name, "peer": call.peer}
+        event: dict[str, Any] = {
+            "method": method,
+            "store": store,
+            "caller": call.caller.name,
+            "peer": call.peer,
+        }
         self.gate.audit.write(event="begun", **event)
         try:
             yield
@@ -84,9 +97,13 @@ class AdminService:
 
     @answering("admin", writes=True)
     def Rollback(self, request: pb.RollbackRequest, call: Call) -> pb.RollbackResponse:  # noqa: N802
-        return pb.RollbackResponse(version=_version(rollback(self._catalog.root, request.store, request.version)))
+        return pb.RollbackResponse(
+            version=_version(rollback(self._catalog.root, request.store, request.version))
+        )
 
-    def BuildIndex(self, request: pb.BuildIndexRequest, call: Call, send: Callable[[pb.BuildIndexResponse], None]) -> None:  # noqa: N802
+    def BuildIndex(
+        self, request: pb.BuildIndexRequest, call: Call, send: Callable[[pb.BuildIndexResponse], None]
+    ) -> None:  # noqa: N802
         call.caller.check("admin", request.store)
         budget = Budget(
             recall=request.recall or 0.95,
@@ -128,7 +145,9 @@ class AdminService:
         return _diff(diff(self._catalog.root, request.store, request.before, request.after))
 
 
-def _pairs(requests: Iterator[pb.IngestRequest], send: Callable[[pb.IngestResponse], None]) -> Iterator[Pair | Rejected]:
+def _pairs(
+    requests: Iterator[pb.IngestRequest], send: Callable[[pb.IngestResponse], None]
+) -> Iterator[Pair | Rejected]:
     for request in requests:
         match request.WhichOneof("part"):
             case "pair":
@@ -136,7 +155,9 @@ def _pairs(requests: Iterator[pb.IngestRequest], send: Callable[[pb.IngestRespon
             case "rejected":
                 yield Rejected(request.rejected.key, request.rejected.reason, request.rejected.origin)
             case other:
-                raise errors.InvalidInput(f"a message of an ingest is a pair or a rejected one, not {other or 'empty'}")
+                raise errors.InvalidInput(
+                    f"a message of an ingest is a pair or a rejected one, not {other or 'empty'}"
+                )
     # a caller that broke off looks like one that has sent all it has: only to the former can nothing be sent
     send(pb.IngestResponse())
 
@@ -161,7 +182,10 @@ def _diff(found: Diff) -> pb.DiffResponse:
         added=found.added,
         removed=found.removed,
         changed=found.changed,
-        tags=[pb.TagChange(text=text, kind=convert.KIND_TO_WIRE[kind], before=b, after=a) for text, kind, b, a in found.tags],
+        tags=[
+            pb.TagChange(text=text, kind=convert.KIND_TO_WIRE[kind], before=b, after=a)
+            for text, kind, b, a in found.tags
+        ],
     )
 
 

@@ -16,7 +16,9 @@ class Audit:
 
     def __init__(self, path: str | Path | None) -> None:
         try:
-            self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600) if path else -1
+            self._file = (
+                os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600) if path else -1
+            )
         except OSError as error:
             raise WriteFailed(f"the audit log {path} cannot be written: {error.strerror}") from error
 
@@ -24,7 +26,11 @@ class Audit:
         """Add an event; its time and process are added here. Raises `WriteFailed`: what cannot be recorded should not be done."""
         if self._file < 0:
             return
-        event = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "process": os.getpid(), **event}
+        event = {
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "process": os.getpid(),
+            **event,
+        }
         try:
             os.write(self._file, (json.dumps(event, ensure_ascii=False) + "\n").encode())
         except OSError as error:

@@ -53,7 +53,9 @@ class Certificates:
             used = latest
             return latest
 
-        return grpc.dynamic_ssl_server_credentials(used, current, require_client_authentication=bool(self._tls.client_ca))
+        return grpc.dynamic_ssl_server_credentials(
+            used, current, require_client_authentication=bool(self._tls.client_ca)
+        )
 
     def _latest(self) -> Any:
         with self._lock:
@@ -86,5 +88,7 @@ def _load(tls: Tls) -> Any:
             roots = Path(tls.client_ca).read_bytes()
         pair = (Path(tls.key).read_bytes(), Path(tls.certificate).read_bytes())
     except (OSError, ssl.SSLError) as error:
-        raise InvalidInput(f"certificate {tls.certificate} and key {tls.key} cannot be used: {error}") from error
+        raise InvalidInput(
+            f"certificate {tls.certificate} and key {tls.key} cannot be used: {error}"
+        ) from error
     return grpc.ssl_server_certificate_configuration([pair], root_certificates=roots)

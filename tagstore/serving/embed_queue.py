@@ -84,7 +84,10 @@ class Batcher(Generic[T, R]):
         """Raises `Overloaded` as a call would: for what has work to do before it gets here."""
         wait = self.expected()
         if wait > self.max_wait and self._queued >= self.spare:
-            raise Overloaded(f"{self._queued} queries wait for the {self.name}, {wait:.2f} s of work: try again later", wait)
+            raise Overloaded(
+                f"{self._queued} queries wait for the {self.name}, {wait:.2f} s of work: try again later",
+                wait,
+            )
 
     def __call__(self, key: object, item: T, rows: int = 1, deadline: float = float("inf")) -> R:
         """The result of an item.
@@ -138,7 +141,9 @@ class Batcher(Generic[T, R]):
         due = []
         for call in batch:
             if call.deadline <= start:
-                call.error = TimedOut(f"the deadline passed while the query waited for the {self.name}: allow more time")
+                call.error = TimedOut(
+                    f"the deadline passed while the query waited for the {self.name}: allow more time"
+                )
             else:
                 due.append(call)
         try:
@@ -153,7 +158,9 @@ class Batcher(Generic[T, R]):
 
     def _answer(self, calls: list[_Call[T, R]]) -> None:
         try:
-            for call, result in zip(calls, self._run(calls[0].key, [call.item for call in calls]), strict=True):
+            for call, result in zip(
+                calls, self._run(calls[0].key, [call.item for call in calls]), strict=True
+            ):
                 call.result = result
         except Exception as error:  # noqa: BLE001  it is raised in the thread of the call that it belongs to
             if len(calls) == 1:
@@ -167,7 +174,9 @@ class Batcher(Generic[T, R]):
         with self._lock:
             if rows:
                 now = seconds / rows
-                self._seconds_a_row = now if not self._seconds_a_row else 0.9 * self._seconds_a_row + 0.1 * now
+                self._seconds_a_row = (
+                    now if not self._seconds_a_row else 0.9 * self._seconds_a_row + 0.1 * now
+                )
             if not self._queue:
                 self._running -= 1
                 return

@@ -23,7 +23,18 @@ REFUSALS = (errors.NotAuthenticated, errors.NotPermitted, errors.Overloaded)
 class Call:
     """A call in hand, or a stream. Its context is for the event loop's thread alone; the rest may be read in any."""
 
-    __slots__ = ("caller", "context", "counted", "deadline", "entered", "gone", "peer", "slow", "stream", "task")
+    __slots__ = (
+        "caller",
+        "context",
+        "counted",
+        "deadline",
+        "entered",
+        "gone",
+        "peer",
+        "slow",
+        "stream",
+        "task",
+    )
 
     def __init__(self, context: Any, caller: Caller) -> None:
         self.context, self.caller = context, caller
@@ -82,12 +93,17 @@ class Gate:
 
     def overloaded(self) -> errors.Overloaded:
         """What a call is told that finds the server full."""
-        return errors.Overloaded(f"{self._calls} calls are in hand, as many as there may be: try again later", 0.1)
+        return errors.Overloaded(
+            f"{self._calls} calls are in hand, as many as there may be: try again later", 0.1
+        )
 
     def call(self, context: Any) -> Call:
         """Whose call this is. Raises `NotAuthenticated`."""
         names = context.auth_context().get("x509_common_name") if self.access.certificates else None
-        return Call(context, self.access.caller(bearer(context.invocation_metadata()), names[0].decode() if names else ""))
+        return Call(
+            context,
+            self.access.caller(bearer(context.invocation_metadata()), names[0].decode() if names else ""),
+        )
 
     def enter(self, call: Call, *, stream: bool = False) -> None:
         """Count a call in, and out when its answer was taken. Raises `Overloaded`, or `Unavailable` at start-up."""
@@ -96,9 +112,14 @@ class Gate:
         client = call.caller.name if call.caller.known else call.peer
         mine = self._clients.get(client, 0)
         if mine >= self.limits.per_client:
-            raise errors.Overloaded(f"{call.caller.name} has {mine} calls in flight, as many as one client may: wait for some to end", 0.1)
+            raise errors.Overloaded(
+                f"{call.caller.name} has {mine} calls in flight, as many as one client may: wait for some to end",
+                0.1,
+            )
         if stream and self._streams >= self.limits.streams:
-            raise errors.Overloaded(f"{self._streams} streams are open, as many as there may be: try again later", 1.0)
+            raise errors.Overloaded(
+                f"{self._streams} streams are open, as many as there may be: try again later", 1.0
+            )
         if not stream and self.full:
             raise self.overloaded()
         if not self._calls:
@@ -137,25 +158,37 @@ class Gate:
         limit = time.monotonic() - self.limits.slow_reader
         slow = [call for call, since in self._sending.items() if since < limit]
         for call in slow:
-            self._leave(call)  # now: the end of its stream, too, waits until the client has taken what came before
+            self._leave(
+                call
+            )  # now: the end of its stream, too, waits until the client has taken what came before
             call.slow = True
-            log.warning("a client at %s did not take its answer for %g s: its call is ended", call.peer, self.limits.slow_reader)
+            log.warning(
+                "a client at %s did not take its answer for %g s: its call is ended",
+                call.peer,
+                self.limits.slow_reader,
+            )
             if call.task is not None:
                 call.task.cancel()
         return len(slow)
 
-    def refused(self, error: errors.TagstoreError, context: Any, method: str, store: str, call: Call | None) -> None:
+    def refused(
+        self, error: errors.TagstoreError, context: Any, method: str, store: str, call: Call | None
+    ) -> None:
         """Count and record what was refused for a reason of access or load."""
         metrics.child(metrics.REFUSED, type(error).__name__).inc()
         name = call.caller.name if call else ""
-        self.audit.write(event="refused", method=method, store=store, caller=name, peer=context.peer(), reason=str(error))
+        self.audit.write(
+            event="refused", method=method, store=store, caller=name, peer=context.peer(), reason=str(error)
+        )
 
 
 def understood(error: Exception, name: str) -> errors.TagstoreError:
     """An error as a caller may see it: nothing of a fault of ours, nor of what the server's disks look like."""
     if isinstance(error, errors.Damaged | errors.WriteFailed):
         log.error("%s failed: %s", name, error)
-        what = "the store is damaged" if isinstance(error, errors.Damaged) else "the server's disk took nothing"
+        what = (
+            "the store is damaged" if isinstance(error, errors.Damaged) else "the server's disk took nothing"
+        )
         return type(error)(f"{what}; the server's log has the details")
     if isinstance(error, errors.TagstoreError):
         return error

@@ -158,7 +158,9 @@ class LiveCatalog(Catalog):
         metrics.batch("embed", rows, self._embeddings.depth)
         metrics.stage("queue", current.store, waited)
 
-    def _embed(self, engine: Engine, images: Sequence[bytes], *rest: Any) -> tuple[NDArray[np.floating], Sequence[Identity]]:
+    def _embed(
+        self, engine: Engine, images: Sequence[bytes], *rest: Any
+    ) -> tuple[NDArray[np.floating], Sequence[Identity]]:
         self._embeddings.admit()  # before anything is decoded for it
         start, before = time.perf_counter(), current.embedding
         answer = super()._embed(engine, images, *rest)
@@ -171,7 +173,9 @@ class LiveCatalog(Catalog):
     def _encode_texts(self, encoder: Encoder, texts: Sequence[str]) -> Vectors:
         return self._encode_with_others("texts", encoder, texts)
 
-    def _encode_with_others(self, what: str, encoder: Encoder, queries: NDArray[np.uint8] | Sequence[str]) -> Vectors:
+    def _encode_with_others(
+        self, what: str, encoder: Encoder, queries: NDArray[np.uint8] | Sequence[str]
+    ) -> Vectors:
         start = time.perf_counter()
         try:
             with tracing.span("embed", what=what, queries=len(queries)):

@@ -67,11 +67,23 @@ class Methods:
         for name, handler in handlers.items():
             parse, serialize = handler.request_deserializer, handler.response_serializer
             if handler.unary_unary:
-                made = grpc.unary_unary_rpc_method_handler(self._unary(name, handler.unary_unary, parse, serialize))
+                made = grpc.unary_unary_rpc_method_handler(
+                    self._unary(name, handler.unary_unary, parse, serialize)
+                )
             else:
-                kind = next(kind for kind in ("unary_stream", "stream_unary", "stream_stream") if getattr(handler, kind))
-                make = grpc.stream_stream_rpc_method_handler if kind == "stream_stream" else grpc.unary_stream_rpc_method_handler
-                made = make(self._stream(name, getattr(handler, kind), parse, serialize, one=kind == "unary_stream"))
+                kind = next(
+                    kind
+                    for kind in ("unary_stream", "stream_unary", "stream_stream")
+                    if getattr(handler, kind)
+                )
+                make = (
+                    grpc.stream_stream_rpc_method_handler
+                    if kind == "stream_stream"
+                    else grpc.unary_stream_rpc_method_handler
+                )
+                made = make(
+                    self._stream(name, getattr(handler, kind), parse, serialize, one=kind == "unary_stream")
+                )
             self.handlers[f"/{service}/{name}"] = made
 
     def _unary(self, name: str, method: Method, parse: Method, serialize: Method) -> Method:
@@ -97,7 +109,9 @@ class Methods:
                     else:
                         response = await in_thread(threads, call, store, method, request, call)
                 if writes:
-                    gate.audit.write(event="done", method=name, store=store, caller=call.caller.name, peer=call.peer)
+                    gate.audit.write(
+                        event="done", method=name, store=store, caller=call.caller.name, peer=call.peer
+                    )
                 gate.sending(call)
                 return response if type(response) is bytes else serialize(response)
             except asyncio.CancelledError:
@@ -110,9 +124,18 @@ class Methods:
                     gate.refused(failure, context, name, store, call)
                 elif writes:
                     caller = call.caller.name if call else ""
-                    gate.audit.write(event="failed", method=name, store=store, caller=caller, peer=context.peer(), reason=str(failure))
+                    gate.audit.write(
+                        event="failed",
+                        method=name,
+                        store=store,
+                        caller=caller,
+                        peer=context.peer(),
+                        reason=str(failure),
+                    )
             finally:
-                known = store if code in ("OK", "INVALID_ARGUMENT") else ""  # names that callers make up are no labels
+                known = (
+                    store if code in ("OK", "INVALID_ARGUMENT") else ""
+                )  # names that callers make up are no labels
                 metrics.child(metrics.REQUESTS, name, known, code).inc()
                 metrics.child(metrics.LATENCY, name, known).observe(time.perf_counter() - start)
             return await abort(context, failure)
@@ -178,7 +201,9 @@ async def in_thread(threads: Executor, call: Call, store: str, work: Method, *ar
     return await asyncio.get_running_loop().run_in_executor(threads, run)
 
 
-async def _in_thread_with_stream(threads: Executor, call: Call, method: Method, given: Any, send: Method) -> None:
+async def _in_thread_with_stream(
+    threads: Executor, call: Call, method: Method, given: Any, send: Method
+) -> None:
     """Run a stream's method in a thread: what it reads and writes there goes through the event loop."""
     loop = asyncio.get_running_loop()
 
@@ -198,7 +223,11 @@ async def _in_thread_with_stream(threads: Executor, call: Call, method: Method, 
             yield request
 
     def work() -> None:
-        method(requests() if hasattr(given, "__anext__") else given, call, lambda response: wait(lambda: send(response)))
+        method(
+            requests() if hasattr(given, "__anext__") else given,
+            call,
+            lambda response: wait(lambda: send(response)),
+        )
 
     try:
         await in_thread(threads, call, "", work)

@@ -19,12 +19,24 @@ DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
 _SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 
-REQUESTS = Counter("tagstore_requests_total", "Calls by method, store and status code.", ["method", "store", "code"])
-LATENCY = Histogram(
-    "tagstore_request_seconds", "Seconds in our hands, from the parsed request to its answer.", ["method", "store"], buckets=_SECONDS
+REQUESTS = Counter(
+    "tagstore_requests_total", "Calls by method, store and status code.", ["method", "store", "code"]
 )
-STAGE = Histogram("tagstore_stage_seconds", "Seconds by stage: queue, decode, embed, search, tags.", ["stage", "store"], buckets=_SECONDS)
-BATCH = Histogram("tagstore_batch_rows", "Images or vectors that were worked on together.", ["stage"], buckets=_ROWS)
+LATENCY = Histogram(
+    "tagstore_request_seconds",
+    "Seconds in our hands, from the parsed request to its answer.",
+    ["method", "store"],
+    buckets=_SECONDS,
+)
+STAGE = Histogram(
+    "tagstore_stage_seconds",
+    "Seconds by stage: queue, decode, embed, search, tags.",
+    ["stage", "store"],
+    buckets=_SECONDS,
+)
+BATCH = Histogram(
+    "tagstore_batch_rows", "Images or vectors that were worked on together.", ["stage"], buckets=_ROWS
+)
 DEPTH = Gauge("tagstore_queue_rows", "Images or vectors that wait.", ["stage"], multiprocess_mode="livesum")
 IN_FLIGHT = Gauge("tagstore_in_flight", "Calls in hand.", multiprocess_mode="livesum")
 VERSION = Gauge("tagstore_store_version", "The version that answers.", ["store"], multiprocess_mode="livemax")

@@ -15,7 +15,9 @@ def reserved(host: str, port: int, address: str) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     plain = host.strip("[]")
     try:
-        with socket.socket(family) as probe:  # without SO_REUSEPORT: this fails if anybody is there, another group of workers too
+        with socket.socket(
+            family
+        ) as probe:  # without SO_REUSEPORT: this fails if anybody is there, another group of workers too
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((plain, port))
             port = probe.getsockname()[1]
@@ -23,5 +25,7 @@ def reserved(host: str, port: int, address: str) -> socket.socket:
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         held.bind((plain, port))
     except OSError as error:
-        raise Unavailable(f"cannot listen on {address}: is another server running there? Port 0 picks a free one") from error
+        raise Unavailable(
+            f"cannot listen on {address}: is another server running there? Port 0 picks a free one"
+        ) from error
     return held

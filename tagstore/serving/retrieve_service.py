@@ -48,7 +48,9 @@ class TagStoreService:
         threads: for what would keep the event loop: images, texts, versions that are not open yet.
     """
 
-    def __init__(self, catalog: LiveCatalog, searches: Searches[Query, Found, bytes], limits: Limits, threads: Executor) -> None:
+    def __init__(
+        self, catalog: LiveCatalog, searches: Searches[Query, Found, bytes], limits: Limits, threads: Executor
+    ) -> None:
         self._catalog, self._searches, self._limits, self._threads = catalog, searches, limits, threads
         self._opening: dict[tuple[str, int], asyncio.Future[Engine]] = {}
         self._seen: dict[tuple[str, int], Engine] = {}
@@ -106,13 +108,17 @@ class TagStoreService:
             self._seen[store, version] = engine
         return engine
 
-    async def _answered(self, engine: Engine | None, request: pb.RetrieveRequest, call: Call, streamed: bool) -> bytes:
+    async def _answered(
+        self, engine: Engine | None, request: pb.RetrieveRequest, call: Call, streamed: bool
+    ) -> bytes:
         """As `_begun`, for what has to be opened, decoded or embedded first."""
         store = request.store
         if engine is None:
             engine = await self._opened(store, request.version, call)
         search = convert.search_from_proto(request)
-        vectors, identities = await in_thread(self._threads, call, store, self._queries, engine, search, request)
+        vectors, identities = await in_thread(
+            self._threads, call, store, self._queries, engine, search, request
+        )
         return await self._submitted(engine, search, vectors, identities, call, streamed)
 
     async def _opened(self, store: str, version: int, call: Call) -> Engine:
@@ -120,16 +126,25 @@ class TagStoreService:
         for _ in range(TRIES):
             opening = self._opening.get((store, version))
             if opening is None:
-                opening = asyncio.ensure_future(in_thread(self._threads, call, store, self._catalog.engine, store, version))
+                opening = asyncio.ensure_future(
+                    in_thread(self._threads, call, store, self._catalog.engine, store, version)
+                )
                 self._opening[store, version] = opening
-                opening.add_done_callback(lambda done: (self._opening.pop((store, version), None), done.cancelled() or done.exception()))
+                opening.add_done_callback(
+                    lambda done: (
+                        self._opening.pop((store, version), None),
+                        done.cancelled() or done.exception(),
+                    )
+                )
             await asyncio.shield(opening)
             if (engine := self._catalog.ready(store, version)) is not None:
                 return engine
             # what was opened when this call came may be of before a commit that it must see
         return await in_thread(self._threads, call, store, self._catalog.engine, store, version)  # type: ignore[no-any-return]
 
-    def _queries(self, engine: Engine, search: Search, request: pb.RetrieveRequest) -> tuple[NDArray[np.floating], Sequence[Identity]]:
+    def _queries(
+        self, engine: Engine, search: Search, request: pb.RetrieveRequest
+    ) -> tuple[NDArray[np.floating], Sequence[Identity]]:
         return self._catalog.queries(
             engine,
             images=request.images,
@@ -141,14 +156,22 @@ class TagStoreService:
         )
 
     def _submitted(
-        self, engine: Engine, search: Search, vectors: NDArray[np.floating], identities: Sequence[Identity], call: Call, streamed: bool
+        self,
+        engine: Engine,
+        search: Search,
+        vectors: NDArray[np.floating],
+        identities: Sequence[Identity],
+        call: Call,
+        streamed: bool,
     ) -> asyncio.Future[bytes]:
         query = Query(engine, search, vectors, identities, streamed)
         if not len(vectors):
             nothing: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
             nothing.set_result(_message(query, ()))
             return nothing
-        answer = self._searches.submit((id(engine), id(search), bool(identities)), query, len(vectors), call.deadline)
+        answer = self._searches.submit(
+            (id(engine), id(search), bool(identities)), query, len(vectors), call.deadline
+        )
         if tracing.enabled():
             answer.add_done_callback(tracing.begun("search", queries=len(vectors)))
         return answer
@@ -159,7 +182,9 @@ class TagStoreService:
         limit = request.page_size or 1000
         if max(limit, len(request.tag_ids)) > MAX_TAGS_A_PAGE or request.first_tag_id < 0:
             raise errors.InvalidInput(f"ask for at most {MAX_TAGS_A_PAGE} tags at once, from id 0 on")
-        tags = engine.tags(list(request.tag_ids), first=request.first_tag_id, limit=limit, embeddings=request.embeddings)
+        tags = engine.tags(
+            list(request.tag_ids), first=request.first_tag_id, limit=limit, embeddings=request.embeddings
+        )
         response = pb.GetTagsResponse(
             store=request.store,
             version=engine.version.number,
@@ -178,7 +203,9 @@ class TagStoreService:
 
     @answering("read")
     def GetStore(self, request: pb.GetStoreRequest, call: Call) -> pb.GetStoreResponse:  # noqa: N802
-        return pb.GetStoreResponse(store=convert.info_to_proto(self._catalog.engine(request.store, request.version).info()))
+        return pb.GetStoreResponse(
+            store=convert.info_to_proto(self._catalog.engine(request.store, request.version).info())
+        )
 
 
 def check_sizes(request: pb.RetrieveRequest, limits: Limits) -> None:
@@ -198,7 +225,11 @@ def found(queries: Sequence[Query]) -> Found:
     """The neighbours of queries that are alike but for their vectors and identities, in one search."""
     first = queries[0]
     vectors = first.vectors if len(queries) == 1 else np.concatenate([query.vectors for query in queries])
-    identities = first.identities if len(queries) == 1 else [identity for query in queries for identity in query.identities]
+    identities = (
+        first.identities
+        if len(queries) == 1
+        else [identity for query in queries for identity in query.identities]
+    )
     return first.engine.find(vectors, first.search, identities)
 
 
@@ -212,7 +243,11 @@ def _message(query: Query, answers: Iterable[Answer]) -> bytes:
     message = pb.RetrieveStreamResponse() if query.streamed else pb.RetrieveResponse()
     response = message.response if isinstance(message, pb.RetrieveStreamResponse) else message
     engine = query.engine
-    response.store, response.version, response.fingerprint = engine.snapshot.store.name, engine.version.number, engine.digest
+    response.store, response.version, response.fingerprint = (
+        engine.snapshot.store.name,
+        engine.version.number,
+        engine.digest,
+    )
     for answer in answers:
         _write(response.retrievals.add(), answer, query.search)
     data: bytes = message.SerializeToString()

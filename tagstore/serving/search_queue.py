@@ -41,7 +41,9 @@ FINISH_SECONDS = 0.005
 class _Call(Generic[T, R]):
     __slots__ = ("arrived", "deadline", "future", "item", "rows")
 
-    def __init__(self, item: T, rows: int, deadline: float, arrived: float, future: asyncio.Future[R]) -> None:
+    def __init__(
+        self, item: T, rows: int, deadline: float, arrived: float, future: asyncio.Future[R]
+    ) -> None:
         self.item, self.rows, self.deadline, self.arrived, self.future = item, rows, deadline, arrived, future
 
 
@@ -116,7 +118,9 @@ class Searches(Generic[T, F, R]):
         self.depth = 0
         """Rows that wait."""
         self._work: SimpleQueue[_Batch[T, F, R] | None] = SimpleQueue()
-        self._threads = [threading.Thread(target=self._serve, name=f"search-{i}", daemon=True) for i in range(threads)]
+        self._threads = [
+            threading.Thread(target=self._serve, name=f"search-{i}", daemon=True) for i in range(threads)
+        ]
         for thread in self._threads:
             thread.start()
 
@@ -132,7 +136,9 @@ class Searches(Generic[T, F, R]):
         for _ in self._threads:
             self._work.put(None)
 
-    def submit(self, key: Hashable, item: T, rows: int = 1, deadline: float = float("inf")) -> asyncio.Future[R]:
+    def submit(
+        self, key: Hashable, item: T, rows: int = 1, deadline: float = float("inf")
+    ) -> asyncio.Future[R]:
         """What will be the result of an item, or what `run` raises for it.
 
         Args:
@@ -151,7 +157,9 @@ class Searches(Generic[T, F, R]):
         if waiting is None:
             waiting = self._waiting[key] = deque()
         elif self.depth >= self.spare and (wait := self.expected(key)) > self.max_wait:
-            raise Overloaded(f"{self.depth} queries wait for the search, {wait:.2f} s of work: try again later", wait)
+            raise Overloaded(
+                f"{self.depth} queries wait for the search, {wait:.2f} s of work: try again later", wait
+            )
         call: _Call[T, R] = _Call(item, rows, deadline, now, self._loop.create_future())
         waiting.append(call)
         self.depth += rows
@@ -181,7 +189,13 @@ class Searches(Generic[T, F, R]):
             batch = self._take(key)
             if batch is None:
                 continue
-            if len(batch.calls) == 1 and not self._running and not self._waiting and self._alone() and self._quick(batch):
+            if (
+                len(batch.calls) == 1
+                and not self._running
+                and not self._waiting
+                and self._alone()
+                and self._quick(batch)
+            ):
                 batch.whole = True
                 self._work_on(batch)
                 self._answer(batch)
@@ -205,7 +219,9 @@ class Searches(Generic[T, F, R]):
             if call.future.done():
                 continue
             if call.deadline <= now:
-                call.future.set_exception(TimedOut("the deadline passed while the query waited for the search: allow more time"))
+                call.future.set_exception(
+                    TimedOut("the deadline passed while the query waited for the search: allow more time")
+                )
                 continue
             batch.append(call)
             taken += call.rows

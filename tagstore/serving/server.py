@@ -93,7 +93,9 @@ class Server:
         self.settings = settings
         limits = settings.limits
         self.catalog = LiveCatalog(root, device=device, limits=limits)
-        access = Access(settings.tokens or None, anonymous=settings.anonymous, certificates=bool(settings.tls_client_ca))
+        access = Access(
+            settings.tokens or None, anonymous=settings.anonymous, certificates=bool(settings.tls_client_ca)
+        )
         self.gate = Gate(access, limits, Audit(settings.audit or None))
         self.announce: Callable[[Mapping[str, Any]], None] = lambda message: None
         """Told what the other workers on this port must know: {"unload": STORE}."""
@@ -131,7 +133,9 @@ class Server:
         """The parts that belong to the event loop."""
         settings, limits = self.settings, self.settings.limits
         calls, long = Methods(self.gate, self._threads), Methods(self.gate, self._long_threads, long=True)
-        tagstore_pb2_grpc.add_TagStoreServicer_to_server(TagStoreService(self.catalog, self.searches, limits, self._threads), calls)
+        tagstore_pb2_grpc.add_TagStoreServicer_to_server(
+            TagStoreService(self.catalog, self.searches, limits, self._threads), calls
+        )
         admin = AdminService(self.catalog, self.gate, lambda message: self.announce(message))
         tagstore_pb2_grpc.add_AdminServicer_to_server(admin, long)
         names = (SERVICE, ADMIN, health.SERVICE_NAME, reflection.SERVICE_NAME)
@@ -153,7 +157,9 @@ class Server:
                 else:
                     acceptor.add_insecure_port(address)
             except RuntimeError as error:
-                raise Unavailable(f"cannot listen on {address}: is another server running there? Port 0 picks a free one") from error
+                raise Unavailable(
+                    f"cannot listen on {address}: is another server running there? Port 0 picks a free one"
+                ) from error
         return acceptors, checks
 
     async def _all(self, what: Callable[[Any], Awaitable[None]]) -> None:
@@ -181,7 +187,9 @@ class Server:
         if not warm_first:
             run(self._all(lambda acceptor: acceptor.start()))
         for info in self.catalog.warm(opened=self.gate.open):
-            log.info("serving %s@%d: %d entries, %s", info.store, info.version, info.entries, info.fingerprint)
+            log.info(
+                "serving %s@%d: %d entries, %s", info.store, info.version, info.entries, info.fingerprint
+            )
         # what is there now stays: no collection, and unloading a store asks for one, has to look at all of torch again
         gc.collect()
         gc.freeze()
@@ -223,7 +231,10 @@ class _Health(health.aio.HealthServicer):
         self._ending = asyncio.Event()
 
     async def Watch(self, request: Any, context: Any) -> None:  # noqa: N802
-        watching, ending = asyncio.ensure_future(super().Watch(request, context)), asyncio.ensure_future(self._ending.wait())
+        watching, ending = (
+            asyncio.ensure_future(super().Watch(request, context)),
+            asyncio.ensure_future(self._ending.wait()),
+        )
         try:
             await asyncio.wait((watching, ending), return_when=asyncio.FIRST_COMPLETED)
         finally:

@@ -68,18 +68,25 @@ def checked_host(address: str, settings: Settings) -> str:
     """The host of HOST:PORT. Raises `InvalidInput` for an address that is none, or one that is open to others without protection."""
     host, colon, port = address.rpartition(":")
     if not colon or not host or not port.isdecimal() or int(port) > 65535:
-        raise InvalidInput(f"'{address}' is no HOST:PORT; for example 127.0.0.1:50051, or port 0 for a free one")
+        raise InvalidInput(
+            f"'{address}' is no HOST:PORT; for example 127.0.0.1:50051, or port 0 for a free one"
+        )
     try:
         loopback = ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         loopback = host == "localhost"
-    if bool(settings.tls_certificate) != bool(settings.tls_key) or (settings.tls_client_ca and not settings.tls_certificate):
+    if bool(settings.tls_certificate) != bool(settings.tls_key) or (
+        settings.tls_client_ca and not settings.tls_certificate
+    ):
         raise InvalidInput("TLS needs both a certificate and its key: give --tls-certificate and --tls-key")
     asks = bool(settings.tokens or settings.tls_client_ca or os.environ.get(VARIABLE))
     if not loopback and not settings.insecure and not (settings.tls_certificate and asks):
         lacking = [
             what
-            for what, there in (("encrypt (--tls-certificate, --tls-key)", settings.tls_certificate), ("ask who calls (--tokens)", asks))
+            for what, there in (
+                ("encrypt (--tls-certificate, --tls-key)", settings.tls_certificate),
+                ("ask who calls (--tokens)", asks),
+            )
             if not there
         ]
         raise InvalidInput(

@@ -44,7 +44,9 @@ def begun(name: str, **attributes: str | int) -> Callable[[object], None]:
     return lambda _: begun.end()
 
 
-def span(name: str, metadata: Iterable[tuple[str, str | bytes]] = (), **attributes: str | int) -> AbstractContextManager[Any]:
+def span(
+    name: str, metadata: Iterable[tuple[str, str | bytes]] = (), **attributes: str | int
+) -> AbstractContextManager[Any]:
     """A span around what is done inside; a child of the caller's where its metadata carries a trace."""
     if _tracer is None:
         return _NOTHING
@@ -52,5 +54,7 @@ def span(name: str, metadata: Iterable[tuple[str, str | bytes]] = (), **attribut
 
     carrier = {key: str(value) for key, value in metadata if key in ("traceparent", "tracestate")}
     parent = TraceContextTextMapPropagator().extract(carrier) if carrier else None
-    span: AbstractContextManager[Any] = _tracer.start_as_current_span(name, context=parent, attributes=attributes)
+    span: AbstractContextManager[Any] = _tracer.start_as_current_span(
+        name, context=parent, attributes=attributes
+    )
     return span

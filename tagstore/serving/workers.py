@@ -125,17 +125,27 @@ class Supervisor:
             "level": logging.getLogger().getEffectiveLevel(),
         }
         threads = {name: os.environ.get(name, str(self.settings.cores)) for name in THREADS}
-        environment = {**os.environ, **threads, "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}
+        environment = {
+            **os.environ,
+            **threads,
+            "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
+        }
         if self._metrics:
             environment["PROMETHEUS_MULTIPROC_DIR"] = self._metrics
         process = subprocess.Popen(
-            [sys.executable, "-m", "tagstore.serving.workers"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            [sys.executable, "-m", "tagstore.serving.workers"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
         )
         worker = _Worker(process)
         with self._lock:
             self._workers[number] = worker
         worker.tell(order)
-        worker.thread = threading.Thread(target=self._attend, args=(number, worker), name=f"rpc-worker-{number}", daemon=True)
+        worker.thread = threading.Thread(
+            target=self._attend, args=(number, worker), name=f"rpc-worker-{number}", daemon=True
+        )
         worker.thread.start()
 
     def _attend(self, number: int, worker: _Worker) -> None:
@@ -149,7 +159,9 @@ class Supervisor:
             worker.process.stdin.close()
         was_ready = worker.ready.is_set() and worker.error is None
         if worker.error is None and not was_ready:
-            worker.error = Unavailable(f"a worker ended with code {code} before it was ready; its log is on standard error")
+            worker.error = Unavailable(
+                f"a worker ended with code {code} before it was ready; its log is on standard error"
+            )
         worker.ready.set()
         if self._metrics:
             from tagstore.serving import metrics
@@ -167,7 +179,11 @@ class Supervisor:
         if "ready" in message:
             worker.ready.set()
         elif "error" in message:
-            worker.error = Unavailable(message["error"]) if message["kind"] == "Unavailable" else InvalidInput(message["error"])
+            worker.error = (
+                Unavailable(message["error"])
+                if message["kind"] == "Unavailable"
+                else InvalidInput(message["error"])
+            )
             worker.ready.set()
         else:
             # one worker was told by an administrator: all are to know
@@ -216,7 +232,9 @@ def main() -> None:
         from tagstore.serving.logs import use_json
 
         use_json()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches everybody; the supervisor decides
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C in a terminal reaches everybody; the supervisor decides
     stopping = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stopping.set())
     try:
@@ -225,7 +243,9 @@ def main() -> None:
         from tagstore.serving.server import Server
 
         faiss.omp_set_num_threads(settings.cores)
-        server = Server(order["root"], order["address"], device=order["device"], settings=settings, shared=True)
+        server = Server(
+            order["root"], order["address"], device=order["device"], settings=settings, shared=True
+        )
         server.announce = _say
         for store in order["unloaded"]:
             server.catalog.unload(store)

@@ -71,7 +71,14 @@ def decode_entry(entry_id: int, data: bytes) -> Entry:
     origin, at = _get_text(data, at)
     origin = origin.replace("\0", key) if "\0" not in key else origin
     return Entry(
-        entry_id, key, bytes(sha256), perceptual_hash, tuple(captions), tuple(tags), json.loads(metadata) if metadata else {}, origin
+        entry_id,
+        key,
+        bytes(sha256),
+        perceptual_hash,
+        tuple(captions),
+        tuple(tags),
+        json.loads(metadata) if metadata else {},
+        origin,
     )
 
 
@@ -149,7 +156,9 @@ def unseal(key: bytes, data: bytes) -> dict[str, Any]:
     """What was sealed. Raises `Damaged` if the record, or the key it stands under, is not what was written."""
     digest, _, body = data.partition(b" ")
     if sha256(key + body).hexdigest().encode() != digest:
-        raise Damaged(f"the record under {key!r} does not fit its checksum: run `tagstore verify`, restore the store from a copy")
+        raise Damaged(
+            f"the record under {key!r} does not fit its checksum: run `tagstore verify`, restore the store from a copy"
+        )
     return dict(json.loads(body))
 
 
@@ -181,7 +190,9 @@ def _get_ints(data: bytes, at: int) -> tuple[list[int], int]:
 
 
 def _put_text(out: bytearray, text: str) -> None:
-    data = text.encode("utf-8", "replace")  # a lone surrogate, from a broken escape, is no text: it becomes "?"
+    data = text.encode(
+        "utf-8", "replace"
+    )  # a lone surrogate, from a broken escape, is no text: it becomes "?"
     _put_int(out, len(data))
     out += data
 

@@ -54,7 +54,9 @@ def generation(store: Path) -> Path:
     except (FileNotFoundError, NotADirectoryError):
         raise NotFound(f"no store at {store}") from None
     if not re.fullmatch(r"db-[0-9a-f-]+", name):
-        raise Damaged(f"{store}/CURRENT holds {name[:40]!r}: write into it the name of the db-... directory beside it")
+        raise Damaged(
+            f"{store}/CURRENT holds {name[:40]!r}: write into it the name of the db-... directory beside it"
+        )
     return store / name
 
 
@@ -89,9 +91,15 @@ def sweep(store: Path) -> None:
     current = generation(store).name if (store / "CURRENT").exists() else ""
     found = list(store.glob("db-*"))
     # never take data away because the one line that names it was lost
-    if found and (current not in [path.name for path in found] if current else any((path / "index").exists() for path in found)):
+    if found and (
+        current not in [path.name for path in found]
+        if current
+        else any((path / "index").exists() for path in found)
+    ):
         names = ", ".join(path.name for path in found)
-        raise Damaged(f"{store}/CURRENT names {current or 'nothing'}, there is {names}: write into it which of them is the store's")
+        raise Damaged(
+            f"{store}/CURRENT names {current or 'nothing'}, there is {names}: write into it which of them is the store's"
+        )
     for path in found:
         if path.name != current:
             forget(path)
@@ -109,7 +117,9 @@ def writing(what: str) -> Iterator[None]:
         advice = "free space or make it writable, then try again"
         if isinstance(error, lmdb.MapFullError):
             advice = f"set TAGSTORE_MAP_SIZE to more than {MAP_SIZE} bytes for every process that opens it"
-        raise WriteFailed(f"{what} could not be written: {error}. What was there before stays; {advice}") from error
+        raise WriteFailed(
+            f"{what} could not be written: {error}. What was there before stays; {advice}"
+        ) from error
 
 
 def sync_directory(path: Path) -> None:
@@ -138,15 +148,26 @@ def environment(directory: Path, *, create: bool = False) -> Any:
             try:
                 _reserve(path)
                 # metasync=False: a commit syncs the data; `env.sync(True)` after it makes the commit itself durable
-                env = lmdb.open(path, map_size=MAP_SIZE, max_readers=MAX_READERS, max_dbs=16, create=create, metasync=False)
+                env = lmdb.open(
+                    path,
+                    map_size=MAP_SIZE,
+                    max_readers=MAX_READERS,
+                    max_dbs=16,
+                    create=create,
+                    metasync=False,
+                )
             except (lmdb.InvalidError, lmdb.CorruptedError, lmdb.VersionMismatchError) as error:
-                raise Damaged(f"{path}/data.mdb is not a readable LMDB database: {error}. Restore it from a copy.") from error
+                raise Damaged(
+                    f"{path}/data.mdb is not a readable LMDB database: {error}. Restore it from a copy."
+                ) from error
             except lmdb.MemoryError as error:
                 raise WriteFailed(
                     f"no address space left to map {path}/data.mdb ({MAP_SIZE >> 30} GiB each): set TAGSTORE_MAP_SIZE to fewer bytes"
                 ) from error
             except (lmdb.Error, OSError) as error:
-                raise WriteFailed(f"{path} cannot be opened: {error}. LMDB needs to write to lock.mdb there, to read as well") from error
+                raise WriteFailed(
+                    f"{path} cannot be opened: {error}. LMDB needs to write to lock.mdb there, to read as well"
+                ) from error
             env.reader_check()
             _open[_identity(path)] = env
         return env
@@ -207,7 +228,11 @@ def trim(env: Any, beyond: int = 256 << 20) -> None:
         if resident < beyond:
             return
         inode = str(os.stat(os.path.join(env.path(), "data.mdb")).st_ino)
-        maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith("data.mdb")]
+        maps = [
+            line.split()
+            for line in Path("/proc/self/maps").read_text().splitlines()
+            if line.endswith("data.mdb")
+        ]
     except OSError:
         return
     for span, *_ in (fields for fields in maps if fields[4] == inode):
@@ -231,7 +256,9 @@ def writer_lock(store: Path) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             holder = file.read().strip() or "unknown"
-            raise Busy(f"store '{store.name}' is being written by process {holder}: wait for it to end, then try again") from None
+            raise Busy(
+                f"store '{store.name}' is being written by process {holder}: wait for it to end, then try again"
+            ) from None
         _say(file.fileno(), str(os.getpid()))
         try:
             yield

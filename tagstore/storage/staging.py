@@ -46,7 +46,13 @@ class Progress:
 
 
 def sweep_staged(
-    store: Store, keep: Progress | None, next_entry_id: int, next_tag_id: int, next_page: int, next_space: int, number: int
+    store: Store,
+    keep: Progress | None,
+    next_entry_id: int,
+    next_tag_id: int,
+    next_page: int,
+    next_space: int,
+    number: int,
 ) -> None:
     """Remove what was appended behind the last version, all of it or what lies beyond the progress to keep, and index files of no version.
 
@@ -60,7 +66,9 @@ def sweep_staged(
     with store.env.begin(write=True) as txn:
         for entry_id, data in _beyond(txn, db["entries"], first_entry):
             key = key_of(decode_entry(entry_id, data).key)
-            kept = b"".join(U64.pack(i) for i in unpack_ids(txn.get(key, db=db["keys"]) or b"") if i < first_entry)
+            kept = b"".join(
+                U64.pack(i) for i in unpack_ids(txn.get(key, db=db["keys"]) or b"") if i < first_entry
+            )
             if kept:
                 txn.put(key, kept, db=db["keys"])
             else:
@@ -78,7 +86,10 @@ def sweep_staged(
                     pass
         if not keep:
             txn.delete(b"ingest", db=db["meta"])
-            for name in ("vectors", "embeddings"):  # of a reembedding that was cut off: the next one may have another dimension
+            for name in (
+                "vectors",
+                "embeddings",
+            ):  # of a reembedding that was cut off: the next one may have another dimension
                 for block, _ in _beyond(txn, db[name], next_space << SPACE):
                     txn.delete(U64.pack(block), db=db[name])
     for path in store.index_directory.glob("*"):

@@ -101,7 +101,9 @@ class Version:
             outer = json.loads(data)
             body = outer["version"]
             if sha256(body.encode()).hexdigest() != outer["sha256"]:
-                raise Damaged("a version's record does not fit its checksum: run `tagstore verify`, restore the store from a copy")
+                raise Damaged(
+                    "a version's record does not fit its checksum: run `tagstore verify`, restore the store from a copy"
+                )
             value = json.loads(body)
         except (ValueError, TypeError, KeyError) as error:
             raise Damaged(f"a version's record cannot be read: {error}") from error
@@ -127,7 +129,9 @@ class Store:
                     raise NotFound(f"no store '{name}'; those there are: {there}") from None
                 # between reading CURRENT and opening what it names, a compaction may have ended
                 if attempt == 2:
-                    raise Damaged(f"{self.directory}/CURRENT names {self.generation.name}, which is not there") from None
+                    raise Damaged(
+                        f"{self.directory}/CURRENT names {self.generation.name}, which is not there"
+                    ) from None
         self._open()
 
     @classmethod
@@ -151,7 +155,9 @@ class Store:
         with self.env.begin() as txn:
             data = txn.get(b"state", db=self.db["meta"])
         if data is None:
-            raise NotFound(f"store '{self.name}' was created but nothing was ever committed to it: run `tagstore ingest` again")
+            raise NotFound(
+                f"store '{self.name}' was created but nothing was ever committed to it: run `tagstore ingest` again"
+            )
         return unseal(b"state", data)
 
     def is_current(self) -> bool:
@@ -167,18 +173,24 @@ class Store:
             found = [(U64.unpack(key)[0], Version.from_json(value)) for key, value in cursor]
         for number, version in found:
             if number != version.number:
-                raise Damaged(f"the record of version {version.number} of store '{self.name}' stands under number {number}")
+                raise Damaged(
+                    f"the record of version {version.number} of store '{self.name}' stands under number {number}"
+                )
         return [version for _, version in found]
 
     def snapshot(self, version: int | None = None) -> Snapshot:
         """A version to read from; the current one if none is named. Raises `NotFound`."""
         number = version or self.state()["current"]
         if not number:
-            raise NotFound(f"store '{self.name}' has no version yet: its first ingest did not finish; run it again")
+            raise NotFound(
+                f"store '{self.name}' has no version yet: its first ingest did not finish; run it again"
+            )
         with self.env.begin() as txn:
             data = txn.get(U64.pack(number), db=self.db["versions"])
         if data is None:
-            raise NotFound(f"store '{self.name}' has no version {number}; its current one is {self.state()['current']}")
+            raise NotFound(
+                f"store '{self.name}' has no version {number}; its current one is {self.state()['current']}"
+            )
         return Snapshot(self, Version.from_json(data))
 
 
@@ -198,7 +210,9 @@ class Snapshot:
         with self.store.env.begin(buffers=True) as txn:
             data = txn.get(U64.pack(entry_id), db=self.store.db["entries"])
             if data is None or entry_id >= self.version.next_entry_id:
-                raise NotFound(f"version {self.version.number} of store '{self.store.name}' has no entry {entry_id}")
+                raise NotFound(
+                    f"version {self.version.number} of store '{self.store.name}' has no entry {entry_id}"
+                )
             return decode_entry(entry_id, data)
 
     def entries(self, ids: NDArray[np.int64] | None = None) -> Iterator[Entry]:
@@ -206,7 +220,10 @@ class Snapshot:
         ids = self.live() if ids is None else ids
         for start in range(0, len(ids), 1024):
             with self.store.env.begin() as txn:
-                found = [(i, txn.get(U64.pack(i), db=self.store.db["entries"])) for i in ids[start : start + 1024].tolist()]
+                found = [
+                    (i, txn.get(U64.pack(i), db=self.store.db["entries"]))
+                    for i in ids[start : start + 1024].tolist()
+                ]
             yield from (decode_entry(i, data) for i, data in found)
 
     def find(self, key: str) -> int | None:
@@ -229,7 +246,9 @@ class Snapshot:
             for i in tag_ids:
                 data = txn.get(U64.pack(i), db=db) if 0 <= i < self.version.next_tag_id else None
                 if data is None:
-                    raise NotFound(f"store '{self.store.name}' has no tag {i} in version {self.version.number}")
+                    raise NotFound(
+                        f"store '{self.store.name}' has no tag {i} in version {self.version.number}"
+                    )
                 found.append(decode_tag(data))
             return found
 
@@ -240,7 +259,9 @@ class Snapshot:
 
     def live_mask(self) -> NDArray[np.bool_]:
         """Which entry ids live in this version: `[next_entry_id]` bool."""
-        bits = np.unpackbits(self.array("live", np.uint8), count=self.version.next_entry_id, bitorder="little")
+        bits = np.unpackbits(
+            self.array("live", np.uint8), count=self.version.next_entry_id, bitorder="little"
+        )
         return bits.view(bool)
 
     def live(self) -> NDArray[np.int64]:
@@ -259,7 +280,9 @@ class Snapshot:
         with self.store.env.begin() as txn:
             pages = [txn.get(U64.pack(i), db=self.store.db["pages"]) for i in self.version.pages[name]]
         if None in pages:
-            raise Damaged(f"version {self.version.number} of store '{self.store.name}' has lost a page of its array '{name}'")
+            raise Damaged(
+                f"version {self.version.number} of store '{self.store.name}' has lost a page of its array '{name}'"
+            )
         return np.frombuffer(b"".join(pages), dtype)
 
     def vectors(self, ids: NDArray[np.int64]) -> Vectors:
@@ -311,19 +334,25 @@ class Snapshot:
             "files": len(v.index.get("files", [])),
             "bytes": sum(f["bytes"] for f in v.index.get("files", [])),
         }
-        return StoreInfo(self.store.name, v.number, v.entries, v.tags, v.unique_tags, v.fingerprint, index, v.created)
+        return StoreInfo(
+            self.store.name, v.number, v.entries, v.tags, v.unique_tags, v.fingerprint, index, v.created
+        )
 
 
 def check_name(name: str) -> str:
     """The name itself, if a store may bear it. Raises `InvalidInput`."""
     if not _NAME.fullmatch(name):
-        raise InvalidInput(f"'{name}' is no name for a store: use letters, digits, '_', '-' and '.', not first, at most 64 of them")
+        raise InvalidInput(
+            f"'{name}' is no name for a store: use letters, digits, '_', '-' and '.', not first, at most 64 of them"
+        )
     return name
 
 
 def store_names(root: str | Path) -> list[str]:
     """Names of the stores under a directory, sorted."""
-    return sorted(path.parent.name for path in Path(root).glob("*/CURRENT") if _NAME.fullmatch(path.parent.name))
+    return sorted(
+        path.parent.name for path in Path(root).glob("*/CURRENT") if _NAME.fullmatch(path.parent.name)
+    )
 
 
 def open_databases(env: Any, *, create: bool = False) -> dict[str, Any]:
@@ -337,10 +366,14 @@ def open_databases(env: Any, *, create: bool = False) -> dict[str, Any]:
             meta = env.open_db(b"meta", txn=txn, create=create)
             state = txn.get(b"state", db=meta)
             if state is not None and (found := unseal(b"state", state)["format"]) != FORMAT:
-                raise Damaged(f"{env.path()} has on-disk format {found}, this release reads {FORMAT}: use the release that wrote it")
+                raise Damaged(
+                    f"{env.path()} has on-disk format {found}, this release reads {FORMAT}: use the release that wrote it"
+                )
             return {name: env.open_db(name.encode(), txn=txn, create=create) for name in DATABASES}
     except lmdb.NotFoundError:
-        raise NotFound(f"{env.path()}/data.mdb holds no tag store, or its first ingest did not finish: ingest into it again") from None
+        raise NotFound(
+            f"{env.path()}/data.mdb holds no tag store, or its first ingest did not finish: ingest into it again"
+        ) from None
 
 
 def block_key(space: int, block: int) -> bytes:

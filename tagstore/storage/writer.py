@@ -17,7 +17,17 @@ from tagstore.errors import BadVector, FingerprintMismatch, InvalidInput, NotFou
 from tagstore.mining import MergedTag
 from tagstore.storage.checksums import ranges_of
 from tagstore.storage.codec import decode_entry, decode_tag, encode_entry, encode_tag, seal, unseal
-from tagstore.storage.lmdb_files import environment, generation, new_generation, sweep, switch, sync_directory, trim, writer_lock, writing
+from tagstore.storage.lmdb_files import (
+    environment,
+    generation,
+    new_generation,
+    sweep,
+    switch,
+    sync_directory,
+    trim,
+    writer_lock,
+    writing,
+)
 from tagstore.storage.staging import Draft, Progress, Sync, sweep_staged
 from tagstore.storage.store import (
     FORMAT,
@@ -103,7 +113,9 @@ class Writer:
             self._exit = stack.pop_all()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._exit.close()
 
     @contextmanager
@@ -142,8 +154,16 @@ class Writer:
                 old = self._live_id(txn, draft.key)
                 taken = old is not None and (old >= self.first_entry_id or self._confirmed[old])
                 if draft.key in seen or taken:
-                    rejected.append(Rejected(draft.key, "duplicate key: the first pair of this key was kept", draft.origin))
-                elif old is not None and same_miner and _same(draft, decode_entry(old, txn.get(U64.pack(old), db=self.db["entries"]))):
+                    rejected.append(
+                        Rejected(
+                            draft.key, "duplicate key: the first pair of this key was kept", draft.origin
+                        )
+                    )
+                elif (
+                    old is not None
+                    and same_miner
+                    and _same(draft, decode_entry(old, txn.get(U64.pack(old), db=self.db["entries"])))
+                ):
                     unchanged += 1
                     self._confirmed[old] = True
                 else:
@@ -160,7 +180,12 @@ class Writer:
                     self._confirmed[old] = True
 
     def append(
-        self, drafts: Sequence[Draft], vectors: Vectors | None, *, rejected: Sequence[Rejected] = (), progress: Progress | None = None
+        self,
+        drafts: Sequence[Draft],
+        vectors: Vectors | None,
+        *,
+        rejected: Sequence[Rejected] = (),
+        progress: Progress | None = None,
     ) -> None:
         """Stage entries with their unit vectors `[len(drafts), D]`, and the pairs refused on the way, in one transaction.
 
@@ -175,8 +200,19 @@ class Writer:
                 if old is not None:
                     self._set_live(txn, old, False)
                 ids = [self._tag_id(txn, tag) for tag in draft.tags]
-                tags = tuple(EntryTag(i, tag.score, tag.provenance) for i, tag in zip(ids, draft.tags, strict=True))
-                entry = Entry(entry_id, draft.key, draft.sha256, draft.perceptual_hash, draft.captions, tags, draft.metadata, draft.origin)
+                tags = tuple(
+                    EntryTag(i, tag.score, tag.provenance) for i, tag in zip(ids, draft.tags, strict=True)
+                )
+                entry = Entry(
+                    entry_id,
+                    draft.key,
+                    draft.sha256,
+                    draft.perceptual_hash,
+                    draft.captions,
+                    tags,
+                    draft.metadata,
+                    draft.origin,
+                )
                 self._put_entry(txn, entry, encode_entry(entry))
             self._put_rows(txn, "vectors", np.arange(first, first + len(drafts)), rows)
             self.next_entry_id += len(drafts)
@@ -186,7 +222,11 @@ class Writer:
                 txn.put(key, seal(key, asdict(refused)), db=self.db["quarantine"])
                 self._refused += 1
             if progress is not None:
-                progress.next_entry_id, progress.next_tag_id, progress.rejected = self.next_entry_id, self.next_tag_id, self._refused
+                progress.next_entry_id, progress.next_tag_id, progress.rejected = (
+                    self.next_entry_id,
+                    self.next_tag_id,
+                    self._refused,
+                )
                 txn.put(b"ingest", seal(b"ingest", asdict(progress)), db=self.db["meta"])
 
     @property
@@ -224,7 +264,11 @@ class Writer:
         number = U64.pack(self._number())
         with self.env.begin() as txn:
             keys = [number + U64.pack(i) for i in range(self._refused)]
-            return [Rejected(**unseal(key, data)) for key in keys if (data := txn.get(key, db=self.db["quarantine"]))]
+            return [
+                Rejected(**unseal(key, data))
+                for key in keys
+                if (data := txn.get(key, db=self.db["quarantine"]))
+            ]
 
     def delete(self, entry_ids: Sequence[int]) -> int:
         """Stage the end of entries; returns how many of them lived."""
@@ -246,17 +290,26 @@ class Writer:
         """Texts of up to `limit` tags that have no embedding in this space yet, in order of their ids."""
         with self.env.begin() as txn:
             ids = range(self._embedded, min(self.next_tag_id, self._embedded + limit))
-            return [decode_tag(data)[0] if (data := txn.get(U64.pack(i), db=self.db["tags"])) else "" for i in ids]
+            return [
+                decode_tag(data)[0] if (data := txn.get(U64.pack(i), db=self.db["tags"])) else "" for i in ids
+            ]
 
     def embed_tags(self, embeddings: Vectors) -> None:
         """Stage the text embeddings of the next tags, `[n, D]` unit rows, in the order of `new_tags`."""
         embeddings = self._rows(len(embeddings), embeddings)
         with self.transaction() as txn:
-            self._put_rows(txn, "embeddings", np.arange(self._embedded, self._embedded + len(embeddings)), embeddings)
+            self._put_rows(
+                txn, "embeddings", np.arange(self._embedded, self._embedded + len(embeddings)), embeddings
+            )
             self._embedded += len(embeddings)
 
     def commit(
-        self, *, operation: str, source: Mapping[str, Any] | None = None, miner: Mapping[str, Any] | None = None, indexer: Indexer
+        self,
+        *,
+        operation: str,
+        source: Mapping[str, Any] | None = None,
+        miner: Mapping[str, Any] | None = None,
+        indexer: Indexer,
     ) -> Version:
         """Make what was staged the next version: durable and visible when this returns.
 
@@ -268,11 +321,16 @@ class Writer:
         with self.step():
             return self._commit(operation, source or {}, miner, indexer)
 
-    def _commit(self, operation: str, source: Mapping[str, Any], miner: Mapping[str, Any] | None, indexer: Indexer) -> Version:
+    def _commit(
+        self, operation: str, source: Mapping[str, Any], miner: Mapping[str, Any] | None, indexer: Indexer
+    ) -> Version:
         live, counts = self.live, self.counts
         bits = np.packbits(live, bitorder="little")
         with self.env.begin(write=True) as txn:
-            pages = {"live": self._put_pages(txn, "live", bits), "counts": self._put_pages(txn, "counts", counts)}
+            pages = {
+                "live": self._put_pages(txn, "live", bits),
+                "counts": self._put_pages(txn, "counts", counts),
+            }
         version = Version(
             number=self._number(),
             parent=self.parent.number if self.parent else 0,
@@ -301,7 +359,11 @@ class Writer:
             ),
         )
         self._spaces[self.space] = (self.fingerprint.digest, self._embedded)
-        return self._publish(replace(version, index=indexer(Snapshot(self.store, version), self.parent, self.store.index_directory)))
+        return self._publish(
+            replace(
+                version, index=indexer(Snapshot(self.store, version), self.parent, self.store.index_directory)
+            )
+        )
 
     def rollback(self, number: int) -> Version:
         """Commit a version that holds what version `number` held. Raises `NotFound`."""
@@ -396,7 +458,9 @@ class Writer:
     def _restore(self, progress: Progress) -> None:
         """Count in what was staged before, as `append` did."""
         self._reserve(progress.next_entry_id - self.next_entry_id)
-        self._counts = np.concatenate([self._counts, np.zeros(progress.next_tag_id - len(self._counts), np.int32)])
+        self._counts = np.concatenate(
+            [self._counts, np.zeros(progress.next_tag_id - len(self._counts), np.int32)]
+        )
         with self.env.begin() as txn:
             for entry_id in range(self.first_entry_id, progress.next_entry_id):
                 entry = decode_entry(entry_id, txn.get(U64.pack(entry_id), db=self.db["entries"]))
@@ -405,7 +469,11 @@ class Writer:
                     self._set_live(txn, old, False)
                 self._live[entry_id] = True
                 self._count([tag.tag_id for tag in entry.tags], 1)
-        self.next_entry_id, self.next_tag_id, self._refused = progress.next_entry_id, progress.next_tag_id, progress.rejected
+        self.next_entry_id, self.next_tag_id, self._refused = (
+            progress.next_entry_id,
+            progress.next_tag_id,
+            progress.rejected,
+        )
 
     def _live_id(self, txn: Any, key: str) -> int | None:
         ids = unpack_ids(txn.get(key_of(key), db=self.db["keys"]) or b"")
@@ -440,9 +508,13 @@ class Writer:
         """The vectors, if they are `[n, D]` and finite. Raises `BadVector`: nothing was staged then, and the writer can go on."""
         rows = np.zeros((0, self.fingerprint.dimension), np.float32) if vectors is None else vectors
         if rows.shape != (n, self.fingerprint.dimension):
-            raise BadVector(f"vectors of shape {list(rows.shape)} for [{n}, {self.fingerprint.dimension}] of store '{self.name}'")
+            raise BadVector(
+                f"vectors of shape {list(rows.shape)} for [{n}, {self.fingerprint.dimension}] of store '{self.name}'"
+            )
         if not np.isfinite(rows).all():
-            raise BadVector(f"a vector for store '{self.name}' holds NaN or infinity: the encoder, or what it was given, is broken")
+            raise BadVector(
+                f"a vector for store '{self.name}' holds NaN or infinity: the encoder, or what it was given, is broken"
+            )
         return rows
 
     def _put_entry(self, txn: Any, entry: Entry, record: bytes) -> None:
@@ -455,11 +527,17 @@ class Writer:
 
     def _put_tag(self, txn: Any, tag_id: int, text: str, kind: Kind, canonical: str) -> bool:
         """Write a tag whose id is above all others; false if there is one of its kind and canonical form."""
-        if not txn.put(tag_key(KINDS.index(kind), canonical), U64.pack(tag_id), db=self.db["tag_ids"], overwrite=False):
+        if not txn.put(
+            tag_key(KINDS.index(kind), canonical), U64.pack(tag_id), db=self.db["tag_ids"], overwrite=False
+        ):
             return False
-        return bool(txn.put(U64.pack(tag_id), encode_tag(text, kind, canonical), db=self.db["tags"], append=True))
+        return bool(
+            txn.put(U64.pack(tag_id), encode_tag(text, kind, canonical), db=self.db["tags"], append=True)
+        )
 
-    def _put_rows(self, txn: Any, db: str, ids: NDArray[np.int64], rows: NDArray[Any], *, keep_tail: bool = False) -> None:
+    def _put_rows(
+        self, txn: Any, db: str, ids: NDArray[np.int64], rows: NDArray[Any], *, keep_tail: bool = False
+    ) -> None:
         """Write the rows `[n, D]` of ids; what blocks hold behind the last of them goes, unless it is to be kept."""
         blocks, offsets = np.divmod(ids, ROWS)
         for block in np.unique(blocks).tolist():
@@ -501,4 +579,8 @@ class Writer:
 
 
 def _same(draft: Draft, entry: Entry) -> bool:
-    return (draft.sha256, draft.captions, dict(draft.metadata)) == (entry.sha256, entry.captions, dict(entry.metadata))
+    return (draft.sha256, draft.captions, dict(draft.metadata)) == (
+        entry.sha256,
+        entry.captions,
+        dict(entry.metadata),
+    )

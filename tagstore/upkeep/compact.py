@@ -23,7 +23,20 @@ from tagstore.indexing import faiss_index
 from tagstore.storage.checksums import broken, ranges_of
 from tagstore.storage.codec import decode_entry, decode_tag, seal, unseal
 from tagstore.storage.lmdb_files import environment, new_generation, sweep, switch
-from tagstore.storage.store import FORMAT, PAGE, ROWS, U64, Snapshot, Store, Version, block_key, key_of, now, open_databases, tag_key
+from tagstore.storage.store import (
+    FORMAT,
+    PAGE,
+    ROWS,
+    U64,
+    Snapshot,
+    Store,
+    Version,
+    block_key,
+    key_of,
+    now,
+    open_databases,
+    tag_key,
+)
 from tagstore.storage.writer import Writer
 from tagstore.types import KINDS, Entry
 from tagstore.upkeep.edits import Selection
@@ -115,7 +128,9 @@ def purge(root: str | Path, store: str, selection: Selection, *, reason: str, wh
             vectors=vectors,
         )
         if found:
-            raise Damaged(f"version {version.number} is without the entries, but their traces are not gone: {'; '.join(found[:5])}")
+            raise Damaged(
+                f"version {version.number} is without the entries, but their traces are not gone: {'; '.join(found[:5])}"
+            )
         takedown = replace(
             takedown,
             proof=f"{len(keys)} keys, {len(captions)} captions, {len(images)} image hashes and {len(vectors)} vectors that no other entry "
@@ -162,7 +177,12 @@ def prove_absent(
     texts = set(names)
     names |= {bytes.fromhex(h): f"image hash {h[:12]}" for h in images} | dict.fromkeys(vectors, "a vector")
     needles = [needle for needle in names if len(needle) >= SHORTEST]
-    traced = [(path, needle) for path in sorted(opened.directory.rglob("*")) if path.is_file() for needle in _needles_in(path, needles)]
+    traced = [
+        (path, needle)
+        for path in sorted(opened.directory.rglob("*"))
+        if path.is_file()
+        for needle in _needles_in(path, needles)
+    ]
     # "photo-1" is in "photo-12": of a text that is part of what remains, only the records can say that it is gone, and did above
     shared = _in_records(opened, {needle for _, needle in traced if needle in texts})
     found += [f"{path}: {names[needle]}" for path, needle in traced if needle not in shared]
@@ -173,7 +193,13 @@ class _Rewrite:
     """A copy of some versions, and one more, into a fresh generation."""
 
     def __init__(
-        self, writer: Writer, kept: list[Version], operation: str, *, keys: set[str] | None = None, takedown: Takedown | None = None
+        self,
+        writer: Writer,
+        kept: list[Version],
+        operation: str,
+        *,
+        keys: set[str] | None = None,
+        takedown: Takedown | None = None,
     ) -> None:
         assert writer.parent is not None
         self.writer, self.old, self.operation = writer, writer.store, operation
@@ -222,7 +248,12 @@ class _Rewrite:
         self.db = open_databases(self.env, create=True)
         spaces = {v.space for v in self.versions}
         state = self.old.state()
-        state = {**state, "format": FORMAT, "current": 0, "spaces": {k: v for k, v in state["spaces"].items() if int(k) in spaces}}
+        state = {
+            **state,
+            "format": FORMAT,
+            "current": 0,
+            "spaces": {k: v for k, v in state["spaces"].items() if int(k) in spaces},
+        }
         with self.env.begin(write=True) as txn:
             self._put_state(txn, state)
         self._copy_entries(self._union(0, self.writer.next_entry_id))
@@ -309,17 +340,30 @@ class _Rewrite:
         live, counts = self.arrays[version.number]
         bits = np.packbits(live, bitorder="little")
         with self.env.begin(write=True) as txn:
-            pages = {"live": self._put_pages(txn, bits.tobytes()), "counts": self._put_pages(txn, counts.tobytes())}
+            pages = {
+                "live": self._put_pages(txn, bits.tobytes()),
+                "counts": self._put_pages(txn, counts.tobytes()),
+            }
         kept, version = version.index, replace(version, pages=pages, index={})
         same = parent if parent is not None and parent.next_entry_id <= version.next_entry_id else None
         embedded = min(version.next_tag_id, self.old.state()["spaces"][str(version.space)][1])
         ranges = ranges_of(
-            store, same, version.space, version.next_entry_id, version.next_tag_id, embedded, version.fingerprint.dimension, bits, counts
+            store,
+            same,
+            version.space,
+            version.next_entry_id,
+            version.next_tag_id,
+            embedded,
+            version.fingerprint.dimension,
+            bits,
+            counts,
         )
         version = replace(version, ranges=ranges)
         whole = version is self.versions[-1] or version.number == self.new_version.number
         snapshot = Snapshot(store, replace(version, index=kept))  # so that a tuned index is tuned again
-        index = faiss_index.extend(snapshot, self._index_parent(version, parent), store.index_directory, whole=whole)
+        index = faiss_index.extend(
+            snapshot, self._index_parent(version, parent), store.index_directory, whole=whole
+        )
         version = replace(version, index=index)
         with self.env.begin(write=True) as txn:
             txn.put(U64.pack(version.number), version.to_json().encode(), db=self.db["versions"])

@@ -59,7 +59,9 @@ class Selection:
     def check(self) -> None:
         """Raises `InvalidInput` if nothing is selected, or a hash is none."""
         if not (self.keys or self.sha256 or self.near or self.where):
-            raise InvalidInput("nothing is selected: say which entries, by key, sha256, perceptual hash or metadata")
+            raise InvalidInput(
+                "nothing is selected: say which entries, by key, sha256, perceptual hash or metadata"
+            )
         for digest in self.sha256:
             if not re.fullmatch(r"[0-9a-fA-F]{64}", digest):
                 raise InvalidInput(f"'{digest}' is no sha256: 64 hexadecimal digits")
@@ -70,7 +72,10 @@ class Selection:
             entry.key in self.keys
             or entry.sha256.hex() in (digest.lower() for digest in self.sha256)
             or any((entry.perceptual_hash ^ h).bit_count() <= bits for h, bits in self.near)
-            or bool(self.where and all(str(entry.metadata.get(name)) == value for name, value in self.where.items()))
+            or bool(
+                self.where
+                and all(str(entry.metadata.get(name)) == value for name, value in self.where.items())
+            )
         )
 
 
@@ -124,7 +129,10 @@ def diff(root: str | Path, store: str, before: int, after: int) -> Diff:
         added=sorted(come - gone),
         removed=sorted(gone - come),
         changed=sorted(come & gone),
-        tags=[(text, kind, int(counts[0, i]), int(counts[1, i])) for i, (text, kind, _) in zip(ids.tolist(), named, strict=True)],
+        tags=[
+            (text, kind, int(counts[0, i]), int(counts[1, i]))
+            for i, (text, kind, _) in zip(ids.tolist(), named, strict=True)
+        ],
     )
 
 
@@ -148,8 +156,12 @@ def reembed(
         if parent.version.fingerprint.digest == encoder.fingerprint.digest:
             raise InvalidInput(f"store '{store}' already holds vectors of {encoder.fingerprint}")
         found = originals(parent, sources)
-        while batch := [(entry.entry_id, _pixels(encoder, entry, image)) for entry, image in islice(found, 256)]:
-            writer.put_vectors([i for i, _ in batch], encoder.encode_images(np.stack([pixels for _, pixels in batch])))
+        while batch := [
+            (entry.entry_id, _pixels(encoder, entry, image)) for entry, image in islice(found, 256)
+        ]:
+            writer.put_vectors(
+                [i for i, _ in batch], encoder.encode_images(np.stack([pixels for _, pixels in batch]))
+            )
         while texts := writer.new_tags(limit=4096):
             writer.embed_tags(encoder.encode_texts(texts))
         return writer.commit(operation="reembed", indexer=faiss_index.extend)
@@ -189,7 +201,9 @@ def originals(snapshot: Snapshot, sources: Sequence[str] = ()) -> Iterator[tuple
         )
 
 
-def retag(root: str | Path, store: str, *, miner: str | Miner = "rules", vocabulary: Rules | None = None) -> Version:
+def retag(
+    root: str | Path, store: str, *, miner: str | Miner = "rules", vocabulary: Rules | None = None
+) -> Version:
     """Commit a version whose tags are mined again from the stored captions and metadata: another miner, stop list or synonyms.
 
     No image is read and none embedded; only tags that the store never had get a text embedding. With a minimum count, captions are mined
@@ -201,10 +215,17 @@ def retag(root: str | Path, store: str, *, miner: str | Miner = "rules", vocabul
     with Writer(root, store) as writer:
         snapshot = writer.store.snapshot()
         if snapshot.version.miner == about:
-            raise InvalidInput(f"the tags of store '{store}' were made by this miner with this vocabulary already")
+            raise InvalidInput(
+                f"the tags of store '{store}' were made by this miner with this vocabulary already"
+            )
         rare: frozenset[tuple[str, str]] = frozenset()
         if rules.minimum > 1:
-            counts = Counter((tag.kind, tag.canonical) for _, _, mined in _mined(snapshot, miner, rules) for tags in mined for tag in tags)
+            counts = Counter(
+                (tag.kind, tag.canonical)
+                for _, _, mined in _mined(snapshot, miner, rules)
+                for tags in mined
+                for tag in tags
+            )
             rare = frozenset(tag for tag, count in counts.items() if count < rules.minimum)
         for ids, entries, mined in _mined(snapshot, miner, rules):
             kept = [tuple(tag for tag in tags if (tag.kind, tag.canonical) not in rare) for tags in mined]
@@ -217,7 +238,9 @@ def retag(root: str | Path, store: str, *, miner: str | Miner = "rules", vocabul
         return writer.commit(operation="retag", miner=about, indexer=faiss_index.extend)
 
 
-def _mined(snapshot: Snapshot, miner: Miner, rules: Rules) -> Iterator[tuple[NDArray[np.int64], list[Entry], list[tuple[MergedTag, ...]]]]:
+def _mined(
+    snapshot: Snapshot, miner: Miner, rules: Rules
+) -> Iterator[tuple[NDArray[np.int64], list[Entry], list[tuple[MergedTag, ...]]]]:
     live = snapshot.live()
     for start in range(0, len(live), 1024):
         ids = live[start : start + 1024]
@@ -252,9 +275,13 @@ def drop(root: str | Path, store: str) -> float:
 
 def undrop(root: str | Path, store: str) -> None:
     """Bring back what was dropped last under a name."""
-    found = sorted((Path(root) / DROPPED).glob(f"{check_name(store)}@*"), key=lambda p: int(p.name.rpartition("@")[2]))
+    found = sorted(
+        (Path(root) / DROPPED).glob(f"{check_name(store)}@*"), key=lambda p: int(p.name.rpartition("@")[2])
+    )
     if not found:
-        raise NotFound(f"no dropped store '{store}' under {root}: it was never dropped, or more than {UNDO_DAYS:g} days ago")
+        raise NotFound(
+            f"no dropped store '{store}' under {root}: it was never dropped, or more than {UNDO_DAYS:g} days ago"
+        )
     target = Path(root) / store
     if target.exists():
         raise AlreadyExists(f"there is a store '{store}' again: rename that one first")

@@ -31,7 +31,10 @@ TIMED = 200
 """Queries that are timed, one at a time."""
 ADDED_PER_SECOND = {"flat": 200_000, "flat32": 200_000, "hnsw": 1500, "ivf": 20_000, "ivfpq": 10_000}
 """Of 512 dimensions on one core, roughly: for the time that is said before a build."""
-LADDER = {"hnsw": ("ef_search", (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)), "ivf": ("nprobe", (1, 2, 4, 8, 16, 32, 64, 128, 256))}
+LADDER = {
+    "hnsw": ("ef_search", (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)),
+    "ivf": ("nprobe", (1, 2, 4, 8, 16, 32, 64, 128, 256)),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +89,11 @@ class Outcome:
     def report(self) -> dict[str, Any]:
         """As JSON: version, kind with its numbers, measured recall, and what else was tried."""
         index = {name: value for name, value in self.version.index.items() if name != "files"}
-        return {"version": self.version.number, "index": index, "trials": [trial.as_json() for trial in self.trials]}
+        return {
+            "version": self.version.number,
+            "index": index,
+            "trials": [trial.as_json() for trial in self.trials],
+        }
 
 
 class OverBudget(InvalidInput):
@@ -148,7 +155,9 @@ def build_index(
                 version = writer.commit(operation="build-index", indexer=lambda *_, index=index: index)
                 return Outcome(version, trials, trial, source)
         best = max(trials, key=lambda t: (t.recall, -t.latency))
-        wanted = f"recall@{budget.k} {budget.recall:g}" + (f", {budget.memory:,} bytes" if budget.memory else "")
+        wanted = f"recall@{budget.k} {budget.recall:g}" + (
+            f", {budget.memory:,} bytes" if budget.memory else ""
+        )
         wanted += f", {budget.latency * 1e3:g} ms" if budget.latency else ""
         raise OverBudget(
             f"no index of store '{store}' holds the budget ({wanted}); nothing was changed. The best found is {_named(best.plan)}: "
@@ -193,7 +202,13 @@ class _Bench:
     ) -> None:
         self._gpu = gpu
         self._writer, self._current, self._live, self._held_out = writer, current, live, held_out
-        self._queries, self._truth, self._budget, self._advance, self._say = queries, truth, budget, advance, say
+        self._queries, self._truth, self._budget, self._advance, self._say = (
+            queries,
+            truth,
+            budget,
+            advance,
+            say,
+        )
 
     def tried(self, name: IndexKind | str) -> tuple[list[dict[str, Any]], Trial]:
         """Build a kind and find the least that it must do for the recall."""
@@ -211,7 +226,9 @@ class _Bench:
         made_for = replace(self._current.version, number=self._current.version.number + 1, index={})
         snapshot, directory = Snapshot(self._writer.store, made_for), self._writer.store.index_directory
         if plan == Plan("flat"):
-            files = list(faiss_index.extend(snapshot, None, directory, whole=True, advance=self._advance)["files"])
+            files = list(
+                faiss_index.extend(snapshot, None, directory, whole=True, advance=self._advance)["files"]
+            )
         else:
             end, suffix = self._writer.next_entry_id, f"-{plan.kind}"
             files = [
@@ -256,7 +273,10 @@ class _Bench:
         search = Search(k=self._truth.shape[1])
         found = [engine.nearest(query[None], search)[0] for query in self._queries]
         # equal similarities are as good as each other; ours are summed otherwise than those of the exact search
-        hits = [np.count_nonzero(np.array(s) >= true[-1] - 1e-5) for (_, s, _), true in zip(found, self._truth, strict=True)]
+        hits = [
+            np.count_nonzero(np.array(s) >= true[-1] - 1e-5)
+            for (_, s, _), true in zip(found, self._truth, strict=True)
+        ]
         recall = float(np.minimum(hits, self._truth.shape[1]).sum() / self._truth.size)
         times = []
         for query in self._queries[:TIMED]:
@@ -281,7 +301,9 @@ def _ladder(plan: Plan) -> Iterator[Plan]:
             yield replace(plan, search={name: min(steps[-1], plan.build["lists"]), "refine": refine})
 
 
-def _queries(snapshot: Snapshot, live: NDArray[np.int64], path: str | Path | None) -> tuple[NDArray[np.int64], Vectors, str]:
+def _queries(
+    snapshot: Snapshot, live: NDArray[np.int64], path: str | Path | None
+) -> tuple[NDArray[np.int64], Vectors, str]:
     """(entries held out, unit queries, where they come from)."""
     d = snapshot.dimension
     if path is not None:
@@ -290,7 +312,9 @@ def _queries(snapshot: Snapshot, live: NDArray[np.int64], path: str | Path | Non
         except (OSError, ValueError) as error:
             raise InvalidInput(f"{path} is no .npy file of vectors: {error}") from error
         if given.ndim != 2 or given.shape[1] != d or not len(given):
-            raise BadVector(f"{path} holds an array of shape {list(given.shape)}, the store's vectors are [N, {d}]")
+            raise BadVector(
+                f"{path} holds an array of shape {list(given.shape)}, the store's vectors are [N, {d}]"
+            )
         rows = given.astype(np.float32)
         norms = np.linalg.norm(rows, axis=1, keepdims=True)
         if not (np.isfinite(norms) & (norms > 0)).all():

@@ -57,7 +57,9 @@ def verify(root: str | Path, store: str, *, full: bool = False) -> list[Problem]
     lines = [json.loads(line) for line in child.stdout.splitlines() if line.endswith("}")]
     problems = [Problem(**line) for line in lines if line]
     if not child.stdout.endswith(f"{END}\n"):
-        problems.append(Problem(database, f"reading it brought the reader down (exit code {child.returncode})", False))
+        problems.append(
+            Problem(database, f"reading it brought the reader down (exit code {child.returncode})", False)
+        )
     return problems
 
 
@@ -88,7 +90,11 @@ def repair(root: str | Path, store: str) -> list[str]:
                     with writer.step():
                         index = faiss_index.extend(snapshot, None, writer.store.index_directory, whole=True)
                     with writer.transaction() as txn:
-                        txn.put(U64.pack(version.number), replace(version, index=index).to_json().encode(), db=writer.db["versions"])
+                        txn.put(
+                            U64.pack(version.number),
+                            replace(version, index=index).to_json().encode(),
+                            db=writer.db["versions"],
+                        )
                     done.append(f"rebuilt the index of version {version.number}")
             with writer.step():
                 _sweep_index(writer.store)
@@ -138,7 +144,9 @@ def _problems(root: str, name: str, full: bool) -> Iterator[Problem]:
     state, versions = store.state(), store.versions()
     numbers = [v.number for v in versions]
     if state["current"] not in (numbers or [0]):
-        yield Problem(database, f"its state names version {state['current']}, its versions are {numbers}", False)
+        yield Problem(
+            database, f"its state names version {state['current']}, its versions are {numbers}", False
+        )
     bad_files: dict[str, bool] = {}
     seen_ranges: set[object] = set()
     for version in versions:
@@ -152,7 +160,9 @@ def _problems(root: str, name: str, full: bool) -> Iterator[Problem]:
     read = Snapshot(store, versions[-1]).sources() if versions else []
     for version in versions:
         if version.source and version.source not in read:
-            yield Problem(database, f"the source of version {version.number} is not among those of the store", False)
+            yield Problem(
+                database, f"the source of version {version.number} is not among those of the store", False
+            )
 
 
 def _pages(database: str) -> Iterator[Problem]:
@@ -167,7 +177,11 @@ def _pages(database: str) -> Iterator[Problem]:
 
 def _ranges(snapshot: Snapshot, database: str, seen: set[object]) -> Iterator[Problem]:
     for name, r in broken(snapshot, seen):
-        yield Problem(database, f"{name} {r.first} to {r.end - 1} are not what version {snapshot.version.number} committed", False)
+        yield Problem(
+            database,
+            f"{name} {r.first} to {r.end - 1} are not what version {snapshot.version.number} committed",
+            False,
+        )
 
 
 def _counts(snapshot: Snapshot, database: str) -> Iterator[Problem]:
@@ -177,13 +191,23 @@ def _counts(snapshot: Snapshot, database: str) -> Iterator[Problem]:
         some = live[start : start + 1024].tolist()
         for entry_id, (_, ids) in zip(some, snapshot.keys_and_tags(some), strict=True):
             if ids and max(ids) >= len(counts):
-                yield Problem(database, f"entry {entry_id} of version {version.number} carries tag {max(ids)}, which is not there", False)
+                yield Problem(
+                    database,
+                    f"entry {entry_id} of version {version.number} carries tag {max(ids)}, which is not there",
+                    False,
+                )
                 return
             counts[ids] += 1
     if len(live) != version.entries:
-        yield Problem(database, f"version {version.number} has {len(live)} entries, its record says {version.entries}", False)
+        yield Problem(
+            database,
+            f"version {version.number} has {len(live)} entries, its record says {version.entries}",
+            False,
+        )
     if not np.array_equal(counts, snapshot.counts()):
-        yield Problem(database, f"the tag counts of version {version.number} are not those of its entries", False)
+        yield Problem(
+            database, f"the tag counts of version {version.number} are not those of its entries", False
+        )
     carried = np.flatnonzero(counts)
     snapshot.tags(carried.tolist())  # raises for a tag that is not there
 
@@ -222,7 +246,9 @@ def _agreement(snapshot: Snapshot, full: bool, bad: dict[str, bool]) -> Iterator
         index = faiss_index.open_file(path, about["rows"], snapshot.dimension)
         plan = faiss_index.plan_of(about["plan"]) if "plan" in about else plans.Plan("flat")
         ids = plans.ids_of(plan, index)
-        rows = np.arange(len(ids)) if full else np.unique(np.linspace(0, len(ids) - 1, SAMPLE).astype(np.int64))
+        rows = (
+            np.arange(len(ids)) if full else np.unique(np.linspace(0, len(ids) - 1, SAMPLE).astype(np.int64))
+        )
         rows = rows[np.isin(ids[rows], live)]
         # of lists, the ids: their codes are no stored numbers, and the checksum has looked at them
         for start in range(0, len(rows) if plans.holds_vectors(plan) else 0, 1 << 15):
@@ -230,7 +256,11 @@ def _agreement(snapshot: Snapshot, full: bool, bad: dict[str, bool]) -> Iterator
             held = np.stack([plans.vector_at(plan, index, int(row)) for row in some])
             wrong = np.flatnonzero((held != snapshot.vectors(ids[some])).any(axis=1))
             if len(wrong):
-                yield Problem(str(path), f"holds another vector for entry {ids[some[wrong[0]]]} than the store ({len(wrong)} such)", True)
+                yield Problem(
+                    str(path),
+                    f"holds another vector for entry {ids[some[wrong[0]]]} than the store ({len(wrong)} such)",
+                    True,
+                )
                 break
         if not np.isin(live[(live >= about["first"]) & (live < about["end"])], ids).all():
             yield Problem(str(path), "lacks entries of its run", True)
@@ -245,7 +275,9 @@ def _lookups(store: Store, database: str) -> Iterator[Problem]:
                 number, (key, _) = U64.unpack(entry_id)[0], decode_hot(data)
                 entries += 1
                 if number not in unpack_ids(txn.get(key_of(key), db=store.db["keys"]) or b""):
-                    yield Problem(database, f"the table of keys does not lead to entry {number} ({key})", True)
+                    yield Problem(
+                        database, f"the table of keys does not lead to entry {number} ({key})", True
+                    )
                     return
         with txn.cursor(store.db["keys"]) as cursor:
             found = sum(len(ids) // U64.size for _, ids in cursor)
@@ -255,7 +287,9 @@ def _lookups(store: Store, database: str) -> Iterator[Problem]:
             for tag_id, data in cursor:
                 _, kind, canonical = decode_tag(data)
                 if txn.get(tag_key(KINDS.index(kind), canonical), db=store.db["tag_ids"]) != tag_id:
-                    yield Problem(database, f"the table of tags does not lead to tag {U64.unpack(tag_id)[0]}", True)
+                    yield Problem(
+                        database, f"the table of tags does not lead to tag {U64.unpack(tag_id)[0]}", True
+                    )
                     return
         if txn.stat(store.db["tags"])["entries"] != txn.stat(store.db["tag_ids"])["entries"]:
             yield Problem(database, "the table of tags leads to tags that are not there", True)

@@ -31,10 +31,18 @@ from tagstore.types import (
 from tagstore_proto.v1 import tagstore_pb2 as pb
 
 KIND_TO_WIRE: dict[Kind, pb.Kind] = {kind: pb.Kind.Value(f"KIND_{kind.upper()}") for kind in KINDS}
-KIND_FROM_WIRE: dict[int, Kind] = {pb.KIND_UNSPECIFIED: "object", **{number: kind for kind, number in KIND_TO_WIRE.items()}}
+KIND_FROM_WIRE: dict[int, Kind] = {
+    pb.KIND_UNSPECIFIED: "object",
+    **{number: kind for kind, number in KIND_TO_WIRE.items()},
+}
 _ORDER_TO_WIRE: dict[Order, pb.Order] = {order: pb.Order.Value(f"ORDER_{order.upper()}") for order in ORDERS}
-_ORDER_FROM_WIRE: dict[int, Order] = {pb.ORDER_UNSPECIFIED: "votes", **{number: order for order, number in _ORDER_TO_WIRE.items()}}
-OUTCOMES: dict[str, pb.Outcome] = {name: pb.Outcome.Value(f"OUTCOME_{name.upper()}") for name in ("added", "unchanged", "quarantined")}
+_ORDER_FROM_WIRE: dict[int, Order] = {
+    pb.ORDER_UNSPECIFIED: "votes",
+    **{number: order for order, number in _ORDER_TO_WIRE.items()},
+}
+OUTCOMES: dict[str, pb.Outcome] = {
+    name: pb.Outcome.Value(f"OUTCOME_{name.upper()}") for name in ("added", "unchanged", "quarantined")
+}
 _NOBODY = Exclude()
 _DEFAULT = Search()
 _DTYPES: dict[int, np.dtype[Any]] = {
@@ -48,7 +56,11 @@ def vectors_to_proto(vectors: NDArray[np.floating]) -> pb.Vectors:
     """`[N, D]` of float16 as it is, of anything else as float32."""
     half = vectors.dtype == np.float16
     packed = np.ascontiguousarray(vectors, "<f2" if half else "<f4")
-    return pb.Vectors(data=packed.tobytes(), dimension=vectors.shape[1], dtype=pb.DTYPE_FLOAT16 if half else pb.DTYPE_FLOAT32)
+    return pb.Vectors(
+        data=packed.tobytes(),
+        dimension=vectors.shape[1],
+        dtype=pb.DTYPE_FLOAT16 if half else pb.DTYPE_FLOAT32,
+    )
 
 
 def vectors_from_proto(message: pb.Vectors) -> NDArray[np.floating]:
@@ -58,7 +70,9 @@ def vectors_from_proto(message: pb.Vectors) -> NDArray[np.floating]:
         raise BadVector(f"dtype {message.dtype} is unknown here: send float32 or float16")
     size = message.dimension * dtype.itemsize
     if not size or len(message.data) % size:
-        raise BadVector(f"{len(message.data)} bytes are no whole number of {dtype.name} vectors of {message.dimension} dimensions")
+        raise BadVector(
+            f"{len(message.data)} bytes are no whole number of {dtype.name} vectors of {message.dimension} dimensions"
+        )
     return np.frombuffer(message.data, dtype).reshape(-1, message.dimension)
 
 
@@ -86,7 +100,11 @@ def search_to_proto(request: pb.RetrieveRequest, search: Search, identities: Seq
             request.exclude.perceptual_hash = _uint32("exclude.perceptual_hash", exclude.perceptual_hash)
         request.exclude.keys.extend(exclude.keys)
         request.exclude.entry_ids.extend(exclude.entry_ids)
-    request.exact, request.omit_neighbours, request.omit_texts = search.exact, not search.neighbours, not search.texts
+    request.exact, request.omit_neighbours, request.omit_texts = (
+        search.exact,
+        not search.neighbours,
+        not search.texts,
+    )
     for identity in identities:
         message = request.identities.add(key=identity.key, sha256=identity.sha256)
         if identity.perceptual_hash is not None:
@@ -97,7 +115,9 @@ def search_from_proto(request: pb.RetrieveRequest) -> Search:
     """The options of a request. Ranges are for the engine to check; raises `InvalidInput` for an order that is none."""
     order = _ORDER_FROM_WIRE.get(request.order)
     if order is None:
-        raise InvalidInput(f"order {request.order} is unknown here: leave it out, or ask for {', '.join(ORDERS)}")
+        raise InvalidInput(
+            f"order {request.order} is unknown here: leave it out, or ask for {', '.join(ORDERS)}"
+        )
     exclude = request.exclude
     options = (
         request.k if request.HasField("k") else _DEFAULT.k,
@@ -137,12 +157,17 @@ def _search(options: tuple[Any, ...], exclude: Exclude, where: Mapping[str, str]
 def _plain_search(options: tuple[Any, ...], key: bool, sha256: bool, perceptual_hash: int) -> Search:
     """The same object for the same options: a server searches together what has one."""
     nobody = not key and not sha256 and perceptual_hash < 0
-    return _search(options, _NOBODY if nobody else Exclude(key=key, sha256=sha256, perceptual_hash=perceptual_hash), {})
+    return _search(
+        options, _NOBODY if nobody else Exclude(key=key, sha256=sha256, perceptual_hash=perceptual_hash), {}
+    )
 
 
 def identities_from_proto(request: pb.RetrieveRequest) -> list[Identity]:
     """Which image each query of a request is."""
-    return [Identity(m.key, m.sha256, m.perceptual_hash if m.HasField("perceptual_hash") else None) for m in request.identities]
+    return [
+        Identity(m.key, m.sha256, m.perceptual_hash if m.HasField("perceptual_hash") else None)
+        for m in request.identities
+    ]
 
 
 def _exclude_from_proto(message: pb.Exclude) -> Exclude:
@@ -164,7 +189,10 @@ def _uint32(name: str, value: int) -> int:
 def retrieval_to_proto(retrieval: Retrieval) -> pb.Retrieval:
     position = {n.entry_id: i for i, n in enumerate(retrieval.neighbours)}
     return pb.Retrieval(
-        neighbours=[pb.Neighbour(entry_id=n.entry_id, key=n.key, similarity=n.similarity) for n in retrieval.neighbours],
+        neighbours=[
+            pb.Neighbour(entry_id=n.entry_id, key=n.key, similarity=n.similarity)
+            for n in retrieval.neighbours
+        ],
         tags=[
             pb.RetrievedTag(
                 tag_id=t.tag_id,
@@ -214,16 +242,24 @@ def tags_to_proto(tags: Iterable[TagInfo]) -> list[pb.TagInfo]:
 
 
 def tags_from_proto(response: pb.GetTagsResponse) -> list[TagInfo]:
-    embeddings = vectors_from_proto(response.embeddings).astype(np.float32) if response.HasField("embeddings") else None
+    embeddings = (
+        vectors_from_proto(response.embeddings).astype(np.float32)
+        if response.HasField("embeddings")
+        else None
+    )
     return [
-        TagInfo(t.tag_id, t.text, KIND_FROM_WIRE[t.kind], t.count, None if embeddings is None else embeddings[i])
+        TagInfo(
+            t.tag_id, t.text, KIND_FROM_WIRE[t.kind], t.count, None if embeddings is None else embeddings[i]
+        )
         for i, t in enumerate(response.tags)
     ]
 
 
 def pair_to_proto(pair: Pair) -> pb.Pair:
     metadata = json.dumps(dict(pair.metadata)) if pair.metadata else ""
-    return pb.Pair(key=pair.key, image=pair.image, captions=pair.captions, metadata=metadata, origin=pair.origin)
+    return pb.Pair(
+        key=pair.key, image=pair.image, captions=pair.captions, metadata=metadata, origin=pair.origin
+    )
 
 
 def pair_from_proto(message: pb.Pair) -> Pair | Rejected:

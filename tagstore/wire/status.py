@@ -33,7 +33,9 @@ STATUS: tuple[tuple[type[errors.TagstoreError], grpc.StatusCode], ...] = (
     (errors.Damaged, grpc.StatusCode.DATA_LOSS),
 )
 
-_ERRORS: dict[grpc.StatusCode, type[errors.TagstoreError]] = {code: kind for kind, code in STATUS if code != grpc.StatusCode.INTERNAL} | {
+_ERRORS: dict[grpc.StatusCode, type[errors.TagstoreError]] = {
+    code: kind for kind, code in STATUS if code != grpc.StatusCode.INTERNAL
+} | {
     grpc.StatusCode.OUT_OF_RANGE: errors.InvalidInput,
 }
 _CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
@@ -62,7 +64,9 @@ def error_to_proto(error: errors.TagstoreError) -> pb.Error:
 
 def error_from_proto(message: pb.Error) -> errors.TagstoreError:
     """The error that an answer on a stream stands for."""
-    return error_of(_CODES.get(message.code, grpc.StatusCode.UNKNOWN), message.message, message.retry_after_ms)
+    return error_of(
+        _CODES.get(message.code, grpc.StatusCode.UNKNOWN), message.message, message.retry_after_ms
+    )
 
 
 def error_of(code: grpc.StatusCode, message: str, retry_after_ms: int = 0) -> errors.TagstoreError:

@@ -17,7 +17,15 @@ HELP = "/image PATH shows a picture, /tags lists those of the last answer, /rese
 @with_model
 @with_generation
 @click.option("--system", default="", help="The first message, before the talk.")
-def chat(image: str | None, model: str, store: str, max_tokens: int, temperature: float, system: str, **options: Any) -> None:
+def chat(
+    image: str | None,
+    model: str,
+    store: str,
+    max_tokens: int,
+    temperature: float,
+    system: str,
+    **options: Any,
+) -> None:
     """Talk about IMAGE; answers appear as they are written."""
     tuna = load(model, store, **options)
     click.echo(HELP, err=True)

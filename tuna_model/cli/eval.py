@@ -23,18 +23,35 @@ def with_task(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(
         (
             click.argument("task", type=click.Choice(TASK_NAMES)),
-            click.option("--data", type=_PATH, required=True, help="Questions (JSON lines), or captioned images (JSON lines, WebDataset)."),
-            click.option("--images", type=_PATH, help="Directory that image names are relative to; that of --data if not given."),
+            click.option(
+                "--data",
+                type=_PATH,
+                required=True,
+                help="Questions (JSON lines), or captioned images (JSON lines, WebDataset).",
+            ),
+            click.option(
+                "--images",
+                type=_PATH,
+                help="Directory that image names are relative to; that of --data if not given.",
+            ),
             click.option("--labels", type=_PATH, help="pope: RePOPE's corrected labels."),
             click.option("--synonyms", type=_PATH, help="chair: the paper's synonym list."),
             click.option("--split", default="", help="Only captioned images of this split."),
             click.option("--limit", default=0, help="Only so many questions; 0 for all."),
             click.option("--prompt", default="", help="Instead of the task's own."),
-            click.option("--resamples", default=1000, show_default=True, help="Of the bootstrap; 0 for no intervals."),
-            click.option("--seed", default=0, show_default=True, help="Of the bootstrap, and of tags that are drawn."),
-            click.option("--max-tokens", default=0, help="The answers' length at most; the task's own if not given."),
+            click.option(
+                "--resamples", default=1000, show_default=True, help="Of the bootstrap; 0 for no intervals."
+            ),
+            click.option(
+                "--seed", default=0, show_default=True, help="Of the bootstrap, and of tags that are drawn."
+            ),
+            click.option(
+                "--max-tokens", default=0, help="The answers' length at most; the task's own if not given."
+            ),
             click.option("--batch", default=8, show_default=True, help="Questions answered together."),
-            click.option("--out", type=_PATH, help="Directory for answers (JSON lines) and figures (JSON, Markdown)."),
+            click.option(
+                "--out", type=_PATH, help="Directory for answers (JSON lines) and figures (JSON, Markdown)."
+            ),
             click.option("--json", "as_json", is_flag=True, help="Print JSON instead of Markdown."),
         )
     ):
@@ -45,11 +62,21 @@ def with_task(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.command()
 @with_task
 @with_model
-@click.option("--tokeniser", type=click.Choice(("plain", "ptb")), default="plain", show_default=True, help="captions: ptb needs Java.")
+@click.option(
+    "--tokeniser",
+    type=click.Choice(("plain", "ptb")),
+    default="plain",
+    show_default=True,
+    help="captions: ptb needs Java.",
+)
 @click.option("--meteor", is_flag=True, help="captions: METEOR too; needs Java.")
 @click.option("--references", type=_PATH, help="llava-bench: reference answers.")
 @click.option("--contexts", type=_PATH, help="llava-bench: descriptions of the images for the judge.")
-@click.option("--judge", metavar="URL", help="llava-bench: an OpenAI-compatible endpoint, with /v1; without one answers are only written.")
+@click.option(
+    "--judge",
+    metavar="URL",
+    help="llava-bench: an OpenAI-compatible endpoint, with /v1; without one answers are only written.",
+)
 @click.option("--judge-model", default="gpt-4o", show_default=True, help="What the endpoint calls its model.")
 def eval(
     model: str, store: str, batch: int, out: Path | None, as_json: bool, judge: str | None, judge_model: str, **options: Any,
@@ -68,15 +95,21 @@ def eval(
     answerer = PipelineAnswerer(load(model, store, **options), name=model, store=store)
     with Progress(transient=True) as bar:
         task = bar.add_task(made.name, total=len(made.questions))
-        result = run(made, answerer, batch_size=batch, out=out, progress=lambda count: bar.advance(task, count))
+        result = run(
+            made, answerer, batch_size=batch, out=out, progress=lambda count: bar.advance(task, count)
+        )
     click.echo(json.dumps(asdict(result), default=str) if as_json else markdown([result]))
 
 
 @click.command()
 @with_task
 @with_model
-@click.option("--rate", default=0.5, show_default=True, help="Share of tags that are exchanged in `corrupted`.")
-def audit(model: str, store: str, batch: int, out: Path | None, as_json: bool, rate: float, **options: Any) -> None:
+@click.option(
+    "--rate", default=0.5, show_default=True, help="Share of tags that are exchanged in `corrupted`."
+)
+def audit(
+    model: str, store: str, batch: int, out: Path | None, as_json: bool, rate: float, **options: Any
+) -> None:
     """How far the answers to TASK hang on the tags: matched, corrupted, irrelevant, random, none; and how far a wrong tag is followed."""
     from rich.progress import Progress
 
@@ -96,7 +129,9 @@ def audit(model: str, store: str, batch: int, out: Path | None, as_json: bool, r
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )  # fmt: skip
     if out:
-        write_atomically(out / f"audit-{made.name}.json", json.dumps(report.to_dict(), indent=1, default=str) + "\n")
+        write_atomically(
+            out / f"audit-{made.name}.json", json.dumps(report.to_dict(), indent=1, default=str) + "\n"
+        )
         write_atomically(out / f"audit-{made.name}.md", report.markdown())
         plot(report, out / f"audit-{made.name}.svg")
     click.echo(json.dumps(report.to_dict(), default=str) if as_json else report.markdown())

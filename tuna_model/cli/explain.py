@@ -15,9 +15,24 @@ from tuna_model.cli.options import generation, load, with_generation, with_model
 @click.argument("question")
 @with_model
 @with_generation
-@click.option("--out", type=click.Path(path_type=Path), default=Path("explain.html"), show_default=True, help="The page.")
-@click.option("--ban", multiple=True, metavar="TAG", help="Also answer without this tag; the heaviest one if none is named.")
-@click.option("--samples", metavar="PATH", help="Data set that the store was made of: pictures and captions of the neighbours.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("explain.html"),
+    show_default=True,
+    help="The page.",
+)
+@click.option(
+    "--ban",
+    multiple=True,
+    metavar="TAG",
+    help="Also answer without this tag; the heaviest one if none is named.",
+)
+@click.option(
+    "--samples",
+    metavar="PATH",
+    help="Data set that the store was made of: pictures and captions of the neighbours.",
+)
 def explain(
     image: str, question: str, model: str, store: str, max_tokens: int, temperature: float, out: Path, ban: tuple[str, ...],
     samples: str | None, **options: Any,
@@ -29,6 +44,8 @@ def explain(
 
     tuna = load(model, store, **options)
     known = read_samples(samples) if samples else ()
-    page = make(tuna, image, question, ban=ban, samples=known, name=model, **generation(max_tokens, temperature))
+    page = make(
+        tuna, image, question, ban=ban, samples=known, name=model, **generation(max_tokens, temperature)
+    )
     write_atomically(out, page)
     click.echo(str(out))

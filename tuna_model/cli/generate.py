@@ -19,7 +19,15 @@ from tuna_model.cli.options import generation, load, with_generation, with_model
 @click.option("--beams", default=1, show_default=True, help="Beams of the search.")
 @click.option("--json", "as_json", is_flag=True, help="Answer, tags, weights and neighbours as JSON.")
 def generate(
-    image: str, question: str, model: str, store: str, max_tokens: int, temperature: float, beams: int, as_json: bool, **options: Any
+    image: str,
+    question: str,
+    model: str,
+    store: str,
+    max_tokens: int,
+    temperature: float,
+    beams: int,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Answer QUESTION about IMAGE. The answer alone goes to stdout."""
     tuna = load(model, store, **options)
@@ -33,7 +41,10 @@ def generate(
         "answer": answer.text,
         "finished": answer.finished,
         "tags": [asdict(tag) for tag in answer.tags],
-        "neighbours": [{"key": one.key, "entry_id": one.entry_id, "similarity": one.similarity} for one in answer.neighbours],
+        "neighbours": [
+            {"key": one.key, "entry_id": one.entry_id, "similarity": one.similarity}
+            for one in answer.neighbours
+        ],
         "store": answer.store,
         "version": answer.version,
         "degraded": answer.degraded,

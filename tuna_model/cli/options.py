@@ -19,13 +19,38 @@ def with_model(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(
         (
             click.option(
-                "--model", default="smol", show_default=True, metavar="M", help="A preset (smol, tiny), a directory, or a training run."
+                "--model",
+                default="smol",
+                show_default=True,
+                metavar="M",
+                help="A preset (smol, tiny), a directory, or a training run.",
             ),
-            click.option("--store", default="null://", show_default=True, metavar="URL", help="Where tags come from; null:// for none."),
-            click.option("--any-store", is_flag=True, help="Take tags of another store than the model was trained with."),
-            click.option("--timeout", default=5.0, show_default=True, help="Seconds the store has; then the answer goes without tags."),
+            click.option(
+                "--store",
+                default="null://",
+                show_default=True,
+                metavar="URL",
+                help="Where tags come from; null:// for none.",
+            ),
+            click.option(
+                "--any-store",
+                is_flag=True,
+                help="Take tags of another store than the model was trained with.",
+            ),
+            click.option(
+                "--timeout",
+                default=5.0,
+                show_default=True,
+                help="Seconds the store has; then the answer goes without tags.",
+            ),
             click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N."),
-            click.option("--dtype", type=click.Choice(DTYPES), default="fp32", show_default=True, help="Of the weights."),
+            click.option(
+                "--dtype",
+                type=click.Choice(DTYPES),
+                default="fp32",
+                show_default=True,
+                help="Of the weights.",
+            ),
         )
     ):
         command = option(command)
@@ -35,7 +60,9 @@ def with_model(command: Callable[..., Any]) -> Callable[..., Any]:
 def with_generation(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds how long answers may be, and how they are drawn."""
     command = click.option("--temperature", default=0.0, show_default=True, help="Above 0: sample.")(command)
-    return click.option("--max-tokens", default=64, show_default=True, help="The answer's length at most.")(command)
+    return click.option("--max-tokens", default=64, show_default=True, help="The answer's length at most.")(
+        command
+    )
 
 
 def load(model: str, store: str, any_store: bool, timeout: float, device: str, dtype: str) -> Pipeline:

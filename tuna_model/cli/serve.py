@@ -15,9 +15,21 @@ from tuna_model.cli.options import load, with_model
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", default=8000, show_default=True, help="0 for a free one.")
 @click.option("--batch", default=8, show_default=True, help="Requests answered together.")
-@click.option("--wait", default=0.01, show_default=True, help="Seconds that a request waits for others to share its batch.")
-@click.option("--waiting", default=256, show_default=True, help="Requests that may wait; the next is told to come back later (429).")
-def serve(model: str, store: str, host: str, port: int, batch: int, wait: float, waiting: int, **options: Any) -> None:
+@click.option(
+    "--wait",
+    default=0.01,
+    show_default=True,
+    help="Seconds that a request waits for others to share its batch.",
+)
+@click.option(
+    "--waiting",
+    default=256,
+    show_default=True,
+    help="Requests that may wait; the next is told to come back later (429).",
+)
+def serve(
+    model: str, store: str, host: str, port: int, batch: int, wait: float, waiting: int, **options: Any
+) -> None:
     """OpenAI's chat completions with images, streaming, and the tags beside each answer. The address goes to stdout."""
     try:
         import uvicorn

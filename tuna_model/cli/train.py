@@ -8,14 +8,32 @@ import click
 
 
 @click.command()
-@click.option("--config", required=True, metavar="NAME|FILE", help="A named recipe (see tuna_model/training/configs) or a TOML file.")
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change a value: tags.store=null://, rates.connector=1e-3.")
+@click.option(
+    "--config",
+    required=True,
+    metavar="NAME|FILE",
+    help="A named recipe (see tuna_model/training/configs) or a TOML file.",
+)
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change a value: tags.store=null://, rates.connector=1e-3.",
+)
 @click.option("--data", metavar="PATH", help="Instead of data.path.")
 @click.option("--store", metavar="URL", help="Instead of tags.store.")
 @click.option("--out", metavar="DIR", help="Instead of out.")
-@click.option("--any-store", is_flag=True, help="Go on with another store or version than the run began with.")
+@click.option(
+    "--any-store", is_flag=True, help="Go on with another store or version than the run began with."
+)
 @click.option("--no-resume", is_flag=True, help="Begin anew where the run has checkpoints.")
-@click.option("--export", "export_to", metavar="PATH", help="At the end write what was learnt: FILE.safetensors, or a model's directory.")
+@click.option(
+    "--export",
+    "export_to",
+    metavar="PATH",
+    help="At the end write what was learnt: FILE.safetensors, or a model's directory.",
+)
 def train(
     config: str, settings: tuple[str, ...], data: str | None, store: str | None, out: str | None, any_store: bool, no_resume: bool,
     export_to: str | None,
@@ -32,8 +50,15 @@ def train(
     from tuna_model.training.runs import export
     from tuna_model.training.train import train as run
 
-    named = {"data.path": data, "tags.store": store, "out": out, "tags.any_store": "true" if any_store else None}
-    recipe = Recipe.read(config).with_values([*settings, *(f"{key}={value}" for key, value in named.items() if value is not None)])
+    named = {
+        "data.path": data,
+        "tags.store": store,
+        "out": out,
+        "tags.any_store": "true" if any_store else None,
+    }
+    recipe = Recipe.read(config).with_values(
+        [*settings, *(f"{key}={value}" for key, value in named.items() if value is not None)]
+    )
     columns = (
         TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn(),
         TextColumn("{task.fields[line]}"),

@@ -10,4 +10,16 @@ from tuna_model.evaluation.bootstrap import Metric
 from tuna_model.evaluation.run import Answer, Answerer, Result, evaluate, markdown
 from tuna_model.evaluation.tasks import TASKS, Question, Task, TaskOptions, load_task
 
-__all__ = ["TASKS", "Answer", "Answerer", "Metric", "Question", "Result", "Task", "TaskOptions", "evaluate", "load_task", "markdown"]
+__all__ = [
+    "TASKS",
+    "Answer",
+    "Answerer",
+    "Metric",
+    "Question",
+    "Result",
+    "Task",
+    "TaskOptions",
+    "evaluate",
+    "load_task",
+    "markdown",
+]

@@ -31,7 +31,9 @@ class PipelineAnswerer:
         """See `Answerer`; `tags` of each question's image instead of the store's."""
         images = [[question.image.read()] for question in questions]
         conversations = [[user_message(question.text, 1)] for question in questions]
-        answers = self.pipeline.answers(images, conversations, tags=tags, max_new_tokens=max_new_tokens, **self.generation)
+        answers = self.pipeline.answers(
+            images, conversations, tags=tags, max_new_tokens=max_new_tokens, **self.generation
+        )
         return [Answer(one.text, tuple(tag.text for tag in one.tags), one.degraded) for one in answers]
 
     def describe(self) -> Mapping[str, Any]:
@@ -40,7 +42,10 @@ class PipelineAnswerer:
         described = {
             "model": self._name,
             "encoder": f"{config.encoder} ({config.encoder_digest})",
-            "tags": {name: getattr(config, name) for name in ("tag_signal", "tag_coupling", "tag_temperature", "max_tags", "neighbours")},
+            "tags": {
+                name: getattr(config, name)
+                for name in ("tag_signal", "tag_coupling", "tag_temperature", "max_tags", "neighbours")
+            },
             "dtype": str(self.pipeline.model.dtype).removeprefix("torch."),
             "generation": {"do_sample": False, **self.generation},
         }

@@ -50,7 +50,9 @@ class Audit:
 
     def markdown(self) -> str:
         """As a table and two sentences."""
-        rows = "\n".join(f"| {name} | {m.value:.4f} | {m.low:.4f} to {m.high:.4f} |" for name, m in self.scores.items())
+        rows = "\n".join(
+            f"| {name} | {m.value:.4f} | {m.low:.4f} to {m.high:.4f} |" for name, m in self.scores.items()
+        )
         text = f"## {self.task}: {self.metric} by tags\n\n| tags | {self.metric} | 95 % interval |\n| --- | --- | --- |\n{rows}\n"
         for metric, what in ((self.follows, "wrong"), (self.follows_truth, "right")):
             if metric is not None:
@@ -89,7 +91,9 @@ def audit(
     images = {question.image_key: question for question in questions}
     tags = _matched(model, list(images.values()), batch_size)
     if not any(len(some) for some, _ in tags.values()):
-        raise InvalidInput("the store gives no tags for these images: audit a model with --store grpc://... or file://...")
+        raise InvalidInput(
+            "the store gives no tags for these images: audit a model with --store grpc://... or file://..."
+        )
     pool = TagPool.draw(source, 4096, seed)
     given = {name: _condition(name, tags, pool, rate, seed) for name in CONDITIONS}
     probes = [(question, thing) for question in questions if (thing := _thing(question)) is not None]
@@ -101,16 +105,28 @@ def audit(
         said = []
         for start in range(0, len(some), batch_size):
             part = slice(start, start + batch_size)
-            said += [one.text for one in model.answer(some[part], max_new_tokens=task.max_new_tokens, tags=with_tags[part])]
+            said += [
+                one.text
+                for one in model.answer(some[part], max_new_tokens=task.max_new_tokens, tags=with_tags[part])
+            ]
             done += len(some[part])
             progress(done, total)
         return said
 
-    answers = {name: ask(questions, [given[name][question.image_key] for question in questions]) for name in CONDITIONS}
+    answers = {
+        name: ask(questions, [given[name][question.image_key] for question in questions])
+        for name in CONDITIONS
+    }
     scored = {name: task.score(said) for name, said in answers.items()}
     if not all(scored.values()):
         raise InvalidInput(f"task '{task.name}' gives no figure without a judge: audit one that does")
-    main = "accuracy" if task.name in ("pope", "mme") else scored["none"][-1].name if task.name == "captions" else scored["none"][0].name
+    main = (
+        "accuracy"
+        if task.name in ("pope", "mme")
+        else scored["none"][-1].name
+        if task.name == "captions"
+        else scored["none"][0].name
+    )
     scores = {name: next(m for m in metrics if m.name.endswith(main)) for name, metrics in scored.items()}
     injected = _injected(model, probes, tags)
     said = dict(zip((q.key for q, _ in probes), ask([q for q, _ in probes], injected), strict=True))
@@ -133,7 +149,13 @@ def plot(report: Audit, path: str | Path) -> None:
     values = [report.scores[name].value for name in names]
     low = [max(0.0, report.scores[name].value - report.scores[name].low) for name in names]
     high = [max(0.0, report.scores[name].high - report.scores[name].value) for name in names]
-    axes.bar(names, values, yerr=[low, high], capsize=4, color=["#2e7f79", "#c9a227", "#c4683a", "#b5838d", "#8d8d8d"])
+    axes.bar(
+        names,
+        values,
+        yerr=[low, high],
+        capsize=4,
+        color=["#2e7f79", "#c9a227", "#c4683a", "#b5838d", "#8d8d8d"],
+    )
     axes.axhline(report.scores["none"].value, color="#8d8d8d", linewidth=1, linestyle="--")
     axes.set_ylabel(report.metric)
     axes.set_title(f"{report.task}: what the answers are worth with these tags", fontsize=10)
@@ -141,16 +163,22 @@ def plot(report: Audit, path: str | Path) -> None:
     figure.savefig(path, metadata={"Date": None} if str(path).endswith(".svg") else None)
 
 
-def _matched(model: PipelineAnswerer, questions: Sequence[Question], batch_size: int) -> dict[str, tuple[ImageTags, Any]]:
+def _matched(
+    model: PipelineAnswerer, questions: Sequence[Question], batch_size: int
+) -> dict[str, tuple[ImageTags, Any]]:
     """Tags and vector of each image."""
     pipeline = model.pipeline
     found: dict[str, tuple[ImageTags, Any]] = {}
     for start in range(0, len(questions), batch_size):
         some = questions[start : start + batch_size]
-        pixels = pipeline.processor.image_processor([question.image.read() for question in some])["pixel_values"]
+        pixels = pipeline.processor.image_processor([question.image.read() for question in some])[
+            "pixel_values"
+        ]
         _, vectors = pipeline.model.encode_images(pixels.to(pipeline.model.device))
         if vectors is None:
-            raise InvalidInput("this model's own tower has no vectors in a store's space: call join_encoder('hf:...') and save it first")
+            raise InvalidInput(
+                "this model's own tower has no vectors in a store's space: call join_encoder('hf:...') and save it first"
+            )
         rows = vectors.float().cpu().numpy()
         tags = pipeline.lookup(vectors, pipeline.model.config.encoder_digest)
         found |= {question.image_key: (one, row) for question, one, row in zip(some, tags, rows, strict=True)}
@@ -171,7 +199,9 @@ def _condition(
             given[key] = tags[keys[(place + max(1, len(keys) // 2)) % len(keys)]][0].for_image(vector)
         elif name in ("corrupted", "random"):
             rows = np.flatnonzero(rng.random(len(own)) < (rate if name == "corrupted" else 1.0))
-            given[key] = replace_rows(own, rows, pool.take(rng.integers(len(pool.ids), size=len(rows))), vector)
+            given[key] = replace_rows(
+                own, rows, pool.take(rng.integers(len(pool.ids), size=len(rows))), vector
+            )
         else:
             given[key] = ImageTags.none(own.embeddings.shape[1])
     return given
@@ -199,7 +229,11 @@ def _injected(
     for question, thing in probes:
         own, vector = tags[question.image_key]
         best = float(own.similarity.max()) if len(own) else 1.0
-        signals = np.array([best], np.float32), np.ones(1, np.float32), np.array([embeddings[thing] @ vector], np.float32)
+        signals = (
+            np.array([best], np.float32),
+            np.ones(1, np.float32),
+            np.array([embeddings[thing] @ vector], np.float32),
+        )
         injected.append(ImageTags((thing,), embeddings[thing][None], *signals, (-1,)))
     return injected
 
@@ -210,5 +244,7 @@ def _flips(
     rows = [q for q, _ in probes if str(q.truth["label"]).lower() == label and not is_yes(before[q.key])]
     if not rows:
         return None
-    found = mean("follows", [float(is_yes(after[q.key])) for q in rows], [q.image_key for q in rows], seed=seed)
+    found = mean(
+        "follows", [float(is_yes(after[q.key])) for q in rows], [q.image_key for q in rows], seed=seed
+    )
     return replace(found, name="follows a wrong tag" if label == "no" else "follows a right tag")

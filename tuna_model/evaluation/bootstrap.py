@@ -52,12 +52,17 @@ def metric(
     if not resamples or not rows:
         return Metric(name, value, value, value, len(groups))
     rng = np.random.default_rng(seed)
-    drawn = [statistic(np.concatenate([rows[i] for i in rng.integers(len(rows), size=len(rows))])) for _ in range(resamples)]
+    drawn = [
+        statistic(np.concatenate([rows[i] for i in rng.integers(len(rows), size=len(rows))]))
+        for _ in range(resamples)
+    ]
     low, high = np.quantile(np.asarray(drawn, np.float64), [0.025, 0.975])
     return Metric(name, value, float(low), float(high), len(groups))
 
 
-def mean(name: str, values: Sequence[float], groups: Sequence[Hashable], *, resamples: int = 1000, seed: int = 0) -> Metric:
+def mean(
+    name: str, values: Sequence[float], groups: Sequence[Hashable], *, resamples: int = 1000, seed: int = 0
+) -> Metric:
     """The mean of one value an answer."""
     array = np.asarray(values, np.float64)
     return metric(name, lambda rows: float(array[rows].mean()), groups, resamples=resamples, seed=seed)

@@ -49,7 +49,9 @@ def caption_metrics(
     if empty := [str(image) for image, some in zip(images, references, strict=True) if not some]:
         raise InvalidInput(f"no reference caption for {', '.join(empty[:3])}: leave it out")
     if (meteor or tokeniser == "ptb") and shutil.which("java") is None:
-        raise InvalidInput("METEOR and the tokeniser 'ptb' are Java programs, and there is no java: install one, or leave them out")
+        raise InvalidInput(
+            "METEOR and the tokeniser 'ptb' are Java programs, and there is no java: install one, or leave them out"
+        )
     tokens = tokenise([[answer] for answer in answers], tokeniser)
     truth = tokenise(references, tokeniser)
     said, true = dict(enumerate(tokens)), dict(enumerate(truth))
@@ -70,10 +72,15 @@ def caption_metrics(
 def tokenise(captions: Sequence[Sequence[str]], tokeniser: Tokeniser = "plain") -> list[list[str]]:
     """Captions as tokens with a blank between, without punctuation."""
     if tokeniser == "plain":
-        return [[" ".join(_PUNCTUATION.sub(" ", caption.lower()).split()) for caption in some] for some in captions]
+        return [
+            [" ".join(_PUNCTUATION.sub(" ", caption.lower()).split()) for caption in some]
+            for some in captions
+        ]
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-    done = PTBTokenizer().tokenize({i: [{"caption": " ".join(c.split()) or "."} for c in some] for i, some in enumerate(captions)})
+    done = PTBTokenizer().tokenize(
+        {i: [{"caption": " ".join(c.split()) or "."} for c in some] for i, some in enumerate(captions)}
+    )
     return [done[i] for i in range(len(captions))]
 
 

@@ -20,7 +20,20 @@ from tuna_model.evaluation.bootstrap import Metric, mean, metric
 _PAIRS = """motor bike;motor cycle;air plane;traffic light;street light;traffic signal;stop light;fire hydrant;stop sign;parking meter;
 suit case;sports ball;baseball bat;baseball glove;tennis racket;wine glass;hot dog;cell phone;mobile phone;teddy bear;hair drier;
 potted plant;bow tie;laptop computer;stove top oven;home plate;train track"""
-_ANIMALS = ("bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe", "animal", "cub")
+_ANIMALS = (
+    "bird",
+    "cat",
+    "dog",
+    "horse",
+    "sheep",
+    "cow",
+    "elephant",
+    "bear",
+    "zebra",
+    "giraffe",
+    "animal",
+    "cub",
+)
 _VEHICLES = ("jet", "train")
 # "home plate" is no plate, "train track" no train
 _INSTEAD = {"bow tie": "tie", "home plate": "", "train track": ""}
@@ -43,7 +56,9 @@ class Synonyms:
             for name in names:
                 self._category.setdefault(name, names[0])
         if not self._category:
-            raise InvalidInput("the synonym list is empty: give one line for each category, its name first, with commas between")
+            raise InvalidInput(
+                "the synonym list is empty: give one line for each category, its name first, with commas between"
+            )
         self._phrases = {
             **{pair.strip(): pair.strip() for pair in _PAIRS.split(";")},
             **{f"{young} {animal}": animal for animal in _ANIMALS for young in ("baby", "adult")},
@@ -68,11 +83,15 @@ class Synonyms:
         """Categories that a caption names, as often as it names them; two words that are one object count once."""
         words = [_singular(word) for word in _WORDS.findall(caption.lower())]
         if "toilet" in words:
-            words = [word for word in words if word != "seat"]  # the list takes a seat as a chair; that of a toilet is none
+            words = [
+                word for word in words if word != "seat"
+            ]  # the list takes a seat as a chair; that of a toilet is none
         found: list[str] = []
         i = 0
         while i < len(words):
-            width = next((n for n in (3, 2) if i + n <= len(words) and " ".join(words[i : i + n]) in self._phrases), 1)
+            width = next(
+                (n for n in (3, 2) if i + n <= len(words) and " ".join(words[i : i + n]) in self._phrases), 1
+            )
             phrase = " ".join(words[i : i + width])
             if category := self._category.get(self._phrases.get(phrase, phrase)):
                 found.append(category)
@@ -95,14 +114,30 @@ def chair(
         truths: the categories in each picture: of its annotations, together with those that its reference captions name (`present`).
     """
     named = [synonyms.objects(answer) for answer in answers]
-    wrong = np.asarray([sum(one not in truth for one in some) for some, truth in zip(named, truths, strict=True)], np.float64)
+    wrong = np.asarray(
+        [sum(one not in truth for one in some) for some, truth in zip(named, truths, strict=True)], np.float64
+    )
     count = np.asarray([len(some) for some in named], np.float64)
-    found = np.asarray([len(truth.intersection(some)) for some, truth in zip(named, truths, strict=True)], np.float64)
+    found = np.asarray(
+        [len(truth.intersection(some)) for some, truth in zip(named, truths, strict=True)], np.float64
+    )
     there = np.asarray([len(truth) for truth in truths], np.float64)
     return [
-        metric("CHAIRi", lambda rows: wrong[rows].sum() / max(1.0, count[rows].sum()), images, resamples=resamples, seed=seed),
+        metric(
+            "CHAIRi",
+            lambda rows: wrong[rows].sum() / max(1.0, count[rows].sum()),
+            images,
+            resamples=resamples,
+            seed=seed,
+        ),
         mean("CHAIRs", (wrong > 0).tolist(), images, resamples=resamples, seed=seed),
-        metric("recall", lambda rows: found[rows].sum() / max(1.0, there[rows].sum()), images, resamples=resamples, seed=seed),
+        metric(
+            "recall",
+            lambda rows: found[rows].sum() / max(1.0, there[rows].sum()),
+            images,
+            resamples=resamples,
+            seed=seed,
+        ),
         mean("objects", count.tolist(), images, resamples=resamples, seed=seed),
     ]
 

@@ -59,7 +59,9 @@ class Explanation:
     degraded: bool
 
 
-def examine(tuna: Pipeline, image: Any, question: str, *, ban: Sequence[str] = (), **generation: Any) -> Explanation:
+def examine(
+    tuna: Pipeline, image: Any, question: str, *, ban: Sequence[str] = (), **generation: Any
+) -> Explanation:
     """Look at one picture and ask one question, in several ways.
 
     Args:
@@ -92,17 +94,31 @@ def examine(tuna: Pipeline, image: Any, question: str, *, ban: Sequence[str] = (
     )  # fmt: skip
     banned = list(ban) or [tag.text for tag in sorted(tags, key=lambda tag: -tag.weight)[:1]]
     if unknown := set(banned) - {tag.text for tag in tags}:
-        raise InvalidInput(f"the picture was not given the tag {', '.join(sorted(unknown))}: it has {', '.join(tag.text for tag in tags)}")
+        raise InvalidInput(
+            f"the picture was not given the tag {', '.join(sorted(unknown))}: it has {', '.join(tag.text for tag in tags)}"
+        )
     ways: dict[str, ImageTags] = {"with tags": chosen} if tags else {}
     ways["without tags"] = nothing
     for text in banned:
-        ways[f"without the tag “{text}”"] = chosen.take([i for i, one in enumerate(chosen.texts) if one != text])
-    answers = {name: tuna.answers([[picture]], [conversation], tags=[some], **generation)[0].text for name, some in ways.items()}
+        ways[f"without the tag “{text}”"] = chosen.take(
+            [i for i, one in enumerate(chosen.texts) if one != text]
+        )
+    answers = {
+        name: tuna.answers([[picture]], [conversation], tags=[some], **generation)[0].text
+        for name, some in ways.items()
+    }
     return Explanation(question, answers, _seen(tuna, pixels), tags, retrieval, tuna.lookup.degraded > before)
 
 
 def explain(
-    tuna: Pipeline, image: Any, question: str, *, ban: Sequence[str] = (), samples: Sequence[Sample] = (), name: str = "", **generation: Any
+    tuna: Pipeline,
+    image: Any,
+    question: str,
+    *,
+    ban: Sequence[str] = (),
+    samples: Sequence[Sample] = (),
+    name: str = "",
+    **generation: Any,
 ) -> str:
     """The page as HTML.
 
@@ -123,18 +139,29 @@ def explain(
             "key": one.key,
             "similarity": one.similarity,
             "captions": known[one.key].captions if one.key in known else (),
-            "source": data_url(upright(known[one.key].images[0].read()), 200) if one.key in known and known[one.key].images else "",
+            "source": data_url(upright(known[one.key].images[0].read()), 200)
+            if one.key in known and known[one.key].images
+            else "",
         }
         for one in (found.retrieval.neighbours if found.retrieval is not None else ())
     ]
     heaviest = max((tag.weight for tag in found.tags), default=1.0) or 1.0
     tags = [
-        {"tag": tag, "share": tag.weight / heaviest, "heat": heat_url(tag.heat), "carriers": [i + 1 for i in tag.neighbours]}
+        {
+            "tag": tag,
+            "share": tag.weight / heaviest,
+            "heat": heat_url(tag.heat),
+            "carriers": [i + 1 for i in tag.neighbours],
+        }
         for tag in found.tags
     ]
     config = tuna.model.config
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     return environment.get_template("explain.html.j2").render(
         question=question,
@@ -147,7 +174,9 @@ def explain(
         facts={
             "model": name,
             "encoder": f"{config.encoder} ({config.encoder_digest})",
-            "store": f"{found.retrieval.store}@{found.retrieval.version}" if found.retrieval is not None else "none",
+            "store": f"{found.retrieval.store}@{found.retrieval.version}"
+            if found.retrieval is not None
+            else "none",
             "weights": f"{config.tag_signal}, temperature {config.tag_temperature:g}, {config.tag_coupling}",
         },
     )

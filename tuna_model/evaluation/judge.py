@@ -72,11 +72,17 @@ class OpenAIJudge:
         except ModuleNotFoundError as error:
             raise MissingExtra("a judge is asked with httpx: pip install 'tagstore[eval]'") from error
         prompt = _ASK.format(context=context, question=question, first=first, second=second)
-        body: dict[str, Any] = {"model": self.model, "messages": [{"role": "user", "content": prompt}], "temperature": 0}
+        body: dict[str, Any] = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": prompt}],
+            "temperature": 0,
+        }
         key = self.key or os.environ.get("OPENAI_API_KEY", "")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         try:
-            answer = httpx.post(f"{self.url.rstrip('/')}/chat/completions", json=body, headers=headers, timeout=self.timeout)
+            answer = httpx.post(
+                f"{self.url.rstrip('/')}/chat/completions", json=body, headers=headers, timeout=self.timeout
+            )
             answer.raise_for_status()
             text = answer.json()["choices"][0]["message"]["content"]
         except httpx.HTTPError as error:

@@ -75,7 +75,10 @@ def evaluate(
     """
     clock = time.perf_counter()
     described = dict(model.describe())
-    kept = _Answers(out / f"{task.name}.answers.jsonl" if out else None, {"model": described, "settings": dict(task.settings)})
+    kept = _Answers(
+        out / f"{task.name}.answers.jsonl" if out else None,
+        {"model": described, "settings": dict(task.settings)},
+    )
     with kept:
         todo = [question for question in task.questions if question.key not in kept.found]
         progress(len(task.questions) - len(todo))
@@ -117,7 +120,9 @@ class _Answers:
                         record = json.loads(line)
                     except json.JSONDecodeError:
                         break  # the line that was being written when the run was cut off
-                    self.found[record["key"]] = Answer(record["answer"], tuple(record["tags"]), record["degraded"])
+                    self.found[record["key"]] = Answer(
+                        record["answer"], tuple(record["tags"]), record["degraded"]
+                    )
             self._file = self._path.open("w", encoding="utf-8")
             self._file.write(self._header + "\n")
             for key, answer in self.found.items():
@@ -137,7 +142,13 @@ class _Answers:
             self._file.flush()
 
     def _write(self, key: str, extra: Mapping[str, Any], answer: Answer) -> None:
-        record = {"key": key, **extra, "answer": answer.text, "tags": list(answer.tags), "degraded": answer.degraded}
+        record = {
+            "key": key,
+            **extra,
+            "answer": answer.text,
+            "tags": list(answer.tags),
+            "degraded": answer.degraded,
+        }
         self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
@@ -145,8 +156,15 @@ def markdown(results: Sequence[Result]) -> str:
     """A table of metrics with their 95 % intervals for each result, and what they depend on."""
     parts = []
     for result in results:
-        rows = "\n".join(f"| {m.name} | {m.value:.4f} | {m.low:.4f} to {m.high:.4f} | {m.count} |" for m in result.metrics)
-        facts = {**result.model, **result.settings, "degraded answers": result.degraded, "date": result.created}
+        rows = "\n".join(
+            f"| {m.name} | {m.value:.4f} | {m.low:.4f} to {m.high:.4f} | {m.count} |" for m in result.metrics
+        )
+        facts = {
+            **result.model,
+            **result.settings,
+            "degraded answers": result.degraded,
+            "date": result.created,
+        }
         parts.append(
             f"## {result.task}\n\n| metric | value | 95 % interval | answers |\n| --- | --- | --- | --- |\n{rows}\n\n"
             + "\n".join(f"- {name}: {_plain(value)}" for name, value in facts.items())

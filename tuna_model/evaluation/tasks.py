@@ -85,15 +85,26 @@ def load_task(name: str, options: TaskOptions) -> Task:
 def _pope(o: TaskOptions) -> Task:
     questions = _asked(o, YES_NO_PROMPT)
     if o.labels is not None:
-        corrected = {(line["image"], line.get("text", line.get("question"))): line["label"] for line in _lines(o.labels)}
+        corrected = {
+            (line["image"], line.get("text", line.get("question"))): line["label"]
+            for line in _lines(o.labels)
+        }
         questions = [
-            Question(q.key, q.image, q.image_key, q.text, {**q.truth, "label": corrected[q.truth["image"], q.truth["text"]]})
+            Question(
+                q.key,
+                q.image,
+                q.image_key,
+                q.text,
+                {**q.truth, "label": corrected[q.truth["image"], q.truth["text"]]},
+            )
             for q in questions
             if (q.truth["image"], q.truth["text"]) in corrected
         ]
     labels = [_label(q, o) for q in questions]
     images = [q.image_key for q in questions]
-    return _task("pope", questions, lambda a: pope(a, labels, images, resamples=o.resamples, seed=o.seed), 8, o)
+    return _task(
+        "pope", questions, lambda a: pope(a, labels, images, resamples=o.resamples, seed=o.seed), 8, o
+    )
 
 
 def _mme(o: TaskOptions) -> Task:
@@ -122,7 +133,9 @@ def _vqa(o: TaskOptions) -> Task:
     questions = _asked(o, SHORT_PROMPT)
     references = [_references(q, o) for q in questions]
     images = [q.image_key for q in questions]
-    return _task("vqa", questions, lambda a: vqa(a, references, images, resamples=o.resamples, seed=o.seed), 16, o)
+    return _task(
+        "vqa", questions, lambda a: vqa(a, references, images, resamples=o.resamples, seed=o.seed), 16, o
+    )
 
 
 def _captions(o: TaskOptions) -> Task:
@@ -140,33 +153,63 @@ def _captions(o: TaskOptions) -> Task:
 
 def _chair(o: TaskOptions) -> Task:
     if o.synonyms is None:
-        raise InvalidInput("chair needs the paper's synonym list: --synonyms FILE (LisaAnne/Hallucination, data/synonyms.txt)")
+        raise InvalidInput(
+            "chair needs the paper's synonym list: --synonyms FILE (LisaAnne/Hallucination, data/synonyms.txt)"
+        )
     synonyms = Synonyms.read(o.synonyms)
     questions = [q for q in _captioned(o, o.prompt or CHAIR_PROMPT) if q.truth.get("objects") is not None]
     if not questions:
         raise InvalidInput(f"{o.data}: no image has a field 'objects', which says what is in it")
-    truths = [present([_category(one) for one in q.truth["objects"]], q.truth["captions"], synonyms) for q in questions]
+    truths = [
+        present([_category(one) for one in q.truth["objects"]], q.truth["captions"], synonyms)
+        for q in questions
+    ]
     images = [q.image_key for q in questions]
-    return _task("chair", questions, lambda a: chair(a, truths, images, synonyms, resamples=o.resamples, seed=o.seed), 128, o)
+    return _task(
+        "chair",
+        questions,
+        lambda a: chair(a, truths, images, synonyms, resamples=o.resamples, seed=o.seed),
+        128,
+        o,
+    )
 
 
 def _llava_bench(o: TaskOptions) -> Task:
     questions = _asked(o, "")
-    references = {str(line["question_id"]): str(line["text"]) for line in _lines(o.references)} if o.references else {}
+    references = (
+        {str(line["question_id"]): str(line["text"]) for line in _lines(o.references)} if o.references else {}
+    )
     contexts = {str(line["image"]): str(line["caption"]) for line in _lines(o.contexts)} if o.contexts else {}
     judge = o.judge
-    if judge is not None and (missing := [q.key for q in questions if q.key not in references or q.truth["image"] not in contexts]):
-        raise InvalidInput(f"to judge, question {missing[0]} needs a reference answer (--references) and a description (--contexts)")
+    if judge is not None and (
+        missing := [q.key for q in questions if q.key not in references or q.truth["image"] not in contexts]
+    ):
+        raise InvalidInput(
+            f"to judge, question {missing[0]} needs a reference answer (--references) and a description (--contexts)"
+        )
 
     def score(answers: Sequence[str]) -> list[Metric]:
         if judge is None:
             return []
         marks = [
-            judge.marks(context=contexts[q.truth["image"]], question=str(q.truth["text"]), first=references[q.key], second=answer)
+            judge.marks(
+                context=contexts[q.truth["image"]],
+                question=str(q.truth["text"]),
+                first=references[q.key],
+                second=answer,
+            )
             for q, answer in zip(questions, answers, strict=True)
         ]
         relative = [100 * ours / theirs for theirs, ours in marks]
-        return [mean("relative score", relative, [q.image_key for q in questions], resamples=o.resamples, seed=o.seed)]
+        return [
+            mean(
+                "relative score",
+                relative,
+                [q.image_key for q in questions],
+                resamples=o.resamples,
+                seed=o.seed,
+            )
+        ]
 
     return _task("llava-bench", questions, score, 256, o)
 
@@ -181,9 +224,25 @@ TASKS: dict[str, Callable[[TaskOptions], Task]] = {
 }
 
 
-def _task(name: str, questions: Sequence[Question], score: Callable[[Sequence[str]], list[Metric]], tokens: int, o: TaskOptions) -> Task:
-    files = {key: str(value) for key in ("data", "images", "labels", "synonyms", "references", "contexts") if (value := getattr(o, key))}
-    settings: dict[str, Any] = {**files, "split": o.split, "questions": len(questions), "resamples": o.resamples, "seed": o.seed}
+def _task(
+    name: str,
+    questions: Sequence[Question],
+    score: Callable[[Sequence[str]], list[Metric]],
+    tokens: int,
+    o: TaskOptions,
+) -> Task:
+    files = {
+        key: str(value)
+        for key in ("data", "images", "labels", "synonyms", "references", "contexts")
+        if (value := getattr(o, key))
+    }
+    settings: dict[str, Any] = {
+        **files,
+        "split": o.split,
+        "questions": len(questions),
+        "resamples": o.resamples,
+        "seed": o.seed,
+    }
     if name == "captions":
         settings["tokeniser"] = o.tokeniser
     return Task(name, tuple(questions), score, tokens, settings)
@@ -196,10 +255,14 @@ def _asked(o: TaskOptions, suffix: str) -> list[Question]:
     for number, line in enumerate(_lines(o.data)):
         text = line.get("text", line.get("question"))
         if not isinstance(text, str) or not isinstance(line.get("image"), str):
-            raise InvalidInput(f"{o.data}, line {number + 1}: a question has 'image' and 'text', this has {', '.join(line)}")
+            raise InvalidInput(
+                f"{o.data}, line {number + 1}: a question has 'image' and 'text', this has {', '.join(line)}"
+            )
         asked = "\n".join(part for part in (text, o.prompt or suffix) if part)
         key = str(line.get("question_id", number))
-        questions.append(Question(key, Place(folder / line["image"]), line["image"], asked, {**line, "text": text}))
+        questions.append(
+            Question(key, Place(folder / line["image"]), line["image"], asked, {**line, "text": text})
+        )
         if len(questions) == o.limit:
             break
     if not questions:
@@ -239,7 +302,10 @@ def _references(question: Question, o: TaskOptions) -> list[str]:
     value = question.truth.get("answers", question.truth.get("answer"))
     if not value:
         raise InvalidInput(f"{o.data}, question {question.key}: no 'answer' or 'answers' to compare with")
-    return [str(one.get("answer", "")) if isinstance(one, dict) else str(one) for one in (value if isinstance(value, list) else [value])]
+    return [
+        str(one.get("answer", "")) if isinstance(one, dict) else str(one)
+        for one in (value if isinstance(value, list) else [value])
+    ]
 
 
 def _category(value: Any) -> str:

@@ -13,7 +13,10 @@ from tuna_model.evaluation.bootstrap import Metric, mean
 
 SHORT_PROMPT = "Answer the question using a single word or phrase."
 _NUMBERS = {
-    word: str(value) for value, word in enumerate(("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"))
+    word: str(value)
+    for value, word in enumerate(
+        ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+    )
 } | {"none": "0"}
 _ARTICLES = frozenset(("a", "an", "the"))
 _PUNCTUATION = re.compile(r"[^\w\s.:']|(?<!\d)[.:]|[.:](?!\d)")

@@ -32,7 +32,12 @@ def says_neither(answer: str) -> bool:
 
 
 def pope(
-    answers: Sequence[str], labels: Sequence[bool], images: Sequence[Hashable], *, resamples: int = 1000, seed: int = 0
+    answers: Sequence[str],
+    labels: Sequence[bool],
+    images: Sequence[Hashable],
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
 ) -> list[Metric]:
     """Accuracy, precision, recall, F1 and the share of yes, as POPE reports them; and the share of answers that say neither."""
     said = np.asarray([is_yes(answer) for answer in answers])
@@ -50,14 +55,23 @@ def pope(
 
 
 def mme(
-    answers: Sequence[str], labels: Sequence[bool], images: Sequence[Hashable], *, resamples: int = 1000, seed: int = 0
+    answers: Sequence[str],
+    labels: Sequence[bool],
+    images: Sequence[Hashable],
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
 ) -> list[Metric]:
     """MME's accuracy over questions, accuracy+ over images (all questions of one right), and their sum in percent, the score.
 
     An answer that begins with neither word is wrong, as in MME's own script.
     """
     right = np.asarray(
-        [not says_neither(answer) and is_yes(answer) is label for answer, label in zip(answers, labels, strict=True)], dtype=bool
+        [
+            not says_neither(answer) and is_yes(answer) is label
+            for answer, label in zip(answers, labels, strict=True)
+        ],
+        dtype=bool,
     )
     _, group = np.unique(np.asarray([str(image) for image in images]), return_inverse=True)
     whole = np.ones(int(group.max()) + 1 if len(group) else 0, bool)

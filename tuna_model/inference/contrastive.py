@@ -37,7 +37,9 @@ class ContrastiveLogits(LogitsProcessor):  # type: ignore[misc]
             InvalidInput: a negative alpha, or beta outside [0, 1].
         """
         if alpha < 0 or not 0 <= beta <= 1:
-            raise InvalidInput(f"alpha is {alpha} and beta {beta}: alpha must not be negative, beta lies between 0 and 1")
+            raise InvalidInput(
+                f"alpha is {alpha} and beta {beta}: alpha must not be negative, beta lies between 0 and 1"
+            )
         self._model, self._against, self._alpha, self._beta = model, dict(against), alpha, beta
         self._prompt: int | None = None
         self._said: Tensor | None = None
@@ -53,13 +55,19 @@ class ContrastiveLogits(LogitsProcessor):  # type: ignore[misc]
         plain = scores.log_softmax(-1)
         mixed = (1 + self._alpha) * scores.float() - self._alpha * against
         if self._beta:
-            mixed = mixed.masked_fill(plain < plain.max(-1, keepdim=True).values + math.log(self._beta), -torch.inf)
+            mixed = mixed.masked_fill(
+                plain < plain.max(-1, keepdim=True).values + math.log(self._beta), -torch.inf
+            )
         return mixed.to(scores.dtype)
 
     @torch.no_grad()
     def _logits(self, said: Tensor) -> Tensor:
         rows = self._against["input_ids"].shape[0]
-        if self._said is not None and said.shape[1] == self._said.shape[1] + 1 and torch.equal(said[:, :-1], self._said):
+        if (
+            self._said is not None
+            and said.shape[1] == self._said.shape[1] + 1
+            and torch.equal(said[:, :-1], self._said)
+        ):
             new = said[:, -1:]
             mask = torch.cat([self._kwargs["attention_mask"], torch.ones_like(new)], dim=1)
             inputs = {"input_ids": new, **self._kwargs, "attention_mask": mask}

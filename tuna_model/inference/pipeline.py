@@ -78,7 +78,12 @@ class Pipeline:
     """Safe for one thread at a time."""
 
     def __init__(
-        self, model: TunaForConditionalGeneration, processor: TunaProcessor, source: TagSource, *, any_store: bool = False
+        self,
+        model: TunaForConditionalGeneration,
+        processor: TunaProcessor,
+        source: TagSource,
+        *,
+        any_store: bool = False,
     ) -> None:
         self.model, self.processor, self.source = model, processor, source
         self.lookup = TagLookup.of(source, model.config, any_store=any_store)
@@ -143,12 +148,22 @@ class Pipeline:
         ends = self._ends()
         several = len(texts) // len(conversations)
         return [
-            self._answer(prepared, row, texts[row * several].strip(), bool(np.isin(new[row * several].cpu().numpy(), ends).any()))
+            self._answer(
+                prepared,
+                row,
+                texts[row * several].strip(),
+                bool(np.isin(new[row * several].cpu().numpy(), ends).any()),
+            )
             for row in range(len(conversations))
         ]
 
     def stream(
-        self, images: Sequence[Any], messages: Sequence[Message], *, prepared: Prepared | None = None, **options: Any
+        self,
+        images: Sequence[Any],
+        messages: Sequence[Message],
+        *,
+        prepared: Prepared | None = None,
+        **options: Any,
     ) -> Iterator[str]:
         """The answer to one conversation, piece by piece. Closing the iterator stops the model."""
         prepared = prepared or self.prepare([images], [messages])
@@ -180,20 +195,36 @@ class Pipeline:
             raise failed[0]
 
     def prepare(
-        self, images: Sequence[Sequence[Any]], conversations: Sequence[Sequence[Message]], *, tags: Sequence[ImageTags] | None = None
+        self,
+        images: Sequence[Sequence[Any]],
+        conversations: Sequence[Sequence[Message]],
+        *,
+        tags: Sequence[ImageTags] | None = None,
     ) -> Prepared:
         """Look at the pictures, ask the store, and write the prompts. Arguments as for `answers`."""
         for pictures, messages in zip(images, conversations, strict=True):
-            places = sum(part.get("type") == "image" for m in messages if not isinstance(m["content"], str) for part in m["content"])
+            places = sum(
+                part.get("type") == "image"
+                for m in messages
+                if not isinstance(m["content"], str)
+                for part in m["content"]
+            )
             if places != len(pictures):
-                raise InvalidInput(f'the messages hold {places} parts {{"type": "image"}}, and {len(pictures)} images are given')
-        prompts = [self.processor.apply_chat_template(list(messages), add_generation_prompt=True) for messages in conversations]
+                raise InvalidInput(
+                    f'the messages hold {places} parts {{"type": "image"}}, and {len(pictures)} images are given'
+                )
+        prompts = [
+            self.processor.apply_chat_template(list(messages), add_generation_prompt=True)
+            for messages in conversations
+        ]
         pictures = [picture for some in images for picture in some]
         extra: dict[str, Any] = {}
         found: list[tuple[ImageTags, Retrieval | None]] = []
         asked = False
         if pictures:
-            grid, vectors = self.model.encode_images(self.processor.image_processor(pictures)["pixel_values"].to(self.model.device))
+            grid, vectors = self.model.encode_images(
+                self.processor.image_processor(pictures)["pixel_values"].to(self.model.device)
+            )
             extra = {"grid": grid} | ({} if vectors is None else {"image_vectors": vectors})
             if tags is not None:
                 found = [(one, None) for one in tags]
@@ -204,7 +235,9 @@ class Pipeline:
                 )
             elif vectors is not None and self.model.config.tags:
                 asked = True
-                found = self.lookup.detailed(vectors, self.model.config.encoder_digest or self.model.encoder.fingerprint)
+                found = self.lookup.detailed(
+                    vectors, self.model.config.encoder_digest or self.model.encoder.fingerprint
+                )
         bos = self.processor.tokenizer.bos_token
         # a template that writes the first token itself must not get a second
         add = not (bos and prompts[0].startswith(bos))
@@ -214,7 +247,10 @@ class Pipeline:
         return Prepared(inputs, tags_of, answers, tuple(asked and None in some for some in answers))
 
     def _described(
-        self, images: Sequence[Sequence[Any]], found: Sequence[tuple[ImageTags, Retrieval | None]], inputs: dict[str, Any]
+        self,
+        images: Sequence[Sequence[Any]],
+        found: Sequence[tuple[ImageTags, Retrieval | None]],
+        inputs: dict[str, Any],
     ) -> tuple[tuple[tuple[WeighedTag, ...], ...], tuple[tuple[Retrieval | None, ...], ...]]:
         """Weighed tags and retrievals of each conversation."""
         weights = self._weights(inputs)
@@ -229,7 +265,11 @@ class Pipeline:
                 chosen = layout.choose(given)
                 signals = zip(chosen.texts, chosen.relevance, chosen.similarity, chosen.votes, strict=True)
                 for text, relevance, similarity, votes in signals:
-                    some.append(WeighedTag(text, float(weights[at]), float(relevance), float(similarity), float(votes), image))
+                    some.append(
+                        WeighedTag(
+                            text, float(weights[at]), float(relevance), float(similarity), float(votes), image
+                        )
+                    )
                     at += 1
             start += len(pictures)
             tags.append(tuple(some))
@@ -241,7 +281,10 @@ class Pipeline:
             return []
         with torch.no_grad():
             weights, _, _ = self.model.weight_tuner(
-                inputs["tag_embeddings"], inputs.get("image_vectors"), inputs["tag_signals"], inputs["cu_tags"]
+                inputs["tag_embeddings"],
+                inputs.get("image_vectors"),
+                inputs["tag_signals"],
+                inputs["cu_tags"],
             )
         found: list[float] = weights.tolist()
         return found
@@ -278,4 +321,7 @@ class _Asked(StoppingCriteria):  # type: ignore[misc]
 
 def user_message(text: str, images: int = 0) -> Message:
     """A message of the user: pictures first, then words."""
-    return {"role": "user", "content": [*({"type": "image"} for _ in range(images)), {"type": "text", "text": text}]}
+    return {
+        "role": "user",
+        "content": [*({"type": "image"} for _ in range(images)), {"type": "text", "text": text}],
+    }

@@ -14,7 +14,14 @@ from tuna_model.processing.tags import ImageTags, TagLayout
 STYLES = ("weights", "words", "list")
 
 
-def tag_prompt(question: str, tags: ImageTags, *, style: str = "weights", temperature: float = 0.1, layout: TagLayout | None = None) -> str:
+def tag_prompt(
+    question: str,
+    tags: ImageTags,
+    *,
+    style: str = "weights",
+    temperature: float = 0.1,
+    layout: TagLayout | None = None,
+) -> str:
     """A question with the tags of its image.
 
     Args:
@@ -39,7 +46,9 @@ def tag_prompt(question: str, tags: ImageTags, *, style: str = "weights", temper
     weights = relative_weights(chosen, signal=layout.signal, temperature=temperature)
     trust = "They come from other images and may be wrong: use those that you can see in this image, and ignore the others."
     if style == "weights":
-        named = ", ".join(f"{text} ({weight:.2f})" for text, weight in zip(chosen.texts, weights, strict=True))
+        named = ", ".join(
+            f"{text} ({weight:.2f})" for text, weight in zip(chosen.texts, weights, strict=True)
+        )
         return f"Similar images carry these tags, each with how well it fits this image, from 0 to 1: {named}. {trust}\n\n{question}"
     if style == "list":
         return f"Similar images carry these tags: {', '.join(chosen.texts)}. {trust}\n\n{question}"
@@ -51,7 +60,9 @@ def tag_prompt(question: str, tags: ImageTags, *, style: str = "weights", temper
     return f"{lines} {trust}\n\n{question}"
 
 
-def relative_weights(tags: ImageTags, *, signal: str = "relevance", temperature: float = 0.1) -> NDArray[np.float32]:
+def relative_weights(
+    tags: ImageTags, *, signal: str = "relevance", temperature: float = 0.1
+) -> NDArray[np.float32]:
     """`[n]`: softmax(signal / temperature) over the tags, as shares of the best tag's. Raises `InvalidInput`."""
     if not temperature > 0:
         raise InvalidInput(f"temperature is {temperature}: it must be positive")

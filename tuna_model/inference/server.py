@@ -135,7 +135,9 @@ class Worker:
                 self._stream(batch[0])
                 return
             asks = [job.ask for job in batch]
-            answers = self.tuna.answers([list(a.images) for a in asks], [list(a.messages) for a in asks], **dict(asks[0].options))
+            answers = self.tuna.answers(
+                [list(a.images) for a in asks], [list(a.messages) for a in asks], **dict(asks[0].options)
+            )
             for job, answer in zip(batch, answers, strict=True):
                 job.put(answer)
         except Exception as error:
@@ -148,7 +150,9 @@ class Worker:
         prepared = self.tuna.prepare([list(job.ask.images)], [list(job.ask.messages)])
         job.put(prepared)
         with contextlib.closing(
-            self.tuna.stream(list(job.ask.images), list(job.ask.messages), prepared=prepared, **dict(job.ask.options))  # type: ignore[type-var]
+            self.tuna.stream(
+                list(job.ask.images), list(job.ask.messages), prepared=prepared, **dict(job.ask.options)
+            )  # type: ignore[type-var]
         ) as pieces:
             for piece in pieces:
                 if job.gone.is_set():
@@ -157,7 +161,9 @@ class Worker:
         job.put(_DONE)
 
 
-def app(tuna: Pipeline, *, name: str = "tuna", batch: int = 8, wait: float = 0.01, waiting: int = 256) -> Starlette:
+def app(
+    tuna: Pipeline, *, name: str = "tuna", batch: int = 8, wait: float = 0.01, waiting: int = 256
+) -> Starlette:
     """The ASGI application; `app.state.worker` is its worker, which lives as long as the application is served."""
     worker = Worker(tuna, batch=batch, wait=wait, waiting=waiting)
 
@@ -185,19 +191,31 @@ def app(tuna: Pipeline, *, name: str = "tuna", batch: int = 8, wait: float = 0.0
         except TagstoreError as error:
             return _error(503, "unavailable", str(error))
         except Exception:  # noqa: BLE001  logged where it happened
-            return _error(500, "internal_error", "the model failed on this request; the server's log says why")
+            return _error(
+                500, "internal_error", "the model failed on this request; the server's log says why"
+            )
         if ask.stream:
-            return StreamingResponse(_events(feed, job, head, first), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+            return StreamingResponse(
+                _events(feed, job, head, first),
+                media_type="text/event-stream",
+                headers={"Cache-Control": "no-store"},
+            )
         choice = {
             "index": 0,
             "message": {"role": "assistant", "content": first.text},
             "finish_reason": "stop" if first.finished else "length",
         }
-        told = {"tags": [asdict(tag) for tag in first.tags], "store": _store(first.store, first.version), "degraded": first.degraded}
+        told = {
+            "tags": [asdict(tag) for tag in first.tags],
+            "store": _store(first.store, first.version),
+            "degraded": first.degraded,
+        }
         return JSONResponse({**head, "object": "chat.completion", "choices": [choice], **told})
 
     async def models(_: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "tuna"}]})
+        return JSONResponse(
+            {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "tuna"}]}
+        )
 
     async def health(_: Request) -> Response:
         return JSONResponse(
@@ -226,7 +244,9 @@ def _pass(loop: asyncio.AbstractEventLoop, feed: asyncio.Queue[Any], item: Any) 
     loop.call_soon_threadsafe(feed.put_nowait, item)
 
 
-async def _events(feed: asyncio.Queue[Any], job: _Job, head: dict[str, Any], prepared: Prepared) -> AsyncIterator[str]:
+async def _events(
+    feed: asyncio.Queue[Any], job: _Job, head: dict[str, Any], prepared: Prepared
+) -> AsyncIterator[str]:
     """Server-sent events of a stream. The tags come with the first one."""
     answers = [one for one in prepared.retrievals[0] if one is not None]
     told: dict[str, Any] = {
@@ -243,7 +263,11 @@ async def _events(feed: asyncio.Queue[Any], job: _Job, head: dict[str, Any], pre
         yield event({"role": "assistant", "content": ""}, **told)
         while (item := await feed.get()) is not _DONE:
             if isinstance(item, Exception):
-                message = str(item) if isinstance(item, TagstoreError) else "the model failed; the server's log says why"
+                message = (
+                    str(item)
+                    if isinstance(item, TagstoreError)
+                    else "the model failed; the server's log says why"
+                )
                 yield f"data: {json.dumps({'error': {'message': message, 'type': 'internal_error'}})}\n\n"
                 return
             if item:
@@ -264,10 +288,16 @@ def read_request(body: bytes) -> Ask:
         raise InvalidInput("messages is missing: a list of {role, content}")
     images: list[Any] = []
     messages = tuple(_message(number, message, images) for number, message in enumerate(value["messages"]))
-    options: dict[str, Any] = {"max_new_tokens": _number(value, ("max_completion_tokens", "max_tokens"), 1, MAX_TOKENS, 64, int)}
+    options: dict[str, Any] = {
+        "max_new_tokens": _number(value, ("max_completion_tokens", "max_tokens"), 1, MAX_TOKENS, 64, int)
+    }
     temperature = _number(value, ("temperature",), 0.0, 2.0, 0.0, float)
     if temperature > 0:
-        options |= {"do_sample": True, "temperature": temperature, "top_p": _number(value, ("top_p",), 0.0, 1.0, 1.0, float)}
+        options |= {
+            "do_sample": True,
+            "temperature": temperature,
+            "top_p": _number(value, ("top_p",), 0.0, 1.0, 1.0, float),
+        }
     if value.get("n", 1) != 1:
         raise InvalidInput("n must be 1: one answer a request")
     return Ask(tuple(images), messages, tuple(sorted(options.items())), bool(value.get("stream", False)))
@@ -289,7 +319,9 @@ def _message(number: int, message: Any, images: list[Any]) -> Message:
             parts.append({"type": "text", "text": part["text"]})
         elif kind == "image_url":
             link = part.get("image_url")
-            images.append(_image(link.get("url") if isinstance(link, dict) else link, f"{where}.content[{place}]"))
+            images.append(
+                _image(link.get("url") if isinstance(link, dict) else link, f"{where}.content[{place}]")
+            )
             parts.append({"type": "image"})
         else:
             raise InvalidInput(f"{where}.content[{place}] must be of type text or image_url")
@@ -299,7 +331,9 @@ def _message(number: int, message: Any, images: list[Any]) -> Message:
 def _image(url: Any, where: str) -> Any:
     """A picture of a data: URL. Others are refused: a server that fetches what strangers name reaches places that they cannot."""
     if not isinstance(url, str) or not url.startswith("data:"):
-        raise InvalidInput(f"{where}: give the picture as data:image/jpeg;base64,...; addresses are not fetched")
+        raise InvalidInput(
+            f"{where}: give the picture as data:image/jpeg;base64,...; addresses are not fetched"
+        )
     try:
         return decode(base64.b64decode(url.partition(",")[2], validate=True))
     except binascii.Error as error:
@@ -308,7 +342,9 @@ def _image(url: Any, where: str) -> Any:
         raise InvalidInput(f"{where}: {error}") from error
 
 
-def _number(value: dict[str, Any], names: tuple[str, ...], low: float, high: float, default: Any, kind: type) -> Any:
+def _number(
+    value: dict[str, Any], names: tuple[str, ...], low: float, high: float, default: Any, kind: type
+) -> Any:
     for name in names:
         given = value.get(name)
         if given is None:

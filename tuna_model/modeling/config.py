@@ -41,7 +41,9 @@ class TunaConfig(PreTrainedConfig):  # type: ignore[misc]
     model_type = "tuna"
     sub_configs_defaults = {  # noqa: RUF012  as transformers declares it
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
-        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model", optional=True),
+        "vision_config": SubConfigSpec(
+            config_class=AutoConfig, model_type="clip_vision_model", optional=True
+        ),
     }
 
     text_config: Any = None
@@ -142,7 +144,9 @@ class TunaConfig(PreTrainedConfig):  # type: ignore[misc]
         for key in kwargs:
             if not key.startswith("_") and key not in _OF_TRANSFORMERS:
                 near = get_close_matches(key, known, n=1)
-                raise InvalidInput(f"TunaConfig has no field '{key}'" + (f": did you mean {near[0]}?" if near else ""))
+                raise InvalidInput(
+                    f"TunaConfig has no field '{key}'" + (f": did you mean {near[0]}?" if near else "")
+                )
         super().__post_init__(**kwargs)
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         self._check()
@@ -153,20 +157,40 @@ class TunaConfig(PreTrainedConfig):  # type: ignore[misc]
             ("tag_place", Place), ("tag_order", Order), ("tag_merge", Merge), ("kernels", Literal["auto", "triton", "reference"]),
         ):  # fmt: skip
             if getattr(self, name) not in get_args(choices):
-                raise InvalidInput(f"{name} is {getattr(self, name)!r}: it must be one of {', '.join(get_args(choices))}")
-        for name in ("grid_side", "grid_channels", "tag_dimension", "tag_encoder_width", "tag_encoder_heads", "max_tags", "neighbours"):
+                raise InvalidInput(
+                    f"{name} is {getattr(self, name)!r}: it must be one of {', '.join(get_args(choices))}"
+                )
+        for name in (
+            "grid_side",
+            "grid_channels",
+            "tag_dimension",
+            "tag_encoder_width",
+            "tag_encoder_heads",
+            "max_tags",
+            "neighbours",
+        ):
             if getattr(self, name) < 1:
                 raise InvalidInput(f"{name} is {getattr(self, name)}: it must be at least 1")
         if self.feature_layer >= 0:
-            raise InvalidInput(f"feature_layer is counted from the end and must be negative, not {self.feature_layer}")
+            raise InvalidInput(
+                f"feature_layer is counted from the end and must be negative, not {self.feature_layer}"
+            )
         if self.tag_encoder_layers < 0:
-            raise InvalidInput(f"tag_encoder_layers is {self.tag_encoder_layers}: it must be 0 (parameter-free) or more")
+            raise InvalidInput(
+                f"tag_encoder_layers is {self.tag_encoder_layers}: it must be 0 (parameter-free) or more"
+            )
         if self.tag_encoder_width % self.tag_encoder_heads:
-            raise InvalidInput(f"tag_encoder_width {self.tag_encoder_width} does not divide among {self.tag_encoder_heads} heads")
-        if self.connector == "pooled" and not (0 < self.pool_side <= self.grid_side and self.grid_side % self.pool_side == 0):
+            raise InvalidInput(
+                f"tag_encoder_width {self.tag_encoder_width} does not divide among {self.tag_encoder_heads} heads"
+            )
+        if self.connector == "pooled" and not (
+            0 < self.pool_side <= self.grid_side and self.grid_side % self.pool_side == 0
+        ):
             raise InvalidInput(f"pool_side is {self.pool_side}: it must divide grid_side {self.grid_side}")
         if self.tag_queries == "token" and self.tag_encoder_layers == 0:
-            raise InvalidInput("tag_queries 'token' needs tag_encoder_layers of at least 1: word embeddings are not in the encoder's space")
+            raise InvalidInput(
+                "tag_queries 'token' needs tag_encoder_layers of at least 1: word embeddings are not in the encoder's space"
+            )
         if not self.tag_temperature > 0:
             raise InvalidInput(f"tag_temperature is {self.tag_temperature}: it must be positive")
         if not 0 <= self.tag_threshold <= 1:
@@ -210,7 +234,11 @@ def _from_llava(llava: dict[str, Any]) -> dict[str, Any]:
         "connector_act": config.projector_hidden_act,
         "connector_bias": config.multimodal_projector_bias,
         "image_token_id": config.image_token_id,
-        **({"dtype": llava.get("dtype") or llava.get("torch_dtype")} if llava.get("dtype") or llava.get("torch_dtype") else {}),
+        **(
+            {"dtype": llava.get("dtype") or llava.get("torch_dtype")}
+            if llava.get("dtype") or llava.get("torch_dtype")
+            else {}
+        ),
     }
 
 

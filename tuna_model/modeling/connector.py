@@ -17,7 +17,11 @@ class Connector(nn.Module):
         hidden = config.text_config.hidden_size
         self.linear_1 = nn.Linear(config.grid_channels, hidden, bias=config.connector_bias)
         self.act = nn.Identity() if config.connector == "linear" else ACT2FN[config.connector_act]
-        self.linear_2 = nn.Identity() if config.connector == "linear" else nn.Linear(hidden, hidden, bias=config.connector_bias)
+        self.linear_2 = (
+            nn.Identity()
+            if config.connector == "linear"
+            else nn.Linear(hidden, hidden, bias=config.connector_bias)
+        )
 
     def forward(self, features: Tensor) -> Tensor:
         out: Tensor = self.linear_2(self.act(self.linear_1(features)))

@@ -11,7 +11,14 @@ from typing import Any
 from tagstore.errors import InvalidInput, MissingExtra
 
 
-def add_lora(model: Any, *, rank: int, alpha: int = 16, dropout: float = 0.0, targets: Sequence[str] = ("q_proj", "v_proj")) -> None:
+def add_lora(
+    model: Any,
+    *,
+    rank: int,
+    alpha: int = 16,
+    dropout: float = 0.0,
+    targets: Sequence[str] = ("q_proj", "v_proj"),
+) -> None:
     """Put updates of `rank` beside the decoder's layers that are named `targets`; all else of the decoder is frozen.
 
     Raises:
@@ -22,11 +29,15 @@ def add_lora(model: Any, *, rank: int, alpha: int = 16, dropout: float = 0.0, ta
         from peft import LoraConfig, inject_adapter_in_model
     except ModuleNotFoundError as error:
         raise MissingExtra("LoRA needs peft: pip install 'tagstore[model]'") from error
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets), bias="none")
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets), bias="none"
+    )
     try:
         inject_adapter_in_model(config, model.language_model)
     except ValueError as error:
-        raise InvalidInput(f"LoRA finds no layer called {', '.join(targets)} in this decoder: {error}") from error
+        raise InvalidInput(
+            f"LoRA finds no layer called {', '.join(targets)} in this decoder: {error}"
+        ) from error
 
 
 def merge_lora(model: Any) -> None:

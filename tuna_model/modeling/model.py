@@ -17,7 +17,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    GenerationMixin,
+    PreTrainedModel,
+)
 from transformers import initialization as init
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import torch_compilable_check
@@ -144,8 +150,14 @@ class TunaForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: i
         """
         if self._encoder is None:
             if not self.config.encoder:
-                raise InvalidInput("this checkpoint carries its own tower and names no encoder: call join_encoder('hf:...')")
-            kind = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(self.dtype, "fp32") if self.device.type == "cuda" else "fp32"
+                raise InvalidInput(
+                    "this checkpoint carries its own tower and names no encoder: call join_encoder('hf:...')"
+                )
+            kind = (
+                {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(self.dtype, "fp32")
+                if self.device.type == "cuda"
+                else "fp32"
+            )
             self.use_encoder(load_encoder(self.config.encoder, device=str(self.device), precision=kind))
         return cast(Encoder, self._encoder)
 
@@ -174,7 +186,9 @@ class TunaForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: i
         grid, pooled = clip_grid(self.vision_tower, pixel_values, self.config.feature_layer)
         if not self.config.encoder:
             return grid, None
-        return grid, nn.functional.normalize((pooled @ cast(Tensor, self.vision_projection).to(pooled.dtype).T).float(), dim=-1)
+        return grid, nn.functional.normalize(
+            (pooled @ cast(Tensor, self.vision_projection).to(pooled.dtype).T).float(), dim=-1
+        )
 
     def join_encoder(self, encoder: Encoder) -> None:
         """Tie the tags to an encoder's space: note its fingerprint, and take over what leads from the grid into that space.
@@ -190,7 +204,11 @@ class TunaForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: i
                 f"the model takes tags of {config.tag_dimension} dimensions, and encoder {encoder.fingerprint} has {encoder.dimension}"
             )
         # learned layers need none, and a tower that pools by attention has none
-        projection = encoder.grid_projection() if config.vision_config is not None or config.tag_encoder_layers == 0 else torch.zeros(0)
+        projection = (
+            encoder.grid_projection()
+            if config.vision_config is not None or config.tag_encoder_layers == 0
+            else torch.zeros(0)
+        )
         if config.vision_config is not None:
             if not encoder.same_tower(self.vision_tower):
                 raise FingerprintMismatch(
@@ -267,7 +285,13 @@ class TunaForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: i
                     )
             inputs_embeds = _put(inputs_embeds, image_tokens.flatten(0, 1), image_index)
         if tag_embeddings is not None and len(tag_embeddings):
-            if grid is None or input_ids is None or tag_index is None or cu_tags is None or tag_signals is None:
+            if (
+                grid is None
+                or input_ids is None
+                or tag_index is None
+                or cu_tags is None
+                or tag_signals is None
+            ):
                 raise ValueError(
                     "tags need input_ids, an image (pixel_values or grid), tag_index, tag_signals and cu_tags: see TunaProcessor"
                 )
@@ -278,7 +302,11 @@ class TunaForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: i
                 output_tag_attention,
             )  # fmt: skip
             inputs_embeds, tag_bias = tags["inputs_embeds"], tags["tag_bias"]
-        mask = attention_mask if tag_bias is None else self._biased_mask(inputs_embeds, attention_mask, tag_bias, past_key_values)
+        mask = (
+            attention_mask
+            if tag_bias is None
+            else self._biased_mask(inputs_embeds, attention_mask, tag_bias, past_key_values)
+        )
         out = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=mask,
@@ -290,9 +318,14 @@ class TunaForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: i
         )
         loss = None
         if labels is not None:
-            kept = labels[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else labels[:, logits_to_keep]
+            kept = (
+                labels[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else labels[:, logits_to_keep]
+            )
             loss = self.loss_function(
-                logits=out.logits, labels=kept, vocab_size=self.config.text_config.vocab_size, num_items_in_batch=num_items_in_batch
+                logits=out.logits,
+                labels=kept,
+                vocab_size=self.config.text_config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
             )
             if self.training:
                 loss = loss + self._idle(image_tokens is None, tags is None)
@@ -304,7 +337,11 @@ class TunaForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: i
             attentions=out.attentions,
             image_hidden_states=image_tokens,
             tag_bias=tag_bias,
-            **({} if tags is None else {name: tags[name] for name in ("tag_hidden_states", "tag_weights", "tag_attention")}),
+            **(
+                {}
+                if tags is None
+                else {name: tags[name] for name in ("tag_hidden_states", "tag_weights", "tag_attention")}
+            ),
         )
 
     def image_positions(self, input_ids: Tensor, tag_index: Tensor | None = None) -> Tensor:
@@ -325,12 +362,16 @@ class TunaForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: i
         of_query, words, cu_queries = torch.arange(len(embeddings), device=embeddings.device), None, cu_tags
         if self.config.tag_queries == "token":
             if word_ids is None or lengths is None:
-                raise ValueError("tag_queries 'token' needs tag_word_ids and tag_lengths: make them with TunaProcessor")
+                raise ValueError(
+                    "tag_queries 'token' needs tag_word_ids and tag_lengths: make them with TunaProcessor"
+                )
             of_query = torch.repeat_interleave(of_query, lengths, output_size=len(word_ids))
             words = self.get_input_embeddings()(word_ids)
             ends = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
             cu_queries = ends[cu_tags.long()].to(torch.int32)
-        seen, attention = self.tag_encoder(embeddings.to(grid.dtype)[of_query], words, grid, cu_queries, return_attention=output_attention)
+        seen, attention = self.tag_encoder(
+            embeddings.to(grid.dtype)[of_query], words, grid, cu_queries, return_attention=output_attention
+        )
         h_vt = self.multi_modal_projector(seen).to(inputs_embeds.dtype)
 
         index = _to_length(tag_index, input_ids.shape[1], -1)
@@ -347,7 +388,9 @@ class TunaForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: i
             "tag_attention": attention,
         }
 
-    def _biased_mask(self, inputs_embeds: Tensor, attention_mask: Tensor | None, bias: Tensor, cache: Any) -> Tensor:
+    def _biased_mask(
+        self, inputs_embeds: Tensor, attention_mask: Tensor | None, bias: Tensor, cache: Any
+    ) -> Tensor:
         """The causal mask `[B, 1, L, keys]` with the tags' biases added to their keys."""
         attention = self.language_model.config._attn_implementation
         if attention not in ("sdpa", "eager"):
@@ -356,7 +399,9 @@ class TunaForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: i
                 "load the model with attn_implementation='sdpa' or 'eager'"
             )
         if cache is not None and getattr(cache, "is_compileable", False):
-            raise ValueError(f"tag_coupling '{self.config.tag_coupling}' needs a dynamic cache: leave cache_implementation out")
+            raise ValueError(
+                f"tag_coupling '{self.config.tag_coupling}' needs a dynamic cache: leave cache_implementation out"
+            )
         text = self.config.text_config
         layers = getattr(text, "layer_types", None)
         if any("sliding" in kind for kind in layers) if layers else getattr(text, "sliding_window", None):
@@ -384,9 +429,14 @@ class TunaForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: i
 
     # generation
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, is_first_iteration: bool = False, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, is_first_iteration: bool = False, **kwargs: Any
+    ) -> dict[str, Any]:
         """As transformers'; once the prompt is in the cache, images and tags are left out."""
-        found = cast("dict[str, Any]", super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs))
+        found = cast(
+            "dict[str, Any]",
+            super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs),
+        )
         if not is_first_iteration and kwargs.get("use_cache", True):
             for name in (*_PACKED, "tag_index", "image_index"):
                 found.pop(name, None)
@@ -395,18 +445,29 @@ class TunaForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: i
         return found
 
     def _expand_inputs_for_generation(
-        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Tensor | None = None,
+        **kwargs: Any,
     ) -> tuple[Tensor | None, dict[str, Any]]:
         """Beams share images and tags: only what has a row for each prompt is repeated."""
         packed = {name: kwargs.pop(name) for name in _PACKED if name in kwargs}
         if input_ids is not None and any(packed.get(name) is not None for name in ("pixel_values", "grid")):
             kwargs["image_index"] = self.image_positions(input_ids, kwargs.get("tag_index"))
-        input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
+        input_ids, kwargs = super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **kwargs
+        )
         return input_ids, kwargs | packed
 
-    def _update_model_kwargs_for_generation(self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
         """The biases of the prompt's tags hold for every later token too."""
-        found = cast("dict[str, Any]", super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs))
+        found = cast(
+            "dict[str, Any]",
+            super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs),
+        )
         if outputs.get("tag_bias") is not None:
             found["tag_bias"] = outputs["tag_bias"]
         return found

@@ -28,13 +28,23 @@ class TagEncoder(nn.Module):
             return
         width = config.tag_encoder_width
         self.from_tag = nn.Linear(config.tag_dimension, width)
-        self.from_word = nn.Linear(config.text_config.hidden_size, width, bias=False) if config.tag_queries == "token" else None
+        self.from_word = (
+            nn.Linear(config.text_config.hidden_size, width, bias=False)
+            if config.tag_queries == "token"
+            else None
+        )
         self.grid_norm = nn.LayerNorm(config.grid_channels)
         self.layers = nn.ModuleList(TagEncoderLayer(config) for _ in range(config.tag_encoder_layers))
         self.to_grid = nn.Linear(width, config.grid_channels)
 
     def forward(
-        self, embeddings: Tensor, words: Tensor | None, grid: Tensor, cu_tags: Tensor, *, return_attention: bool = False
+        self,
+        embeddings: Tensor,
+        words: Tensor | None,
+        grid: Tensor,
+        cu_tags: Tensor,
+        *,
+        return_attention: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """
         Args:
@@ -72,7 +82,13 @@ class TagEncoderLayer(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(
-        self, x: Tensor, grid: Tensor, cu_tags: Tensor, impl: str, max_tags: int | None, return_attention: bool
+        self,
+        x: Tensor,
+        grid: Tensor,
+        cu_tags: Tensor,
+        impl: str,
+        max_tags: int | None,
+        return_attention: bool,
     ) -> tuple[Tensor, Tensor | None]:
         images, points, _ = grid.shape
         q = self.query(self.query_norm(x)).view(len(x), self.heads, -1)
@@ -80,14 +96,18 @@ class TagEncoderLayer(nn.Module):
         v = self.value(grid).view(images, points, self.heads, -1)
         attention = None
         if return_attention:
-            seen, attention = tag_attention(q, k, v, cu_tags, impl=impl, max_tags=max_tags, return_attention=True)
+            seen, attention = tag_attention(
+                q, k, v, cu_tags, impl=impl, max_tags=max_tags, return_attention=True
+            )
         else:
             seen = tag_attention(q, k, v, cu_tags, impl=impl, max_tags=max_tags)
         x = x + self.out(seen.flatten(1))
         return x + self.mlp(self.mlp_norm(x)), attention
 
 
-def project_and_attend(tags: Tensor, grid: Tensor, cu_tags: Tensor, projection: Tensor) -> tuple[Tensor, Tensor]:
+def project_and_attend(
+    tags: Tensor, grid: Tensor, cu_tags: Tensor, projection: Tensor
+) -> tuple[Tensor, Tensor]:
     """The parameter-free attention: logits are 100 x cosines (CLIP's temperature) of tag and projected patch; the values are Z_v itself.
 
     Keys and values differ in width, so the kernels do not take it; it has no learned part, and its cost is two small products.
@@ -101,7 +121,9 @@ def project_and_attend(tags: Tensor, grid: Tensor, cu_tags: Tensor, projection: 
     Returns:
         `[T, C]`, and the attention `[T, P]`.
     """
-    image = torch.searchsorted(cu_tags[1:].contiguous(), torch.arange(len(tags), device=tags.device, dtype=cu_tags.dtype), right=True)
+    image = torch.searchsorted(
+        cu_tags[1:].contiguous(), torch.arange(len(tags), device=tags.device, dtype=cu_tags.dtype), right=True
+    )
     normalise = nn.functional.normalize
     keys = normalise((grid.float() @ projection.float()), dim=-1)
     logits = 100 * torch.einsum("td,tpd->tp", normalise(tags.float(), dim=-1), keys[image])

@@ -33,7 +33,11 @@ class WeightTuner(nn.Module):
     @property
     def temperature(self) -> float | Tensor:
         """Of the softmax; a tensor of one element where it is learned."""
-        return self.log_temperature.float().exp() if self.config.learn_temperature else self.config.tag_temperature
+        return (
+            self.log_temperature.float().exp()
+            if self.config.learn_temperature
+            else self.config.tag_temperature
+        )
 
     def forward(
         self, embeddings: Tensor, image_vectors: Tensor | None, signals: Tensor, cu_tags: Tensor
@@ -68,8 +72,19 @@ class WeightTuner(nn.Module):
                 temperature=temperature, coupling=coupling, threshold=threshold, impl=impl,
             )  # fmt: skip
         else:
-            column = {"similarity": signals[:, 0], "votes": signals[:, 1], "uniform": torch.zeros_like(signals[:, 0])}[config.tag_signal]
-            found = score_weights(column.float(), cu_tags, temperature=temperature, coupling=coupling, threshold=threshold, impl=impl)
+            column = {
+                "similarity": signals[:, 0],
+                "votes": signals[:, 1],
+                "uniform": torch.zeros_like(signals[:, 0]),
+            }[config.tag_signal]
+            found = score_weights(
+                column.float(),
+                cu_tags,
+                temperature=temperature,
+                coupling=coupling,
+                threshold=threshold,
+                impl=impl,
+            )
         if config.tag_coupling == "none":
             return found, torch.ones_like(found), None
         if config.tag_coupling == "log_bias":

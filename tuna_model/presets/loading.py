@@ -93,7 +93,9 @@ def load(
     elif name == "smol":
         model, processor = _smol(trained, **fields)
     elif name == "paper":
-        raise InvalidInput("the preset 'paper' has no weights: load_llava(DIRECTORY) puts its tag path beside a Llava checkpoint's")
+        raise InvalidInput(
+            "the preset 'paper' has no weights: load_llava(DIRECTORY) puts its tag path beside a Llava checkpoint's"
+        )
     elif Path(name, "config.json").is_file():
         if AutoConfig.from_pretrained(name).model_type == "llava":
             model, processor = load_llava(name, dtype=dtype, **fields)
@@ -102,11 +104,15 @@ def load(
             processor = TunaProcessor.from_pretrained(name)
             processor.layout = TagLayout.of(model.config).to_dict()
     else:
-        raise NotFound(f"'{name}' is neither a directory with a config.json nor a preset ({', '.join(PRESETS)})")
+        raise NotFound(
+            f"'{name}' is neither a directory with a config.json nor a preset ({', '.join(PRESETS)})"
+        )
     return model.to(device=device, dtype=dtype).eval(), processor
 
 
-def processor_for(config: TunaConfig, tokenizer: Any, preprocess: Any, chat_template: str, image_token: str = "<image>") -> TunaProcessor:
+def processor_for(
+    config: TunaConfig, tokenizer: Any, preprocess: Any, chat_template: str, image_token: str = "<image>"
+) -> TunaProcessor:
     """The processor that fits a configuration; `preprocess` is a fingerprint's."""
     return TunaProcessor(
         TunaImageProcessor(**preprocess),
@@ -135,7 +141,9 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<s>", "</s>", "<pad>", "<image>"])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
 
 
 def _tiny(**fields: Any) -> tuple[TunaForConditionalGeneration, TunaProcessor]:
@@ -171,12 +179,18 @@ def _smol(trained: bool, **fields: Any) -> tuple[TunaForConditionalGeneration, T
     model.join_encoder(encoder)
     if weights:
         if not config.tags:
-            weights = {name: value for name, value in weights.items() if name.startswith("multi_modal_projector.")}
+            weights = {
+                name: value for name, value in weights.items() if name.startswith("multi_modal_projector.")
+            }
         unfit = model.load_state_dict(weights, strict=False).unexpected_keys
         if unfit:
-            raise InvalidInput(f"{TRAINED} was trained with another tag path (it has {unfit[0]}): load smol without changed fields")
+            raise InvalidInput(
+                f"{TRAINED} was trained with another tag path (it has {unfit[0]}): load smol without changed fields"
+            )
     elif trained:
-        log.warning("smol: connector and tag path are not trained; it answers as its decoder does, blind to the picture")
+        log.warning(
+            "smol: connector and tag path are not trained; it answers as its decoder does, blind to the picture"
+        )
     return model, processor_for(config, smollm.tokenizer(), encoder.fingerprint.preprocess, CHATML)
 
 
@@ -236,21 +250,34 @@ def load_llava(
         fields: of `TunaConfig`, instead of the paper's.
     """
     config = TunaConfig.from_pretrained(directory)
-    wide = {"tag_encoder_width": config.grid_channels, "tag_encoder_heads": config.vision_config.num_attention_heads}
+    wide = {
+        "tag_encoder_width": config.grid_channels,
+        "tag_encoder_heads": config.vision_config.num_attention_heads,
+    }
     for name, value in (PAPER_TAGS | wide | fields).items():
         setattr(config, name, value)
-    model = TunaForConditionalGeneration.from_pretrained(directory, config=TunaConfig(**_plain(config)), dtype=dtype)
+    model = TunaForConditionalGeneration.from_pretrained(
+        directory, config=TunaConfig(**_plain(config)), dtype=dtype
+    )
     if encoder:
         model.join_encoder(load_encoder(encoder, device="cpu"))
     tokenizer = AutoTokenizer.from_pretrained(directory)
     template = tokenizer.chat_template or VICUNA
     preprocess = TunaImageProcessor.from_pretrained(directory)
     processor = TunaProcessor(
-        preprocess, tokenizer, chat_template=template, image_tokens=model.config.image_tokens, layout=TagLayout.of(model.config).to_dict()
+        preprocess,
+        tokenizer,
+        chat_template=template,
+        image_tokens=model.config.image_tokens,
+        layout=TagLayout.of(model.config).to_dict(),
     )
     return model, processor
 
 
 def _plain(config: TunaConfig) -> dict[str, Any]:
     """Its fields as constructor arguments, so that changed ones are checked."""
-    return {name: value for name, value in config.to_dict().items() if name not in ("model_type", "transformers_version")}
+    return {
+        name: value
+        for name, value in config.to_dict().items()
+        if name not in ("model_type", "transformers_version")
+    }

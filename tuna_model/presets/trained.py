@@ -17,14 +17,32 @@ if TYPE_CHECKING:
     from tuna_model.modeling.model import TunaForConditionalGeneration
 
 PARTS = ("multi_modal_projector.", "tag_encoder.", "weight_tuner.")
-_FIELDS = ("connector", "pool_side", "feature_layer", "neighbours", "max_tags", "store", "store_version", "encoder_digest", "tags")
+_FIELDS = (
+    "connector",
+    "pool_side",
+    "feature_layer",
+    "neighbours",
+    "max_tags",
+    "store",
+    "store_version",
+    "encoder_digest",
+    "tags",
+)
 
 
 def save_trained(model: TunaForConditionalGeneration, path: str | Path) -> None:
     """Write connector and tag path in float16, with the fields of the configuration that they were trained under."""
-    weights = {name: tensor.detach().half().cpu().contiguous() for name, tensor in model.state_dict().items() if name.startswith(PARTS)}
+    weights = {
+        name: tensor.detach().half().cpu().contiguous()
+        for name, tensor in model.state_dict().items()
+        if name.startswith(PARTS)
+    }
     config = model.config.to_dict()
-    fields = {name: value for name, value in config.items() if name in _FIELDS or name.startswith(("tag_", "learn_"))}
+    fields = {
+        name: value
+        for name, value in config.items()
+        if name in _FIELDS or name.startswith(("tag_", "learn_"))
+    }
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     save_file(weights, path, metadata={"format": "pt", "config": json.dumps(fields, sort_keys=True)})
 

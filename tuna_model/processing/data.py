@@ -21,7 +21,13 @@ import numpy as np
 from tagstore.errors import InvalidInput, NotFound
 
 Role = Literal["system", "user", "assistant"]
-_ROLES: dict[str, Role] = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+_ROLES: dict[str, Role] = {
+    "human": "user",
+    "gpt": "assistant",
+    "user": "user",
+    "assistant": "assistant",
+    "system": "system",
+}
 _IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 CAPTION_PROMPT = "Describe the image in one sentence."
 
@@ -52,7 +58,9 @@ class Place:
         except OSError as error:
             raise NotFound(f"cannot read {self.path}: {error.strerror}") from error
         if self.length >= 0 and len(data) < self.length:
-            raise NotFound(f"{self.path} ends before byte {self.offset + self.length}: it was changed or cut since it was indexed")
+            raise NotFound(
+                f"{self.path} ends before byte {self.offset + self.length}: it was changed or cut since it was indexed"
+            )
         return data
 
 
@@ -80,7 +88,9 @@ class Sample:
         return sum(map(len, self.captions)) // max(1, len(self.captions))
 
 
-def read_samples(path: str | Path, *, images: str | Path | None = None, split: str = "", limit: int = 0) -> list[Sample]:
+def read_samples(
+    path: str | Path, *, images: str | Path | None = None, split: str = "", limit: int = 0
+) -> list[Sample]:
     """All samples of a data set, in its own order.
 
     Args:
@@ -97,7 +107,9 @@ def read_samples(path: str | Path, *, images: str | Path | None = None, split: s
     if path.is_dir():
         shards = sorted(path.glob("*.tar"))
         if not shards:
-            raise NotFound(f"{path} holds no .tar: give a directory of WebDataset shards, or a .json or .jsonl file")
+            raise NotFound(
+                f"{path} holds no .tar: give a directory of WebDataset shards, or a .json or .jsonl file"
+            )
     elif not path.exists():
         raise NotFound(f"there is no data set at {path}")
     else:
@@ -122,7 +134,11 @@ def read_samples(path: str | Path, *, images: str | Path | None = None, split: s
 def _read_json(path: Path, images: Path) -> Iterator[Sample]:
     try:
         text = path.read_text(encoding="utf-8")
-        records = [json.loads(line) for line in text.splitlines() if line.strip()] if path.suffix == ".jsonl" else json.loads(text)
+        records = (
+            [json.loads(line) for line in text.splitlines() if line.strip()]
+            if path.suffix == ".jsonl"
+            else json.loads(text)
+        )
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InvalidInput(f"{path} is no JSON: {error}") from error
     if not isinstance(records, list):
@@ -131,7 +147,9 @@ def _read_json(path: Path, images: Path) -> Iterator[Sample]:
         yield _sample(record, f"{path}, record {number}", images, str(number))
 
 
-def _sample(record: Any, where: str, images: Path, key: str, places: tuple[Place, ...] | None = None) -> Sample:
+def _sample(
+    record: Any, where: str, images: Path, key: str, places: tuple[Place, ...] | None = None
+) -> Sample:
     """A record as a sample; `places` where the images are not named in the record."""
     if not isinstance(record, dict):
         raise InvalidInput(f"{where}: a sample is an object, not {type(record).__name__}")
@@ -141,10 +159,16 @@ def _sample(record: Any, where: str, images: Path, key: str, places: tuple[Place
     captions = record.get("captions") or ([record["caption"]] if record.get("caption") else [])
     turns = tuple(_turn(turn, where) for turn in record.get("conversations", ()))
     if turns and not any(turn.role == "assistant" for turn in turns):
-        raise InvalidInput(f"{where}: the conversation has no answer ('from': 'gpt'), so there is nothing to learn from it")
+        raise InvalidInput(
+            f"{where}: the conversation has no answer ('from': 'gpt'), so there is nothing to learn from it"
+        )
     if not turns and not captions:
         raise InvalidInput(f"{where}: neither conversations nor captions")
-    metadata = {name: value for name, value in record.items() if name not in ("conversations", "captions", "caption", "image", "images")}
+    metadata = {
+        name: value
+        for name, value in record.items()
+        if name not in ("conversations", "captions", "caption", "image", "images")
+    }
     return Sample(str(record.get("id", record.get("key", key))), places, turns, tuple(captions), metadata)
 
 
@@ -152,7 +176,9 @@ def _turn(turn: Any, where: str) -> Turn:
     try:
         role, text = _ROLES[turn.get("from", turn.get("role"))], turn.get("value", turn.get("content"))
     except (KeyError, AttributeError) as error:
-        raise InvalidInput(f"{where}: a turn is {{'from': 'human' or 'gpt', 'value': text}}, not {turn!r}") from error
+        raise InvalidInput(
+            f"{where}: a turn is {{'from': 'human' or 'gpt', 'value': text}}, not {turn!r}"
+        ) from error
     if not isinstance(text, str):
         raise InvalidInput(f"{where}: the text of a turn is {text!r}")
     return Turn(role, text.replace("<image>", "").strip())
@@ -178,7 +204,11 @@ def _read_shard(path: Path) -> Iterator[Sample]:
                     extracted = tar.extractfile(member)
                     assert extracted is not None  # it is a file
                     text = extracted.read().decode()
-                    record = {"caption": text.strip(), **record} if suffix == "txt" else {**record, **json.loads(text)}
+                    record = (
+                        {"caption": text.strip(), **record}
+                        if suffix == "txt"
+                        else {**record, **json.loads(text)}
+                    )
             if record:
                 yield _sample(record, f"{path}, {key}", path, key, tuple(images))
     except (tarfile.TarError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -200,7 +230,10 @@ def batches(lengths: Sequence[int], size: int, *, seed: int, epoch: int, group: 
         by_length = np.asarray(lengths)
         span = group * size
         order = np.concatenate(
-            [(part := order[i : i + span])[np.argsort(by_length[part], kind="stable")] for i in range(0, len(order), span)]
+            [
+                (part := order[i : i + span])[np.argsort(by_length[part], kind="stable")]
+                for i in range(0, len(order), span)
+            ]
         )
     cut = order.reshape(-1, size)
     if group:

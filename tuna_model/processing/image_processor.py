@@ -75,7 +75,15 @@ class TunaImageProcessor(BaseImageProcessor):  # type: ignore[misc]
         from open_clip.transform import PreprocessCfg, image_transform_v2
 
         size = tuple(self.size)
-        config = PreprocessCfg(size, self.mode, tuple(self.mean), tuple(self.std), self.interpolation, self.resize_mode, self.fill_color)
+        config = PreprocessCfg(
+            size,
+            self.mode,
+            tuple(self.mean),
+            tuple(self.std),
+            self.interpolation,
+            self.resize_mode,
+            self.fill_color,
+        )
         return image_transform_v2(config, is_train=False).transforms[:-2]
 
 
@@ -94,6 +102,13 @@ def upright(picture: Any) -> Any:
         return decode(picture)
     if isinstance(picture, Image.Image):
         return picture
-    if isinstance(picture, np.ndarray) and picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[2] == 3:
+    if (
+        isinstance(picture, np.ndarray)
+        and picture.dtype == np.uint8
+        and picture.ndim == 3
+        and picture.shape[2] == 3
+    ):
         return Image.fromarray(picture)
-    raise InvalidInput(f"a picture is a path, encoded bytes, a PIL image or a uint8 array [H, W, 3], not {type(picture).__name__}")
+    raise InvalidInput(
+        f"a picture is a path, encoded bytes, a PIL image or a uint8 array [H, W, 3], not {type(picture).__name__}"
+    )

@@ -65,8 +65,12 @@ class TunaProcessor(ProcessorMixin):  # type: ignore[misc]
         self.layout = TagLayout(**(layout or {})).to_dict()
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         if self.image_token_id is None or self.image_token_id == tokenizer.unk_token_id:
-            raise InvalidInput(f"the tokenizer has no token '{image_token}': add it, or name the token that stands for an image")
-        self._pad_id: int = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), -1)
+            raise InvalidInput(
+                f"the tokenizer has no token '{image_token}': add it, or name the token that stands for an image"
+            )
+        self._pad_id: int = next(
+            (i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), -1
+        )
         if self._pad_id < 0:
             raise InvalidInput("the tokenizer has neither a pad nor an eos token: set tokenizer.pad_token")
 
@@ -103,18 +107,24 @@ class TunaProcessor(ProcessorMixin):  # type: ignore[misc]
         counts = [prompt.count(self.image_token) for prompt in prompts]
         for name, given in (("images", pictures), ("tags", tags)):
             if given is not None and len(given) != sum(counts):
-                raise InvalidInput(f"the prompts hold '{self.image_token}' {sum(counts)} times, and {len(given)} {name} are given")
+                raise InvalidInput(
+                    f"the prompts hold '{self.image_token}' {sum(counts)} times, and {len(given)} {name} are given"
+                )
         given_tags: list[ImageTags | None] = list(tags) if tags is not None else [None] * sum(counts)
         encoded, start = [], 0
         for prompt, count in zip(prompts, counts, strict=True):
-            encoded.append(self.encode(prompt, given_tags[start : start + count], add_special_tokens=add_special_tokens))
+            encoded.append(
+                self.encode(prompt, given_tags[start : start + count], add_special_tokens=add_special_tokens)
+            )
             start += count
         batch = self.pad(encoded, padding_side=padding_side)
         if pictures:
             batch["pixel_values"] = self.image_processor(pictures)["pixel_values"]
         return BatchFeature(batch, tensor_type=return_tensors)
 
-    def encode(self, text: str, tags: Sequence[ImageTags | None] = (), *, add_special_tokens: bool = True) -> Encoded:
+    def encode(
+        self, text: str, tags: Sequence[ImageTags | None] = (), *, add_special_tokens: bool = True
+    ) -> Encoded:
         """Token ids of one text, `<image>` written out, with the chosen of each image's tags (none where `tags` is empty).
 
         Parts of a conversation may be encoded one by one and put together with `join`.
@@ -123,9 +133,13 @@ class TunaProcessor(ProcessorMixin):  # type: ignore[misc]
         places = ids.count(self.image_token_id)
         given = list(tags) or [None] * places
         if len(given) != places:
-            raise InvalidInput(f"the text holds '{self.image_token}' {places} times, and tags of {len(given)} images are given")
+            raise InvalidInput(
+                f"the text holds '{self.image_token}' {places} times, and tags of {len(given)} images are given"
+            )
         layout = TagLayout(**self.layout)
-        chosen = tuple(layout.choose(of_image) if of_image is not None and len(of_image) else None for of_image in given)
+        chosen = tuple(
+            layout.choose(of_image) if of_image is not None and len(of_image) else None for of_image in given
+        )
         input_ids: list[int] = []
         index: list[int] = []
         words: list[tuple[int, ...]] = []
@@ -137,7 +151,9 @@ class TunaProcessor(ProcessorMixin):  # type: ignore[misc]
                 index.append(-1)
                 continue
             of_image = next(images)
-            block, places_of = ([], []) if of_image is None else self._block(of_image, layout, len(words), queries)
+            block, places_of = (
+                ([], []) if of_image is None else self._block(of_image, layout, len(words), queries)
+            )
             patches = [self.image_token_id] * self.image_tokens
             before = layout.place == "before"
             input_ids += block + patches if before else patches + block
@@ -147,7 +163,9 @@ class TunaProcessor(ProcessorMixin):  # type: ignore[misc]
                 words += new
                 queries += sum(map(len, new)) if layout.queries == "token" else len(new)
         nothing = ImageTags.none(0)
-        return Encoded(input_ids, index, tuple(nothing if one is None else one for one in chosen), tuple(words))
+        return Encoded(
+            input_ids, index, tuple(nothing if one is None else one for one in chosen), tuple(words)
+        )
 
     def join(self, parts: Sequence[Encoded]) -> Encoded:
         """Parts of one sequence, one after the other."""
@@ -157,7 +175,10 @@ class TunaProcessor(ProcessorMixin):  # type: ignore[misc]
         words: list[tuple[int, ...]] = []
         for part in parts:
             queries = sum(map(len, words)) if self.layout["queries"] == "token" else len(words)
-            index += [self._moved(i, token, len(words), queries) for i, token in zip(part.tag_index, part.input_ids, strict=True)]
+            index += [
+                self._moved(i, token, len(words), queries)
+                for i, token in zip(part.tag_index, part.input_ids, strict=True)
+            ]
             input_ids += part.input_ids
             tags += part.tags
             words += part.words
@@ -177,7 +198,10 @@ class TunaProcessor(ProcessorMixin):  # type: ignore[misc]
             at = slice(length - size, length) if padding_side == "left" else slice(0, size)
             input_ids[row, at] = torch.tensor(one.input_ids, dtype=torch.int64)
             mask[row, at] = 1
-            moved = [self._moved(i, token, total, queries) for i, token in zip(one.tag_index, one.input_ids, strict=True)]
+            moved = [
+                self._moved(i, token, total, queries)
+                for i, token in zip(one.tag_index, one.input_ids, strict=True)
+            ]
             index[row, at] = torch.tensor(moved, dtype=torch.int64)
             total += len(one.words)
             queries += sum(map(len, one.words)) if self.layout["queries"] == "token" else len(one.words)
@@ -188,7 +212,13 @@ class TunaProcessor(ProcessorMixin):  # type: ignore[misc]
         images = [tags for one in encoded for tags in one.tags]
         some = [tags for tags in images if len(tags)]
         words = [word for one in encoded for word in one.words]
-        signals = np.stack([np.concatenate([tags.similarity for tags in some]), np.concatenate([tags.votes for tags in some])], axis=1)
+        signals = np.stack(
+            [
+                np.concatenate([tags.similarity for tags in some]),
+                np.concatenate([tags.votes for tags in some]),
+            ],
+            axis=1,
+        )
         found = {
             "tag_index": index,
             "tag_embeddings": torch.from_numpy(np.concatenate([tags.embeddings for tags in some])),
@@ -196,7 +226,9 @@ class TunaProcessor(ProcessorMixin):  # type: ignore[misc]
             "cu_tags": torch.tensor(np.cumsum([0, *map(len, images)]), dtype=torch.int32),
         }
         if self.layout["queries"] == "token":
-            found["tag_word_ids"] = torch.tensor([token for word in words for token in word], dtype=torch.int64)
+            found["tag_word_ids"] = torch.tensor(
+                [token for word in words for token in word], dtype=torch.int64
+            )
             found["tag_lengths"] = torch.tensor([len(word) for word in words], dtype=torch.int64)
         return found
 
@@ -205,7 +237,9 @@ class TunaProcessor(ProcessorMixin):  # type: ignore[misc]
             return i
         return i + (queries if token == self.image_token_id else tags)
 
-    def _block(self, tags: ImageTags, layout: TagLayout, first_tag: int, first_query: int) -> tuple[list[int], list[int]]:
+    def _block(
+        self, tags: ImageTags, layout: TagLayout, first_tag: int, first_query: int
+    ) -> tuple[list[int], list[int]]:
         """Token ids and tag indices of an image's tags, its texts around them."""
         ids = list(self._text(layout.prefix))
         index = [-1] * len(ids)
@@ -225,7 +259,9 @@ class TunaProcessor(ProcessorMixin):  # type: ignore[misc]
 
     def _words(self, text: str) -> tuple[int, ...]:
         # a tag is foreign text: what looks like a special token in it must not become one
-        return tuple(i for i in _tokens(self.tokenizer, self._lead + text.strip()) if i != self.image_token_id)
+        return tuple(
+            i for i in _tokens(self.tokenizer, self._lead + text.strip()) if i != self.image_token_id
+        )
 
     def _text(self, text: str) -> tuple[int, ...]:
         return _tokens(self.tokenizer, text) if text else ()
@@ -248,5 +284,7 @@ def _tokens(tokenizer: Any, text: str) -> tuple[int, ...]:
     return tuple(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
 
-AutoImageProcessor.register(TunaConfig, image_processor_classes={"pil": TunaImageProcessor, "torchvision": TunaImageProcessor})
+AutoImageProcessor.register(
+    TunaConfig, image_processor_classes={"pil": TunaImageProcessor, "torchvision": TunaImageProcessor}
+)
 AutoProcessor.register(TunaConfig, TunaProcessor)

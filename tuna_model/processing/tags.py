@@ -88,7 +88,9 @@ class ImageTags:
 
     def for_image(self, vector: NDArray[np.float32]) -> ImageTags:
         """The same tags beside another image: relevance is computed anew from its unit vector `[D]`."""
-        return ImageTags(self.texts, self.embeddings, self.similarity, self.votes, self.embeddings @ vector, self.ids)
+        return ImageTags(
+            self.texts, self.embeddings, self.similarity, self.votes, self.embeddings @ vector, self.ids
+        )
 
     def score(self, signal: str) -> NDArray[np.float32]:
         """`[n]` of a signal of `TunaConfig.tag_signal`."""
@@ -145,7 +147,11 @@ class TagLayout:
                 first[words[i]] = i
         rows = sorted(first.values())
         if self.merge == "contained":
-            rows = [i for i in rows if not any(len(words[i]) < len(words[j]) and set(words[i]) <= set(words[j]) for j in rows)]
+            rows = [
+                i
+                for i in rows
+                if not any(len(words[i]) < len(words[j]) and set(words[i]) <= set(words[j]) for j in rows)
+            ]
         return rows
 
 
@@ -202,9 +208,13 @@ class TagLookup:
         """
         return [tags for tags, _ in self.detailed(vectors, fingerprint, **options)]
 
-    def detailed(self, vectors: Any, fingerprint: Fingerprint | str, **options: Any) -> list[tuple[ImageTags, Retrieval | None]]:
+    def detailed(
+        self, vectors: Any, fingerprint: Fingerprint | str, **options: Any
+    ) -> list[tuple[ImageTags, Retrieval | None]]:
         """As a call, with the store's answers (neighbours, version) beside; None where the store did not answer."""
-        rows = np.asarray(vectors.detach().float().cpu() if hasattr(vectors, "detach") else vectors, np.float32)
+        rows = np.asarray(
+            vectors.detach().float().cpu() if hasattr(vectors, "detach") else vectors, np.float32
+        )
         try:
             answers = self.source.retrieve(vectors=rows, fingerprint=fingerprint, k=self.k, **options)
             for answer in answers:
@@ -243,7 +253,9 @@ class TagLookup:
         }
         if missing:
             keys = list(missing)
-            for key, found in zip(keys, self.source.tags([key[2] for key in keys], embeddings=True), strict=True):
+            for key, found in zip(
+                keys, self.source.tags([key[2] for key in keys], embeddings=True), strict=True
+            ):
                 if found.embedding is None:
                     raise InvalidInput(
                         f"tag '{found.text}' of store '{key[0]}' has no text embedding: the store was made without; embed its tags"
@@ -253,7 +265,9 @@ class TagLookup:
     def _check(self, answer: Retrieval) -> None:
         if not answer.tags or answer.store == "random":  # random:// is a control experiment on purpose
             return
-        if (self._store and answer.store != self._store) or (self._version and answer.version != self._version):
+        if (self._store and answer.store != self._store) or (
+            self._version and answer.version != self._version
+        ):
             raise InvalidInput(
                 f"this model was trained with store '{self._store}' version {self._version or 'any'}, and '{answer.store}' version "
                 f"{answer.version} answers: ask for ...{self._store}@{self._version}, or say any_store=True (--any-store) if you mean it"

@@ -102,14 +102,27 @@ def read(folder: Path) -> Checkpoint:
     except json.JSONDecodeError as error:
         raise Damaged(f"{folder / _NAME} is no JSON: {error}") from error
     if record.get("format") != FORMAT:
-        raise InvalidInput(f"{folder} is of format {record.get('format')}, this is made for {FORMAT}: use the version that wrote it")
+        raise InvalidInput(
+            f"{folder} is of format {record.get('format')}, this is made for {FORMAT}: use the version that wrote it"
+        )
     for name, digest in record["files"].items():
-        if not (folder / name).exists() and name != "optimizer.safetensors":  # a model that is passed on needs no optimizer
+        if (
+            not (folder / name).exists() and name != "optimizer.safetensors"
+        ):  # a model that is passed on needs no optimizer
             raise Damaged(f"{folder / name} is missing")
         if (folder / name).exists() and _sha256(folder / name) != digest:
-            raise Damaged(f"{folder / name} is not what was written: its sha256 differs. Take an earlier checkpoint")
+            raise Damaged(
+                f"{folder / name} is not what was written: its sha256 differs. Take an earlier checkpoint"
+            )
     recipe = Recipe.of(record["recipe"], str(folder / _NAME))
-    return Checkpoint(record["step"], recipe, StorePin(**record["store"]), record["encoder"], record["files"], record["scaler"])
+    return Checkpoint(
+        record["step"],
+        recipe,
+        StorePin(**record["store"]),
+        record["encoder"],
+        record["files"],
+        record["scaler"],
+    )
 
 
 def tensors(folder: Path, name: str) -> dict[str, Tensor]:
@@ -177,7 +190,9 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 def put_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Tensor]) -> None:
     """Give the optimizer the state of `optimizer_tensors`, cut into shards as its parameters are. Raises `InvalidInput`."""
     for name, parameter in learning(model):
-        mine = {key.rpartition("/")[2]: value for key, value in state.items() if key.rpartition("/")[0] == name}
+        mine = {
+            key.rpartition("/")[2]: value for key, value in state.items() if key.rpartition("/")[0] == name
+        }
         if not mine:
             raise InvalidInput(
                 f"the checkpoint has no optimizer state of '{name}': the recipe trains something that it did not train before"
@@ -231,11 +246,16 @@ def _like(value: Tensor, parameter: Tensor) -> Tensor:
 
 
 def _steps(run: Path) -> Sequence[Path]:
-    return sorted((path for path in run.glob("step-*") if (path / _NAME).exists()), key=lambda path: int(path.name.partition("-")[2]))
+    return sorted(
+        (path for path in run.glob("step-*") if (path / _NAME).exists()),
+        key=lambda path: int(path.name.partition("-")[2]),
+    )
 
 
 def _named(pin: StorePin) -> str:
-    return f"store '{pin.store}' version {pin.version} (encoder {pin.fingerprint})" if pin.store else "no tags"
+    return (
+        f"store '{pin.store}' version {pin.version} (encoder {pin.fingerprint})" if pin.store else "no tags"
+    )
 
 
 def _sha256(path: Path) -> str:

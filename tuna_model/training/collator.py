@@ -57,7 +57,9 @@ class Collator:
         for i, (key, turns, some) in enumerate(zip(keys, conversations, tags, strict=True)):
             one, learn = self.encode(turns, some, contexts[i] if contexts else "")
             if all(label == IGNORED for label in learn):
-                raise InvalidInput(f"sample {key}: nothing is left to learn of it within {self.max_length} tokens: raise data.max_length")
+                raise InvalidInput(
+                    f"sample {key}: nothing is left to learn of it within {self.max_length} tokens: raise data.max_length"
+                )
             encoded.append(one)
             learnt.append(learn)
         batch = self.processor.pad(encoded, padding_side="left")
@@ -68,7 +70,9 @@ class Collator:
         first = int((labels != IGNORED).any(dim=0).nonzero()[0])
         return {**batch, "labels": labels, "logits_to_keep": length - max(0, first - 1)}
 
-    def encode(self, turns: Sequence[Turn], tags: Sequence[ImageTags], context: str = "") -> tuple[Encoded, list[int]]:
+    def encode(
+        self, turns: Sequence[Turn], tags: Sequence[ImageTags], context: str = ""
+    ) -> tuple[Encoded, list[int]]:
         """One sample as token ids, and the label of each."""
         parts = []
         labels: list[int] = []
@@ -79,7 +83,12 @@ class Collator:
             labels += part.input_ids if learn else [IGNORED] * len(part.input_ids)
         whole = self.processor.join(parts)
         if len(whole.input_ids) > self.max_length:
-            whole = Encoded(whole.input_ids[: self.max_length], whole.tag_index[: self.max_length], whole.tags, whole.words)
+            whole = Encoded(
+                whole.input_ids[: self.max_length],
+                whole.tag_index[: self.max_length],
+                whole.tags,
+                whole.words,
+            )
         return whole, labels[: self.max_length]
 
     def parts(self, turns: Sequence[Turn], images: int, context: str = "") -> list[tuple[str, bool]]:
@@ -87,7 +96,10 @@ class Collator:
         if self.template == "plain":
             answer = " ".join(turn.text for turn in turns if turn.role == "assistant")
             end = self.processor.tokenizer.eos_token or ""
-            return [(self.processor.image_token * images + (f"{context}\n" if context else ""), False), (answer + end, True)]
+            return [
+                (self.processor.image_token * images + (f"{context}\n" if context else ""), False),
+                (answer + end, True),
+            ]
         messages = to_messages(turns, images, context)
         parts: list[tuple[str, bool]] = []
         done = ""
@@ -124,4 +136,7 @@ def to_messages(turns: Sequence[Turn], images: int, context: str = "") -> list[d
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """The batch with its tensors on a device."""
-    return {name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    return {
+        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        for name, value in batch.items()
+    }

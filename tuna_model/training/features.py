@@ -70,7 +70,9 @@ class LiveFeatures:
         with torch.inference_mode():
             grid, vectors = self._model.encode_images(self._prepare(pictures)["pixel_values"])
         if vectors is None:
-            raise InvalidInput("this model's own tower has no vectors in a store's space: call join_encoder('hf:...') and save it first")
+            raise InvalidInput(
+                "this model's own tower has no vectors in a store's space: call join_encoder('hf:...') and save it first"
+            )
         return Features(grid.cpu().clone(), vectors.cpu().clone(), identities)
 
 
@@ -97,9 +99,15 @@ class CachedFeatures:
         self._samples = samples
         self._first = np.cumsum([0, *(len(sample.images) for sample in samples)])
         count, (points, channels), dimension = int(self._first[-1]), meta["grid"], meta["dimension"]
-        for name, size in (("grid.f16", count * points * channels * 2), ("vectors.f32", count * dimension * 4), ("hashes.bin", count * 40)):
+        for name, size in (
+            ("grid.f16", count * points * channels * 2),
+            ("vectors.f32", count * dimension * 4),
+            ("hashes.bin", count * 40),
+        ):
             if (folder / name).stat().st_size != size:
-                raise Damaged(f"{folder / name} has {(folder / name).stat().st_size} bytes instead of {size}: delete the directory")
+                raise Damaged(
+                    f"{folder / name} has {(folder / name).stat().st_size} bytes instead of {size}: delete the directory"
+                )
         self._grid = np.memmap(folder / "grid.f16", "<f2", "r", shape=(count, points, channels))
         self._vectors = np.memmap(folder / "vectors.f32", "<f4", "r", shape=(count, dimension))
         self._hashes = (folder / "hashes.bin").read_bytes()
@@ -108,11 +116,19 @@ class CachedFeatures:
         rows = [row for i in samples for row in range(self._first[i], self._first[i + 1])]
         keys = [self._samples[i].key for i in samples for _ in self._samples[i].images]
         identities = tuple(self._identity(key, row) for key, row in zip(keys, rows, strict=True))
-        return Features(torch.from_numpy(self._grid[rows].copy()), torch.from_numpy(self._vectors[rows].copy()), identities)
+        return Features(
+            torch.from_numpy(self._grid[rows].copy()),
+            torch.from_numpy(self._vectors[rows].copy()),
+            identities,
+        )
 
     def _identity(self, key: str, row: int) -> Identity:
         start = row * 40
-        return Identity(key, self._hashes[start : start + 32], int.from_bytes(self._hashes[start + 32 : start + 40], "big"))
+        return Identity(
+            key,
+            self._hashes[start : start + 32],
+            int.from_bytes(self._hashes[start + 32 : start + 40], "big"),
+        )
 
 
 def make_cache(
@@ -135,7 +151,11 @@ def make_cache(
     part.mkdir(parents=True)
     shape: tuple[int, int] | None = None
     dimension = 0
-    with (part / "grid.f16").open("wb") as grid, (part / "vectors.f32").open("wb") as vectors, (part / "hashes.bin").open("wb") as hashes:
+    with (
+        (part / "grid.f16").open("wb") as grid,
+        (part / "vectors.f32").open("wb") as vectors,
+        (part / "hashes.bin").open("wb") as hashes,
+    ):
         for some in _slices(len(samples)):
             features = live(some)
             shape, dimension = (features.grid.shape[1], features.grid.shape[2]), features.vectors.shape[1]
@@ -146,7 +166,13 @@ def make_cache(
             progress(len(some))
     if shape is None:
         raise InvalidInput("there is no image to embed")
-    meta = {"encoder": encoder, "layer": layer, "grid": shape, "dimension": dimension, "images": _digest(samples)}
+    meta = {
+        "encoder": encoder,
+        "layer": layer,
+        "grid": shape,
+        "dimension": dimension,
+        "images": _digest(samples),
+    }
     (part / "cache.json").write_text(json.dumps(meta), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)

@@ -61,7 +61,9 @@ class Journal:
             try:
                 from tensorboardX import SummaryWriter
             except ModuleNotFoundError as error:
-                raise MissingExtra("tensorboard = true needs tensorboardX: pip install 'tagstore[eval]'") from error
+                raise MissingExtra(
+                    "tensorboard = true needs tensorboardX: pip install 'tagstore[eval]'"
+                ) from error
             self._board = SummaryWriter(str(out / "tensorboard"), purge_step=first)
 
     def write(self, line: Progress) -> None:

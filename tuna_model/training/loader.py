@@ -61,10 +61,20 @@ class Loader:
             InvalidInput: a batch that cannot be shared evenly.
         """
         if recipe.batch_size % world:
-            raise InvalidInput(f"batch_size {recipe.batch_size} cannot be shared by {world} processes: take a multiple")
+            raise InvalidInput(
+                f"batch_size {recipe.batch_size} cannot be shared by {world} processes: take a multiple"
+            )
         if len(samples) < recipe.batch_size:
-            raise InvalidInput(f"a batch of {recipe.batch_size} needs at least as many samples, the data set has {len(samples)}")
-        self.recipe, self.samples, self._features, self._feed, self._collator = recipe, samples, features, feed, collator
+            raise InvalidInput(
+                f"a batch of {recipe.batch_size} needs at least as many samples, the data set has {len(samples)}"
+            )
+        self.recipe, self.samples, self._features, self._feed, self._collator = (
+            recipe,
+            samples,
+            features,
+            feed,
+            collator,
+        )
         self._rank, self._world = rank, world
         self._lengths = [sample.length for sample in samples]
         self.steps_an_epoch = len(samples) // recipe.batch_size
@@ -97,14 +107,22 @@ class Loader:
         return Step(number, epoch, tuple(parts), len(mine), labels, retrieval, tags)
 
     def _batches_of(self, epoch: int) -> list[list[int]]:
-        return batches(self._lengths, self.recipe.batch_size, seed=self.recipe.seed, epoch=epoch, group=self.recipe.data.group)
+        return batches(
+            self._lengths,
+            self.recipe.batch_size,
+            seed=self.recipe.seed,
+            epoch=epoch,
+            group=self.recipe.data.group,
+        )
 
     def _part(self, some: Sequence[int], epoch: int) -> tuple[dict[str, Any], int]:
         samples = [self.samples[i] for i in some]
         rows = [i for i, sample in zip(some, samples, strict=True) for _ in sample.images]
         # the caption is drawn with a generator of its own: noise of tags must not change it
         drawn = [
-            sample.conversation(np.random.default_rng([self.recipe.seed, epoch, i, 2]), self.recipe.data.prompt)
+            sample.conversation(
+                np.random.default_rng([self.recipe.seed, epoch, i, 2]), self.recipe.data.prompt
+            )
             for i, sample in zip(some, samples, strict=True)
         ]
         keys = [sample.key for sample in samples]

@@ -32,7 +32,9 @@ class TagPool:
         """
         rng = np.random.default_rng([seed, 0x7A6])
         chosen: list[int] = []
-        for number, tag in enumerate(source.vocabulary()):  # a reservoir: 3 million tags are walked, `size` are kept
+        for number, tag in enumerate(
+            source.vocabulary()
+        ):  # a reservoir: 3 million tags are walked, `size` are kept
             if number < size:
                 chosen.append(tag.tag_id)
             elif (place := int(rng.integers(number + 1))) < size:
@@ -42,17 +44,31 @@ class TagPool:
         found = source.tags(sorted(chosen), embeddings=True)
         embeddings = [tag.embedding for tag in found if tag.embedding is not None]
         if len(embeddings) < len(found):
-            raise InvalidInput(f"tags of store '{source.info().store}' have no text embeddings: ingest it with an encoder")
-        return cls(tuple(t.text for t in found), np.stack(embeddings).astype(np.float32), tuple(t.tag_id for t in found))
+            raise InvalidInput(
+                f"tags of store '{source.info().store}' have no text embeddings: ingest it with an encoder"
+            )
+        return cls(
+            tuple(t.text for t in found),
+            np.stack(embeddings).astype(np.float32),
+            tuple(t.tag_id for t in found),
+        )
 
     def take(self, rows: NDArray[np.int64]) -> ImageTags:
         """These tags, without signals of any image."""
         nothing = np.zeros(len(rows), np.float32)
         ids = tuple(self.ids[i] for i in rows)
-        return ImageTags(tuple(self.texts[i] for i in rows), self.embeddings[rows], nothing, nothing, nothing, ids)
+        return ImageTags(
+            tuple(self.texts[i] for i in rows), self.embeddings[rows], nothing, nothing, nothing, ids
+        )
 
 
-def spoil(tags: ImageTags, noise: NoiseRecipe, rng: np.random.Generator, pool: TagPool | None, vector: NDArray[np.float32]) -> ImageTags:
+def spoil(
+    tags: ImageTags,
+    noise: NoiseRecipe,
+    rng: np.random.Generator,
+    pool: TagPool | None,
+    vector: NDArray[np.float32],
+) -> ImageTags:
     """An image's tags with noise.
 
     A wrong tag takes the similarity and votes of the tag whose place it takes, for the store says so; its relevance is that of its own
@@ -75,13 +91,17 @@ def spoil(tags: ImageTags, noise: NoiseRecipe, rng: np.random.Generator, pool: T
         drawn = pool.take((picks[wrong] * len(pool.ids)).astype(np.int64))
         tags = replace_rows(tags, wrong, drawn, vector)
     if mixed < noise.shuffle:
-        tags = replace(tags, similarity=tags.similarity[order], votes=tags.votes[order], relevance=tags.relevance[order])
+        tags = replace(
+            tags, similarity=tags.similarity[order], votes=tags.votes[order], relevance=tags.relevance[order]
+        )
     if noise.drop:
         tags = tags.take([int(i) for i in np.flatnonzero(dropped >= noise.drop)])
     return tags
 
 
-def replace_rows(tags: ImageTags, rows: NDArray[np.intp], others: ImageTags, vector: NDArray[np.float32]) -> ImageTags:
+def replace_rows(
+    tags: ImageTags, rows: NDArray[np.intp], others: ImageTags, vector: NDArray[np.float32]
+) -> ImageTags:
     """Other tags in the places `rows`, with the similarity and votes that were there and their own relevance to `vector`."""
     if not len(rows):
         return tags

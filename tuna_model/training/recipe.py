@@ -106,7 +106,9 @@ class Recipe:
     """Samples a step, over all processes."""
     micro_batch: int = 0
     """Samples a forward in each process; 0 for all of its share at once."""
-    rates: Mapping[str, float] = field(default_factory=lambda: {"connector": 1e-3, "tag_encoder": 1e-3, "weight_tuner": 1e-3})
+    rates: Mapping[str, float] = field(
+        default_factory=lambda: {"connector": 1e-3, "tag_encoder": 1e-3, "weight_tuner": 1e-3}
+    )
     """Learning rate of each part: connector, tag_encoder, weight_tuner, language_model. Parts that are not named are frozen."""
     warmup: int = 10
     """Steps until the full rate is reached."""
@@ -142,7 +144,9 @@ class Recipe:
                 raise InvalidInput(f"{name} is {getattr(self, name)}: it must be at least 1")
         for name in ("drop", "wrong", "none", "shuffle"):
             if not 0 <= getattr(self.tags.noise, name) <= 1:
-                raise InvalidInput(f"tags.noise.{name} is {getattr(self.tags.noise, name)}: it is a probability")
+                raise InvalidInput(
+                    f"tags.noise.{name} is {getattr(self.tags.noise, name)}: it is a probability"
+                )
         if not 0 <= self.ema < 1:
             raise InvalidInput(f"ema is {self.ema}: it is a decay below 1, 0 for none")
 
@@ -203,7 +207,10 @@ def _build(cls: Any, values: Mapping[str, Any], where: str, prefix: str) -> Any:
     for key in values:
         if key not in known:
             near = get_close_matches(key, known, n=1)
-            raise InvalidInput(f"{where}: there is no '{prefix}{key}'" + (f", did you mean '{prefix}{near[0]}'?" if near else ""))
+            raise InvalidInput(
+                f"{where}: there is no '{prefix}{key}'"
+                + (f", did you mean '{prefix}{near[0]}'?" if near else "")
+            )
     return cls(**{key: _value(hints[key], value, where, f"{prefix}{key}") for key, value in values.items()})
 
 

@@ -26,7 +26,9 @@ def build_model(recipe: Recipe) -> tuple[TunaForConditionalGeneration, TunaProce
     return model, processor
 
 
-def load_run(folder: str | Path, *, averaged: bool = True) -> tuple[TunaForConditionalGeneration, TunaProcessor]:
+def load_run(
+    folder: str | Path, *, averaged: bool = True
+) -> tuple[TunaForConditionalGeneration, TunaProcessor]:
     """The model of a checkpoint, in evaluation mode, LoRA merged into the decoder.
 
     Args:
@@ -67,10 +69,14 @@ def export(folder: str | Path, to: str | Path, *, pin: bool = True) -> Path:
     if not pin:
         model.config.store, model.config.store_version = "", 0
     folder, target = Path(folder), Path(to)
-    recipe = checkpoints.read(folder if (folder / "tuna.json").exists() else checkpoints.latest(folder) or folder).recipe
+    recipe = checkpoints.read(
+        folder if (folder / "tuna.json").exists() else checkpoints.latest(folder) or folder
+    ).recipe
     if target.suffix == ".safetensors":
         if recipe.lora.rank or recipe.rates.get("language_model", 0) > 0:
-            raise InvalidInput(f"the decoder learnt too: give a directory instead of {target.name}, for the whole model")
+            raise InvalidInput(
+                f"the decoder learnt too: give a directory instead of {target.name}, for the whole model"
+            )
         save_trained(model, target)
     else:
         model.save_pretrained(target)

@@ -23,7 +23,9 @@ def learning_rate(step: int, *, steps: int, warmup: int, floor: float = 0.0) -> 
     return floor + (1 - floor) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
 
 
-def parameter_groups(parts: Mapping[str, nn.Module], rates: Mapping[str, float], weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    parts: Mapping[str, nn.Module], rates: Mapping[str, float], weight_decay: float
+) -> list[dict[str, Any]]:
     """Optimizer groups, two a part (with and without decay); a part whose rate is 0 is frozen (`requires_grad_(False)`).
 
     Vectors (norms, biases) are not decayed: pulling a gain to zero is no regularisation. A parameter that two parts share belongs to the
@@ -37,7 +39,9 @@ def parameter_groups(parts: Mapping[str, nn.Module], rates: Mapping[str, float],
         InvalidInput: a rate for a part that the model does not have, or nothing to train.
     """
     if unknown := set(rates) - set(parts):
-        raise InvalidInput(f"no part of the model is called {', '.join(sorted(unknown))}: it has {', '.join(parts)}")
+        raise InvalidInput(
+            f"no part of the model is called {', '.join(sorted(unknown))}: it has {', '.join(parts)}"
+        )
     groups: list[dict[str, Any]] = []
     seen: set[int] = set()
     for name, module in parts.items():
@@ -52,7 +56,15 @@ def parameter_groups(parts: Mapping[str, nn.Module], rates: Mapping[str, float],
         for decay in (True, False):
             chosen = [p for p in mine if (p.ndim >= 2) is decay]
             if chosen:
-                groups.append({"params": chosen, "lr": rate, "base_lr": rate, "weight_decay": weight_decay if decay else 0.0, "part": name})
+                groups.append(
+                    {
+                        "params": chosen,
+                        "lr": rate,
+                        "base_lr": rate,
+                        "weight_decay": weight_decay if decay else 0.0,
+                        "part": name,
+                    }
+                )
     if not groups:
         raise InvalidInput("nothing to train: every part has learning rate 0")
     return groups

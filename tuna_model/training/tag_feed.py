@@ -42,7 +42,9 @@ class TagFeed:
         self.lookup, self.recipe = lookup, recipe
         self._fingerprint, self._seed, self._captions = fingerprint, seed, captions
         if recipe.content == "captions" and captions is None:
-            raise InvalidInput("tags.content 'captions' needs a data set that knows the neighbours' captions: tags.captions")
+            raise InvalidInput(
+                "tags.content 'captions' needs a data set that knows the neighbours' captions: tags.captions"
+            )
         self._pool = TagPool.draw(source, recipe.noise.pool, seed) if recipe.noise.wrong else None
         self.milliseconds = 0.0
         """What the last batch waited for the store."""
@@ -62,7 +64,10 @@ class TagFeed:
         texts = []
         for row, (_, answer) in zip(rows, self._answers(features, rows, epoch), strict=True):
             rng = np.random.default_rng([self._seed, epoch, row, 1])
-            known = [self._captions.get(neighbour.key, ()) for neighbour in (answer.neighbours if answer is not None else ())]
+            known = [
+                self._captions.get(neighbour.key, ())
+                for neighbour in (answer.neighbours if answer is not None else ())
+            ]
             kept = [some[int(rng.integers(len(some)))] for some in known if some]
             texts.append(" ".join(caption for caption in kept if rng.random() >= self.recipe.noise.drop))
         return texts
@@ -80,4 +85,8 @@ class TagFeed:
     def _guard(self, features: Features) -> dict[str, Any]:
         if not self.recipe.leak_guard:
             return {}
-        return {"exclude": "self", "exclude_distance": self.recipe.leak_bits, "identities": features.identities}
+        return {
+            "exclude": "self",
+            "exclude_distance": self.recipe.leak_bits,
+            "identities": features.identities,
+        }

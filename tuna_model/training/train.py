@@ -71,7 +71,9 @@ def train(
     # 1. everything that the recipe names
     torch.manual_seed(recipe.seed)
     model, processor = build_model(recipe)
-    samples = read_samples(recipe.data.path, images=recipe.data.images or None, split=recipe.data.split, limit=recipe.data.limit)
+    samples = read_samples(
+        recipe.data.path, images=recipe.data.images or None, split=recipe.data.split, limit=recipe.data.limit
+    )
     if recipe.data.first_caption:
         samples = [replace(sample, captions=sample.captions[:1]) for sample in samples]
     with closing(connect(recipe.tags.store)) as source:
@@ -86,7 +88,11 @@ def train(
         optimizer = torch.optim.AdamW(groups, lr=0.0, betas=recipe.betas)
         set_rate(optimizer, 1.0)
         wrapped, prepared = accelerator.prepare(model, optimizer)
-        average = {name: value.detach().clone() for name, value in checkpoints.learning(wrapped)} if recipe.ema else None
+        average = (
+            {name: value.detach().clone() for name, value in checkpoints.learning(wrapped)}
+            if recipe.ema
+            else None
+        )
 
         # 2. where the run was
         first, folder = 0, checkpoints.latest(out) if resume else None
@@ -111,7 +117,9 @@ def train(
             for step in steps:
                 waited = time.perf_counter() - clock
                 seed_everything(recipe.seed, step.number, rank)
-                factor = learning_rate(step.number, steps=recipe.steps, warmup=recipe.warmup, floor=recipe.floor)
+                factor = learning_rate(
+                    step.number, steps=recipe.steps, warmup=recipe.warmup, floor=recipe.floor
+                )
                 set_rate(prepared.optimizer, factor)
                 loss, tokens, norm = learn(accelerator, wrapped, prepared, step, recipe.clip)
                 if average is not None:
@@ -146,7 +154,9 @@ def train(
     return last
 
 
-def learn(accelerator: Accelerator, model: nn.Module, optimizer: Any, step: Step, clip: float) -> tuple[float, int, float]:
+def learn(
+    accelerator: Accelerator, model: nn.Module, optimizer: Any, step: Step, clip: float
+) -> tuple[float, int, float]:
     """One optimizer step. Returns loss, learnt tokens (both over all processes) and the norm of the gradient before clipping.
 
     Every token counts the same, whichever process and micro-batch it is in: losses are sums, divided by the tokens of the whole step.
@@ -175,8 +185,15 @@ def learn(accelerator: Accelerator, model: nn.Module, optimizer: Any, step: Step
 def make_accelerator(recipe: Recipe) -> Accelerator:
     """As the environment says that `accelerate launch` or torchrun has set up."""
     # without cpu=True Accelerate lets every process of a CPU-only launch believe that it is alone
-    accelerator = Accelerator(mixed_precision=recipe.precision, step_scheduler_with_optimizer=False, cpu=not torch.cuda.is_available())
-    if accelerator.distributed_type is DistributedType.MULTI_CPU and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+    accelerator = Accelerator(
+        mixed_precision=recipe.precision,
+        step_scheduler_with_optimizer=False,
+        cpu=not torch.cuda.is_available(),
+    )
+    if (
+        accelerator.distributed_type is DistributedType.MULTI_CPU
+        and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    ):
         # Accelerate takes FSDP on a CPU for DDP without a word; torch itself shards there as well, and tests live on it
         state = accelerator.state
         state.fsdp_plugin = FullyShardedDataParallelPlugin()
@@ -201,11 +218,15 @@ def pin_of(recipe: Recipe, source: TagSource) -> StorePin:
     try:
         pin = source.pin()
     except Unavailable as error:
-        raise Unavailable(f"{error}. A training run does not begin without its store: start it, or set tags.store=null://") from error
+        raise Unavailable(
+            f"{error}. A training run does not begin without its store: start it, or set tags.store=null://"
+        ) from error
     return StorePin(recipe.tags.store, pin.store, pin.version, pin.fingerprint.digest)
 
 
-def tag_feed(recipe: Recipe, model: Any, source: TagSource, samples: list[Sample], pin: StorePin) -> TagFeed | None:
+def tag_feed(
+    recipe: Recipe, model: Any, source: TagSource, samples: list[Sample], pin: StorePin
+) -> TagFeed | None:
     """Where the run's tags come from; None for none."""
     if not pin.store:
         return None
@@ -214,7 +235,14 @@ def tag_feed(recipe: Recipe, model: Any, source: TagSource, samples: list[Sample
         known = read_samples(recipe.tags.captions) if recipe.tags.captions else samples
         captions = {sample.key: sample.captions for sample in known}
     lookup = TagLookup.of(source, model.config)
-    return TagFeed(source, lookup, recipe.tags, fingerprint=model.config.encoder_digest, seed=recipe.seed, captions=captions)
+    return TagFeed(
+        source,
+        lookup,
+        recipe.tags,
+        fingerprint=model.config.encoder_digest,
+        seed=recipe.seed,
+        captions=captions,
+    )
 
 
 def image_features(
@@ -227,7 +255,11 @@ def image_features(
 ) -> ImageFeatures:
     """Features of the data set's images: from the cache, which the main process makes if it is not there, or live."""
     live = LiveFeatures(model, processor.image_processor, samples)
-    folder, digest, layer = Path(recipe.data.features), model.config.encoder_digest, model.config.feature_layer
+    folder, digest, layer = (
+        Path(recipe.data.features),
+        model.config.encoder_digest,
+        model.config.feature_layer,
+    )
     if not recipe.data.features:
         if model.config.vision_config is not None and accelerator.distributed_type is DistributedType.FSDP:
             raise InvalidInput(
@@ -256,10 +288,14 @@ def check_same_run(saved: Recipe, now: Recipe, where: Path) -> None:
     free = {"out", "log_every", "save_every", "keep", "ahead", "tensorboard"}
     old, new = flat(saved.to_dict()), flat(now.to_dict())
     places = {"data.path", "data.images", "data.features", "tags.store", "tags.any_store", "tags.captions"}
-    changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key) and key not in free | places)
+    changed = sorted(
+        key for key in old.keys() | new.keys() if old.get(key) != new.get(key) and key not in free | places
+    )
     if changed:
         what = ", ".join(f"{key} {old.get(key)!r} -> {new.get(key)!r}" for key in changed[:4])
-        raise InvalidInput(f"{where} is of a run with another recipe ({what}): give another --out, or begin anew with --no-resume")
+        raise InvalidInput(
+            f"{where} is of a run with another recipe ({what}): give another --out, or begin anew with --no-resume"
+        )
 
 
 def follow(average: dict[str, torch.Tensor], model: nn.Module, decay: float) -> None:
@@ -270,13 +306,20 @@ def follow(average: dict[str, torch.Tensor], model: nn.Module, decay: float) -> 
 
 
 def save_checkpoint(
-    accelerator: Accelerator, out: Path, state: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, average: Any
+    accelerator: Accelerator,
+    out: Path,
+    state: Checkpoint,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: Any,
 ) -> None:
     """Gather what is sharded (all processes) and write it (the main one)."""
     trained = checkpoints.trained_tensors(model)
     ema = checkpoints.trained_tensors(model, average) if average is not None else None
     moments = checkpoints.optimizer_tensors(model, optimizer)
     if accelerator.is_main_process:
-        checkpoints.save(out / checkpoints.name_of(state.step), state, trained=trained, ema=ema, optimizer=moments)
+        checkpoints.save(
+            out / checkpoints.name_of(state.step), state, trained=trained, ema=ema, optimizer=moments
+        )
         checkpoints.prune(out, state.recipe.keep)
     accelerator.wait_for_everyone()

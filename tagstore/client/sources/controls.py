@@ -71,7 +71,13 @@ class RandomBackend:
         tags, info = self._vocabulary.get(), self._info.get()
         count = min(self._count, ask.search.max_tags or self._count, len(tags))
         return [
-            Retrieval("random", info.version, info.fingerprint.digest, (), tuple(self._drawn(tags[i]) for i in self._draw(ask, row, count)))
+            Retrieval(
+                "random",
+                info.version,
+                info.fingerprint.digest,
+                (),
+                tuple(self._drawn(tags[i]) for i in self._draw(ask, row, count)),
+            )
             for row in range(len(ask))
         ]
 
@@ -80,7 +86,11 @@ class RandomBackend:
 
     def page(self, first: int, version: int, embeddings: bool) -> tuple[list[TagInfo], int, int]:
         tags = self._vocabulary.get()
-        return (self._lookup([t.tag_id for t in tags], True) if embeddings else tags), 0, self._info.get().version
+        return (
+            (self._lookup([t.tag_id for t in tags], True) if embeddings else tags),
+            0,
+            self._info.get().version,
+        )
 
     def info(self, version: int) -> StoreInfo:
         return self._info.get()
@@ -95,7 +105,11 @@ class RandomBackend:
     def _draw(self, ask: Ask, row: int, count: int) -> list[int]:
         key = ask.identities[row].key.encode() if ask.identities else b""
         seed = hashlib.sha256(f"{self._seed} ".encode() + (key or ask.query(row))).digest()
-        drawn: list[int] = np.random.default_rng(list(seed)).choice(len(self._vocabulary.get()), count, replace=False).tolist()
+        drawn: list[int] = (
+            np.random.default_rng(list(seed))
+            .choice(len(self._vocabulary.get()), count, replace=False)
+            .tolist()
+        )
         return drawn
 
     @staticmethod
@@ -115,11 +129,17 @@ def of_file(path: str, *, seed: int, count: int) -> RandomBackend:
         for i, (_, _, kind) in enumerate(rows):
             if kind and kind not in KINDS:
                 raise InvalidInput(f"{path}, line {i + 1}: '{kind}' is no kind of tag: {', '.join(KINDS)}")
-        return [TagInfo(i, text, cast(Kind, kind or "object"), 0) for i, (text, _, kind) in enumerate(rows) if text]
+        return [
+            TagInfo(i, text, cast(Kind, kind or "object"), 0)
+            for i, (text, _, kind) in enumerate(rows)
+            if text
+        ]
 
     def lookup(tag_ids: Sequence[int], embeddings: bool) -> list[TagInfo]:
         if embeddings:
-            raise InvalidInput(f"the tags of {path} have no embeddings: draw them from a store, as in random+grpc://HOST:PORT/NAME")
+            raise InvalidInput(
+                f"the tags of {path} have no embeddings: draw them from a store, as in random+grpc://HOST:PORT/NAME"
+            )
         known = {tag.tag_id: tag for tag in vocabulary()}
         missing = [i for i in tag_ids if i not in known]
         if missing:

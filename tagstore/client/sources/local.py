@@ -27,7 +27,9 @@ class LocalBackend:
         try:
             from tagstore.retrieval.catalog import Catalog
         except ModuleNotFoundError as error:
-            raise MissingExtra(f"file:// needs {error.name}: pip install 'tagstore[server]', or use grpc://") from error
+            raise MissingExtra(
+                f"file:// needs {error.name}: pip install 'tagstore[server]', or use grpc://"
+            ) from error
         return Catalog(self._root)
 
     def retrieve(self, ask: Ask) -> list[Retrieval]:

@@ -55,11 +55,15 @@ class Wire:
     def _check_tls(self) -> None:
         given = [name for name in ("ca", "cert", "cert_key", "server_name") if getattr(self.options, name)]
         if given and self.location.scheme == "grpc":
-            raise InvalidInput(f"{', '.join(given)} given for a plain connection: write grpcs://{self.location.place}/...")
+            raise InvalidInput(
+                f"{', '.join(given)} given for a plain connection: write grpcs://{self.location.place}/..."
+            )
         if bool(self.options.cert) != bool(self.options.cert_key):
             raise InvalidInput("a client's certificate is two files: give both cert and cert_key")
 
-    def channel(self, address: str, open_insecure: Callable[..., Any], open_secure: Callable[..., Any]) -> Any:
+    def channel(
+        self, address: str, open_insecure: Callable[..., Any], open_secure: Callable[..., Any]
+    ) -> Any:
         """A channel to an address, by the constructors of one of gRPC's two faces."""
         import grpc
 
@@ -72,7 +76,10 @@ class Wire:
             ("grpc.max_reconnect_backoff_ms", 2000),
             ("grpc.use_local_subchannel_pool", 1),
             ("grpc.keepalive_time_ms", int(1000 * KEEPALIVE_SECONDS)),
-            ("grpc.http2.ping_timeout_ms", int(1000 * KEEPALIVE_TIMEOUT)),  # keepalive_timeout_ms is not heeded by gRPC 1.85
+            (
+                "grpc.http2.ping_timeout_ms",
+                int(1000 * KEEPALIVE_TIMEOUT),
+            ),  # keepalive_timeout_ms is not heeded by gRPC 1.85
         ]
         if _LOOPBACK.fullmatch(address):
             options.append(("grpc.enable_http_proxy", 0))  # a proxy knows no loopback address of ours
@@ -81,13 +88,17 @@ class Wire:
         if self.options.server_name:
             options.append(("grpc.ssl_target_name_override", self.options.server_name))
         pem = {name: _read_pem(name, getattr(self.options, name)) for name in ("ca", "cert", "cert_key")}
-        return open_secure(address, grpc.ssl_channel_credentials(pem["ca"], pem["cert_key"], pem["cert"]), options=options)
+        return open_secure(
+            address, grpc.ssl_channel_credentials(pem["ca"], pem["cert_key"], pem["cert"]), options=options
+        )
 
     def retrieve_request(self, ask: Ask) -> Any:
         from tagstore.wire import convert
         from tagstore_proto.v1 import tagstore_pb2 as pb
 
-        request = pb.RetrieveRequest(store=self.location.store, version=ask.version, images=ask.images, texts=ask.captions)
+        request = pb.RetrieveRequest(
+            store=self.location.store, version=ask.version, images=ask.images, texts=ask.captions
+        )
         request.fingerprint = ask.fingerprint
         if ask.vectors is not None:
             request.vectors.CopyFrom(convert.vectors_to_proto(ask.vectors))
@@ -116,7 +127,9 @@ class Wire:
             case grpc.StatusCode.DEADLINE_EXCEEDED:
                 return Unavailable(f"the server at {address} did not answer within {attempt.timeout:.3g} s")
             case grpc.StatusCode.UNAVAILABLE:
-                return Unavailable(f"no server answers at {address} ({said}): start one with `tagstore serve`, or check the address")
+                return Unavailable(
+                    f"no server answers at {address} ({said}): start one with `tagstore serve`, or check the address"
+                )
             case grpc.StatusCode.CANCELLED:
                 # it is shutting down, or has more calls than it can take in
                 return Unavailable(f"the server at {address} ended the call: {said}")
@@ -134,7 +147,9 @@ class RemoteBackend:
     def __init__(self, wire: Wire) -> None:
         self.wire = wire
         self._stubs: Opened[_Stubs] = Opened(lambda: _Stubs(wire))
-        self._hedges: Opened[ThreadPoolExecutor] = Opened(lambda: ThreadPoolExecutor(_HEDGES, thread_name_prefix="hedge"))
+        self._hedges: Opened[ThreadPoolExecutor] = Opened(
+            lambda: ThreadPoolExecutor(_HEDGES, thread_name_prefix="hedge")
+        )
 
     def retrieve(self, ask: Ask) -> list[Retrieval]:
         from tagstore.wire import convert
@@ -144,13 +159,17 @@ class RemoteBackend:
     def tags(self, tag_ids: Sequence[int], version: int, embeddings: bool) -> tuple[list[TagInfo], int]:
         from tagstore.wire import convert
 
-        response = self._call("GetTags", self.wire.tags_request(version, tag_ids=tag_ids, embeddings=embeddings))
+        response = self._call(
+            "GetTags", self.wire.tags_request(version, tag_ids=tag_ids, embeddings=embeddings)
+        )
         return convert.tags_from_proto(response), response.version
 
     def page(self, first: int, version: int, embeddings: bool) -> tuple[list[TagInfo], int, int]:
         from tagstore.wire import convert
 
-        response = self._call("GetTags", self.wire.tags_request(version, first_tag_id=first, embeddings=embeddings))
+        response = self._call(
+            "GetTags", self.wire.tags_request(version, first_tag_id=first, embeddings=embeddings)
+        )
         return convert.tags_from_proto(response), response.next_tag_id, response.version
 
     def info(self, version: int) -> StoreInfo:

@@ -22,15 +22,21 @@ class ReplayBackend:
 
     def retrieve(self, ask: Ask) -> list[Retrieval]:
         if ask.captions:
-            raise InvalidInput(f"map {self._path} holds answers to the images of a data set, none to captions: ask the store")
+            raise InvalidInput(
+                f"map {self._path} holds answers to the images of a data set, none to captions: ask the store"
+            )
         map_ = self._map()
         self._check(map_, ask)
         keys = [i.key for i in ask.identities] or [""] * len(ask)
         digests = [self._digest(ask, row) for row in range(len(ask))]
         keyed = map_.by_key([key for key in keys if key])
-        hashed = map_.by_sha256([digest for key, digest in zip(keys, digests, strict=True) if not key and digest])
+        hashed = map_.by_sha256(
+            [digest for key, digest in zip(keys, digests, strict=True) if not key and digest]
+        )
         rows = [
-            self._keyed(keyed.get(key), key, digest) if key else self._hashed(hashed.get(digest, []), digest, number)
+            self._keyed(keyed.get(key), key, digest)
+            if key
+            else self._hashed(hashed.get(digest, []), digest, number)
             for number, (key, digest) in enumerate(zip(keys, digests, strict=True))
         ]
         return [map_.answer(row) for row in rows]
@@ -95,20 +101,30 @@ class ReplayBackend:
         if row is None:
             raise NotFound(f"no sample '{key}' in map {self._path}: record the data set that it belongs to")
         if digest and row.sha256 and row.sha256 != digest:
-            raise NotFound(f"sample '{key}' of map {self._path} was recorded with another image: record it again")
+            raise NotFound(
+                f"sample '{key}' of map {self._path} was recorded with another image: record it again"
+            )
         return self._answered(row)
 
     def _hashed(self, rows: list[Row], digest: bytes, number: int) -> Row:
         if not digest:
-            raise InvalidInput(f"query {number} has no key, and map {self._path} knows samples by key or by image: pass keys=")
+            raise InvalidInput(
+                f"query {number} has no key, and map {self._path} knows samples by key or by image: pass keys="
+            )
         if not rows:
-            raise NotFound(f"the image of query {number} (sha256 {digest.hex()[:16]}...) is in no sample of map {self._path}: record it")
+            raise NotFound(
+                f"the image of query {number} (sha256 {digest.hex()[:16]}...) is in no sample of map {self._path}: record it"
+            )
         if len({row.answer for row in rows}) > 1:
             listed = ", ".join(row.key for row in rows[:3])
-            raise InvalidInput(f"the image of query {number} is in samples {listed} with different answers: pass keys=")
+            raise InvalidInput(
+                f"the image of query {number} is in samples {listed} with different answers: pass keys="
+            )
         return self._answered(rows[0])
 
     def _answered(self, row: Row) -> Row:
         if row.refused is not None:
-            raise InvalidInput(f"sample '{row.key}' was refused when map {self._path} was recorded: {row.refused}")
+            raise InvalidInput(
+                f"sample '{row.key}' was refused when map {self._path} was recorded: {row.refused}"
+            )
         return row

