@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from multiprocessing.connection import Connection
+from multiprocessing.sharedctypes import SynchronizedArray
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from tagstore.storage.store import Snapshot, Store
 from tagstore.storage.writer import Writer
 from tagstore.types import Search
 from tagstore.upkeep.compact import compact
+from waiting import wait_until
 
 SPAWN, FORK = multiprocessing.get_context("spawn"), multiprocessing.get_context("fork")
 KEYS = [f"key-{i:05d}" for i in range(20)]
@@ -56,8 +58,11 @@ def _read(snapshot: Snapshot) -> int:
     return write
 
 
-def _hammer(root: str, seed: int, pipe: Connection) -> None:
-    """Read the newest version through the engine, and old ones again, until told to stop; answer with what was done."""
+def _hammer(root: str, seed: int, pipe: Connection, progress: SynchronizedArray[int]) -> None:
+    """Read the newest version through the engine, and old ones again, until told to stop.
+
+    `progress[seed]` counts the versions read. The answer is the number of reads and of versions read.
+    """
     rng, catalog, seen, reads, last = random.Random(seed), Catalog(root, device="cpu"), {}, 0, 0
     try:
         pipe.send("ready")
@@ -74,6 +79,7 @@ def _hammer(root: str, seed: int, pipe: Connection) -> None:
             old = rng.choice(sorted(seen))
             assert _read(Store(root, crash.NAME).snapshot(old)) == seen[old], f"version {old} has changed"
             reads += 1
+            progress[seed] = len(seen)
         pipe.send((reads, len(seen)))
     except BaseException as error:  # noqa: BLE001  the parent reports it
         pipe.send(f"{type(error).__name__}: {error}")
@@ -81,10 +87,10 @@ def _hammer(root: str, seed: int, pipe: Connection) -> None:
 
 def test_four_readers_hammer_while_200_versions_are_committed(tmp_path: Path) -> None:
     _write(tmp_path, 1)
-    pipes, children = [], []
+    pipes, children, progress = [], [], SPAWN.Array("q", 4)
     for seed in range(4):
         ours, theirs = SPAWN.Pipe()
-        child = SPAWN.Process(target=_hammer, args=(str(tmp_path), seed, theirs))
+        child = SPAWN.Process(target=_hammer, args=(str(tmp_path), seed, theirs, progress))
         child.start()
         pipes.append(ours)
         children.append(child)
@@ -95,6 +101,8 @@ def test_four_readers_hammer_while_200_versions_are_committed(tmp_path: Path) ->
             compact(tmp_path, crash.NAME)
         else:
             _write(tmp_path, number)
+        # the readers keep up however slow the machine is
+        wait_until(lambda: min(progress) >= number // 20 or any(pipe.poll() for pipe in pipes))  # noqa: B023
         if any(pipe.poll() for pipe in pipes):
             break
     for pipe in pipes:
