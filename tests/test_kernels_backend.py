@@ -80,7 +80,7 @@ gather_tags(torch.ones(3, 2), torch.tensor([0]), impl="triton")
 def test_auto_says_once_what_it_chose(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backend, "_said", set())
+    monkeypatch.setattr(backend, "_logged", set())
     with caplog.at_level(logging.INFO, logger="tuna_kernels"):
         for _ in range(3):
             gather_tags(torch.ones(3, 2), torch.tensor([0]))

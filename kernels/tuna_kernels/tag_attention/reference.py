@@ -1,4 +1,4 @@
-"""Attention from few tags to many patches in plain torch: the CPU path, and what the kernels are measured against."""
+"""Attention from few tags to many patches in plain torch: the CPU path, and the kernels' reference."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def slots(cu_tags: Tensor, total: int) -> tuple[Tensor, Tensor]:
-    """For each of the `total` packed tags: its image, and its place among that image's tags. Two int64 `[T]`; no host sync."""
+    """Return two int64 `[T]`: each packed tag's image, and its place among that image's tags. No host sync."""
     cu = cu_tags.long()
     index = torch.arange(total, device=cu.device)
     image = torch.searchsorted(cu[1:].contiguous(), index, right=True)
@@ -15,7 +15,7 @@ def slots(cu_tags: Tensor, total: int) -> tuple[Tensor, Tensor]:
 
 
 def most_tags(cu_tags: Tensor) -> int:
-    """The largest number of tags that one image has (a host sync on a GPU)."""
+    """Return the largest number of tags of an image (a host sync on a GPU)."""
     return int((cu_tags[1:] - cu_tags[:-1]).max()) if cu_tags.numel() > 1 else 0
 
 
@@ -31,9 +31,9 @@ def tag_attention(
     patch_mask: Tensor | None = None,
     max_tags: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`(out [T, H, D], attention [T, H, P])` in the dtype of `q`; the arguments are those of the operator (see `op.py`).
+    """Return `(out [T, H, D], attention [T, H, P])` in the dtype of `q`. `op.py` documents the arguments.
 
-    Tags are padded to `[B, max_tags]`, so that the work is two batched matrix products whatever the layout.
+    Tags are padded to `[B, max_tags]`, so that the work is two batched matrix products for any layout.
     """
     (total, heads, dim), (batch, patches, kv_heads, _) = q.shape, k.shape
     image, slot = slots(cu_tags, total)
@@ -51,7 +51,7 @@ def tag_attention(
         logits = logits + (bias if bias.ndim == 3 else bias[:, None]).to(logits.dtype)
     if patch_mask is not None:
         logits = logits.masked_fill(~patch_mask[image][:, None], -torch.inf)
-    # a row that may see nothing is all zeros, forward and backward: softmax alone would make it NaN
+    # a row that sees no patch is all zeros, forward and backward: softmax alone would make it NaN
     blind = (logits == -torch.inf).all(-1, keepdim=True)
     attention = logits.masked_fill(blind, 0).softmax(-1).masked_fill(blind, 0)
 

@@ -1,6 +1,6 @@
-"""The weight tuner as one launch forward and one backward: cosine, ragged softmax and coupling, a program for each image.
+"""The weight tuner in one launch forward and one backward, with a program for each image: cosine, softmax, coupling.
 
-The cosines `[T]` and the inverse norms are kept for the backward; the tags' embeddings are read once in the forward.
+The forward reads the tags' embeddings once, and keeps the cosines `[T]` and the inverse norms for the backward.
 """
 
 # ruff: noqa: N803
@@ -18,12 +18,12 @@ from ..backend import check_interpreter
 
 LOG2E = tl.constexpr(1.4426950408889634)
 BLOCK_T, BLOCK_E = 16, 256
-"""Tags and columns of a tile: 16 tags is the mean of an image, and 256 columns keep the loads of one row in flight together."""
+"""Tags and columns of a tile. An image has 16 tags on average; the loads of 256 columns are in flight together."""
 
 
 @triton.jit
 def image_tags(cu_tags, image, total):
-    """Where an image's tags start (int64) and how many there are; clamped, so that wrong offsets never read outside."""
+    """Return where an image's tags start (int64) and their number; clamped, so wrong offsets never read outside."""
     start = tl.minimum(tl.maximum(tl.load(cu_tags + image), 0), total)
     stop = tl.minimum(tl.maximum(tl.load(cu_tags + image + 1), start), total)
     return start.to(tl.int64), stop - start
@@ -31,7 +31,7 @@ def image_tags(cu_tags, image, total):
 
 @triton.jit
 def inverse(squared):
-    """1 / sqrt, and 0 for 0: a row of zeros has no direction."""
+    """Return 1 / sqrt, and 0 for 0: a row of zeros has no direction."""
     return tl.where(squared > 0, 1.0 / tl.sqrt(tl.where(squared > 0, squared, 1.0)), 0.0)
 
 
@@ -80,12 +80,12 @@ def weights_kernel(
         b_m_new = tl.maximum(b_m, tl.max(b_c, 0))
         b_l = b_l * tl.exp2((b_m - b_m_new) / tau * LOG2E) + tl.sum(tl.exp2((b_c - b_m_new) / tau * LOG2E), 0)
         b_m = b_m_new
-    # the cosines are read back below by other threads than wrote them
+    # other threads read the cosines back than wrote them
     tl.debug_barrier()
     for t in range(0, count, BLOCK_T):
         m_t = t + tl.arange(0, BLOCK_T) < count
         o_t = start + t + tl.arange(0, BLOCK_T)
-        # the difference first: it is exact for neighbours, and small
+        # subtract before dividing: the difference of near numbers is exact, and small
         b_s = (tl.load(cosine + o_t, mask=m_t, other=0.0) - b_m) / tau * LOG2E
         if COUPLING == "log_bias":
             b_w = (b_s - tl.log2(b_l)) / LOG2E
@@ -100,7 +100,7 @@ def weights_kernel(
 
 @triton.jit
 def logit_gradient(cosine, grad, o_t, m_t, tau, b_m, b_l, b_sum, b_ties, threshold, COUPLING: tl.constexpr):
-    """Gradient of `cosine / tau` for a block of tags, and the cosines. README, "Gradients"."""
+    """Return the gradient of `cosine / tau` for a block of tags, and the cosines. See "Gradients" in the README."""
     b_c = tl.load(cosine + o_t, mask=m_t, other=0.0)
     b_g = tl.load(grad + o_t, mask=m_t, other=0.0).to(tl.float32)
     b_e = tl.where(m_t, tl.exp2((b_c - b_m) / tau * LOG2E), 0.0)
@@ -111,7 +111,7 @@ def logit_gradient(cosine, grad, o_t, m_t, tau, b_m, b_l, b_sum, b_ties, thresho
     else:
         if COUPLING == "drop":
             b_g = tl.where(b_e >= threshold, b_g, 0.0)
-        # the largest divides: what it takes, it takes from all (equal ones share it)
+        # all weights are divided by the largest, so its gradient has a term of each; equal largest ones share it
         b_ds = b_g * b_e - tl.where(m_t & (b_c == b_m), b_sum / b_ties, 0.0)
     return tl.where(m_t, b_ds, 0.0), b_c
 
@@ -123,7 +123,7 @@ def weights_backward_kernel(
     HAS_SCORES: tl.constexpr, HAS_TEMPERATURE: tl.constexpr, NEED_TAGS: tl.constexpr, NEED_IMAGES: tl.constexpr,
     COUPLING: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """A program owns an image and a range of columns. The `[T]` part is so small that every range computes it again."""
+    """Compute the gradients of an image in a range of columns; every range repeats the small `[T]` part."""
     image = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
     start, count = image_tags(cu_tags, image, total)
@@ -163,7 +163,7 @@ def weights_backward_kernel(
         m_t = t + tl.arange(0, BLOCK_T) < count
         o_t = start + t + tl.arange(0, BLOCK_T)
         b_ds, b_c = logit_gradient(cosine, grad, o_t, m_t, tau, b_m, b_l, b_sum, b_ties, threshold, COUPLING)
-        # b_ds sums to 0, so the largest cosine may be taken off: less to cancel
+        # b_ds sums to 0, so subtracting the largest cosine changes nothing but leaves less to cancel
         b_dtau -= tl.where(m_t, b_ds * (b_c - b_m), 0.0) / (tau * tau)
         b_dc = b_ds / tau
         if HAS_SCORES:
@@ -192,7 +192,7 @@ def forward(
     tags: Tensor | None, images: Tensor | None, scores: Tensor | None, temperature: Tensor | None, cu_tags: Tensor,
     tau: float, threshold: float, coupling: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """`(weights [T], cosines [T], 1/|tag| [T], 1/|image| [B])`, all float32. From `scores` if given, else from embeddings."""
+    """Return `(weights [T], cosines [T], 1/|tag| [T], 1/|image| [B])` in float32, of `scores` or else of embeddings."""
     check_interpreter()
     given = tags if scores is None else scores
     assert given is not None, "either embeddings or scores"
@@ -217,7 +217,7 @@ def backward(
     cosine: Tensor, tag_norm: Tensor, image_norm: Tensor, tau: float, threshold: float, coupling: str,
     need_tags: bool, need_images: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """`(dtags, dimages, dscores, dtemperature)`; None where there was no such input or no gradient of it is needed."""
+    """Return `(dtags, dimages, dscores, dtemperature)`; None for an input that is missing or needs no gradient."""
     check_interpreter()
     total, batch = grad.shape[0], cu_tags.numel() - 1
     device = grad.device

@@ -1,4 +1,4 @@
-"""The operators: checks at the door, the choice of implementation, and the registration with torch."""
+"""`tag_weights` and `score_weights`: their checks, the choice of implementation, and their registration with torch."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ def tag_weights(
     threshold: float = 0.0,
     impl: str = "auto",
 ) -> Tensor:
-    """How much each tag says about its image: `softmax(cos(tag, image) / temperature)` over the tags of each image, coupled.
+    """Return the weight of each tag: `softmax(cos(tag, image) / temperature)` over the tags of an image, coupled.
 
-    TUNA's adaptive weight tuner (arXiv 2406.10839, section 3). Differentiable in both embeddings and in the temperature.
+    TUNA's adaptive weight tuner (arXiv 2406.10839, section 3). Differentiable in both embeddings and the temperature.
 
     | coupling | weight of tag i, with w = softmax over its image's tags | where it goes |
     | --- | --- | --- |
-    | `"multiply"` | w_i; sums to 1 over an image | `tag_attention(weights=)`, and times the tag's word embeddings |
+    | `"multiply"` | w_i; sums to 1 over an image | `tag_attention(weights=)`; times the word embeddings |
     | `"multiply_max"` | w_i / max w: the best tag keeps 1 however many there are | the same |
-    | `"drop"` | w_i / max w where that is >= threshold, else 0 | the same; leave tags of weight 0 out of the prompt |
-    | `"log_bias"` | log w_i | added to the logits of an attention where the tags are *keys* (the LLM's), for all their tokens |
+    | `"drop"` | w_i / max w where that is >= threshold, else 0 | the same; the prompt leaves out tags of weight 0 |
+    | `"log_bias"` | log w_i | added to the logits of the LLM's attention at the keys of the tag's tokens |
 
-    `"log_bias"` is not for `tag_attention(bias=)`: there tags are queries, and softmax over patches cancels what is the same for
-    all patches. `tag_attention` refuses it.
+    `"log_bias"` is not for `tag_attention(bias=)`: there tags are queries, and softmax over patches cancels a bias
+    that is the same for all patches. `tag_attention` refuses it.
 
     Args:
-        tag_embeddings: `[T, E]`, the tags of all images one after the other; any length, only the direction counts.
-        image_embeddings: `[B, E]`, in the dtype of the tags. A row of zeros has cosine 0 with everything and no gradient.
+        tag_embeddings: `[T, E]`, the tags of all images one after the other. Only the direction of a row counts.
+        image_embeddings: `[B, E]`, in the dtype of the tags. A row of zeros has cosine 0 and no gradient.
         cu_tags: int32 `[B + 1]`, as for `tag_attention`.
-        temperature: a positive number, or a tensor of one element that may be trained. CLIP's is about 0.01, where one tag
-            takes nearly everything; at 1 the weights are nearly equal.
+        temperature: a positive number, or a tensor of one element that may be trained. At CLIP's, about 0.01, one
+            tag takes nearly all the weight; at 1 the weights are nearly equal.
         coupling: one of the above.
         threshold: for `"drop"`, in [0, 1].
         impl: "auto", "triton" or "reference"; see `tuna_kernels.backend`.
@@ -53,7 +53,7 @@ def tag_weights(
 
     Raises:
         ValueError: shapes, dtypes or settings that do not fit.
-        RuntimeError: `impl="triton"` cannot be had; the message says why.
+        RuntimeError: `impl="triton"` cannot run; the message says why.
     """
     if (
         tag_embeddings.ndim != 2
@@ -93,9 +93,9 @@ def score_weights(
     threshold: float = 0.0,
     impl: str = "auto",
 ) -> Tensor:
-    """`tag_weights` from scores `[T]` instead of cosines: for the other signals of a retrieved tag (similarity, votes, sums of them).
+    """Return `tag_weights` of scores `[T]` instead of cosines: of a retrieved tag's other signals, such as similarity.
 
-    Arguments, result and errors as there. Differentiable in the scores and in the temperature.
+    Arguments, result and errors are those of `tag_weights`. Differentiable in the scores and the temperature.
     """
     if scores.ndim != 1:
         raise ValueError(f"score_weights: expected scores [T], got {list(scores.shape)}")
@@ -131,7 +131,8 @@ def _check(
     if isinstance(temperature, Tensor):
         if temperature.numel() != 1 or temperature.device != given.device:
             raise ValueError(
-                f"{op}: a temperature tensor must have one element on {given.device}, got {list(temperature.shape)} on {temperature.device}"
+                f"{op}: a temperature tensor must have one element on {given.device}, "
+                f"got {list(temperature.shape)} on {temperature.device}"
             )
     elif not temperature > 0:
         raise ValueError(f"{op}: temperature must be positive, got {temperature}")
