@@ -50,7 +50,9 @@ def obstacle(tensor: Tensor) -> str | None:
         return None
     if not interpreting():
         device = tensor.device.type
-        return f"the tensors are on '{device}': move them to a GPU, or set TRITON_INTERPRET=1 (slow: for tests)"
+        return (
+            f"the tensors are on '{device}': move them to a GPU, or set TRITON_INTERPRET=1 (slow: for tests)"
+        )
     if tensor.dtype == torch.bfloat16:
         return "Triton's interpreter computes bfloat16 wrongly (it multiplies raw bits): use float16 there"
     return None

@@ -54,7 +54,9 @@ def forward_candidates(dim: int, dtype: torch.dtype, rows: int, bias: bool = Fal
     largest = 32 if dim > 128 else 64
     block_ms = [m for m in (16, 32, 64) if m <= largest and (m <= 32 or rows > 8)]
     warps = (4, 8) if dim > 64 or bias else (2, 4)
-    configs = [Config(m, 64, w, s) for m in block_ms for w in warps for s in (2, 3) if not (m == 64 and w == 2)]
+    configs = [
+        Config(m, 64, w, s) for m in block_ms for w in warps for s in (2, 3) if not (m == 64 and w == 2)
+    ]
     return configs if dim > 128 else configs + [Config(m, 128, 8 if dim > 64 else 4, 2) for m in block_ms]
 
 

@@ -39,7 +39,8 @@ def inverse(squared):
 def weights_kernel(
     tags, images, scores, temperature, cu_tags, weights, cosine, tag_norm, image_norm,
     stride_t, stride_i, tau, threshold, total, columns,
-    HAS_SCORES: tl.constexpr, HAS_TEMPERATURE: tl.constexpr, COUPLING: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
+    HAS_SCORES: tl.constexpr, HAS_TEMPERATURE: tl.constexpr, COUPLING: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     image = tl.program_id(0).to(tl.int64)
     start, count = image_tags(cu_tags, image, total)
@@ -118,10 +119,10 @@ def logit_gradient(cosine, grad, o_t, m_t, tau, b_m, b_l, b_sum, b_ties, thresho
 
 @triton.jit
 def weights_backward_kernel(
-    tags, images, temperature, cu_tags, cosine, tag_norm, image_norm, grad, dtags, dimages, dscores, dtemperature,
-    stride_t, stride_i, tau, threshold, total, columns,
-    HAS_SCORES: tl.constexpr, HAS_TEMPERATURE: tl.constexpr, NEED_TAGS: tl.constexpr, NEED_IMAGES: tl.constexpr,
-    COUPLING: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
+    tags, images, temperature, cu_tags, cosine, tag_norm, image_norm, grad, dtags, dimages, dscores,
+    dtemperature, stride_t, stride_i, tau, threshold, total, columns,
+    HAS_SCORES: tl.constexpr, HAS_TEMPERATURE: tl.constexpr, NEED_TAGS: tl.constexpr,
+    NEED_IMAGES: tl.constexpr, COUPLING: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of an image in a range of columns; every range repeats the small `[T]` part."""
     image = tl.program_id(0).to(tl.int64)
@@ -189,8 +190,8 @@ def weights_backward_kernel(
 
 
 def forward(
-    tags: Tensor | None, images: Tensor | None, scores: Tensor | None, temperature: Tensor | None, cu_tags: Tensor,
-    tau: float, threshold: float, coupling: str,
+    tags: Tensor | None, images: Tensor | None, scores: Tensor | None, temperature: Tensor | None,
+    cu_tags: Tensor, tau: float, threshold: float, coupling: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return `(weights [T], cosines [T], 1/|tag| [T], 1/|image| [B])` in float32, of `scores` or else of embeddings."""
     check_interpreter()
@@ -213,9 +214,9 @@ def forward(
 
 
 def backward(
-    grad: Tensor, tags: Tensor | None, images: Tensor | None, scores: Tensor | None, temperature: Tensor | None, cu_tags: Tensor,
-    cosine: Tensor, tag_norm: Tensor, image_norm: Tensor, tau: float, threshold: float, coupling: str,
-    need_tags: bool, need_images: bool,
+    grad: Tensor, tags: Tensor | None, images: Tensor | None, scores: Tensor | None,
+    temperature: Tensor | None, cu_tags: Tensor, cosine: Tensor, tag_norm: Tensor, image_norm: Tensor,
+    tau: float, threshold: float, coupling: str, need_tags: bool, need_images: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Return `(dtags, dimages, dscores, dtemperature)`; None for an input that is missing or needs no gradient."""
     check_interpreter()
@@ -235,9 +236,9 @@ def backward(
         columns = 0 if tags is None else tags.shape[1]
         wide = dtags is not None or dimages is not None
         weights_backward_kernel[(batch, triton.cdiv(columns, BLOCK_E) if wide else 1)](
-            tags, images, temperature, cu_tags, cosine, tag_norm, image_norm, grad, dtags, dimages, dscores, dtau,
-            0 if tags is None else tags.stride(0), 0 if images is None else images.stride(0), tau, threshold, total, columns,
-            HAS_SCORES=scores is not None, HAS_TEMPERATURE=temperature is not None,
+            tags, images, temperature, cu_tags, cosine, tag_norm, image_norm, grad, dtags, dimages, dscores,
+            dtau, 0 if tags is None else tags.stride(0), 0 if images is None else images.stride(0), tau,
+            threshold, total, columns, HAS_SCORES=scores is not None, HAS_TEMPERATURE=temperature is not None,
             NEED_TAGS=dtags is not None, NEED_IMAGES=dimages is not None, COUPLING=coupling,
             BLOCK_T=BLOCK_T, BLOCK_E=BLOCK_E, num_warps=4,
         )  # fmt: skip

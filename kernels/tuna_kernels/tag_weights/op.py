@@ -145,8 +145,8 @@ def _check(
 
 @torch.library.custom_op("tuna_kernels::tag_weights_forward", mutates_args=())
 def _forward(
-    tags: Tensor | None, images: Tensor | None, scores: Tensor | None, temperature: Tensor | None, cu_tags: Tensor,
-    tau: float, threshold: float, coupling: str,
+    tags: Tensor | None, images: Tensor | None, scores: Tensor | None, temperature: Tensor | None,
+    cu_tags: Tensor, tau: float, threshold: float, coupling: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     from .kernels import forward
 
@@ -156,8 +156,8 @@ def _forward(
 
 @_forward.register_fake
 def _(
-    tags: Tensor | None, images: Tensor | None, scores: Tensor | None, temperature: Tensor | None, cu_tags: Tensor,
-    tau: float, threshold: float, coupling: str,
+    tags: Tensor | None, images: Tensor | None, scores: Tensor | None, temperature: Tensor | None,
+    cu_tags: Tensor, tau: float, threshold: float, coupling: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     given = tags if scores is None else scores
     assert given is not None, "either embeddings or scores"
@@ -167,9 +167,9 @@ def _(
 
 @torch.library.custom_op("tuna_kernels::tag_weights_backward", mutates_args=())
 def _backward(
-    grad: Tensor, tags: Tensor | None, images: Tensor | None, scores: Tensor | None, temperature: Tensor | None, cu_tags: Tensor,
-    cosine: Tensor, tag_norm: Tensor, image_norm: Tensor, tau: float, threshold: float, coupling: str,
-    need_tags: bool, need_images: bool,
+    grad: Tensor, tags: Tensor | None, images: Tensor | None, scores: Tensor | None,
+    temperature: Tensor | None, cu_tags: Tensor, cosine: Tensor, tag_norm: Tensor, image_norm: Tensor,
+    tau: float, threshold: float, coupling: str, need_tags: bool, need_images: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     from .kernels import backward
 
@@ -197,9 +197,9 @@ def _backward(
 
 @_backward.register_fake
 def _(
-    grad: Tensor, tags: Tensor | None, images: Tensor | None, scores: Tensor | None, temperature: Tensor | None, cu_tags: Tensor,
-    cosine: Tensor, tag_norm: Tensor, image_norm: Tensor, tau: float, threshold: float, coupling: str,
-    need_tags: bool, need_images: bool,
+    grad: Tensor, tags: Tensor | None, images: Tensor | None, scores: Tensor | None,
+    temperature: Tensor | None, cu_tags: Tensor, cosine: Tensor, tag_norm: Tensor, image_norm: Tensor,
+    tau: float, threshold: float, coupling: str, need_tags: bool, need_images: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     inputs = (tags if need_tags else None, images if need_images else None, scores, temperature)
     dtags, dimages, dscores, dtau = (grad.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs)
