@@ -95,14 +95,14 @@ def _log_once(op: str, choice: str) -> None:
 
 
 def check_interpreter() -> None:
-    """Refuse a `TRITON_INTERPRET` that was changed after Triton was imported, which is when Triton reads it."""
+    """Refuse a `TRITON_INTERPRET` that was changed after Triton read it, which is when it is imported."""
     import triton.language as tl
 
     interpreted = type(tl.sum).__name__ == "InterpretedFunction"
     if interpreted != interpreting():
         raise RuntimeError(
-            f"TRITON_INTERPRET is {os.environ.get('TRITON_INTERPRET', 'unset')} now and was not when triton was "
-            "imported: set it in the environment of the process, before the first import of torch or triton"
+            f"TRITON_INTERPRET is {os.environ.get('TRITON_INTERPRET', 'unset')} now and was not when "
+            "triton was imported: set it in the environment of the process, before the first import of torch or triton"
         )
 
 

@@ -1,4 +1,4 @@
-"""Gather rows; in the backward, sort the ids and sum each run of equal ids. No atomics: the same bits every run."""
+"""Gather rows; in the backward, sort the ids and sum each run of equal ids, without atomics."""
 
 # ruff: noqa: N803
 # mypy: disable-error-code="no-untyped-def"
@@ -19,7 +19,7 @@ BLOCK_R, BLOCK_E = 8, 256
 
 @triton.jit
 def gather_kernel(table, ids, out, stride_v, rows, columns, BLOCK_E: tl.constexpr):
-    """Copy a range of columns of one row; a row beyond the table is NaN, since a check would wait for the device."""
+    """Copy a range of columns of a row; a row beyond the table is NaN: a check would wait for the device."""
     row = tl.program_id(0).to(tl.int64)
     o_e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
     m_e = o_e < columns
@@ -36,7 +36,7 @@ def scatter_kernel(
 ):
     """Sum the rows of a run of equal ids in float32 and write the table's row once.
 
-    ids are sorted; order holds the place of each in the batch. The program at the start of a run does its work.
+    ids are sorted; order holds the place of each in the batch. The program at the start of a run sums it.
     """
     first = tl.program_id(0)
     index = tl.load(ids + first).to(tl.int64)
@@ -59,7 +59,7 @@ def scatter_kernel(
 
 
 def gather(table: Tensor, ids: Tensor) -> Tensor:
-    """Return `[T, E]` in one launch. Repeated rows come from the L2 cache, which costs less than sorting the ids."""
+    """Return `[T, E]` in one launch; the L2 cache serves repeated rows for less than sorting would cost."""
     check_interpreter()
     out = torch.empty((ids.shape[0], table.shape[1]), dtype=table.dtype, device=table.device)
     if out.numel():

@@ -14,13 +14,14 @@ from . import reference
 def gather_tags(table: Tensor, ids: Tensor, *, impl: str = "auto") -> Tensor:
     """Return the embeddings of a batch's tags, `table[ids]`; the backward gives the same bits every run.
 
-    The table may lie on another device than the ids (a vocabulary of millions in host memory, ids on the GPU). Then
-    each distinct id is copied once, and the call waits for the device. On one device nothing waits.
+    The table may lie on another device than the ids (a vocabulary of millions in host memory, ids on the
+    GPU). Then each distinct id is copied once, and the call waits for the device.
 
     Args:
         table: `[V, E]`. Its gradient is dense, `[V, E]`.
-        ids: int32 or int64 `[T]`, rows of the table. A negative id is a tag without an embedding: zeros, and no
-            gradient. An id of V or more is an error on the CPU, and a row of NaN on a GPU, where a check would wait.
+        ids: int32 or int64 `[T]`, rows of the table. A negative id is a tag without an embedding: zeros, and
+            no gradient. An id of V or more is an error on the CPU, and a row of NaN on a GPU, where a check
+            would wait.
         impl: "auto", "triton" or "reference"; see `tuna_kernels.backend`.
 
     Returns:

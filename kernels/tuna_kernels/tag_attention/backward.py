@@ -1,8 +1,8 @@
-"""The backward kernels: one pass over K and V for an image whose rows fit one block, as nearly all do; no atomics.
+"""The backward kernels: no atomics, and one pass over K and V for an image whose rows fit one block.
 
-dq sums over keys, dk and dv over queries, so attention with long queries needs two passes or atomics. Here the queries
-of an (image, key/value head) are few: a program keeps all of them and their dq on chip while it walks the patches, and
-finishes dk and dv of each patch block on the way. It gives the same bits every run.
+dq sums over keys, dk and dv over queries, so attention with long queries needs two passes or atomics. Here
+the queries of an (image, key/value head) are few: a program keeps all of them and their dq on chip while it
+walks the patches, and finishes dk and dv of each patch block on the way. It gives the same bits every run.
 """
 
 # ruff: noqa: N803
@@ -57,7 +57,7 @@ def gradient_tile(
     bias, o_tag, o_head, m_r, mask, o_p, m_p, stride_bt, stride_bh, stride_bp, stride_mp, scale,
     HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return attention, its gradient before the weight, and the logits' gradient; each `[BLOCK_M, BLOCK_N]`."""
+    """Return attention, its gradient without the weight, and the logits' gradient: `[BLOCK_M, BLOCK_N]`."""
     b_s = logits_tile(
         b_q, b_k, bias, o_tag, o_head, m_r, mask, o_p, m_p, stride_bt, stride_bh, stride_bp, stride_mp, scale,
         HAS_BIAS, HAS_MASK, PRECISION,
@@ -200,7 +200,7 @@ def dbias_kernel(
 ):  # fmt: skip
     """Write dbias `[T, Hb, P]`: the gradient of the logits, summed in order over the heads that share a bias.
 
-    Rows are tags here. The first grid dimension is (image, bias head, block of tags), the second the patch block.
+    Rows are tags here. The grid is (image, bias head, block of tags) by patch block.
     """
     image, group, block, start, tags = place(tl.program_id(0), groups, blocks, cu_tags, total)
     o_p = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
@@ -229,7 +229,7 @@ def dbias_kernel(
 
 
 def patch_splits(batch: int, kv_heads: int, patches: int, block_n: int, device: torch.device) -> int:
-    """Return into how many ranges of patches an (image, head) is cut, so that a small batch still fills the GPU.
+    """Return into how many ranges of patches an (image, head) is cut; a small batch then fills the GPU.
 
     Each range beyond one costs a float32 copy of dq, which is small because tags are few.
     """
@@ -249,7 +249,7 @@ def backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_tags: Tensor, out: Tensor, stats: Tensor, scale: float,
     weights: Tensor | None, bias: Tensor | None, mask: Tensor | None, splits: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """Return `(dq, dk, dv, dweights)`; dweights is None without weights. `patch_splits` is the default of `splits`."""
+    """Return `(dq, dk, dv, dweights)`; None without weights; `splits` defaults to `patch_splits`."""
     check_interpreter()
     (total, heads, dim), (batch, patches, kv_heads, _) = q.shape, k.shape
     dk, dv = (
@@ -297,7 +297,7 @@ def bias_gradient(
 ) -> Tensor:  # fmt: skip
     """Return dbias in the shape and dtype of bias.
 
-    It is a launch of its own that reads everything again: only who trains a bias pays for `[T, H, P]` in memory.
+    A launch of its own reads everything again, so that only who trains a bias pays for `[T, H, P]` in memory.
     """
     (total, heads, dim), (batch, patches, kv_heads, _) = q.shape, k.shape
     dbias = torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)

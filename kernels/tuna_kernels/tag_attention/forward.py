@@ -1,10 +1,11 @@
-"""The forward kernel: a program reads K and V of one (image, key/value head) once for a block of that image's rows.
+"""The forward kernel: a program reads K and V of an (image, key/value head) once for a block of its rows.
 
-With G = H / Hkv query heads for a key/value head, row r of an image is tag r // G, head r % G of the group. All queries
-that share keys are in one block, so grouped-query attention reads K and V no more often than multi-head attention.
+With G = H / Hkv query heads for a key/value head, row r of an image is tag r // G, head r % G of the group.
+All queries that share keys are in one block, so grouped-query attention reads K and V no more often than
+multi-head attention.
 
-The backward gets the largest logit and 1 / (sum of exponentials) of every row, not their usual combination lse:
-exp(s - lse) would carry the rounding of lse into every attention weight.
+The backward gets the largest logit and 1 / (sum of exponentials) of every row, not their usual combination
+lse: exp(s - lse) would carry the rounding of lse into every attention weight.
 """
 
 # ruff: noqa: N803
@@ -41,7 +42,7 @@ def place(pid, kv_heads, blocks, cu_tags, total):
 
 @triton.jit
 def split_rows(r, rows, start, head, G: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Return the packed tag (int64) and query head of each row in the block from row r, and which rows exist."""
+    """Return the packed tag (int64) and query head of each row of the block at r, and which rows exist."""
     o_r = r + tl.arange(0, BLOCK_M)
     return start + o_r // G, head * G + o_r % G, o_r < rows
 

@@ -39,23 +39,23 @@ def tag_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Let every tag attend over the patches of its own image.
 
-    `out[t] = weights[t] * softmax(scale * q[t] k[b]^T + bias[t]) v[b]`: the cross-attention of TUNA's image-aware tag
-    encoder (arXiv 2406.10839, section 3). Differentiable in q, k, v, weights and bias.
+    `out[t] = weights[t] * softmax(scale * q[t] k[b]^T + bias[t]) v[b]`: the cross-attention of TUNA's
+    image-aware tag encoder (arXiv 2406.10839, section 3). Differentiable in q, k, v, weights and bias.
 
     Args:
         q: `[T, H, D]`, the tags of all images one after the other; D from 16 to 256.
         k, v: `[B, P, Hkv, D]` patches, in the dtype of q; H is a multiple of Hkv (grouped-query attention).
-        cu_tags: int32 `[B + 1]` from 0 to T: image b owns the tags `cu_tags[b]:cu_tags[b + 1]`, which may be none. The
-            values are checked on the CPU only: on a GPU that would wait for the device.
+        cu_tags: int32 `[B + 1]` from 0 to T: image b owns the tags `cu_tags[b]:cu_tags[b + 1]`, which may be
+            none. The values are checked on the CPU only: on a GPU that would wait for the device.
         scale: factor of the logits; `D ** -0.5` if None.
         weights: `[T]`, multiplied into the output (the `multiply` couplings of `tag_weights`).
-        bias: `[T, P]`, `[T, 1, P]` or `[T, H, P]`, added to the logits, such as a prior over patches. Softmax cancels
-            a bias that is the same for all patches of a tag: log-weights belong where tags are *keys*.
-        patch_mask: bool `[B, P]`, True where a patch may be seen. A tag that sees no patch gets zeros, and zero
-            gradients.
+        bias: `[T, P]`, `[T, 1, P]` or `[T, H, P]`, added to the logits, such as a prior over patches. Softmax
+            cancels a bias that all patches of a tag share: log-weights belong where tags are *keys*.
+        patch_mask: bool `[B, P]`, True where a patch may be seen. A tag that sees no patch gets zeros, and
+            zero gradients.
         impl: "auto", "triton" or "reference"; see `tuna_kernels.backend`.
-        max_tags: an upper bound of the tags of one image, if known. It saves the reference a host sync and lets
-            torch.compile trace it in one graph; the kernels do not need it.
+        max_tags: an upper bound of the tags of one image, if known. It saves the reference a host sync and
+            lets torch.compile trace it in one graph; the kernels do not need it.
         return_attention: also return the attention `[T, H, P]` (before `weights`), without gradient.
 
     Returns:
@@ -107,7 +107,7 @@ def _unit_stride(x: Tensor) -> Tensor:
 
 
 def check_cu_tags(op: str, cu_tags: Tensor, total: int) -> None:
-    """Refuse offsets that are not int32 `[B + 1]` rising from 0 to `total`; the values are checked on the CPU only."""
+    """Refuse offsets that are not int32 `[B + 1]` rising from 0 to `total`; check values on the CPU only."""
     if cu_tags.ndim != 1 or cu_tags.numel() < 1 or cu_tags.dtype != torch.int32:
         raise ValueError(f"{op}: cu_tags must be int32 [B + 1], got {_shape(cu_tags)}")
     if cu_tags.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -158,8 +158,8 @@ def _check(
     if bias is not None:
         if bias.ndim == 1:
             raise ValueError(
-                f"tag_attention: a bias {_shape(bias)} is the same for all patches and changes nothing under softmax; "
-                "give [T, P] or [T, H, P], or use the log-weights where tags are keys"
+                f"tag_attention: a bias {_shape(bias)} is the same for all patches, so it "
+                "changes nothing under softmax; give [T, P] or [T, H, P], or use the log-weights where tags are keys"
             )
         if bias.shape not in ((total, patches), (total, 1, patches), (total, heads, patches)):
             raise ValueError(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def slots(cu_tags: Tensor, total: int) -> tuple[Tensor, Tensor]:
-    """Return two int64 `[T]`: each packed tag's image, and its place among that image's tags. No host sync."""
+    """Return two int64 `[T]` without a host sync: each packed tag's image, and its place in that image."""
     cu = cu_tags.long()
     index = torch.arange(total, device=cu.device)
     image = torch.searchsorted(cu[1:].contiguous(), index, right=True)

@@ -1,10 +1,10 @@
-"""Block sizes of the attention kernels: fixed defaults, and a small search whose winner is kept on disk per device.
+"""Block sizes of the attention kernels: fixed defaults, and a small search with results kept on disk.
 
 The search runs at the first call of a new shape class on a GPU. The defaults are used instead when
 `TUNA_AUTOTUNE=0`, under the interpreter, while a CUDA graph is captured, and after
-`torch.use_deterministic_algorithms(True)`: block sizes decide the order of sums, so a search may change the last bits
-from machine to machine. (Any one choice gives the same bits every run.)
-Results are JSON in `$TUNA_CACHE_DIR`, or `~/.cache/tuna_kernels`.
+`torch.use_deterministic_algorithms(True)`: block sizes decide the order of sums, so a search may change the
+last bits from machine to machine. (Any one choice gives the same bits every run.) Results are JSON, a
+file per device, in `$TUNA_CACHE_DIR` or `~/.cache/tuna_kernels`.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def bias_default(dim: int, dtype: torch.dtype) -> Config:
 def tuning_key(
     op: str, dtype: torch.dtype, dim: int, group: int, rows: int, patches: int, bias: bool, mask: bool
 ) -> str:
-    """Return what decides the best blocks: not the batch, and rows and patches rounded up to powers of two."""
+    """Return what decides the best blocks: rows and patches up to powers of two, and not the batch."""
     name, rows, patches = str(dtype).removeprefix("torch."), *map(triton.next_power_of_2, (rows, patches))
     return f"{op} {name} D{dim} G{group} rows{rows} P{patches} bias{bias:d} mask{mask:d}"
 
@@ -116,7 +116,7 @@ def pick(
     candidates: Sequence[Config],
     launch: Callable[[Config], None],
 ) -> Config:
-    """Return the best config of `key` on `device`, measured if it is not known; `default` where no search may run."""
+    """Return the best config of `key` on `device`, measured if unknown; `default` where no search may run."""
     if not searching(device):
         return default
     name = _device_key(device)
@@ -144,7 +144,7 @@ def pick(
 
 
 def _time(config: Config, launch: Callable[[Config], None]) -> float:
-    """Return the median time of a launch in milliseconds; infinite for a config that does not fit the device."""
+    """Return the median milliseconds of a launch; infinity for a config that does not fit the device."""
     try:
         return float(triton.testing.do_bench(lambda: launch(config), warmup=5, rep=20, return_mode="median"))
     except triton.runtime.errors.OutOfResources:
@@ -162,7 +162,7 @@ def _cache_file(device: str) -> Path:
 
 
 def _load(path: Path) -> dict[str, Config]:
-    """Return the configs in the file, none if it is missing. One that cannot be read is logged and measured again."""
+    """Return the configs in the file; none if it is missing, or if it cannot be read, which is logged."""
     try:
         return {key: Config(**value) for key, value in json.loads(path.read_text()).items()}
     except FileNotFoundError:

@@ -1,6 +1,6 @@
-"""The weight tuner in one launch forward and one backward, with a program for each image: cosine, softmax, coupling.
+"""The weight tuner (cosine, softmax, coupling) in one launch forward and one backward, a program per image.
 
-The forward reads the tags' embeddings once, and keeps the cosines `[T]` and the inverse norms for the backward.
+The forward reads the tags' embeddings once, and keeps the cosines and inverse norms for the backward.
 """
 
 # ruff: noqa: N803
@@ -18,12 +18,12 @@ from ..backend import check_interpreter
 
 LOG2E = tl.constexpr(1.4426950408889634)
 BLOCK_T, BLOCK_E = 16, 256
-"""Tags and columns of a tile. An image has 16 tags on average; the loads of 256 columns are in flight together."""
+"""Tags and columns of a tile: an image's average number of tags, and columns whose loads fly together."""
 
 
 @triton.jit
 def image_tags(cu_tags, image, total):
-    """Return where an image's tags start (int64) and their number; clamped, so wrong offsets never read outside."""
+    """Return the start (int64) and number of an image's tags; clamped: wrong offsets never read outside."""
     start = tl.minimum(tl.maximum(tl.load(cu_tags + image), 0), total)
     stop = tl.minimum(tl.maximum(tl.load(cu_tags + image + 1), start), total)
     return start.to(tl.int64), stop - start
@@ -101,7 +101,7 @@ def weights_kernel(
 
 @triton.jit
 def logit_gradient(cosine, grad, o_t, m_t, tau, b_m, b_l, b_sum, b_ties, threshold, COUPLING: tl.constexpr):
-    """Return the gradient of `cosine / tau` for a block of tags, and the cosines. See "Gradients" in the README."""
+    """Return the gradient of `cosine / tau` for a block of tags, and the cosines: README, "Gradients"."""
     b_c = tl.load(cosine + o_t, mask=m_t, other=0.0)
     b_g = tl.load(grad + o_t, mask=m_t, other=0.0).to(tl.float32)
     b_e = tl.where(m_t, tl.exp2((b_c - b_m) / tau * LOG2E), 0.0)
@@ -112,7 +112,7 @@ def logit_gradient(cosine, grad, o_t, m_t, tau, b_m, b_l, b_sum, b_ties, thresho
     else:
         if COUPLING == "drop":
             b_g = tl.where(b_e >= threshold, b_g, 0.0)
-        # all weights are divided by the largest, so its gradient has a term of each; equal largest ones share it
+        # every weight is divided by the largest, whose gradient has a term of each; equal ones share it
         b_ds = b_g * b_e - tl.where(m_t & (b_c == b_m), b_sum / b_ties, 0.0)
     return tl.where(m_t, b_ds, 0.0), b_c
 
@@ -193,7 +193,7 @@ def forward(
     tags: Tensor | None, images: Tensor | None, scores: Tensor | None, temperature: Tensor | None,
     cu_tags: Tensor, tau: float, threshold: float, coupling: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return `(weights [T], cosines [T], 1/|tag| [T], 1/|image| [B])` in float32, of `scores` or else of embeddings."""
+    """Return float32 `(weights [T], cosines [T], 1/|tag| [T], 1/|image| [B])` of scores or embeddings."""
     check_interpreter()
     given = tags if scores is None else scores
     assert given is not None, "either embeddings or scores"
@@ -218,7 +218,7 @@ def backward(
     temperature: Tensor | None, cu_tags: Tensor, cosine: Tensor, tag_norm: Tensor, image_norm: Tensor,
     tau: float, threshold: float, coupling: str, need_tags: bool, need_images: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """Return `(dtags, dimages, dscores, dtemperature)`; None for an input that is missing or needs no gradient."""
+    """Return `(dtags, dimages, dscores, dtemperature)`; None for an input that is missing or not needed."""
     check_interpreter()
     total, batch = grad.shape[0], cu_tags.numel() - 1
     device = grad.device

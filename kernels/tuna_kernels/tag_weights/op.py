@@ -1,4 +1,4 @@
-"""`tag_weights` and `score_weights`: their checks, the choice of implementation, and their registration with torch."""
+"""`tag_weights` and `score_weights`: checks, choice of implementation, and registration with torch."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ def tag_weights(
     threshold: float = 0.0,
     impl: str = "auto",
 ) -> Tensor:
-    """Return the weight of each tag: `softmax(cos(tag, image) / temperature)` over the tags of an image, coupled.
+    """Return each tag's weight: `softmax(cos(tag, image) / temperature)` over the tags of an image, coupled.
 
-    TUNA's adaptive weight tuner (arXiv 2406.10839, section 3). Differentiable in both embeddings and the temperature.
+    TUNA's adaptive weight tuner (arXiv 2406.10839, section 3). Differentiable in all three.
 
     | coupling | weight of tag i, with w = softmax over its image's tags | where it goes |
     | --- | --- | --- |
     | `"multiply"` | w_i; sums to 1 over an image | `tag_attention(weights=)`; times the word embeddings |
     | `"multiply_max"` | w_i / max w: the best tag keeps 1 however many there are | the same |
-    | `"drop"` | w_i / max w where that is >= threshold, else 0 | the same; the prompt leaves out tags of weight 0 |
+    | `"drop"` | w_i / max w where that is >= threshold, else 0 | the same; prompts omit tags of weight 0 |
     | `"log_bias"` | log w_i | added to the logits of the LLM's attention at the keys of the tag's tokens |
 
-    `"log_bias"` is not for `tag_attention(bias=)`: there tags are queries, and softmax over patches cancels a bias
-    that is the same for all patches. `tag_attention` refuses it.
+    `"log_bias"` is not for `tag_attention(bias=)`: there tags are queries, and softmax over patches cancels a
+    bias that is the same for all patches. `tag_attention` refuses it.
 
     Args:
-        tag_embeddings: `[T, E]`, the tags of all images one after the other. Only the direction of a row counts.
+        tag_embeddings: `[T, E]`, the tags of all images one after the other. Only directions count.
         image_embeddings: `[B, E]`, in the dtype of the tags. A row of zeros has cosine 0 and no gradient.
         cu_tags: int32 `[B + 1]`, as for `tag_attention`.
-        temperature: a positive number, or a tensor of one element that may be trained. At CLIP's, about 0.01, one
-            tag takes nearly all the weight; at 1 the weights are nearly equal.
+        temperature: a positive number, or a tensor of one element that may be trained. At CLIP's, about 0.01,
+            one tag takes nearly all the weight; at 1 the weights are nearly equal.
         coupling: one of the above.
         threshold: for `"drop"`, in [0, 1].
         impl: "auto", "triton" or "reference"; see `tuna_kernels.backend`.
@@ -66,8 +66,9 @@ def tag_weights(
         )
     if tag_embeddings.dtype != image_embeddings.dtype or tag_embeddings.device != image_embeddings.device:
         raise ValueError(
-            f"tag_weights: tag_embeddings ({tag_embeddings.dtype}, {tag_embeddings.device}) and image_embeddings "
-            f"({image_embeddings.dtype}, {image_embeddings.device}) must have one dtype and device"
+            f"tag_weights: tag_embeddings ({tag_embeddings.dtype}, {tag_embeddings.device}) and "
+            f"image_embeddings ({image_embeddings.dtype}, {image_embeddings.device}) "
+            "must have one dtype and device"
         )
     _check("tag_weights", tag_embeddings, cu_tags, temperature, coupling, threshold)
     if cu_tags.numel() != image_embeddings.shape[0] + 1:
@@ -93,7 +94,7 @@ def score_weights(
     threshold: float = 0.0,
     impl: str = "auto",
 ) -> Tensor:
-    """Return `tag_weights` of scores `[T]` instead of cosines: of a retrieved tag's other signals, such as similarity.
+    """Return `tag_weights` of scores `[T]` instead of cosines, such as the similarity of a retrieved tag.
 
     Arguments, result and errors are those of `tag_weights`. Differentiable in the scores and the temperature.
     """
@@ -174,7 +175,7 @@ def _backward(
     from .kernels import backward
 
     with torch.cuda.device_of(cu_tags):
-        found = backward(
+        gradients = backward(
             grad,
             tags,
             images,
@@ -191,7 +192,7 @@ def _backward(
             need_images,
         )
         # an operator returns tensors: an empty one stands for none
-        dtags, dimages, dscores, dtau = (grad.new_empty(0) if x is None else x for x in found)
+        dtags, dimages, dscores, dtau = (grad.new_empty(0) if x is None else x for x in gradients)
         return dtags, dimages, dscores, dtau
 
 
@@ -213,10 +214,10 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 def _gradients(ctx: Any, grad: Tensor, *_unused: Tensor) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad[:4]
-    found = torch.ops.tuna_kernels.tag_weights_backward(
+    gradients = torch.ops.tuna_kernels.tag_weights_backward(
         grad.contiguous(), *ctx.saved_tensors, *ctx.settings, needs[0], needs[1]
     )
-    return *(x if need else None for need, x in zip(needs, found, strict=True)), None, None, None, None
+    return *(x if need else None for need, x in zip(needs, gradients, strict=True)), None, None, None, None
 
 
 _forward.register_autograd(_gradients, setup_context=_setup)
