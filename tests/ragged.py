@@ -1,6 +1,6 @@
-"""Ragged inputs for the kernel tests. Import this before torch or Triton: it sets `TRITON_INTERPRET` where there is no GPU.
+"""Ragged inputs for the kernel tests. Import this before Triton: without a GPU it sets `TRITON_INTERPRET`.
 
-The kernels run on the GPU if there is one and `TRITON_INTERPRET` is not 1, else in Triton's interpreter on the CPU.
+With a GPU the kernels run there, unless `TRITON_INTERPRET=1` sends them to Triton's interpreter on the CPU.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Case:
     dim: int
     dtype: torch.dtype = torch.float32
     flags: str = "wbm"
-    """w: weights, b: one bias for all heads, B: a bias for each head, m: patch mask that hides all of the last image."""
+    """w: weights, b: one bias for all heads, B: a bias per head, m: patch mask that hides the last image."""
 
     def __str__(self) -> str:
         counts, dtype = "-".join(map(str, self.counts)), str(self.dtype).removeprefix("torch.")
@@ -49,7 +49,7 @@ def offsets(counts: Sequence[int], device: str = DEVICE) -> Tensor:
 def inputs(
     case: Case, seed: int = 0, device: str = DEVICE
 ) -> tuple[dict[str, Tensor], dict[str, Any], Tensor]:
-    """`(inputs with gradients, other inputs, dout)`, drawn in float32 on the CPU so that every dtype and device gets the same."""
+    """Return `(inputs with gradients, other inputs, dout)`; the same numbers for every dtype and device."""
     generator = torch.Generator().manual_seed(seed)
     total, batch = sum(case.counts), len(case.counts)
 
@@ -75,7 +75,7 @@ def inputs(
 def with_gradients(
     op: Callable[..., Tensor], grads: dict[str, Tensor], rest: dict[str, Any], dout: Tensor
 ) -> dict[str, Tensor]:
-    """Return the result of `op` as "out", and its gradient by every input in `grads` as "d" and the input's name."""
+    """Return the result of `op` as "out", and its gradients by the inputs x in `grads` as "dx"."""
     leaves = {name: x.detach().requires_grad_() for name, x in grads.items()}
     out = op(**leaves, **rest)
     gradients = torch.autograd.grad(out, list(leaves.values()), dout.to(out.dtype))
@@ -83,6 +83,10 @@ def with_gradients(
         "out": out.detach(),
         **{f"d{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)},
     }
+
+
+def dtypes(results: dict[str, Tensor]) -> dict[str, torch.dtype]:
+    return {name: x.dtype for name, x in results.items()}
 
 
 def in_float64(values: dict[str, Any]) -> dict[str, Any]:

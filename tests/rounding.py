@@ -1,9 +1,10 @@
-"""The error rule of the kernel tests: how far from float64 a kernel may round, worked out in float64 from its formulas.
+"""The error rule of the kernel tests: how far from the exact result the roundings of a kernel can take it.
 
-The verdict depends on no other implementation, so not on how a BLAS, its threads or a CPU happen to round. The formulas of
-a kernel (its README) are evaluated in float64 `SAMPLES` times. Every intermediate result that the kernel rounds gets an
-error as large as rounding can make it, with a random sign (Monte Carlo arithmetic: Parker, Pierce and Eggert, 2000). The
-deviations from the exact result show what the roundings do together, wherever terms cancel or add up.
+The formulas of a kernel (see its README) are evaluated in float64 `SAMPLES` times. Each time, every
+intermediate result that the kernel rounds gets an error as large as rounding can make it, with a random sign
+(Monte Carlo arithmetic: Parker, Pierce and Eggert, 2000). The deviations show what the roundings do together,
+wherever terms cancel or add up. No other implementation has a say, so the verdict does not depend on how a
+BLAS, its threads or a CPU round.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SAMPLES = 32
-"""Evaluations with random signs. They estimate a mean square error within 25 % even if all of it has one cause."""
+"""Evaluations with random signs: enough to know a mean square error within 25 % even if it has one cause."""
 RISK = 1e-6
-"""The chance that one result of a correct kernel is refused."""
+"""Probability that one result of a correct kernel is refused."""
 
 
 class Rounding:
-    """Arithmetic in float64 with the errors of float32 arithmetic and of storage in `dtype`; with one sample, without errors.
+    """Arithmetic in float64 with the errors of float32 arithmetic and of storage in `dtype`.
 
-    Values carry the samples in front: `[SAMPLES, ...]`.
+    The first dimension of every value is the sample. With a single sample there are no errors.
     """
 
     def __init__(self, dtype: torch.dtype, device: torch.device, samples: int = SAMPLES) -> None:
@@ -41,31 +42,33 @@ class Rounding:
         return x.double().expand(self.samples, *x.shape)
 
     def err(self, x: Tensor, size: Tensor) -> Tensor:
-        signs = (
-            torch.randint(0, 2, x.shape, generator=self.generator, device=x.device, dtype=torch.int8) * 2 - 1
-        )
-        return x + signs * size if self.unit else x
+        """Return `x` plus or minus `size`."""
+        if not self.unit:
+            return x
+        signs = torch.randint(0, 2, x.shape, generator=self.generator, device=x.device, dtype=torch.int8)
+        return x + (2 * signs - 1) * size
 
     def round(self, x: Tensor, operations: int = 1) -> Tensor:
-        """`x` as the result of one or several float32 operations, each rounded to nearest."""
-        return x * self.err(
-            torch.ones_like(x), torch.tensor(self.unit * math.sqrt(operations), device=x.device)
-        )
+        """Return `x` as the result of one or several float32 operations, each rounded to nearest."""
+        return self._relative(x, math.sqrt(operations))
 
     def quick(self, x: Tensor) -> Tensor:
-        """`x` as a GPU's exp2, log2, division or reciprocal square root gives it: within two units in the last place."""
-        return x * self.err(torch.ones_like(x), torch.tensor(4 * self.unit, device=x.device))
+        """Return `x` as a GPU's exp2, division or square root gives it: two units in the last place off."""
+        return self._relative(x, 4)
+
+    def _relative(self, x: Tensor, units: float) -> Tensor:
+        return x * self.err(torch.ones_like(x), torch.tensor(units * self.unit, device=x.device))
 
     def store(self, x: Tensor) -> Tensor:
-        """`x` as it is stored in the dtype of the inputs."""
+        """Return `x` as stored in the dtype of the inputs."""
         return self.err(x, (x.abs() * self.store_unit).clamp_min(self.store_floor))
 
     def dot(self, equation: str, x: Tensor, y: Tensor) -> Tensor:
-        """`einsum` as `tl.dot` computes it: products rounded and added in float32, one after the other in any order."""
+        """Return `einsum` as `tl.dot` computes it: rounded products, added one by one in any order."""
         return self._sum_of_products(equation, x, y, block=1)
 
     def inner(self, equation: str, x: Tensor, y: Tensor) -> Tensor:
-        """`einsum` as `tl.sum` of a product computes it: sums of 16 or fewer, and their sum."""
+        """Return `einsum` as `tl.sum` computes it: sums of up to 16 rounded products, and their sum."""
         return self._sum_of_products(equation, x, y, block=16)
 
     def _sum_of_products(self, equation: str, x: Tensor, y: Tensor, block: int) -> Tensor:
@@ -76,23 +79,21 @@ class Rounding:
         return self.err(total, self.unit * (squares + partial_sums(total, squares, terms, block)).sqrt())
 
     def sum(self, x: Tensor, dim: int, block: int = 16) -> Tensor:
-        """Sum over `dim` as `tl.sum` computes it: sums of `block` or fewer, and their sum."""
+        """Return the sum over `dim` as `tl.sum` computes it: sums of up to `block` terms, and their sum."""
         total, squares = x.sum(dim), (x * x).sum(dim)
         return self.err(total, self.unit * partial_sums(total, squares, x.shape[dim], block).sqrt())
 
 
 def partial_sums(total: Tensor, squares: Tensor, terms: int, block: int) -> Tensor:
-    """The squares of all the partial sums that an addition rounds, added up; a mean over all orders of the terms.
+    """Return the sum of the squares of the partial sums that additions round: the mean over all orders.
 
-    `total` is the sum of the terms and `squares` that of their squares. The mean square of a sum of j of n terms is
-    j/n squares + j(j-1)/(n(n-1)) (total^2 - squares). Terms are added in blocks, then the blocks' sums.
+    `total` is the sum of the terms, `squares` the sum of their squares. The mean square of a sum of j of n
+    terms is j/n squares + j(j-1)/(n(n-1)) (total^2 - squares). Blocks of terms are added, then their sums.
     """
     if terms < 2:
         return torch.zeros_like(total)
     blocks = math.ceil(terms / block)
-    sizes = [j for j in range(2, block + 1) for _ in range(blocks)] + [
-        min(block * i, terms) for i in range(2, blocks + 1)
-    ]
+    sizes = [*range(2, block + 1)] * blocks + [min(block * i, terms) for i in range(2, blocks + 1)]
     linear, quadratic = sum(sizes) / terms, sum(j * (j - 1) for j in sizes) / (terms * (terms - 1))
     return (linear * squares + quadratic * (total.square() - squares)).clamp_min(0)
 
@@ -100,7 +101,10 @@ def partial_sums(total: Tensor, squares: Tensor, terms: int, block: int) -> Tens
 def rounding_errors(
     operation: Callable[..., dict[str, Tensor]], dtype: torch.dtype, **arguments: Any
 ) -> dict[str, Tensor]:
-    """Errors `[SAMPLES, ...]` of every result of `operation`, which takes a `Rounding` before its arguments, by name."""
+    """Return the errors `[SAMPLES, ...]` of every result of `operation`, by name.
+
+    `operation` is one of the functions below that take a `Rounding` and the arguments of an operator.
+    """
     device = arguments["dout"].device
     exact = operation(Rounding(dtype, device, samples=1), **arguments)
     rounded = operation(Rounding(dtype, device), **arguments)
@@ -110,10 +114,11 @@ def rounding_errors(
 def assert_rounds(kernel: dict[str, Tensor], exact: dict[str, Tensor], errors: dict[str, Tensor]) -> None:
     """Assert that a kernel errs no more than `errors` say, in mean square and for every single element.
 
-    A rounding error is at most the `u` that `errors` assume; spread evenly in [-u, u], its mean square is u^2 / 3. A sum of
-    such errors then exceeds its root mean square s by a factor f with probability 2 exp(-f^2 / 2) at most. The sum of
-    squares over a tensor exceeds its mean by a factor 1 + 2 sqrt(x / n) + 2 x / sqrt(n) with probability exp(-x) at most,
-    where n counts the independent causes: (tr C)^2 / tr C^2 for the covariance C of the errors (Hsu, Kakade and Zhang, 2012).
+    `errors` take every rounding error as its largest value u; real ones spread over [-u, u], with mean square
+    u^2 / 3. The probability that a sum of such errors exceeds f times its root mean square is at most
+    2 exp(-f^2 / 2). The probability that the sum of squares over a tensor exceeds its mean by a factor
+    1 + 2 sqrt(x / n) + 2 x / sqrt(n) is at most exp(-x), where n = (tr C)^2 / tr C^2, for the covariance C of
+    the errors, counts independent causes (Hsu, Kakade and Zhang, 2012). Both probabilities are `RISK`.
     """
     assert kernel.keys() == exact.keys() == errors.keys()
     for name, result in kernel.items():
@@ -129,22 +134,21 @@ def assert_rounds(kernel: dict[str, Tensor], exact: dict[str, Tensor], errors: d
         causes = max(1.0, float(gram.diag().mean().square() / between)) if between else 1.0
         tail = math.log(1 / RISK)
         factor = (1 + 2 * math.sqrt(tail / causes) + 2 * tail / math.sqrt(causes)) / 3
-        got, allowed = error.square().mean().sqrt(), (factor * expected.mean()).sqrt()
-        assert got <= allowed, (
-            f"{name}: mean square error {got:.3g}, roundings explain {allowed:.3g}, values {want.square().mean().sqrt():.3g}"
-        )
-        most = math.sqrt(2 / 3 * math.log(2 * result.numel() / RISK)) * expected.sqrt()
-        excess = (error - most).argmax()
-        assert (error <= most).all(), (
-            f"{name}: element {int(excess)} errs {error.flatten()[excess]:.3g}, roundings explain {most.flatten()[excess]:.3g}"
+        mean, allowed = error.square().mean().sqrt(), (factor * expected.mean()).sqrt()
+        assert mean <= allowed, f"{name}: mean square error {mean:.3g}, roundings explain {allowed:.3g}"
+        largest = math.sqrt(2 / 3 * math.log(2 * result.numel() / RISK)) * expected.sqrt()
+        worst = int((error - largest).argmax())
+        assert (error <= largest).all(), (
+            f"{name}: element {worst} errs by {error.flatten()[worst]:.3g}, "
+            f"roundings explain {largest.flatten()[worst]:.3g}"
         )
 
 
 def attention(
-    r: Rounding, *, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, cu_tags: Tensor, scale: float | None = None,
-    weights: Tensor | None = None, bias: Tensor | None = None, patch_mask: Tensor | None = None,
+    r: Rounding, *, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, cu_tags: Tensor,
+    scale: float | None = None, weights: Tensor | None = None, bias: Tensor | None = None, patch_mask: Tensor | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """`tag_attention` and its gradients, rounded as its kernels round (`tag_attention/README.md`)."""
+    """Return `tag_attention` and its gradients, rounded as its kernels round (`tag_attention/README.md`)."""
     (total, heads, dim), (batch, patches, kv_heads, _) = q.shape, k.shape
     scale = dim**-0.5 if scale is None else scale
     inputs = {"q": q, "k": k, "v": v, "weights": weights, "bias": bias}
@@ -205,9 +209,10 @@ def attention(
 
 def weighing(
     r: Rounding, *, temperature: Tensor, cu_tags: Tensor, coupling: str, threshold: float, dout: Tensor,
-    tag_embeddings: Tensor | None = None, image_embeddings: Tensor | None = None, scores: Tensor | None = None,
+    tag_embeddings: Tensor | None = None, image_embeddings: Tensor | None = None,
+    scores: Tensor | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """`tag_weights`, or `score_weights` if `scores` are given, and the gradients, rounded as the kernels round."""
+    """Return `tag_weights`, or `score_weights` of `scores`, and gradients, rounded as the kernels round."""
     dout, tau = r.repeat(dout), r.repeat(temperature)[:, None]
     out, dscores, dtags, dimages, dtau = [], [], [], [], []
     for b in range(cu_tags.numel() - 1):
@@ -225,7 +230,7 @@ def weighing(
         total, total_again = (r.sum(x, 1)[:, None] for x in (for_forward, e))
         if coupling == "log_bias":
             log = r.quick(r.round(c - largest) / tau)
-            # a GPU's log2 errs up to 2 units of 1 where its result is less
+            # a GPU's log2 errs by two units of 1 where its result is smaller
             out.append(
                 r.round(r.round(r.round(log) - r.err(total.log(), 4 * r.unit * total.log().clamp_min(1))))
             )
@@ -260,7 +265,7 @@ def weighing(
 
 
 def gathering(r: Rounding, *, table: Tensor, ids: Tensor, dout: Tensor) -> dict[str, Tensor]:
-    """`gather_tags` and its gradient, rounded as its kernels round: rows of one id are summed in float32."""
+    """Return `gather_tags` and its gradient, rounded as its kernels round."""
     out = r.repeat(table)[:, ids.clamp_min(0).long()] * (ids >= 0)[:, None]
     dout = r.repeat(dout)
     return {

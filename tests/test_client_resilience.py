@@ -178,7 +178,7 @@ async def test_a_server_that_does_not_answer_ends_with_the_deadline_and_is_named
 
 
 class Relay:
-    """Connections to a server that pass through, until the machine behind them seems to vanish: open ones stay open, and silent."""
+    """Relay connections to a server; `vanish` makes the open ones silent, as if the machine were gone."""
 
     def __init__(self, port: int) -> None:
         self._port = port

@@ -1,4 +1,4 @@
-"""Every kernel compiles for sm_80, sm_90 and sm_100 and keeps its values in registers: by the real compiler, no GPU needed.
+"""Triton's compiler, which needs no GPU, compiles every kernel for sm_80, sm_90 and sm_100 without spills.
 
 The whole table (every dtype, head size and flag) is `python benchmarks/kernels_aot.py`.
 """

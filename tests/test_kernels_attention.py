@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ragged import DEVICE, EXHAUSTIVE, Case, in_float64, inputs, offsets, with_gradients
+from ragged import DEVICE, EXHAUSTIVE, Case, dtypes, in_float64, inputs, offsets, with_gradients
 from rounding import assert_rounds, attention, rounding_errors
 from tuna_kernels import tag_attention
 from tuna_kernels.backend import interpreting
@@ -28,7 +28,7 @@ on_gpu = pytest.mark.skipif(
     interpreting() or not torch.cuda.is_available(), reason="needs a CUDA device and no TRITON_INTERPRET"
 )
 
-# every count, patch number and head size of the plan at least once, crossed with what interacts: the block edges
+# every count, patch number and head size at least once, at and beside the edges of blocks
 CASES = [
     Case((0, 1, 2, 15), 49, 2, 2, 24, SINGLE, "wbm"),
     Case((16, 0, 17), 49, 4, 2, 64, SINGLE, "wB"),
@@ -62,12 +62,16 @@ def compare(case: Case, seed: int = 0) -> None:
     grads, rest, dout = inputs(case, seed)
     exact = with_gradients(reference, in_float64(grads), rest, dout.double())
     errors = rounding_errors(attention, case.dtype, **grads, **rest, dout=dout)
-    assert_rounds(with_gradients(kernel, grads, rest, dout), exact, errors)
+    results = with_gradients(kernel, grads, rest, dout)
+    assert dtypes(results) == dtypes(with_gradients(reference, grads, rest, dout))
+    assert_rounds(results, exact, errors)
 
 
-def by_sdpa(q: Tensor, k: Tensor, v: Tensor, cu_tags: Tensor, weights: Tensor | None = None, bias: Tensor | None = None,
-            patch_mask: Tensor | None = None) -> Tensor:  # fmt: skip
-    """The same by torch's own attention with an additive mask, image after image."""
+def by_sdpa(
+    q: Tensor, k: Tensor, v: Tensor, cu_tags: Tensor, weights: Tensor | None = None,
+    bias: Tensor | None = None, patch_mask: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Compute `tag_attention` by torch's own attention with an additive mask, image after image."""
     outs = []
     for b, (start, stop) in enumerate(zip(cu_tags[:-1].tolist(), cu_tags[1:].tolist(), strict=True)):
         group = q.shape[1] // k.shape[2]
@@ -379,7 +383,8 @@ def test_head_size_is_refused_by_the_kernels_only() -> None:
 @pytest.mark.parametrize(
     "case",
     [Case(tuple(c), p, h, kv, d, torch.bfloat16, f) for (c, p, h, kv, d), f in product(
-        [((0, 1, 2, 15, 16, 17, 40), 577, 16, 16, 64), ((15,) * 64, 576, 8, 8, 128), ((40, 3), 1025, 8, 2, 80), ((15, 0), 576, 16, 1, 256)],
+        [((0, 1, 2, 15, 16, 17, 40), 577, 16, 16, 64), ((15,) * 64, 576, 8, 8, 128),
+         ((40, 3), 1025, 8, 2, 80), ((15, 0), 576, 16, 1, 256)],
         ["", "wbm", "wB"])],
     ids=str,
 )  # fmt: skip

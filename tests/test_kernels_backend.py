@@ -45,8 +45,8 @@ except RuntimeError as error:
     done = python(code)
     assert done.stdout.splitlines() == [
         "32.0",
-        "tag_attention: impl='triton' was asked for, but the package triton is not installed: install it (it comes with torch's CUDA "
-        "wheels); impl='reference' runs anywhere",
+        "tag_attention: impl='triton' was asked for, but the package triton is not installed: "
+        "install it (it comes with torch's CUDA wheels); impl='reference' runs anywhere",
     ], done.stderr
 
 
@@ -104,7 +104,7 @@ def test_tf32_follows_torch() -> None:
 
 @pytest.fixture
 def searching(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Config]:
-    """A device where a search may run, with the GPU's clock replaced by a rule: the more warps, the faster."""
+    """Pretend a GPU on which more warps are faster; return the configs that a search times."""
     timed: list[Config] = []
     monkeypatch.setenv("TUNA_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(tuning, "searching", lambda device: True)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ragged import DEVICE, in_float64, with_gradients
+from ragged import DEVICE, dtypes, in_float64, with_gradients
 from rounding import assert_rounds, gathering, rounding_errors
 from tuna_kernels import gather_tags
 
@@ -30,6 +30,7 @@ def test_kernel_against_reference(ids: list[int], columns: int, dtype: torch.dty
     rest = {"ids": torch.tensor(ids, dtype=torch.int64 if wide else torch.int32, device=DEVICE)}
     kernel, plain = (with_gradients(op, {"table": table}, rest, dout) for op in (triton, reference))
     assert torch.equal(kernel["out"], plain["out"])
+    assert dtypes(kernel) == dtypes(plain)
     exact = with_gradients(reference, in_float64({"table": table}), rest, dout.double())
     assert_rounds(kernel, exact, rounding_errors(gathering, dtype, table=table, **rest, dout=dout))
 

@@ -1,4 +1,4 @@
-"""The error rule of the kernel tests refuses what is wrong: errors of 1e-5, missing factors, dropped patches and tags."""
+"""The error rule of the kernel tests refuses errors of 1e-5, missing factors, dropped patches and tags."""
 
 from __future__ import annotations
 

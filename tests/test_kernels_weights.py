@@ -1,4 +1,4 @@
-"""`tag_weights` and `score_weights`: the reference against a formula image by image, and the kernels against the reference."""
+"""`tag_weights` and `score_weights`: the reference against a formula, the kernels against the reference."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ragged import DEVICE, in_float64, offsets, with_gradients
+from ragged import DEVICE, dtypes, in_float64, offsets, with_gradients
 from rounding import assert_rounds, rounding_errors, weighing
 from tuna_kernels import score_weights, tag_attention, tag_weights
 from tuna_kernels.tag_weights import COUPLINGS
@@ -23,7 +23,7 @@ DTYPES = [torch.float32, torch.float16]
 def draw(
     counts: tuple[int, ...], columns: int, dtype: torch.dtype, seed: int = 0
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Embeddings with cosines that vary as CLIP's do, a temperature, and the gradient that comes back."""
+    """Return embeddings whose cosines vary as CLIP's do, a temperature, and the gradient of the weights."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(len(counts), columns, generator=generator)
     own = images.repeat_interleave(torch.tensor(counts, dtype=torch.int64), 0)
@@ -39,7 +39,10 @@ def draw(
 def compare(counts: tuple[int, ...], columns: int, dtype: torch.dtype, coupling: str, seed: int = 0) -> None:
     grads, dout = draw(counts, columns, dtype, seed)
     rest = {"cu_tags": offsets(counts), "coupling": coupling, "threshold": 0.3}
-    kernel = with_gradients(partial(tag_weights, impl="triton"), grads, rest, dout)
+    kernel, plain = (
+        with_gradients(partial(tag_weights, impl=impl), grads, rest, dout) for impl in ("triton", "reference")
+    )
+    assert dtypes(kernel) == dtypes(plain)
     exact = with_gradients(partial(tag_weights, impl="reference"), in_float64(grads), rest, dout.double())
     assert_rounds(kernel, exact, rounding_errors(weighing, dtype, **grads, **rest, dout=dout))
 
@@ -114,7 +117,11 @@ def test_scores_are_weighed_as_cosines_are(coupling: str) -> None:
     scores = cosines(grads["tag_embeddings"], grads["image_embeddings"], cu_tags)
     rest = {"cu_tags": cu_tags, "coupling": coupling, "threshold": 0.3}
     values = {"scores": scores, "temperature": grads["temperature"]}
-    kernel = with_gradients(partial(score_weights, impl="triton"), values, rest, dout)
+    kernel, plain = (
+        with_gradients(partial(score_weights, impl=impl), values, rest, dout)
+        for impl in ("triton", "reference")
+    )
+    assert dtypes(kernel) == dtypes(plain)
     exact = with_gradients(partial(score_weights, impl="reference"), in_float64(values), rest, dout.double())
     assert_rounds(kernel, exact, rounding_errors(weighing, torch.float32, **values, **rest, dout=dout))
     torch.testing.assert_close(

@@ -1,4 +1,4 @@
-"""More than a server can do, or is willing to: deadlines, bursts, long queues, large requests, slow readers."""
+"""A server under too much load: deadlines, bursts, long queues, large requests, slow readers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Searching together beside the event loop: what goes along with what, what is refused, and what is not done at all."""
+"""The search queue: which queries share a batch, which are refused, which are dropped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A server and its callers: streams, batches, versions, broken connections, health, metrics, spans, the end."""
+"""A server and its callers: streams, versions, broken connections, health, metrics, spans, shutdown."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Readers and a writer at once: no error, no torn read, and a version reads the same for as long as it is there."""
+"""Readers and a writer at the same time: no error, no torn read, and a version never changes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ KEYS = [f"key-{i:05d}" for i in range(20)]
 
 
 def _write(root: Path, number: int) -> None:
-    """A version in which every entry has another serial: number * 100 and on. A mix of two versions shows at once."""
+    """Write a version whose entries have the serials number * 100 and up, so that a mix of versions shows."""
     batch = [(key, number * 100 + i) for i, key in enumerate(KEYS)]
     crash.ingest(
         root,
@@ -208,7 +208,7 @@ def test_a_reader_that_was_killed_does_not_keep_pages_from_being_used_again(tmp_
 
 
 def _write_and_open(root: Path, seconds: float) -> None:
-    """A thread that begins to write and ends, again and again, beside others that open the store; in a process of its own."""
+    """Begin and end writing in one thread, again and again, while three others open the store."""
     end = time.monotonic() + seconds
 
     def write() -> None:
@@ -229,6 +229,7 @@ def _write_and_open(root: Path, seconds: float) -> None:
 
 def test_a_store_is_opened_beside_a_writer_of_the_same_process(tmp_path: Path) -> None:
     _write(tmp_path, 1)
-    # lmdb's own way to open a database waits for the writer with the interpreter in hand: this froze within a second
-    work = f"from pathlib import Path; import test_store_concurrency as t; t._write_and_open(Path({str(tmp_path)!r}), 3.0)"
+    # lmdb's own way to open a database waits for the writer and holds the GIL: this froze within a second
+    work = "from pathlib import Path; import test_store_concurrency as t; "
+    work += f"t._write_and_open(Path({str(tmp_path)!r}), 3.0)"
     subprocess.run([sys.executable, "-c", work], cwd=Path(__file__).parent, check=True, timeout=60)

@@ -1,4 +1,4 @@
-"""Training runs: they learn, they go on after kill -9 as if nothing had been, and two processes do what one does."""
+"""Training runs learn, resume after kill -9 without a trace, and do in two processes what they do in one."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def recipe_of(place: Path, out: str, **values) -> Recipe:
 
 
 def everything(place: Path, root: Path, out: str, **values) -> Recipe:
-    """All that has a state or draws numbers at once: tags with noise, dropout in LoRA, a moving average, a learnt temperature."""
+    """Return a recipe with all that has state or draws numbers: tag noise, LoRA dropout, EMA, temperature."""
     return recipe_of(
         place,
         out,

@@ -60,9 +60,8 @@ def test_workers_share_a_port_survive_each_other_and_drain(tmp_path: Path) -> No
         for _ in range(20):
             assert call(address, request) == expected
         os.kill(children[0], signal.SIGKILL)
-        for _ in range(
-            20
-        ):  # the kernel may have given a connection to the one that died: such a call fails at once and is sent again
+        # the kernel may have given a connection to the dead worker: such a call fails at once and is repeated
+        for _ in range(20):
             assert again(address, request) == expected
         wait_until(lambda: len(workers_of(process.pid)) == 2 and children[0] not in workers_of(process.pid))
         children = workers_of(process.pid)

@@ -1,4 +1,6 @@
-"""A process that trains, for tests that kill it or start two: python training.py RECIPE.json [ddp] [fsdp2] [STEP].
+"""A process that trains, for tests that kill it or start two.
+
+    python training.py RECIPE.json [ddp] [fsdp2] [STEP]
 
 After step number STEP it kills itself with SIGKILL.
 """

@@ -100,9 +100,10 @@ def check_interpreter() -> None:
 
     interpreted = type(tl.sum).__name__ == "InterpretedFunction"
     if interpreted != interpreting():
+        setting = os.environ.get("TRITON_INTERPRET", "unset")
         raise RuntimeError(
-            f"TRITON_INTERPRET is {os.environ.get('TRITON_INTERPRET', 'unset')} now and was not when "
-            "triton was imported: set it in the environment of the process, before the first import of torch or triton"
+            f"TRITON_INTERPRET is {setting} now and was not when triton was "
+            "imported: set it in the environment of the process, before the first import of torch or triton"
         )
 
 

@@ -159,7 +159,8 @@ def _check(
         if bias.ndim == 1:
             raise ValueError(
                 f"tag_attention: a bias {_shape(bias)} is the same for all patches, so it "
-                "changes nothing under softmax; give [T, P] or [T, H, P], or use the log-weights where tags are keys"
+                "changes nothing under softmax; give [T, P] or [T, H, P], "
+                "or use the log-weights where tags are keys"
             )
         if bias.shape not in ((total, patches), (total, 1, patches), (total, heads, patches)):
             raise ValueError(
