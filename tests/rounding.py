@@ -146,7 +146,8 @@ def assert_rounds(kernel: dict[str, Tensor], exact: dict[str, Tensor], errors: d
 
 def attention(
     r: Rounding, *, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, cu_tags: Tensor,
-    scale: float | None = None, weights: Tensor | None = None, bias: Tensor | None = None, patch_mask: Tensor | None = None,
+    scale: float | None = None, weights: Tensor | None = None, bias: Tensor | None = None,
+    patch_mask: Tensor | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Return `tag_attention` and its gradients, rounded as its kernels round (`tag_attention/README.md`)."""
     (total, heads, dim), (batch, patches, kv_heads, _) = q.shape, k.shape
