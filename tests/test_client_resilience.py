@@ -26,6 +26,7 @@ from tagstore.client import aio, connect
 from tagstore.client.options import Options
 from tagstore.client.resilience import Attempts, Balancer, Breaker
 from tagstore.client.sources import remote
+from waiting import wait_until
 
 CODE = grpc.StatusCode
 Make = Callable[..., Scripted]
@@ -153,14 +154,14 @@ async def test_a_server_with_too_much_to_do_is_asked_again_when_it_says(server: 
         assert source.retrieve([b"1"])[0][0].tag == "one"
     assert time.monotonic() - start >= 0.12
     # a wait beyond the deadline is not begun
-    two = server(*[fails(CODE.RESOURCE_EXHAUSTED, retry_after_ms=60_000)] * 4)
+    two = server(*[fails(CODE.RESOURCE_EXHAUSTED, retry_after_ms=600_000)] * 4)
     start = time.monotonic()
-    blocking, awaited, _, _ = await both(f"grpc://{two.address}/s?timeout=5", [b"1"])
+    blocking, awaited, _, _ = await both(f"grpc://{two.address}/s?timeout=60", [b"1"])
     assert type(blocking) is type(awaited) is errors.Overloaded
-    degraded, _, stats, _ = await both(f"grpc://{two.address}/s?timeout=5&on_failure=empty", [b"1", b"2"])
+    degraded, _, stats, _ = await both(f"grpc://{two.address}/s?timeout=60&on_failure=empty", [b"1", b"2"])
     assert [list(a) for a in degraded] == [[], []]
     assert (stats.degraded, stats.queries) == (2, 2)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 60
 
 
 async def test_a_server_that_does_not_answer_ends_with_the_deadline_and_is_named(server: Make) -> None:
@@ -177,7 +178,7 @@ async def test_a_server_that_does_not_answer_ends_with_the_deadline_and_is_named
 
 
 class Relay:
-    """Connections to a server that pass through, until the machine behind them seems to vanish: open ones stay open, and silent."""
+    """Relay connections to a server; `vanish` makes the open ones silent, as if the machine were gone."""
 
     def __init__(self, port: int) -> None:
         self._port = port
@@ -221,13 +222,13 @@ def test_a_machine_that_vanishes_is_noticed_and_connected_to_again(
     server: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote, "KEEPALIVE_SECONDS", 0.2)
-    monkeypatch.setattr(remote, "KEEPALIVE_TIMEOUT", 0.2)
+    monkeypatch.setattr(remote, "KEEPALIVE_TIMEOUT", 1.0)
     one = server()
     relay = Relay(one.port)
-    with connect(f"grpc://{relay.address}/s", timeout=0.5, retries=0, breaker=1000) as source:
+    with connect(f"grpc://{relay.address}/s", timeout=5, retries=0, breaker=1000) as source:
         assert source.retrieve([b"image"])
         relay.vanish()
-        end = time.monotonic() + 20
+        end = time.monotonic() + 60
         failed = 0
         while time.monotonic() < end:
             try:
@@ -305,8 +306,12 @@ def test_a_server_that_dies_and_comes_back_costs_exactly_the_samples_in_between(
         one.go_on.clear()
         one.start()
         after: list = []
-        while not (after and not after[-1][0].degraded):
+
+        def answered() -> bool:
             after.append(source.retrieve([b"1", b"2"]))
+            return not after[-1][0].degraded
+
+        wait_until(answered)
         after += [source.retrieve([b"1", b"2"]) for _ in range(3)]
         answers = [a for call in before + during + after for a in call]
         stats = source.stats()

@@ -151,18 +151,18 @@ def test_odd_captions_give_tags_or_none_never_an_error(
 )
 def test_no_pattern_makes_a_long_caption_slow(piece: str, tags: Callable[[str], list[Tag]]) -> None:
     tags("warm up")
-    start = time.perf_counter()
+    start = time.process_time()
     tags(piece * 5000)
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
 
 
 def test_a_caption_of_ten_thousand_words_takes_bounded_time(
     miner: Miner, tags: Callable[[str], list[Tag]]
 ) -> None:
     tags("warm up")
-    start = time.perf_counter()
+    start = time.process_time()
     found = tags("A dog chases a red ball on the wet grass. " * 1000)
-    assert time.perf_counter() - start < 20  # 2,000 characters are read; the margin is for slow machines
+    assert time.process_time() - start < 20  # 2,000 characters are read; the margin is for slow machines
     assert found
     assert max(tag.span[1] for tag in found) <= 2000
 

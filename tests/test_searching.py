@@ -1,4 +1,4 @@
-"""Searching together beside the event loop: what goes along with what, what is refused, and what is not done at all."""
+"""The search queue: which queries share a batch, which are refused, which are dropped."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 from tagstore.errors import Overloaded, TimedOut
 from tagstore.serving import search_queue
 from tagstore.serving.search_queue import Searches
+from waiting import Clock
 
 
 class Work:
@@ -52,7 +53,9 @@ def searches(work: Work, **options) -> Searches[int, list[int], int]:
 
 
 async def begun(work: Work, batches: int) -> None:
+    end = time.monotonic() + 60
     while len(work.batches) < batches:
+        assert time.monotonic() < end
         await asyncio.sleep(0.001)
 
 
@@ -93,7 +96,7 @@ async def test_an_item_that_fails_fails_alone() -> None:
 
 async def test_only_a_lone_item_of_a_quick_kind_is_worked_on_in_the_loop() -> None:
     work, alone = Work(), [True]
-    together = searches(work, inline=1.0, alone=lambda: alone[0])
+    together = searches(work, inline=60.0, alone=lambda: alone[0])
     await together.submit("a", 1)  # how quick it is is not known yet
     assert threading.get_ident() not in work.threads
     await together.submit("a", 2)
@@ -107,7 +110,7 @@ async def test_only_a_lone_item_of_a_quick_kind_is_worked_on_in_the_loop() -> No
 
 
 async def test_results_are_made_in_the_loop_where_that_is_quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(search_queue, "FINISH_SECONDS", 0.2)
+    monkeypatch.setattr(search_queue, "FINISH_SECONDS", 60.0)
     work, here = Work(), threading.get_ident()
     together = searches(work)
     await together.submit("a", 1)  # how quick it is is not known yet
@@ -118,7 +121,8 @@ async def test_results_are_made_in_the_loop_where_that_is_quick(monkeypatch: pyt
     found = await asyncio.gather(*(together.submit("a", i) for i in (16, 17, 18)), return_exceptions=True)
     assert (found[0], found[2]) == (32, 36)
     assert isinstance(found[1], ValueError)
-    work.pause = 0.25
+    monkeypatch.setattr(search_queue, "FINISH_SECONDS", 0.01)
+    work.pause = 0.05
     await together.submit("slow", 1)
     work.finishers.clear()
     assert await together.submit("slow", 2) == 4
@@ -134,12 +138,13 @@ async def test_those_who_are_answered_and_ask_again_go_along_with_those_who_wait
         for _ in range(3):
             await together.submit("a", number)
 
-    slow = asyncio.create_task(asyncio.to_thread(lambda: (time.sleep(0.3), work.go.set())))
     work.go.clear()
     one, two = asyncio.create_task(caller(1)), asyncio.create_task(caller(2))
     await begun(work, 1)
     three = asyncio.create_task(caller(3))  # comes while the others are worked on
-    await asyncio.gather(one, two, three, slow)
+    await asyncio.sleep(0.3)  # so slow a batch is followed by a pause
+    work.go.set()
+    await asyncio.gather(one, two, three)
     assert sorted(work.batches[1]) == [1, 2, 3]
     together.close()
 
@@ -163,8 +168,11 @@ async def test_a_long_queue_refuses_and_says_for_how_long() -> None:
     together.close()
 
 
-async def test_nothing_is_done_for_those_who_have_gone_or_are_too_late() -> None:
-    work = Work()
+async def test_nothing_is_done_for_those_who_have_gone_or_are_too_late(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    work, clock = Work(), Clock()
+    monkeypatch.setattr(search_queue, "time", clock)
     together = searches(work)
     with pytest.raises(TimedOut):
         together.submit("a", 1, deadline=time.monotonic() - 1)
@@ -172,14 +180,14 @@ async def test_nothing_is_done_for_those_who_have_gone_or_are_too_late() -> None
     first = together.submit("a", 0)
     await begun(work, 1)
     late, gone, stays = (
-        together.submit("a", 1, deadline=time.monotonic() + 0.01),
+        together.submit("a", 1, deadline=time.monotonic() + 5),
         together.submit("a", 2),
         together.submit("a", 3),
     )
     gone.cancel()
     together.sweep()
     assert together.depth == 2
-    await asyncio.sleep(0.02)
+    clock.ahead = 6
     work.go.set()
     assert await first == 0
     assert await stays == 6

@@ -1,4 +1,4 @@
-"""A server and its callers: streams, batches, versions, broken connections, health, metrics, spans, the end."""
+"""A server and its callers: streams, versions, broken connections, health, metrics, spans, shutdown."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import logging
 import random
 import socket
 import threading
-import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +24,7 @@ from tagstore.serving.server import Server
 from tagstore.wire import convert
 from tagstore_proto.v1 import tagstore_pb2 as pb
 from tagstore_proto.v1 import tagstore_pb2_grpc as pb_grpc
+from waiting import wait_until
 
 
 @pytest.fixture
@@ -87,10 +87,9 @@ def test_calls_that_come_together_are_searched_together(
         first = pool.submit(stub.Retrieve, vector_request(mini, 0))
         held.started.acquire()
         rest = [pool.submit(stub.Retrieve, vector_request(mini, i)) for i in range(1, 9)]
-        while server.searches.depth < 8:
-            time.sleep(0.001)
+        wait_until(lambda: server.searches.depth == 8)
         held.go.set()
-        assert [f.result(10) for f in (first, *rest)] == expected
+        assert [f.result(60) for f in (first, *rest)] == expected
     assert held.rows == [1, 8]
 
 
@@ -113,10 +112,9 @@ def test_a_version_that_is_not_open_is_opened_once_for_all_who_wait(
     with ThreadPoolExecutor(8) as pool:
         calls = [pool.submit(stub.Retrieve, vector_request(mini)) for _ in range(8)]
         opened.acquire()
-        while server.gate.in_flight < 8:
-            time.sleep(0.001)
+        wait_until(lambda: server.gate.in_flight == 8)
         go.set()
-        assert [call.result(10) for call in calls] == [expected] * 8
+        assert [call.result(60) for call in calls] == [expected] * 8
     assert len(count) == 1
 
 
@@ -248,8 +246,8 @@ def test_spans_cover_the_stages_and_take_the_callers_trace(served, mini) -> None
         metadata = (("traceparent", f"00-{trace}-b7ad6b7169203331-01"),)
         stub.Retrieve(vector_request(mini), metadata=metadata)
         assert len(list(stub.RetrieveStream(iter([vector_request(mini)]), metadata=metadata))) == 1
-        while not any(span.name == "RetrieveStream" for span in exporter.get_finished_spans()):
-            time.sleep(0.001)  # it ends after its last answer
+        # a stream ends after its last answer
+        wait_until(lambda: any(span.name == "RetrieveStream" for span in exporter.get_finished_spans()))
     finally:
         tracing.use(None)
     spans = {span.name: span for span in exporter.get_finished_spans()}
@@ -317,5 +315,5 @@ def test_what_is_in_flight_is_finished_before_the_end(served, mini, monkeypatch:
         held.started.acquire()
         stopped = pool.submit(server.stop, 30)
         held.go.set()
-        assert first.result(10).retrievals
+        assert first.result(60).retrievals
         stopped.result(30)

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import grpc
@@ -18,6 +17,7 @@ from tagstore.serving.settings import Settings
 from tagstore.wire import convert
 from tagstore_proto.v1 import tagstore_pb2 as pb
 from tagstore_proto.v1 import tagstore_pb2_grpc as pb_grpc
+from waiting import wait_until
 
 
 def test_workers_share_a_port_survive_each_other_and_drain(tmp_path: Path) -> None:
@@ -60,12 +60,11 @@ def test_workers_share_a_port_survive_each_other_and_drain(tmp_path: Path) -> No
         for _ in range(20):
             assert call(address, request) == expected
         os.kill(children[0], signal.SIGKILL)
-        for _ in range(
-            20
-        ):  # the kernel may have given a connection to the one that died: such a call fails at once and is sent again
+        # the kernel may have given a connection to the dead worker: such a call fails at once and is repeated
+        for _ in range(20):
             assert again(address, request) == expected
-        while len(now := workers_of(process.pid)) < 2 or children[0] in now:
-            time.sleep(0.05)
+        wait_until(lambda: len(workers_of(process.pid)) == 2 and children[0] not in workers_of(process.pid))
+        children = workers_of(process.pid)
         assert again(address, request) == expected
         from tagstore.client.admin import administer
 
@@ -78,7 +77,7 @@ def test_workers_share_a_port_survive_each_other_and_drain(tmp_path: Path) -> No
             assert stub.Retrieve(request).retrievals
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
-        assert not any(Path(f"/proc/{pid}").exists() for pid in now)
+        assert not any(Path(f"/proc/{pid}").exists() for pid in children)
     finally:
         process.kill()
         process.stdout.close()
@@ -106,15 +105,19 @@ def again(address: str, request: pb.RetrieveRequest) -> pb.RetrieveResponse:
 
 
 def until_unloaded(address: str, request: pb.RetrieveRequest) -> None:
-    """The other worker hears of it a moment later."""
-    refusals = 0
-    while refusals < 20:
+    """Call until 20 calls were refused: the other worker learns of it a moment later."""
+    refusals = []
+
+    def refused_often() -> bool:
         try:
             call(address, request)
         except grpc.RpcError as error:
             if error.code() != grpc.StatusCode.NOT_FOUND:
                 raise
-            refusals += 1
+            refusals.append(error)
+        return len(refusals) == 20
+
+    wait_until(refused_often)
 
 
 def test_a_supervisor_refuses_what_a_server_refuses(

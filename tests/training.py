@@ -1,9 +1,15 @@
-"""A process that trains, for tests that kill it or start two: python training.py RECIPE.json [ddp] [fsdp2]. Prints a line a step."""
+"""A process that trains, for tests that kill it or start two.
+
+    python training.py RECIPE.json [ddp] [fsdp2] [STEP]
+
+After step number STEP it kills itself with SIGKILL.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -31,12 +37,18 @@ def main() -> None:
         return gather(model, values)
 
     checkpoint.trained_tensors = watched
-    for mode in sys.argv[2:] or ["plain"]:
+    last = next((int(word) for word in sys.argv[2:] if word.isdigit()), 0)
+
+    def after_step(line) -> None:
+        if line.step == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    for mode in [word for word in sys.argv[2:] if not word.isdigit()] or ["plain"]:
         os.environ.update(
             {**FSDP2, "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer"} if mode == "fsdp2" else {}
         )
         recipe = Recipe.of({**values, "out": f"{values['out']}-{mode}"} if mode != "plain" else values)
-        train(recipe, progress=lambda line: print(line.step, flush=True))
+        train(recipe, progress=after_step)
         assert sharded[-1] is (mode == "fsdp2"), "parameters are cut into shards with FSDP2 and whole without"
         AcceleratorState._reset_state(reset_partial_state=True)
 

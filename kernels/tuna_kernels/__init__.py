@@ -1,7 +1,7 @@
-"""Kernels for a model that reads retrieved tags: attention of ragged tags over image patches, tag weights, tag gathering.
+"""Kernels for a model that reads retrieved tags: tag attention, tag weights, tag gathering.
 
-Imports only torch, Triton (where it is installed) and the standard library; without Triton or without a GPU every operator
-runs its plain torch reference. See `backend.py` for how that is chosen, and the README beside each operator.
+Imports only torch, Triton (where it is installed) and the standard library. Without Triton or a GPU every
+operator runs its plain torch reference; `backend.py` chooses. Each operator has a README beside it.
 """
 
 from .gather_tags import gather_tags

@@ -1,6 +1,6 @@
-"""Which implementation runs: Triton kernels or the plain torch reference. Nothing here falls back without saying so.
+"""Choose the implementation of an operator: Triton kernels or the plain torch reference.
 
-`impl` of every operator of this package:
+Every operator takes `impl`:
 
 | impl | on a GPU | on the CPU | on the CPU under `TRITON_INTERPRET=1` |
 | --- | --- | --- | --- |
@@ -8,7 +8,7 @@
 | `"triton"` | Triton or an error | an error | Triton's interpreter (slow: for tests) |
 | `"reference"` | reference | reference | reference |
 
-What `auto` chose is logged once for each operator, choice and reason (logger `tuna_kernels`, level INFO).
+The choice of `auto` is logged once per operator, with its reason (logger `tuna_kernels`, level INFO).
 """
 
 from __future__ import annotations
@@ -24,40 +24,46 @@ from torch import Tensor
 Impl = Literal["auto", "triton", "reference"]
 IMPLS = ("auto", "triton", "reference")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-"""What the kernels take; float64 goes through the reference."""
+"""Dtypes of the kernels; the reference also takes float64."""
 
 log = logging.getLogger("tuna_kernels")
-_said: set[tuple[str, str]] = set()
-# asked once: find_spec walks the import path
+_logged: set[tuple[str, str]] = set()
+"""Operators and their choices that were logged."""
+# once: find_spec walks the import path
 _INSTALLED = find_spec("triton") is not None
 
 
 def interpreting() -> bool:
-    """Whether `TRITON_INTERPRET` asks for kernels to run on the CPU."""
+    """Return whether `TRITON_INTERPRET` tells Triton to run kernels on the CPU."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
 def obstacle(tensor: Tensor) -> str | None:
-    """What keeps the kernels from taking `tensor`, as a sentence for the person who asked; None if nothing does."""
+    """Return why the kernels cannot take `tensor`, as part of an error message; None if they can."""
     if not _INSTALLED:
         return "the package triton is not installed: install it (it comes with torch's CUDA wheels)"
     if tensor.dtype not in DTYPES:
-        return f"the kernels take float32, float16 and bfloat16, not {str(tensor.dtype).removeprefix('torch.')}"
+        return (
+            f"the kernels take float32, float16 and bfloat16, not {str(tensor.dtype).removeprefix('torch.')}"
+        )
     if tensor.device.type == "cuda":
         return None
     if not interpreting():
-        return f"the tensors are on '{tensor.device.type}': move them to a GPU, or set TRITON_INTERPRET=1 (slow: for tests)"
+        device = tensor.device.type
+        return (
+            f"the tensors are on '{device}': move them to a GPU, or set TRITON_INTERPRET=1 (slow: for tests)"
+        )
     if tensor.dtype == torch.bfloat16:
-        return "Triton's interpreter computes bfloat16 wrongly (products of raw bits, truncated casts): use float16 there"
+        return "Triton's interpreter computes bfloat16 wrongly (it multiplies raw bits): use float16 there"
     return None
 
 
 def choose(impl: str, op: str, tensor: Tensor) -> bool:
-    """Whether `op` runs on Triton for inputs like `tensor`.
+    """Return whether `op` runs on Triton for inputs like `tensor`.
 
     Raises:
         ValueError: `impl` is none of `IMPLS`.
-        RuntimeError: `impl="triton"` cannot be had; the message says what is missing.
+        RuntimeError: `impl="triton"` cannot run; the message says what is missing.
     """
     if impl not in IMPLS:
         raise ValueError(f"{op}: impl must be one of {', '.join(IMPLS)}, got {impl!r}")
@@ -66,34 +72,42 @@ def choose(impl: str, op: str, tensor: Tensor) -> bool:
     problem = obstacle(tensor)
     if impl == "triton":
         if problem is not None:
-            raise RuntimeError(f"{op}: impl='triton' was asked for, but {problem}; impl='reference' runs anywhere")
+            raise RuntimeError(
+                f"{op}: impl='triton' was asked for, but {problem}; impl='reference' runs anywhere"
+            )
         return True
     use = problem is None and tensor.device.type == "cuda"
     # a log call would break the graph that torch.compile traces
     if not torch.compiler.is_compiling():
-        _say(op, "Triton kernels" if use else f"the torch reference, because {problem or 'the tensors are on the CPU'}")
+        _log_once(
+            op,
+            "Triton kernels"
+            if use
+            else f"the torch reference, because {problem or 'the tensors are on the CPU'}",
+        )
     return use
 
 
-def _say(op: str, choice: str) -> None:
-    if (op, choice) not in _said:
-        _said.add((op, choice))
+def _log_once(op: str, choice: str) -> None:
+    if (op, choice) not in _logged:
+        _logged.add((op, choice))
         log.info("%s: impl='auto' uses %s", op, choice)
 
 
 def check_interpreter() -> None:
-    """Refuse a half-set interpreter: Triton decides when it is imported, not when a kernel runs."""
+    """Refuse a `TRITON_INTERPRET` that was changed after Triton read it, which is when it is imported."""
     import triton.language as tl
 
     interpreted = type(tl.sum).__name__ == "InterpretedFunction"
     if interpreted != interpreting():
+        setting = os.environ.get("TRITON_INTERPRET", "unset")
         raise RuntimeError(
-            f"TRITON_INTERPRET is {os.environ.get('TRITON_INTERPRET', 'unset')} now and was not when triton was imported: "
-            "set it in the environment of the process, before the first import of torch or triton"
+            f"TRITON_INTERPRET is {setting} now and was not when triton was "
+            "imported: set it in the environment of the process, before the first import of torch or triton"
         )
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """How float32 matrix products are computed: exactly, unless torch itself was told that TF32 is good enough."""
+    """Return the precision of `tl.dot`: "ieee", or "tf32" for float32 where torch's own setting allows it."""
     tf32 = dtype == torch.float32 and getattr(torch.backends.cuda.matmul, "fp32_precision", "ieee") == "tf32"
     return "tf32" if tf32 else "ieee"

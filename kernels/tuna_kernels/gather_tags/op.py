@@ -1,4 +1,4 @@
-"""The operator: checks at the door, the choice of implementation, and the registration with torch."""
+"""`gather_tags`: its checks, the choice of its implementation, and its registration with torch."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from . import reference
 
 
 def gather_tags(table: Tensor, ids: Tensor, *, impl: str = "auto") -> Tensor:
-    """Embeddings of a batch's tags: `table[ids]`, every distinct id moved once, with a backward that gives the same bits every run.
+    """Return the embeddings of a batch's tags, `table[ids]`; the backward gives the same bits every run.
 
-    A table that lies on another device than the ids (a vocabulary of millions in host memory, ids on the GPU) is asked for each
-    distinct id once, so that a tag shared by many images of the batch crosses the bus once; this waits for the device. On one
-    device nothing waits: repeated rows come from its cache.
+    The table may lie on another device than the ids (a vocabulary of millions in host memory, ids on the
+    GPU). Then each distinct id is copied once, and the call waits for the device.
 
     Args:
         table: `[V, E]`. Its gradient is dense, `[V, E]`.
-        ids: int32 or int64 `[T]`, rows of the table. A negative id is a tag without an embedding: zeros, and no gradient. An id of
-            V or more is an error on the CPU, and a row of NaN on a GPU, where a check would wait for the device.
+        ids: int32 or int64 `[T]`, rows of the table. A negative id is a tag without an embedding: zeros, and
+            no gradient. An id of V or more is an error on the CPU, and a row of NaN on a GPU, where a check
+            would wait.
         impl: "auto", "triton" or "reference"; see `tuna_kernels.backend`.
 
     Returns:
@@ -29,14 +29,20 @@ def gather_tags(table: Tensor, ids: Tensor, *, impl: str = "auto") -> Tensor:
 
     Raises:
         ValueError: shapes or dtypes that do not fit.
-        IndexError: an id of V or more, where it can be seen.
-        RuntimeError: `impl="triton"` cannot be had; the message says why.
+        IndexError: an id of V or more, on the CPU.
+        RuntimeError: `impl="triton"` cannot run; the message says why.
     """
     if table.ndim != 2 or ids.ndim != 1 or ids.dtype not in (torch.int32, torch.int64):
         raise ValueError(
-            f"gather_tags: expected table [V, E] and int32 or int64 ids [T], got {list(table.shape)} and {ids.dtype} {list(ids.shape)}"
+            f"gather_tags: expected table [V, E] and int32 or int64 ids [T], "
+            f"got {list(table.shape)} and {ids.dtype} {list(ids.shape)}"
         )
-    if ids.device.type == "cpu" and not torch.compiler.is_compiling() and ids.numel() and int(ids.max()) >= table.shape[0]:
+    if (
+        ids.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and ids.numel()
+        and int(ids.max()) >= table.shape[0]
+    ):
         raise IndexError(f"gather_tags: id {int(ids.max())} is beyond the table's {table.shape[0]} rows")
     if table.device != ids.device:
         distinct, ids = torch.unique(ids, return_inverse=True)

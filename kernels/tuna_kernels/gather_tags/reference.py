@@ -1,4 +1,4 @@
-"""Gathering tag embeddings in plain torch: the CPU path, and what the kernels are measured against."""
+"""Gather tag embeddings in plain torch: the CPU path, and the kernels' reference."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from torch import Tensor
 
 
 def gather_tags(table: Tensor, ids: Tensor) -> Tensor:
-    """`[T, E]` rows of `table`; zeros where an id is negative."""
+    """Return rows `[T, E]` of `table`; zeros where an id is negative."""
     rows = table.index_select(0, ids.clamp_min(0).long())
     return rows.masked_fill((ids < 0)[:, None], 0)

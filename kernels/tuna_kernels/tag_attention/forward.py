@@ -1,10 +1,11 @@
-"""The forward kernel: one program reads the keys and values of one (image, key/value head) once for a block of that image's tags.
+"""The forward kernel: a program reads K and V of an (image, key/value head) once for a block of its rows.
 
-Rows: with G = H / Hkv query heads to a key/value head, row r of an image is tag r // G, head r % G of the group. So all the
-queries that share keys sit in one block, and grouped-query attention reads K and V no more often than multi-head attention.
+With G = H / Hkv query heads for a key/value head, row r of an image is tag r // G, head r % G of the group.
+All queries that share keys are in one block, so grouped-query attention reads K and V no more often than
+multi-head attention.
 
-For the backward a row keeps the largest logit and 1 / (sum of exponentials), not their usual combination lse: exp(s - lse) would
-carry the rounding of lse, one unit of its last place, into every attention weight, and break the error rule in float32.
+The backward gets the largest logit and 1 / (sum of exponentials) of every row, not their usual combination
+lse: exp(s - lse) would carry the rounding of lse into every attention weight.
 """
 
 # ruff: noqa: N803
@@ -26,12 +27,14 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def place(pid, kv_heads, blocks, cu_tags, total):
-    """Which (image, key/value head, row block) a program is, and where the image's tags are; heads vary fastest, so that
-    programs that run together read neighbouring bytes of one patch."""
+    """Return a program's image, key/value head and row block, and the start and number of the image's tags.
+
+    Heads vary fastest: programs that run together read neighbouring bytes of a patch.
+    """
     head = pid % kv_heads
     block = (pid // kv_heads) % blocks
     image = pid // (kv_heads * blocks)
-    # clamped: offsets that are wrong give a wrong answer, never a read outside of q
+    # clamped: wrong offsets give a wrong result, never a read outside of q
     start = tl.minimum(tl.maximum(tl.load(cu_tags + image), 0), total)
     stop = tl.minimum(tl.maximum(tl.load(cu_tags + image + 1), start), total)
     return image.to(tl.int64), head, block, start.to(tl.int64), stop - start
@@ -39,16 +42,18 @@ def place(pid, kv_heads, blocks, cu_tags, total):
 
 @triton.jit
 def split_rows(r, rows, start, head, G: tl.constexpr, BLOCK_M: tl.constexpr):
-    """The packed tag (int64) and the query head of each row of the block that begins at row r, and which rows exist."""
+    """Return the packed tag (int64) and query head of each row of the block at r, and which rows exist."""
     o_r = r + tl.arange(0, BLOCK_M)
     return start + o_r // G, head * G + o_r % G, o_r < rows
 
 
 @triton.jit
 def load_tile(base, o_n, stride, m_n, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """`[len(o_n), BLOCK_D]`: rows o_n of a matrix with D columns, zeros outside."""
+    """Return rows o_n of a matrix with D columns, `[len(o_n), BLOCK_D]`; zeros outside."""
     o_d = tl.arange(0, BLOCK_D)
-    return tl.load(base + o_n[:, None] * stride + o_d[None, :], mask=m_n[:, None] & (o_d < D)[None, :], other=0.0)
+    return tl.load(
+        base + o_n[:, None] * stride + o_d[None, :], mask=m_n[:, None] & (o_d < D)[None, :], other=0.0
+    )
 
 
 @triton.jit
@@ -56,7 +61,7 @@ def logits_tile(
     b_q, b_k, bias, o_tag, o_head, m_r, mask, o_p, m_p, stride_bt, stride_bh, stride_bp, stride_mp, scale,
     HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`[BLOCK_M, BLOCK_N]` logits; -inf where a patch may not be seen."""
+    """Return logits `[BLOCK_M, BLOCK_N]`; -inf where a patch is masked."""
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale
     if HAS_BIAS:
         p_bias = bias + o_tag[:, None] * stride_bt + o_head[:, None] * stride_bh + o_p[None, :] * stride_bp
@@ -69,7 +74,7 @@ def logits_tile(
 
 @triton.jit
 def load_stats(stats, o_row, m_r, total, heads):
-    """Largest logit and 1 / sum of each row; a row that does not exist has no attention."""
+    """Return the largest logit and 1 / sum of each row; a row that does not exist gets zeros."""
     b_m = tl.load(stats + o_row, mask=m_r, other=0.0)
     return b_m, tl.load(stats + tl.cast(total, tl.int64) * heads + o_row, mask=m_r, other=0.0)
 
@@ -80,11 +85,14 @@ def forward_kernel(
     stride_qt, stride_qh, stride_kb, stride_kp, stride_kh, stride_vb, stride_vp, stride_vh,
     stride_bt, stride_bh, stride_bp, stride_mb, stride_mp,
     scale, total, patches, kv_heads, blocks,
-    D: tl.constexpr, G: tl.constexpr, HAS_WEIGHTS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, G: tl.constexpr, HAS_WEIGHTS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_MASK: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """out `[T, H, D]` and stats `[2, T, H]`: largest logit and 1 / sum; (0, 0) for a row that sees nothing, so that its attention
-    is 0 in the backward too."""
+    """Write out `[T, H, D]` and stats `[2, T, H]`: largest logit and 1 / sum of each row.
+
+    A row that sees no patch gets (0, 0), so that its attention is 0 in the backward too.
+    """
     image, head, block, start, tags = place(tl.program_id(0), kv_heads, blocks, cu_tags, total)
     rows = tags * G
     p_k = k + image * stride_kb + head.to(tl.int64) * stride_kh
@@ -104,11 +112,11 @@ def forward_kernel(
             m_p = o_p < patches
             b_k = load_tile(p_k, o_p, stride_kp, m_p, D, BLOCK_D)
             b_s = logits_tile(
-                b_q, b_k, bias, o_tag, o_head, m_r, mask, o_p, m_p, stride_bt, stride_bh, stride_bp, stride_mp, scale,
-                HAS_BIAS, HAS_MASK, PRECISION,
+                b_q, b_k, bias, o_tag, o_head, m_r, mask, o_p, m_p, stride_bt, stride_bh, stride_bp,
+                stride_mp, scale, HAS_BIAS, HAS_MASK, PRECISION,
             )  # fmt: skip
             b_m_new = tl.maximum(b_m, tl.max(b_s, 1))
-            # -inf - -inf is NaN: while nothing was seen, subtract 0
+            # -inf - -inf is NaN: subtract 0 until a patch was seen
             b_base = tl.where(b_m_new == float("-inf"), 0.0, b_m_new)
             b_p = tl.exp2((b_s - b_base[:, None]) * LOG2E)
             b_scale = tl.exp2((b_m - b_base) * LOG2E)
@@ -125,18 +133,22 @@ def forward_kernel(
         p_out = out + o_row[:, None] * D + o_d[None, :]
         tl.store(p_out, b_o.to(out.dtype.element_ty), mask=m_r[:, None] & (o_d < D)[None, :])
         tl.store(stats + o_row, tl.where(blind, 0.0, b_m), mask=m_r)
-        tl.store(stats + tl.cast(total, tl.int64) * (kv_heads * G) + o_row, tl.where(blind, 0.0, 1.0 / b_l), mask=m_r)
+        tl.store(
+            stats + tl.cast(total, tl.int64) * (kv_heads * G) + o_row,
+            tl.where(blind, 0.0, 1.0 / b_l),
+            mask=m_r,
+        )
 
 
 @triton.jit
 def maps_kernel(
     q, k, bias, mask, cu_tags, stats, maps,
-    stride_qt, stride_qh, stride_kb, stride_kp, stride_kh, stride_bt, stride_bh, stride_bp, stride_mb, stride_mp,
-    scale, total, patches, kv_heads, blocks,
+    stride_qt, stride_qh, stride_kb, stride_kp, stride_kh, stride_bt, stride_bh, stride_bp, stride_mb,
+    stride_mp, scale, total, patches, kv_heads, blocks,
     D: tl.constexpr, G: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """maps `[T, H, P]`: the attention itself, from the saved stats. For looking at, so not part of the forward."""
+    """Write the attention itself, maps `[T, H, P]`, from the saved stats."""
     image, head, block, start, tags = place(tl.program_id(0), kv_heads, blocks, cu_tags, total)
     rows = tags * G
     p_k = k + image * stride_kb + head.to(tl.int64) * stride_kh
@@ -152,8 +164,8 @@ def maps_kernel(
             m_p = o_p < patches
             b_k = load_tile(p_k, o_p, stride_kp, m_p, D, BLOCK_D)
             b_s = logits_tile(
-                b_q, b_k, bias, o_tag, o_head, m_r, mask, o_p, m_p, stride_bt, stride_bh, stride_bp, stride_mp, scale,
-                HAS_BIAS, HAS_MASK, PRECISION,
+                b_q, b_k, bias, o_tag, o_head, m_r, mask, o_p, m_p, stride_bt, stride_bh, stride_bp,
+                stride_mp, scale, HAS_BIAS, HAS_MASK, PRECISION,
             )  # fmt: skip
             b_a = tl.exp2((b_s - b_m[:, None]) * LOG2E) * b_r[:, None]
             p_maps = maps + o_row[:, None] * patches + o_p[None, :]
@@ -161,7 +173,7 @@ def maps_kernel(
 
 
 def bias_strides(bias: Tensor | None) -> tuple[int, int, int]:
-    """(tag, head, patch) strides of a bias `[T, P]`, `[T, 1, P]` or `[T, H, P]`; a head that is shared has stride 0."""
+    """Return the (tag, head, patch) strides of a bias; stride 0 where all heads share it."""
     if bias is None:
         return 0, 0, 0
     if bias.ndim == 2:
@@ -174,15 +186,24 @@ def mask_strides(mask: Tensor | None) -> tuple[int, int]:
 
 
 def row_programs(total: int, group: int, batch: int, block_m: int) -> int:
-    """Programs that share one image's row blocks: as many as an average image has blocks. Known without asking the GPU for the
-    layout; an image with more blocks makes its programs loop."""
+    """Return the number of programs that share one image's row blocks: the blocks of an average image.
+
+    It needs no layout from the GPU; the programs of an image with more blocks loop.
+    """
     return max(1, -(-total * group // (batch * block_m)))
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_tags: Tensor, scale: float, weights: Tensor | None, bias: Tensor | None, mask: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_tags: Tensor,
+    scale: float,
+    weights: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """`(out [T, H, D], stats [2, T, H] float32)`. One launch; no host sync."""
+    """Return `(out [T, H, D], stats [2, T, H] float32)` by one launch, without a host sync."""
     check_interpreter()
     (total, heads, dim), (batch, patches, kv_heads, _) = q.shape, k.shape
     out = torch.empty((total, heads, dim), dtype=q.dtype, device=q.device)
@@ -195,11 +216,12 @@ def forward(
         blocks = row_programs(total, group, batch, config.block_m)
         forward_kernel[(batch * kv_heads * blocks,)](
             q, k, v, weights, bias, mask, cu_tags, out, stats,
-            q.stride(0), q.stride(1), *k.stride()[:3], *v.stride()[:3], *bias_strides(bias), *mask_strides(mask),
-            scale, total, patches, kv_heads, blocks,
-            D=dim, G=group, HAS_WEIGHTS=weights is not None, HAS_BIAS=bias is not None, HAS_MASK=mask is not None,
-            PRECISION=dot_precision(q.dtype), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-            BLOCK_D=max(16, triton.next_power_of_2(dim)), num_warps=config.warps, num_stages=config.stages,
+            q.stride(0), q.stride(1), *k.stride()[:3], *v.stride()[:3], *bias_strides(bias),
+            *mask_strides(mask), scale, total, patches, kv_heads, blocks,
+            D=dim, G=group, HAS_WEIGHTS=weights is not None, HAS_BIAS=bias is not None,
+            HAS_MASK=mask is not None, PRECISION=dot_precision(q.dtype), BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n, BLOCK_D=max(16, triton.next_power_of_2(dim)), num_warps=config.warps,
+            num_stages=config.stages,
         )  # fmt: skip
 
     rows = triton.cdiv(total * group, batch)
@@ -209,8 +231,16 @@ def forward(
     return out, stats
 
 
-def attention_maps(q: Tensor, k: Tensor, cu_tags: Tensor, stats: Tensor, scale: float, bias: Tensor | None, mask: Tensor | None) -> Tensor:
-    """`[T, H, P]` in the dtype of q."""
+def attention_maps(
+    q: Tensor,
+    k: Tensor,
+    cu_tags: Tensor,
+    stats: Tensor,
+    scale: float,
+    bias: Tensor | None,
+    mask: Tensor | None,
+) -> Tensor:
+    """Return the attention `[T, H, P]` in the dtype of q."""
     (total, heads, dim), (batch, patches, kv_heads, _) = q.shape, k.shape
     maps = torch.empty((total, heads, patches), dtype=q.dtype, device=q.device)
     if maps.numel() == 0:
@@ -222,8 +252,8 @@ def attention_maps(q: Tensor, k: Tensor, cu_tags: Tensor, stats: Tensor, scale: 
         q, k, bias, mask, cu_tags, stats, maps,
         q.stride(0), q.stride(1), *k.stride()[:3], *bias_strides(bias), *mask_strides(mask),
         scale, total, patches, kv_heads, blocks,
-        D=dim, G=group, HAS_BIAS=bias is not None, HAS_MASK=mask is not None, PRECISION=dot_precision(q.dtype),
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=max(16, triton.next_power_of_2(dim)),
-        num_warps=config.warps, num_stages=config.stages,
+        D=dim, G=group, HAS_BIAS=bias is not None, HAS_MASK=mask is not None,
+        PRECISION=dot_precision(q.dtype), BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=max(16,
+        triton.next_power_of_2(dim)), num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return maps

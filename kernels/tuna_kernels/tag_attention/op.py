@@ -1,4 +1,4 @@
-"""The operator: checks at the door, the choice of implementation, and the registration with torch (autograd, fake tensors)."""
+"""`tag_attention`: its checks, the choice of its implementation, and its registration with torch."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from . import reference
 
 @overload
 def tag_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_tags: Tensor, *, scale: float | None = ..., weights: Tensor | None = ...,
-    bias: Tensor | None = ..., patch_mask: Tensor | None = ..., impl: str = ..., max_tags: int | None = ...,
-    return_attention: Literal[False] = ...,
+    q: Tensor, k: Tensor, v: Tensor, cu_tags: Tensor, *, scale: float | None = ...,
+    weights: Tensor | None = ..., bias: Tensor | None = ..., patch_mask: Tensor | None = ...,
+    impl: str = ..., max_tags: int | None = ..., return_attention: Literal[False] = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def tag_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_tags: Tensor, *, scale: float | None = ..., weights: Tensor | None = ...,
-    bias: Tensor | None = ..., patch_mask: Tensor | None = ..., impl: str = ..., max_tags: int | None = ...,
-    return_attention: Literal[True],
+    q: Tensor, k: Tensor, v: Tensor, cu_tags: Tensor, *, scale: float | None = ...,
+    weights: Tensor | None = ..., bias: Tensor | None = ..., patch_mask: Tensor | None = ...,
+    impl: str = ..., max_tags: int | None = ..., return_attention: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def tag_attention(
     q: Tensor,
@@ -37,51 +37,64 @@ def tag_attention(
     max_tags: int | None = None,
     return_attention: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Every tag attends over the patches of its own image: `out[t] = weights[t] * softmax(scale * q[t] k[b]^T + bias[t]) v[b]`.
+    """Let every tag attend over the patches of its own image.
 
-    The cross-attention of TUNA's image-aware tag encoder (arXiv 2406.10839, section 3). Differentiable in q, k, v, weights, bias.
+    `out[t] = weights[t] * softmax(scale * q[t] k[b]^T + bias[t]) v[b]`: the cross-attention of TUNA's
+    image-aware tag encoder (arXiv 2406.10839, section 3). Differentiable in q, k, v, weights and bias.
 
     Args:
         q: `[T, H, D]`, the tags of all images one after the other; D from 16 to 256.
         k, v: `[B, P, Hkv, D]` patches, in the dtype of q; H is a multiple of Hkv (grouped-query attention).
-        cu_tags: int32 `[B + 1]`: image b owns the tags `cu_tags[b]:cu_tags[b + 1]`; `cu_tags[0] == 0`, `cu_tags[B] == T`. Images
-            without tags are fine. Its values are checked on the CPU only: on a GPU that would wait for the device.
+        cu_tags: int32 `[B + 1]` from 0 to T: image b owns the tags `cu_tags[b]:cu_tags[b + 1]`, which may be
+            none. The values are checked on the CPU only: on a GPU that would wait for the device.
         scale: factor of the logits; `D ** -0.5` if None.
         weights: `[T]`, multiplied into the output (the `multiply` couplings of `tag_weights`).
-        bias: `[T, P]`, `[T, 1, P]` or `[T, H, P]`, added to the logits, such as a prior over patches. A bias that is the same for
-            all patches of a tag changes nothing here (softmax cancels it): log-weights belong where tags are *keys*.
-        patch_mask: bool `[B, P]`, True where a patch may be seen. A tag that may see nothing gets zeros, and zero gradients.
+        bias: `[T, P]`, `[T, 1, P]` or `[T, H, P]`, added to the logits, such as a prior over patches. Softmax
+            cancels a bias that all patches of a tag share: log-weights belong where tags are *keys*.
+        patch_mask: bool `[B, P]`, True where a patch may be seen. A tag that sees no patch gets zeros, and
+            zero gradients.
         impl: "auto", "triton" or "reference"; see `tuna_kernels.backend`.
-        max_tags: an upper bound of the tags of one image, if known. Only the reference uses it: it saves a host sync, and lets
-            torch.compile take the reference whole.
-        return_attention: also return the attention `[T, H, P]` (before `weights`), without gradient, for looking at.
+        max_tags: an upper bound of the tags of one image, if known. It saves the reference a host sync and
+            lets torch.compile trace it in one graph; the kernels do not need it.
+        return_attention: also return the attention `[T, H, P]` (before `weights`), without gradient.
 
     Returns:
         `[T, H, D]` in the dtype of q, contiguous; with `return_attention` a pair.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together.
-        RuntimeError: `impl="triton"` cannot be had; the message says why.
+        RuntimeError: `impl="triton"` cannot run; the message says why.
     """
     _check(q, k, v, cu_tags, weights, bias, patch_mask)
     if max_tags is not None and cu_tags.device.type == "cpu" and not torch.compiler.is_compiling():
-        most = reference.most_tags(cu_tags)
-        if most > max_tags:
-            raise ValueError(f"tag_attention: an image has {most} tags, more than max_tags={max_tags}")
+        largest = reference.most_tags(cu_tags)
+        if largest > max_tags:
+            raise ValueError(f"tag_attention: an image has {largest} tags, more than max_tags={max_tags}")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if not choose(impl, "tag_attention", q):
         out, attention = reference.tag_attention(
-            q, k, v, cu_tags, scale=scale, weights=weights, bias=bias, patch_mask=patch_mask, max_tags=max_tags
+            q,
+            k,
+            v,
+            cu_tags,
+            scale=scale,
+            weights=weights,
+            bias=bias,
+            patch_mask=patch_mask,
+            max_tags=max_tags,
         )
         return (out, attention.detach()) if return_attention else out
     if not 16 <= q.shape[-1] <= 256:
         raise ValueError(
-            f"tag_attention: the kernels take a head dimension D from 16 to 256, got {q.shape[-1]}; impl='reference' takes any"
+            f"tag_attention: the kernels take a head dimension D from 16 to 256, got {q.shape[-1]}; "
+            "impl='reference' takes any"
         )
     q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
     weights = None if weights is None else weights.contiguous()
     cu_tags = cu_tags.contiguous()
-    out, stats = torch.ops.tuna_kernels.tag_attention_forward(q, k, v, cu_tags, scale, weights, bias, patch_mask)
+    out, stats = torch.ops.tuna_kernels.tag_attention_forward(
+        q, k, v, cu_tags, scale, weights, bias, patch_mask
+    )
     if not return_attention:
         return out  # type: ignore[no-any-return]
     with torch.no_grad():
@@ -89,17 +102,20 @@ def tag_attention(
 
 
 def _unit_stride(x: Tensor) -> Tensor:
-    """The kernels take any strides but the last one's: a row of a head is read in one piece."""
+    """Return `x`, copied unless its last stride is 1, which the kernels need; they take any other strides."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def check_cu_tags(op: str, cu_tags: Tensor, total: int) -> None:
-    """Refuse offsets that are not a rising int32 `[B + 1]` from 0 to `total`; the values only where reading them is free."""
+    """Refuse offsets that are not int32 `[B + 1]` rising from 0 to `total`; check values on the CPU only."""
     if cu_tags.ndim != 1 or cu_tags.numel() < 1 or cu_tags.dtype != torch.int32:
         raise ValueError(f"{op}: cu_tags must be int32 [B + 1], got {_shape(cu_tags)}")
     if cu_tags.device.type == "cpu" and not torch.compiler.is_compiling():
         if int(cu_tags[0]) != 0 or int(cu_tags[-1]) != total:
-            raise ValueError(f"{op}: cu_tags must run from 0 to {total} (the tags there are), got {int(cu_tags[0])} to {int(cu_tags[-1])}")
+            raise ValueError(
+                f"{op}: cu_tags must run from 0 to {total}, the number of tags, "
+                f"got {int(cu_tags[0])} to {int(cu_tags[-1])}"
+            )
         if bool((cu_tags[1:] < cu_tags[:-1]).any()):
             raise ValueError(f"{op}: cu_tags must not fall, got {cu_tags.tolist()}")
 
@@ -108,32 +124,63 @@ def _shape(x: Tensor) -> str:
     return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, cu_tags: Tensor, weights: Tensor | None, bias: Tensor | None, mask: Tensor | None) -> None:
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_tags: Tensor,
+    weights: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+) -> None:
     if q.ndim != 3 or k.ndim != 4 or k.shape != v.shape or k.shape[-1] != q.shape[-1]:
-        raise ValueError(f"tag_attention: expected q [T, H, D] and k, v [B, P, Hkv, D], got q {_shape(q)}, k {_shape(k)}, v {_shape(v)}")
+        raise ValueError(
+            "tag_attention: expected q [T, H, D] and k, v [B, P, Hkv, D], "
+            f"got q {_shape(q)}, k {_shape(k)}, v {_shape(v)}"
+        )
     if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"tag_attention: q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+        raise ValueError(
+            f"tag_attention: q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}"
+        )
     (total, heads, _), (batch, patches, kv_heads, _) = q.shape, k.shape
     if kv_heads == 0 or heads % kv_heads:
-        raise ValueError(f"tag_attention: the {heads} heads of q must be a multiple of the {kv_heads} heads of k and v")
+        raise ValueError(
+            f"tag_attention: the {heads} heads of q must be a multiple of the {kv_heads} heads of k and v"
+        )
     check_cu_tags("tag_attention", cu_tags, total)
     if cu_tags.numel() != batch + 1:
-        raise ValueError(f"tag_attention: cu_tags must have {batch + 1} values for the {batch} images of k, got {cu_tags.numel()}")
+        raise ValueError(
+            f"tag_attention: cu_tags must have {batch + 1} values for the {batch} images of k, "
+            f"got {cu_tags.numel()}"
+        )
     if weights is not None and weights.shape != (total,):
         raise ValueError(f"tag_attention: weights must be [{total}], one for each tag, got {_shape(weights)}")
     if bias is not None:
         if bias.ndim == 1:
             raise ValueError(
-                f"tag_attention: a bias {_shape(bias)} that is the same for all patches changes nothing under softmax; "
-                "give [T, P] or [T, H, P], or use the log-weights where tags are keys"
+                f"tag_attention: a bias {_shape(bias)} is the same for all patches, so it "
+                "changes nothing under softmax; give [T, P] or [T, H, P], "
+                "or use the log-weights where tags are keys"
             )
         if bias.shape not in ((total, patches), (total, 1, patches), (total, heads, patches)):
-            raise ValueError(f"tag_attention: bias must be {[total, patches]} or [{total}, 1 or {heads}, {patches}], got {_shape(bias)}")
+            raise ValueError(
+                f"tag_attention: bias must be {[total, patches]} or [{total}, 1 or {heads}, {patches}], "
+                f"got {_shape(bias)}"
+            )
     if mask is not None and (mask.shape != (batch, patches) or mask.dtype != torch.bool):
         raise ValueError(f"tag_attention: patch_mask must be bool {[batch, patches]}, got {_shape(mask)}")
-    for name, other in (("k", k), ("v", v), ("cu_tags", cu_tags), ("weights", weights), ("bias", bias), ("patch_mask", mask)):
+    for name, other in (
+        ("k", k),
+        ("v", v),
+        ("cu_tags", cu_tags),
+        ("weights", weights),
+        ("bias", bias),
+        ("patch_mask", mask),
+    ):
         if other is not None and other.device != q.device:
-            raise ValueError(f"tag_attention: q is on {q.device} and {name} on {other.device}: move them to one device")
+            raise ValueError(
+                f"tag_attention: q is on {q.device} and {name} on {other.device}: move them to one device"
+            )
 
 
 # device_of: Triton launches on the current device, which need not be the tensors'
@@ -141,7 +188,14 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_tags: Tensor, weights: Tensor | N
 
 @torch.library.custom_op("tuna_kernels::tag_attention_forward", mutates_args=())
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_tags: Tensor, scale: float, weights: Tensor | None, bias: Tensor | None, patch_mask: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_tags: Tensor,
+    scale: float,
+    weights: Tensor | None,
+    bias: Tensor | None,
+    patch_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     from .forward import forward
 
@@ -151,13 +205,28 @@ def _forward(
 
 @_forward.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, cu_tags: Tensor, scale: float, weights: Tensor | None, bias: Tensor | None, patch_mask: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_tags: Tensor,
+    scale: float,
+    weights: Tensor | None,
+    bias: Tensor | None,
+    patch_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty((2, *q.shape[:2]), dtype=torch.float32)
 
 
 @torch.library.custom_op("tuna_kernels::tag_attention_maps", mutates_args=())
-def _maps(q: Tensor, k: Tensor, cu_tags: Tensor, stats: Tensor, scale: float, bias: Tensor | None, patch_mask: Tensor | None) -> Tensor:
+def _maps(
+    q: Tensor,
+    k: Tensor,
+    cu_tags: Tensor,
+    stats: Tensor,
+    scale: float,
+    bias: Tensor | None,
+    patch_mask: Tensor | None,
+) -> Tensor:
     from .forward import attention_maps
 
     with torch.cuda.device_of(q):
@@ -165,7 +234,15 @@ def _maps(q: Tensor, k: Tensor, cu_tags: Tensor, stats: Tensor, scale: float, bi
 
 
 @_maps.register_fake
-def _(q: Tensor, k: Tensor, cu_tags: Tensor, stats: Tensor, scale: float, bias: Tensor | None, patch_mask: Tensor | None) -> Tensor:
+def _(
+    q: Tensor,
+    k: Tensor,
+    cu_tags: Tensor,
+    stats: Tensor,
+    scale: float,
+    bias: Tensor | None,
+    patch_mask: Tensor | None,
+) -> Tensor:
     return q.new_empty((q.shape[0], q.shape[1], k.shape[1]))
 
 
@@ -226,7 +303,9 @@ def _gradients(ctx: Any, dout: Tensor, _dstats: Tensor) -> tuple[Tensor | None, 
             dout, q, k, v, cu_tags, out, stats, ctx.scale, weights, bias, patch_mask
         )
     if need_bias:
-        dbias = torch.ops.tuna_kernels.tag_attention_bias_gradient(dout, q, k, v, cu_tags, out, stats, ctx.scale, weights, bias, patch_mask)
+        dbias = torch.ops.tuna_kernels.tag_attention_bias_gradient(
+            dout, q, k, v, cu_tags, out, stats, ctx.scale, weights, bias, patch_mask
+        )
     return dq, dk, dv, None, None, dweights if need_weights else None, dbias, None
 
 

@@ -1,10 +1,10 @@
-"""Block sizes of the attention kernels: fixed defaults, and a small search whose winner is kept on disk for each device.
+"""Block sizes of the attention kernels: fixed defaults, and a small search with results kept on disk.
 
-The search runs at the first call of a new shape class on a GPU. It does not run, and the defaults are used, when
-`TUNA_AUTOTUNE=0`, under the interpreter, while a CUDA graph is being captured, and when
-`torch.use_deterministic_algorithms(True)` is set: the order of summation depends on the block sizes, so a search may change the
-last bits from machine to machine. (With any one choice, every run gives the same bits.)
-Results are JSON in `$TUNA_CACHE_DIR`, or `~/.cache/tuna_kernels`.
+The search runs at the first call of a new shape class on a GPU. The defaults are used instead when
+`TUNA_AUTOTUNE=0`, under the interpreter, while a CUDA graph is captured, and after
+`torch.use_deterministic_algorithms(True)`: block sizes decide the order of sums, so a search may change the
+last bits from machine to machine. (Any one choice gives the same bits every run.) Results are JSON, a
+file per device, in `$TUNA_CACHE_DIR` or `~/.cache/tuna_kernels`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..backend import interpreting, log
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """How a kernel is cut: rows and patches of a tile, warps of a program, stages of its load pipeline."""
+    """Rows and patches of a tile, warps of a program, stages of its load pipeline."""
 
     block_m: int
     block_n: int
@@ -33,7 +33,10 @@ class Config:
 
 
 def forward_default(dim: int, dtype: torch.dtype, rows: int, bias: bool = False) -> Config:
-    """`rows`: queries of an average (image, key/value head). The defaults spill nowhere (`benchmarks/kernels_aot.py`)."""
+    """Return a config that spills no registers (`benchmarks/kernels_aot.py`).
+
+    `rows` counts the queries of an average image for one key/value head.
+    """
     if dtype == torch.float32:
         # exact float32 products run without tensor cores and hold both operands in registers
         return Config(16, 32, 8 if dim > 128 else 4, 2)
@@ -48,11 +51,13 @@ def forward_default(dim: int, dtype: torch.dtype, rows: int, bias: bool = False)
 def forward_candidates(dim: int, dtype: torch.dtype, rows: int, bias: bool = False) -> list[Config]:
     if dtype == torch.float32:
         return [Config(16, n, 8, 2) for n in (32, 64)]
-    most = 32 if dim > 128 else 64
-    block_ms = [m for m in (16, 32, 64) if m <= most and (m <= 32 or rows > 8)]
+    largest = 32 if dim > 128 else 64
+    block_ms = [m for m in (16, 32, 64) if m <= largest and (m <= 32 or rows > 8)]
     warps = (4, 8) if dim > 64 or bias else (2, 4)
-    found = [Config(m, 64, w, s) for m in block_ms for w in warps for s in (2, 3) if not (m == 64 and w == 2)]
-    return found if dim > 128 else found + [Config(m, 128, 8 if dim > 64 else 4, 2) for m in block_ms]
+    configs = [
+        Config(m, 64, w, s) for m in block_ms for w in warps for s in (2, 3) if not (m == 64 and w == 2)
+    ]
+    return configs if dim > 128 else configs + [Config(m, 128, 8 if dim > 64 else 4, 2) for m in block_ms]
 
 
 def backward_default(dim: int, dtype: torch.dtype, rows: int, bias: bool = False) -> Config:
@@ -82,10 +87,12 @@ def bias_default(dim: int, dtype: torch.dtype) -> Config:
     return Config(16, 64, 8, 1) if dim > 128 else Config(32, 64, 8, 2)
 
 
-def tuning_key(op: str, dtype: torch.dtype, dim: int, group: int, rows: int, patches: int, bias: bool, mask: bool) -> str:
-    """What decides the best blocks. Not the batch; rows and patches by the power of two above them."""
-    name = str(dtype).removeprefix("torch.")
-    return f"{op} {name} D{dim} G{group} rows{triton.next_power_of_2(rows)} P{triton.next_power_of_2(patches)} bias{bias:d} mask{mask:d}"
+def tuning_key(
+    op: str, dtype: torch.dtype, dim: int, group: int, rows: int, patches: int, bias: bool, mask: bool
+) -> str:
+    """Return what decides the best blocks: rows and patches up to powers of two, and not the batch."""
+    name, rows, patches = str(dtype).removeprefix("torch."), *map(triton.next_power_of_2, (rows, patches))
+    return f"{op} {name} D{dim} G{group} rows{rows} P{patches} bias{bias:d} mask{mask:d}"
 
 
 _known: dict[tuple[str, str], Config] = {}
@@ -93,7 +100,7 @@ _loaded: set[str] = set()
 
 
 def searching(device: torch.device) -> bool:
-    """Whether a search may run now on `device`."""
+    """Return whether a search may run now on `device`."""
     return (
         device.type == "cuda"
         and not interpreting()
@@ -102,29 +109,42 @@ def searching(device: torch.device) -> bool:
     )
 
 
-def pick(key: str, device: torch.device, default: Config, candidates: Sequence[Config], launch: Callable[[Config], None]) -> Config:
-    """The best known config of `key` on `device`; measured now if nobody did before, `default` where no search may run."""
+def pick(
+    key: str,
+    device: torch.device,
+    default: Config,
+    candidates: Sequence[Config],
+    launch: Callable[[Config], None],
+) -> Config:
+    """Return the best config of `key` on `device`, measured if unknown; `default` where no search may run."""
     if not searching(device):
         return default
-    where = _device_key(device)
-    if where not in _loaded:
-        _known.update({(where, name): config for name, config in _load(_cache_file(where)).items()})
-        _loaded.add(where)
-    if (where, key) in _known:
-        return _known[where, key]
+    name = _device_key(device)
+    if name not in _loaded:
+        _known.update({(name, known): config for known, config in _load(_cache_file(name)).items()})
+        _loaded.add(name)
+    if (name, key) in _known:
+        return _known[name, key]
     if torch.cuda.is_current_stream_capturing():
         return default
     # the kernels overwrite their outputs, so running them again changes nothing
     times = {config: _time(config, launch) for config in dict.fromkeys([default, *candidates])}
     best = min(times, key=lambda config: times[config])
-    log.info("tuned '%s' on %s: %s, %.1f us (default %.1f us)", key, where, best, 1e3 * times[best], 1e3 * times[default])
-    _known[where, key] = best
-    _save(_cache_file(where), key, best)
+    log.info(
+        "tuned '%s' on %s: %s, %.1f us (default %.1f us)",
+        key,
+        name,
+        best,
+        1e3 * times[best],
+        1e3 * times[default],
+    )
+    _known[name, key] = best
+    _save(_cache_file(name), key, best)
     return best
 
 
 def _time(config: Config, launch: Callable[[Config], None]) -> float:
-    """Milliseconds, the median; infinite for a config that does not fit the device."""
+    """Return the median milliseconds of a launch; infinity for a config that does not fit the device."""
     try:
         return float(triton.testing.do_bench(lambda: launch(config), warmup=5, rep=20, return_mode="median"))
     except triton.runtime.errors.OutOfResources:
@@ -136,13 +156,13 @@ def _device_key(device: torch.device) -> str:
     return f"{name}-triton{triton.__version__}"
 
 
-def _cache_file(where: str) -> Path:
+def _cache_file(device: str) -> Path:
     root = os.environ.get("TUNA_CACHE_DIR") or Path.home() / ".cache" / "tuna_kernels"
-    return Path(root) / f"tag_attention-{where}.json"
+    return Path(root) / f"tag_attention-{device}.json"
 
 
 def _load(path: Path) -> dict[str, Config]:
-    """What the file holds; nothing if it is missing. A file that cannot be read is said and measured anew."""
+    """Return the configs in the file; none if it is missing, or if it cannot be read, which is logged."""
     try:
         return {key: Config(**value) for key, value in json.loads(path.read_text()).items()}
     except FileNotFoundError:
@@ -153,12 +173,12 @@ def _load(path: Path) -> dict[str, Config]:
 
 
 def _save(path: Path, key: str, config: Config) -> None:
-    """Add a result; atomic, so that processes that tune at once leave a whole file (the later one wins)."""
-    found = {name: asdict(value) for name, value in _load(path).items()} | {key: asdict(config)}
+    """Add a result by an atomic replacement: of processes that tune at the same time, the last one wins."""
+    results = {name: asdict(value) for name, value in _load(path).items()} | {key: asdict(config)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-            json.dump(found, file, indent=1, sort_keys=True)
+            json.dump(results, file, indent=1, sort_keys=True)
         os.replace(file.name, path)
     except OSError as error:
         log.warning("tuning results cannot be kept in %s (%s): the next process measures again", path, error)

@@ -1,6 +1,6 @@
-"""The weight tuner as one launch forward and one backward: cosine, ragged softmax and coupling, a program for each image.
+"""The weight tuner (cosine, softmax, coupling) in one launch forward and one backward, a program per image.
 
-The cosines `[T]` and the inverse norms are kept for the backward; the tags' embeddings are read once in the forward.
+The forward reads the tags' embeddings once, and keeps the cosines and inverse norms for the backward.
 """
 
 # ruff: noqa: N803
@@ -18,12 +18,12 @@ from ..backend import check_interpreter
 
 LOG2E = tl.constexpr(1.4426950408889634)
 BLOCK_T, BLOCK_E = 16, 256
-"""Tags and columns of a tile: 16 tags is the mean of an image, and 256 columns keep the loads of one row in flight together."""
+"""Tags and columns of a tile: an image's average number of tags, and columns whose loads fly together."""
 
 
 @triton.jit
 def image_tags(cu_tags, image, total):
-    """Where an image's tags start (int64) and how many there are; clamped, so that wrong offsets never read outside."""
+    """Return the start (int64) and number of an image's tags; clamped: wrong offsets never read outside."""
     start = tl.minimum(tl.maximum(tl.load(cu_tags + image), 0), total)
     stop = tl.minimum(tl.maximum(tl.load(cu_tags + image + 1), start), total)
     return start.to(tl.int64), stop - start
@@ -31,7 +31,7 @@ def image_tags(cu_tags, image, total):
 
 @triton.jit
 def inverse(squared):
-    """1 / sqrt, and 0 for 0: a row of zeros has no direction."""
+    """Return 1 / sqrt, and 0 for 0: a row of zeros has no direction."""
     return tl.where(squared > 0, 1.0 / tl.sqrt(tl.where(squared > 0, squared, 1.0)), 0.0)
 
 
@@ -39,7 +39,8 @@ def inverse(squared):
 def weights_kernel(
     tags, images, scores, temperature, cu_tags, weights, cosine, tag_norm, image_norm,
     stride_t, stride_i, tau, threshold, total, columns,
-    HAS_SCORES: tl.constexpr, HAS_TEMPERATURE: tl.constexpr, COUPLING: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
+    HAS_SCORES: tl.constexpr, HAS_TEMPERATURE: tl.constexpr, COUPLING: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     image = tl.program_id(0).to(tl.int64)
     start, count = image_tags(cu_tags, image, total)
@@ -51,7 +52,9 @@ def weights_kernel(
     if not HAS_SCORES:
         b_ii = tl.zeros([BLOCK_E], tl.float32)
         for e in range(0, columns, BLOCK_E):
-            b_i = tl.load(images + image * stride_i + e + o_e, mask=e + o_e < columns, other=0.0).to(tl.float32)
+            b_i = tl.load(images + image * stride_i + e + o_e, mask=e + o_e < columns, other=0.0).to(
+                tl.float32
+            )
             b_ii += b_i * b_i
         i_norm = inverse(tl.sum(b_ii, 0))
         tl.store(image_norm + image, i_norm)
@@ -78,12 +81,12 @@ def weights_kernel(
         b_m_new = tl.maximum(b_m, tl.max(b_c, 0))
         b_l = b_l * tl.exp2((b_m - b_m_new) / tau * LOG2E) + tl.sum(tl.exp2((b_c - b_m_new) / tau * LOG2E), 0)
         b_m = b_m_new
-    # the cosines are read back below by other threads than wrote them
+    # other threads read the cosines back than wrote them
     tl.debug_barrier()
     for t in range(0, count, BLOCK_T):
         m_t = t + tl.arange(0, BLOCK_T) < count
         o_t = start + t + tl.arange(0, BLOCK_T)
-        # the difference first: it is exact for neighbours, and small
+        # subtract before dividing: the difference of near numbers is exact, and small
         b_s = (tl.load(cosine + o_t, mask=m_t, other=0.0) - b_m) / tau * LOG2E
         if COUPLING == "log_bias":
             b_w = (b_s - tl.log2(b_l)) / LOG2E
@@ -98,7 +101,7 @@ def weights_kernel(
 
 @triton.jit
 def logit_gradient(cosine, grad, o_t, m_t, tau, b_m, b_l, b_sum, b_ties, threshold, COUPLING: tl.constexpr):
-    """Gradient of `cosine / tau` for a block of tags, and the cosines. README, "Gradients"."""
+    """Return the gradient of `cosine / tau` for a block of tags, and the cosines: README, "Gradients"."""
     b_c = tl.load(cosine + o_t, mask=m_t, other=0.0)
     b_g = tl.load(grad + o_t, mask=m_t, other=0.0).to(tl.float32)
     b_e = tl.where(m_t, tl.exp2((b_c - b_m) / tau * LOG2E), 0.0)
@@ -109,19 +112,19 @@ def logit_gradient(cosine, grad, o_t, m_t, tau, b_m, b_l, b_sum, b_ties, thresho
     else:
         if COUPLING == "drop":
             b_g = tl.where(b_e >= threshold, b_g, 0.0)
-        # the largest divides: what it takes, it takes from all (equal ones share it)
+        # every weight is divided by the largest, whose gradient has a term of each; equal ones share it
         b_ds = b_g * b_e - tl.where(m_t & (b_c == b_m), b_sum / b_ties, 0.0)
     return tl.where(m_t, b_ds, 0.0), b_c
 
 
 @triton.jit
 def weights_backward_kernel(
-    tags, images, temperature, cu_tags, cosine, tag_norm, image_norm, grad, dtags, dimages, dscores, dtemperature,
-    stride_t, stride_i, tau, threshold, total, columns,
-    HAS_SCORES: tl.constexpr, HAS_TEMPERATURE: tl.constexpr, NEED_TAGS: tl.constexpr, NEED_IMAGES: tl.constexpr,
-    COUPLING: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
+    tags, images, temperature, cu_tags, cosine, tag_norm, image_norm, grad, dtags, dimages, dscores,
+    dtemperature, stride_t, stride_i, tau, threshold, total, columns,
+    HAS_SCORES: tl.constexpr, HAS_TEMPERATURE: tl.constexpr, NEED_TAGS: tl.constexpr,
+    NEED_IMAGES: tl.constexpr, COUPLING: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """A program owns an image and a range of columns. The `[T]` part is so small that every range computes it again."""
+    """Compute the gradients of an image in a range of columns; every range repeats the small `[T]` part."""
     image = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
     start, count = image_tags(cu_tags, image, total)
@@ -161,7 +164,7 @@ def weights_backward_kernel(
         m_t = t + tl.arange(0, BLOCK_T) < count
         o_t = start + t + tl.arange(0, BLOCK_T)
         b_ds, b_c = logit_gradient(cosine, grad, o_t, m_t, tau, b_m, b_l, b_sum, b_ties, threshold, COUPLING)
-        # b_ds sums to 0, so the largest cosine may be taken off: less to cancel
+        # b_ds sums to 0, so subtracting the largest cosine changes nothing but leaves less to cancel
         b_dtau -= tl.where(m_t, b_ds * (b_c - b_m), 0.0) / (tau * tau)
         b_dc = b_ds / tau
         if HAS_SCORES:
@@ -169,10 +172,15 @@ def weights_backward_kernel(
         if NEED_TAGS or NEED_IMAGES:
             m_te = m_t[:, None] & m_e[None, :]
             b_norm = tl.load(tag_norm + o_t, mask=m_t, other=0.0)
-            b_t = tl.load(tags + o_t[:, None] * stride_t + o_e[None, :], mask=m_te, other=0.0).to(tl.float32) * b_norm[:, None]
+            b_t = (
+                tl.load(tags + o_t[:, None] * stride_t + o_e[None, :], mask=m_te, other=0.0).to(tl.float32)
+                * b_norm[:, None]
+            )
             if NEED_TAGS:
                 b_dt = (b_dc * b_norm)[:, None] * (b_i[None, :] - b_c[:, None] * b_t)
-                tl.store(dtags + o_t[:, None] * columns + o_e[None, :], b_dt.to(dtags.dtype.element_ty), mask=m_te)
+                tl.store(
+                    dtags + o_t[:, None] * columns + o_e[None, :], b_dt.to(dtags.dtype.element_ty), mask=m_te
+                )
             if NEED_IMAGES:
                 b_di += tl.sum((b_dc * i_norm)[:, None] * (b_t - b_c[:, None] * b_i[None, :]), 0)
     if NEED_IMAGES:
@@ -182,15 +190,17 @@ def weights_backward_kernel(
 
 
 def forward(
-    tags: Tensor | None, images: Tensor | None, scores: Tensor | None, temperature: Tensor | None, cu_tags: Tensor,
-    tau: float, threshold: float, coupling: str,
+    tags: Tensor | None, images: Tensor | None, scores: Tensor | None, temperature: Tensor | None,
+    cu_tags: Tensor, tau: float, threshold: float, coupling: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """`(weights [T], cosines [T], 1/|tag| [T], 1/|image| [B])`, all float32. From `scores` if given, else from embeddings."""
+    """Return float32 `(weights [T], cosines [T], 1/|tag| [T], 1/|image| [B])` of scores or embeddings."""
     check_interpreter()
     given = tags if scores is None else scores
     assert given is not None, "either embeddings or scores"
     total, batch = given.shape[0], cu_tags.numel() - 1
-    weights, cosine, tag_norm = (torch.empty(total, dtype=torch.float32, device=given.device) for _ in range(3))
+    weights, cosine, tag_norm = (
+        torch.empty(total, dtype=torch.float32, device=given.device) for _ in range(3)
+    )
     image_norm = torch.empty(batch, dtype=torch.float32, device=given.device)
     if total:
         weights_kernel[(batch,)](
@@ -204,25 +214,31 @@ def forward(
 
 
 def backward(
-    grad: Tensor, tags: Tensor | None, images: Tensor | None, scores: Tensor | None, temperature: Tensor | None, cu_tags: Tensor,
-    cosine: Tensor, tag_norm: Tensor, image_norm: Tensor, tau: float, threshold: float, coupling: str,
-    need_tags: bool, need_images: bool,
+    grad: Tensor, tags: Tensor | None, images: Tensor | None, scores: Tensor | None,
+    temperature: Tensor | None, cu_tags: Tensor, cosine: Tensor, tag_norm: Tensor, image_norm: Tensor,
+    tau: float, threshold: float, coupling: str, need_tags: bool, need_images: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """`(dtags, dimages, dscores, dtemperature)`; None where there was no such input or no gradient of it is needed."""
+    """Return `(dtags, dimages, dscores, dtemperature)`; None for an input that is missing or not needed."""
     check_interpreter()
     total, batch = grad.shape[0], cu_tags.numel() - 1
     device = grad.device
-    dtags = torch.empty(tags.shape, dtype=tags.dtype, device=device) if tags is not None and need_tags else None
-    dimages = torch.empty(images.shape, dtype=images.dtype, device=device) if images is not None and need_images else None
+    dtags = (
+        torch.empty(tags.shape, dtype=tags.dtype, device=device) if tags is not None and need_tags else None
+    )
+    dimages = (
+        torch.empty(images.shape, dtype=images.dtype, device=device)
+        if images is not None and need_images
+        else None
+    )
     dscores = None if scores is None else torch.empty(scores.shape, dtype=scores.dtype, device=device)
     dtau = None if temperature is None else torch.empty(batch, dtype=torch.float32, device=device)
     if batch:
         columns = 0 if tags is None else tags.shape[1]
         wide = dtags is not None or dimages is not None
         weights_backward_kernel[(batch, triton.cdiv(columns, BLOCK_E) if wide else 1)](
-            tags, images, temperature, cu_tags, cosine, tag_norm, image_norm, grad, dtags, dimages, dscores, dtau,
-            0 if tags is None else tags.stride(0), 0 if images is None else images.stride(0), tau, threshold, total, columns,
-            HAS_SCORES=scores is not None, HAS_TEMPERATURE=temperature is not None,
+            tags, images, temperature, cu_tags, cosine, tag_norm, image_norm, grad, dtags, dimages, dscores,
+            dtau, 0 if tags is None else tags.stride(0), 0 if images is None else images.stride(0), tau,
+            threshold, total, columns, HAS_SCORES=scores is not None, HAS_TEMPERATURE=temperature is not None,
             NEED_TAGS=dtags is not None, NEED_IMAGES=dimages is not None, COUPLING=coupling,
             BLOCK_T=BLOCK_T, BLOCK_E=BLOCK_E, num_warps=4,
         )  # fmt: skip
