@@ -21,6 +21,7 @@ from tagstore.indexing.protocol import Allowed, NumpyIndex
 from tagstore.mining import MergedTag
 from tagstore.retrieval import filters, lookups
 from tagstore.retrieval.engine import Engine
+from tagstore.storage.codec import widened
 from tagstore.storage.staging import Draft
 from tagstore.storage.store import Snapshot, Store
 from tagstore.storage.writer import Writer
@@ -375,9 +376,7 @@ def test_an_index_file_lends_the_stored_vectors_without_a_copy(
 def test_float16_is_widened_bit_for_bit() -> None:
     finite = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
     finite = finite[np.isfinite(finite)]
-    np.testing.assert_array_equal(
-        exact.widened(finite).view(np.uint32), finite.astype(np.float32).view(np.uint32)
-    )
+    np.testing.assert_array_equal(widened(finite).view(np.uint32), finite.astype(np.float32).view(np.uint32))
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

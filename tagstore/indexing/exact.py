@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from tagstore.errors import Damaged
 from tagstore.indexing.protocol import Allowed
+from tagstore.storage.codec import widen_in_place
 from tagstore.storage.store import ROWS, Snapshot, block_key
 from tagstore.types import Vectors
 
@@ -183,27 +184,6 @@ def _rows(
                     halves[at : at + len(rows)] = rows
                 at += high - low
             if kept.all():
-                yield ids, _widened(halves[:at])
+                yield ids, widen_in_place(halves[:at])
             else:
-                yield ids[kept], _widened(halves[:at][kept])
-
-
-_HALF = np.array(0x8FFFE000, np.uint32).view(np.int32)
-_SCALE = np.float32(2.0**112)
-
-
-def _widened(halves: NDArray[np.int32]) -> Vectors:
-    """float16 bits, sign-extended to 32, to float32, in place: several times as fast as numpy's conversion. Finite numbers only.
-
-    The exponents of the two formats differ by 112; the product also gives subnormal numbers their value.
-    """
-    np.left_shift(halves, 13, out=halves)
-    np.bitwise_and(halves, _HALF, out=halves)
-    rows = halves.view(np.float32)
-    np.multiply(rows, _SCALE, out=rows)
-    return rows
-
-
-def widened(rows: NDArray[np.float16]) -> Vectors:
-    """`rows.astype(float32)`, faster; finite numbers only."""
-    return _widened(np.ascontiguousarray(rows).view(np.int16).astype(np.int32))
+                yield ids[kept], widen_in_place(halves[:at][kept])

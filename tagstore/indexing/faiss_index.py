@@ -24,6 +24,7 @@ from tagstore.errors import Damaged, InvalidInput
 from tagstore.indexing import exact, plans
 from tagstore.indexing.plans import Advance, Plan
 from tagstore.indexing.protocol import PLAIN, Allowed
+from tagstore.storage.codec import widened
 from tagstore.storage.lmdb_files import sync_directory
 from tagstore.storage.store import Snapshot, Version
 from tagstore.types import Search, Vectors
@@ -196,7 +197,7 @@ class Part:
         codes = self._codes.take(ids - self.first if self._ids is None else np.searchsorted(self._ids, ids))
         if self.plan.kind == "flat32":
             return codes.view(np.float32).reshape(len(ids), self._dimension)
-        return exact.widened(codes.view(np.float16)).reshape(len(ids), self._dimension)
+        return widened(codes.view(np.float16)).reshape(len(ids), self._dimension)
 
     def search(
         self, queries: Vectors, k: int, allowed: Allowed | None, live: Allowed, search: Search

@@ -16,8 +16,11 @@ from collections.abc import Mapping
 from hashlib import sha256
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from tagstore.errors import Damaged
-from tagstore.types import KINDS, Entry, EntryTag, Kind
+from tagstore.types import KINDS, Entry, EntryTag, Kind, Vectors
 
 
 def encode_entry(entry: Entry) -> bytes:
@@ -131,6 +134,16 @@ def decode_metadata(data: bytes) -> dict[str, Any]:
     return dict(json.loads(metadata)) if metadata else {}
 
 
+def metadata_needle(value: str) -> bytes:
+    """Bytes that the record of an entry with this metadata value must hold.
+
+    Empty where Python's text of a value is not its JSON.
+    """
+    if value in ("True", "False", "None", "nan", "inf", "-inf") or value.startswith(("[", "{")):
+        return b""
+    return json.dumps(value, ensure_ascii=False)[1:-1].encode("utf-8", "replace")
+
+
 def encode_tag(text: str, kind: Kind, canonical: str) -> bytes:
     """Bytes of a tag of the vocabulary: kind (1 byte), text, canonical form if it differs."""
     out = bytearray([KINDS.index(kind)])
@@ -160,6 +173,27 @@ def unseal(key: bytes, data: bytes) -> dict[str, Any]:
             f"the record under {key!r} does not fit its checksum: run `tagstore verify`, restore the store from a copy"
         )
     return dict(json.loads(body))
+
+
+_HALF = np.array(0x8FFFE000, np.uint32).view(np.int32)
+_SCALE = np.float32(2.0**112)
+
+
+def widened(rows: NDArray[np.float16]) -> Vectors:
+    """`rows.astype(float32)`, several times as fast; finite numbers only."""
+    return widen_in_place(np.ascontiguousarray(rows).view(np.int16).astype(np.int32))
+
+
+def widen_in_place(halves: NDArray[np.int32]) -> Vectors:
+    """float32 of float16 bits that are sign-extended to 32, in their memory. Finite numbers only.
+
+    The exponents of the two formats differ by 112; the product also gives subnormal numbers their value.
+    """
+    np.left_shift(halves, 13, out=halves)
+    np.bitwise_and(halves, _HALF, out=halves)
+    rows = halves.view(np.float32)
+    np.multiply(rows, _SCALE, out=rows)
+    return rows
 
 
 def _put_int(out: bytearray, value: int) -> None:

@@ -35,11 +35,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tagstore.errors import Damaged, InvalidInput, NotFound
-from tagstore.storage.codec import decode_entry, decode_hot, decode_tag, unseal
+from tagstore.storage.codec import (
+    decode_entry,
+    decode_hashes,
+    decode_hot,
+    decode_metadata,
+    decode_tag,
+    metadata_needle,
+    unseal,
+    widened,
+)
 from tagstore.storage.lmdb_files import environment, generation, trim
 from tagstore.types import Entry, Fingerprint, Kind, Rejected, StoreInfo, Vectors
 
 FORMAT = 4
+ROW_FETCH_LIMIT = 1 << 14
+"""Rows up to which they are fetched one by one; more are fetched by block."""
 ROWS = 255  # rows of a block of vectors: with LMDB's header of 16 bytes they still fit the whole pages that 256 rows would fill
 PAGE = 1 << 16  # bytes of a page of a version's arrays
 SPACE = 48  # a block's key is space << 48 | block
@@ -233,11 +244,40 @@ class Snapshot:
         live = self.live_mask() if ids else np.zeros(0, bool)
         return next((i for i in reversed(ids) if i < len(live) and live[i]), None)
 
+    def ids_of_keys(self, keys: Iterable[str]) -> list[list[int]]:
+        """Of each key, the ids of all entries that ever had it, in any version, ascending."""
+        with self.store.env.begin(db=self.store.db["keys"]) as txn:
+            return [unpack_ids(txn.get(key_of(key)) or b"") for key in keys]
+
     def keys_and_tags(self, entry_ids: Iterable[int]) -> list[tuple[str, list[int]]]:
         """Key and tag ids of each entry: all that a query needs of it."""
-        with self.store.env.begin(buffers=True) as txn:
-            db = self.store.db["entries"]
-            return [decode_hot(txn.get(U64.pack(i), db=db)) for i in entry_ids]
+        with self.store.env.begin(db=self.store.db["entries"]) as txn:
+            get, pack = txn.get, U64.pack
+            return [decode_hot(get(pack(i))) for i in entry_ids]
+
+    def hashes(self, entry_ids: Iterable[int]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+        """sha256 (`[n, 4]`, its bytes as they lie) and perceptual hash (`[n]`) of each entry's image."""
+        with self.store.env.begin(db=self.store.db["entries"], buffers=True) as txn:
+            hashes = [decode_hashes(txn.get(U64.pack(i))) for i in entry_ids]
+        digests = np.frombuffer(b"".join(digest for digest, _ in hashes), np.uint64).reshape(-1, 4)
+        return digests, np.frombuffer(b"".join(bits for _, bits in hashes), ">u8").astype(np.uint64)
+
+    def with_metadata(self, entry_ids: NDArray[np.int64], where: Mapping[str, str]) -> NDArray[np.int64]:
+        """Those of the entries whose metadata has all these values, compared as text.
+
+        Reads the record of every entry: one that does not hold the bytes of the values is not decoded.
+        """
+        needles = [metadata_needle(value) for value in where.values()]
+        matching = []
+        for start in range(0, len(entry_ids), 4096):
+            with self.store.env.begin(db=self.store.db["entries"]) as txn:
+                for i in entry_ids[start : start + 4096].tolist():
+                    record = txn.get(U64.pack(i))
+                    if all(needle in record for needle in needles):
+                        metadata = decode_metadata(record)
+                        if all(n in metadata and str(metadata[n]) == value for n, value in where.items()):
+                            matching.append(i)
+        return np.array(matching, np.int64)
 
     def tags(self, tag_ids: Iterable[int]) -> list[tuple[str, Kind, str]]:
         """Text, kind and canonical form of each tag. Raises `NotFound`, naming the first id that isn't there."""
@@ -301,6 +341,8 @@ class Snapshot:
             trim(self.store.env)
 
     def _gather(self, db: str, ids: NDArray[np.int64]) -> Vectors:
+        if len(ids) <= ROW_FETCH_LIMIT:
+            return self._gather_rows(db, ids.tolist())
         out = np.empty((len(ids), self.dimension), np.float32)
         blocks = ids // ROWS
         with self.store.env.begin(buffers=True) as txn:
@@ -312,6 +354,21 @@ class Snapshot:
                     raise Damaged(f"store '{self.store.name}' has lost rows of block {block} of its {db}")
                 out[where] = np.frombuffer(data, np.float16).reshape(-1, self.dimension)[offsets]
         return out
+
+    def _gather_rows(self, name: str, ids: list[int]) -> Vectors:
+        width, space, pack = 2 * self.dimension, self.version.space << SPACE, U64.pack
+        rows = []
+        with self.store.env.begin(db=self.store.db[name], buffers=True) as txn:
+            get = txn.get
+            for i in ids:
+                offset = i % ROWS * width
+                block = get(pack(space | i // ROWS))
+                if block is None or len(block) < offset + width:
+                    raise Damaged(f"store '{self.store.name}' has lost row {i} of its {name}")
+                rows.append(block[offset : offset + width])
+            # joined while the transaction lasts: the rows are the map's own memory
+            halves = np.frombuffer(b"".join(rows), np.float16)
+        return widened(halves).reshape(len(ids), self.dimension)
 
     def sources(self) -> list[dict[str, Any]]:
         """What was read into the store up to this version, oldest first, also by versions that are not there any more."""
