@@ -26,7 +26,7 @@ from tagstore.storage.staging import Draft
 from tagstore.storage.store import Snapshot, Store
 from tagstore.storage.writer import Writer
 from tagstore.types import Exclude, Fingerprint, Identity, Search
-from tagstore.upkeep.compact import compact
+from tagstore.storage.rewrite import compact
 from tagstore.upkeep.edits import Selection, delete, rollback
 from tagstore.upkeep.tuning import Budget, OverBudget, build_index
 from tagstore.upkeep.verify import repair, verify

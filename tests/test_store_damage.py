@@ -21,7 +21,7 @@ from tagstore.storage.lmdb_files import forget
 from tagstore.storage.store import DATABASES, Store
 from tagstore.storage.writer import Writer
 from tagstore.types import Rejected
-from tagstore.upkeep.compact import purge
+from tagstore.storage.rewrite import purge
 from tagstore.upkeep.edits import Selection
 from tagstore.upkeep.verify import _problems, verify
 

@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 import crash
 from tagstore.storage.store import Store
-from tagstore.upkeep.compact import purge
+from tagstore.storage.rewrite import purge
 from tagstore.upkeep.edits import Selection, diff
 
 KEYS = st.integers(0, 30).map("key-{:05d}".format)

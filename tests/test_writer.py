@@ -25,7 +25,7 @@ from tagstore.storage.staging import Draft
 from tagstore.storage.store import Store, Version
 from tagstore.storage.writer import Writer
 from tagstore.types import Fingerprint
-from tagstore.upkeep.compact import compact, purge
+from tagstore.storage.rewrite import compact, purge
 from tagstore.upkeep.edits import Selection, drop, rename, undrop
 from tagstore.upkeep.verify import repair, verify
 

@@ -30,7 +30,7 @@ from tagstore.bundles.manifest import (
     from_json,
 )
 from tagstore.bundles.pictures import Folder, folder, unpack
-from tagstore.bundles.restorer import Restorer
+from tagstore.storage.restorer import Restorer
 from tagstore.bundles.signature import BYTES, check, public_key
 from tagstore.errors import AlreadyExists, Busy, Damaged, InvalidInput, NotFound
 from tagstore.indexing import faiss_index
