@@ -39,7 +39,7 @@ from tagstore.storage.staging import Draft, Progress
 from tagstore.storage.store import Snapshot, Store
 from tagstore.storage.writer import Writer
 from tagstore.types import Fingerprint, Vectors
-from tagstore.storage.rewrite import compact
+from tagstore.upkeep.compact import compact
 from tagstore.upkeep.edits import Selection
 from tagstore.upkeep.verify import _problems
 

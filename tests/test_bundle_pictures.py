@@ -19,7 +19,7 @@ from tagstore.cli import cli
 from tagstore.errors import AlreadyExists, Damaged, InvalidInput, NotFound, TagstoreError
 from tagstore.ingest import ingest
 from tagstore.storage.store import Store, store_names
-from tagstore.storage.rewrite import compact
+from tagstore.upkeep.compact import compact
 from tagstore.upkeep.edits import Selection, delete, reembed
 from tagstore.upkeep.verify import verify
 from test_bundles import unpacked

@@ -30,8 +30,9 @@ from tagstore.client import connect
 from tagstore.errors import AlreadyExists, Busy, Damaged, InvalidInput, NotFound, TagstoreError
 from tagstore.indexing import faiss_index
 from tagstore.mining import MergedTag
+from tagstore.storage.rows import block_key
 from tagstore.storage.staging import Draft
-from tagstore.storage.store import Store, block_key, store_names
+from tagstore.storage.store import Store, store_names
 from tagstore.storage.writer import Writer
 from tagstore.types import Fingerprint
 from tagstore.upkeep.verify import verify

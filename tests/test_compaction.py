@@ -13,11 +13,13 @@ from tagstore.indexing import faiss_index
 from tagstore.mining import MergedTag
 from tagstore.retrieval.engine import Engine
 from tagstore.storage.staging import Draft
-from tagstore.storage.store import U64, Store
+from tagstore.storage.store import Store
+from tagstore.storage.tables import U64
 from tagstore.storage.writer import Writer
 from tagstore.types import Fingerprint, Rejected, Search
-from tagstore.storage.rewrite import compact, prove_absent, purge, takedowns
+from tagstore.upkeep.compact import compact
 from tagstore.upkeep.edits import Selection, delete, rollback
+from tagstore.upkeep.takedown import prove_absent, purge, takedowns
 from tagstore.upkeep.verify import verify
 
 D = 16
@@ -182,7 +184,7 @@ def test_a_takedown_that_is_cut_off_after_its_commit_is_on_record(
     def die(*_: object, **__: object) -> list[str]:
         raise Interrupted
 
-    monkeypatch.setattr("tagstore.storage.rewrite.prove_absent", die)
+    monkeypatch.setattr("tagstore.upkeep.takedown.prove_absent", die)
     with pytest.raises(Interrupted):
         purge(tmp_path, "toy", Selection(keys=["photo-1234"]), reason="asked for")
     [takedown] = takedowns(tmp_path, "toy")

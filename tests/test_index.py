@@ -21,12 +21,12 @@ from tagstore.indexing.protocol import Allowed, NumpyIndex
 from tagstore.mining import MergedTag
 from tagstore.retrieval import filters, lookups
 from tagstore.retrieval.engine import Engine
-from tagstore.storage.codec import widened
+from tagstore.storage.rows import widened
 from tagstore.storage.staging import Draft
 from tagstore.storage.store import Snapshot, Store
 from tagstore.storage.writer import Writer
 from tagstore.types import Exclude, Fingerprint, Identity, Search
-from tagstore.storage.rewrite import compact
+from tagstore.upkeep.compact import compact
 from tagstore.upkeep.edits import Selection, delete, rollback
 from tagstore.upkeep.tuning import Budget, OverBudget, build_index
 from tagstore.upkeep.verify import repair, verify

@@ -15,8 +15,10 @@ import pytest
 from tagstore.errors import Busy, Damaged, FingerprintMismatch, InvalidInput, NotFound, WriteFailed
 from tagstore.mining import MergedTag
 from tagstore.storage.codec import seal
+from tagstore.storage.rows import BLOCK_ROWS
 from tagstore.storage.staging import Draft
-from tagstore.storage.store import FORMAT, ROWS, Store, check_name, store_names
+from tagstore.storage.store import Store, check_name, store_names
+from tagstore.storage.tables import FORMAT
 from tagstore.storage.writer import Writer
 from tagstore.types import Fingerprint
 
@@ -84,7 +86,7 @@ def test_a_key_that_comes_again_replaces_its_entry_and_the_old_version_stays(
 
 
 def test_vectors_cross_blocks(tmp_path: Path, rng: np.random.Generator) -> None:
-    vectors = unit(rng, 3 * ROWS + 5)
+    vectors = unit(rng, 3 * BLOCK_ROWS + 5)
     with Writer(tmp_path, "toy", FINGERPRINT) as writer:
         for start in range(0, len(vectors), 100):
             part = vectors[start : start + 100]

@@ -23,7 +23,7 @@ from tagstore.retrieval.catalog import Catalog
 from tagstore.storage.store import Snapshot, Store
 from tagstore.storage.writer import Writer
 from tagstore.types import Search
-from tagstore.storage.rewrite import compact
+from tagstore.upkeep.compact import compact
 
 SPAWN, FORK = multiprocessing.get_context("spawn"), multiprocessing.get_context("fork")
 KEYS = [f"key-{i:05d}" for i in range(20)]

@@ -18,11 +18,12 @@ import pytest
 import crash
 from tagstore.errors import Damaged
 from tagstore.storage.lmdb_files import forget
-from tagstore.storage.store import DATABASES, Store
+from tagstore.storage.store import Store
+from tagstore.storage.tables import TABLES
 from tagstore.storage.writer import Writer
 from tagstore.types import Rejected
-from tagstore.storage.rewrite import purge
 from tagstore.upkeep.edits import Selection
+from tagstore.upkeep.takedown import purge
 from tagstore.upkeep.verify import _problems, verify
 
 
@@ -52,7 +53,7 @@ def _records(root: Path) -> str:
     """A digest over every record of every table."""
     store, digest = Store(root, crash.NAME), hashlib.sha256()
     with store.env.begin() as txn:
-        for name in DATABASES:
+        for name in TABLES:
             digest.update(name.encode())
             with txn.cursor(store.db[name]) as cursor:
                 for key, value in cursor:
@@ -141,7 +142,7 @@ def test_a_bit_flipped_in_a_record_is_found_in_every_table(sound: Path, tmp_path
 def _values(root: Path) -> dict[str, list[bytes]]:
     store = Store(root, crash.NAME)
     with store.env.begin() as txn:
-        values = {name: [value for _, value in txn.cursor(store.db[name])] for name in DATABASES}
+        values = {name: [value for _, value in txn.cursor(store.db[name])] for name in TABLES}
     store.env.close()
     forget(store.generation)
     assert all(values.values())

@@ -13,8 +13,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 import crash
 from tagstore.storage.store import Store
-from tagstore.storage.rewrite import purge
 from tagstore.upkeep.edits import Selection, diff
+from tagstore.upkeep.takedown import purge
 
 KEYS = st.integers(0, 30).map("key-{:05d}".format)
 

@@ -22,11 +22,13 @@ from tagstore.errors import BadVector, WriteFailed
 from tagstore.indexing import faiss_index
 from tagstore.storage import lmdb_files
 from tagstore.storage.staging import Draft
-from tagstore.storage.store import Store, Version
+from tagstore.storage.store import Store
+from tagstore.storage.version import Version
 from tagstore.storage.writer import Writer
 from tagstore.types import Fingerprint
-from tagstore.storage.rewrite import compact, purge
+from tagstore.upkeep.compact import compact
 from tagstore.upkeep.edits import Selection, drop, rename, undrop
+from tagstore.upkeep.takedown import purge
 from tagstore.upkeep.verify import repair, verify
 
 needs_compiler = pytest.mark.skipif(

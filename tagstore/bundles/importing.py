@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tagstore.bundles.archive import ArchiveReader, Member
 from tagstore.bundles.manifest import (
@@ -26,18 +27,19 @@ from tagstore.bundles.manifest import (
     TAGS,
     VECTORS,
     BundleInfo,
+    check_rows,
     fits,
     from_json,
 )
 from tagstore.bundles.pictures import Folder, folder, unpack
-from tagstore.storage.restorer import Restorer
 from tagstore.bundles.signature import BYTES, check, public_key
 from tagstore.errors import AlreadyExists, Busy, Damaged, InvalidInput, NotFound
 from tagstore.indexing import faiss_index
 from tagstore.readers import Columns
-from tagstore.storage.codec import encode_entry
 from tagstore.storage.lmdb_files import forget, sync_directory, writer_lock, writing
-from tagstore.storage.store import Store, Version, check_name
+from tagstore.storage.restorer import Restorer
+from tagstore.storage.store import Store, check_name
+from tagstore.storage.version import Version
 from tagstore.types import Entry, EntryTag
 from tagstore.upkeep.verify import verify
 
@@ -132,30 +134,52 @@ def _build(
     def member(file: str) -> AbstractContextManager[Member]:
         return archive.member(file, info.files[file]["bytes"], info.files[file]["sha256"])
 
-    with Restorer(workshop, name, info) as writer:
+    first = info.version, info.next_entry_id, info.next_tag_id
+    with Restorer(workshop, name, info.fingerprint, *first) as writer:
         with member(TAGS) as file:
             for tags in _batches((value, size) for value, size, _ in _records(file, TAG, info.next_tag_id)):
-                writer.put_tags(tags)
+                with _naming(TAGS):
+                    writer.put_tags((t["id"], t["text"], t["kind"], t["canonical"]) for t in tags)
             _check_count(TAGS, len(writer.tag_ids), info.unique_tags)
         with member(EMBEDDINGS) as file:
-            writer.put_rows("embeddings", writer.tag_ids, file)
+            _put_rows(writer, "embeddings", writer.tag_ids, file)
         with member(ENTRIES) as file:
             for entries in _batches(_entries(file, info.next_entry_id)):
-                writer.put_entries(entries)
+                with _naming(ENTRIES):
+                    writer.put_entries(entries)
             _check_count(ENTRIES, len(writer.entry_ids), info.entries)
             _check_count(f"tags in {ENTRIES}", int(writer.counts.sum(dtype=np.int64)), info.tags)
             _check_count(
                 f"different tags in {ENTRIES}", int(np.count_nonzero(writer.counts)), info.unique_tags
             )
         with member(VECTORS) as file:
-            writer.put_rows("vectors", writer.entry_ids, file)
+            _put_rows(writer, "vectors", writer.entry_ids, file)
         unpack(archive, info, writer.entries(), pictures)
         writer.commit(operation="import", source=source, miner=info.miner, indexer=faiss_index.extend)
     _forget(workshop / name)
     writer.env.close()
 
 
-def _entries(member: Member, end: int) -> Iterator[tuple[tuple[Entry, bytes], int]]:
+def _put_rows(writer: Restorer, table: str, ids: NDArray[np.int64], member: Member) -> None:
+    """Write the rows of ascending ids as they come."""
+    dimension = writer.fingerprint.dimension
+    for start in range(0, len(ids), BATCH):
+        batch = ids[start : start + BATCH]
+        rows = np.frombuffer(member.read(len(batch) * dimension * 2), "<f2").reshape(-1, dimension)
+        check_rows(rows, batch, writer.fingerprint, member.name)
+        writer.put_rows(table, batch, rows)
+
+
+@contextmanager
+def _naming(file: str) -> Iterator[None]:
+    """Put the name of a file before what is wrong with it."""
+    try:
+        yield
+    except InvalidInput as error:
+        raise InvalidInput(f"{file}: {error}") from None
+
+
+def _entries(member: Member, end: int) -> Iterator[tuple[Entry, int]]:
     for value, size, where in _records(member, ENTRY, end):
         if any(last < first for _, _, mentions in value["tags"] for _, first, last in mentions):
             raise InvalidInput(f"{where} has a tag that ends before it starts")
@@ -172,11 +196,7 @@ def _entries(member: Member, end: int) -> Iterator[tuple[tuple[Entry, bytes], in
             metadata=value["metadata"],
             origin=value["origin"],
         )
-        try:
-            record = encode_entry(entry)
-        except RecursionError:
-            raise InvalidInput(f"{where} has metadata that is nested too deeply") from None
-        yield (entry, record), size
+        yield entry, size
 
 
 def _records(member: Member, shape: dict[str, Any], end: int) -> Iterator[tuple[dict[str, Any], int, str]]:

@@ -74,7 +74,7 @@ def delete(
     root, store, _ = options.local(url)
     selection = Selection(keys, digests, hashes, fields)
     if purge:
-        from tagstore.storage.rewrite import purge as run_purge
+        from tagstore.upkeep.takedown import purge as run_purge
 
         if not reason:
             raise InvalidInput("a takedown is recorded with its reason: give --reason")
@@ -131,7 +131,7 @@ def rollback(url: str, version: int) -> None:
 )
 def compact(url: str, keep: int | None) -> None:
     """Write a store anew, without slack, its index in one file."""
-    from tagstore.storage.rewrite import compact as run
+    from tagstore.upkeep.compact import compact as run
 
     root, store, _ = options.local(url)
     before = _size(Path(root) / store)
@@ -191,7 +191,7 @@ def prove_absent(url: str, keys: tuple[str, ...], captions: tuple[str, ...], ima
 
     Of an image, its hash and its vector are searched for.
     """
-    from tagstore.storage.rewrite import prove_absent as run
+    from tagstore.upkeep.takedown import prove_absent as run
 
     root, store, _ = options.local(url)
     if not (keys or captions or images):
@@ -230,7 +230,7 @@ def _vectors(root: str, store: str, images: list[bytes]) -> list[bytes]:
 @options.as_json
 def takedowns(url: str, as_json: bool) -> None:
     """What was taken down for good: when, by whom, why, and the proof."""
-    from tagstore.storage.rewrite import takedowns as run
+    from tagstore.upkeep.takedown import takedowns as run
 
     root, store, _ = options.local(url)
     found = run(root, store)

@@ -20,17 +20,16 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from tagstore.errors import Damaged
 from tagstore.indexing.protocol import Allowed
-from tagstore.storage.codec import widen_in_place
-from tagstore.storage.store import ROWS, Snapshot, block_key
+from tagstore.storage.rows import BLOCK_ROWS
+from tagstore.storage.store import Snapshot
 from tagstore.types import Vectors
 
 # knn() below goes through BLAS whatever the number of queries
 faiss.cvar.distance_compute_blas_threshold = 1
 
-BLOCKS = 4
-"""Blocks of the store that are multiplied at once: 1,020 rows, 2 MiB at 512 dimensions."""
+SCAN_ROWS = 4 * BLOCK_ROWS
+"""Rows that are multiplied at once, whole blocks of the store: 2 MiB at 512 dimensions."""
 MULTIPLE = 4
 """Queries are filled up to a multiple of it: BLAS takes a third longer for 7 of them than for 8."""
 MERGE_AT = 1 << 22
@@ -94,16 +93,17 @@ def search(
     Raises `Damaged` if rows are missing.
     """
     end = min(snapshot.version.next_entry_id if end is None else end, 8 * len(allowed.bits))
-    groups = range(first // ROWS, -(-end // ROWS), BLOCKS)
+    starts = range(first - first % BLOCK_ROWS, end, SCAN_ROWS)
     count = len(queries)
     queries = np.ascontiguousarray(queries, np.float32)
     if count > 2 and count % MULTIPLE:
         queries = np.pad(queries, ((0, -count % MULTIPLE), (0, 0)))
-    parts = max(1, min(cores(), len(groups) // 4))
+    parts = max(1, min(cores(), len(starts) // 4))
 
     def scan(part: int) -> Found:
         best = _Best(len(queries), k)
-        for ids, rows in _rows(snapshot, groups[part::parts], allowed, first, end):
+        runs = (range(max(first, start), min(end, start + SCAN_ROWS)) for start in starts[part::parts])
+        for ids, rows in snapshot.scan_vectors(runs, allowed.holds):
             similarities, at = faiss.knn(queries, rows, min(k, len(rows)), faiss.METRIC_INNER_PRODUCT)
             best.add(similarities, ids[at])
         return best.take()
@@ -149,41 +149,3 @@ class _Best:
             return similarities, ids
         best = np.argpartition(-similarities, self._k - 1, axis=1)[:, : self._k]
         return np.take_along_axis(similarities, best, axis=1), np.take_along_axis(ids, best, axis=1)
-
-
-def _rows(
-    snapshot: Snapshot, groups: range, allowed: Allowed, first: int, end: int
-) -> Iterator[tuple[NDArray[np.int64], Vectors]]:
-    """Allowed ids and their rows as float32, `BLOCKS` blocks at a time; the rows' memory is used again for the next."""
-    width = snapshot.dimension
-    halves = np.empty((BLOCKS * ROWS, width), np.int32)
-    with snapshot.store.env.begin(buffers=True) as txn:
-        db, space = snapshot.store.db["vectors"], snapshot.version.space
-        for group in groups:
-            start, stop = max(first, group * ROWS), min(end, (group + BLOCKS) * ROWS)
-            ids = np.arange(start, stop)
-            kept = allowed.holds(ids)
-            if not kept.any():
-                continue
-            at = 0
-            for block in range(group, -(-stop // ROWS)):
-                low, high = max(start - block * ROWS, 0), min(stop - block * ROWS, ROWS)
-                data = txn.get(block_key(space, block), db=db)
-                held = 0 if data is None else len(data) // (2 * width)
-                if (
-                    held < high
-                    and allowed.holds(np.arange(block * ROWS + max(low, held), block * ROWS + high)).any()
-                ):
-                    raise Damaged(
-                        f"store '{snapshot.store.name}' has lost rows of block {block} of its vectors"
-                    )
-                if held > low:
-                    rows = np.frombuffer(data, np.int16, count=min(held, high) * width).reshape(-1, width)[
-                        low:
-                    ]
-                    halves[at : at + len(rows)] = rows
-                at += high - low
-            if kept.all():
-                yield ids, widen_in_place(halves[:at])
-            else:
-                yield ids[kept], widen_in_place(halves[:at][kept])

@@ -24,9 +24,10 @@ from tagstore.errors import Damaged, InvalidInput
 from tagstore.indexing import exact, plans
 from tagstore.indexing.plans import Advance, Plan
 from tagstore.indexing.protocol import PLAIN, Allowed
-from tagstore.storage.codec import widened
 from tagstore.storage.lmdb_files import sync_directory
-from tagstore.storage.store import Snapshot, Version
+from tagstore.storage.rows import widened
+from tagstore.storage.store import Snapshot
+from tagstore.storage.version import Version
 from tagstore.types import Search, Vectors
 
 ABOUT = {"kind": "flat", "codes": "float16", "metric": "inner product"}

@@ -16,11 +16,8 @@ from collections.abc import Mapping
 from hashlib import sha256
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from tagstore.errors import Damaged
-from tagstore.types import KINDS, Entry, EntryTag, Kind, Vectors
+from tagstore.types import KINDS, Entry, EntryTag, Kind
 
 
 def encode_entry(entry: Entry) -> bytes:
@@ -173,27 +170,6 @@ def unseal(key: bytes, data: bytes) -> dict[str, Any]:
             f"the record under {key!r} does not fit its checksum: run `tagstore verify`, restore the store from a copy"
         )
     return dict(json.loads(body))
-
-
-_HALF = np.array(0x8FFFE000, np.uint32).view(np.int32)
-_SCALE = np.float32(2.0**112)
-
-
-def widened(rows: NDArray[np.float16]) -> Vectors:
-    """`rows.astype(float32)`, several times as fast; finite numbers only."""
-    return widen_in_place(np.ascontiguousarray(rows).view(np.int16).astype(np.int32))
-
-
-def widen_in_place(halves: NDArray[np.int32]) -> Vectors:
-    """float32 of float16 bits that are sign-extended to 32, in their memory. Finite numbers only.
-
-    The exponents of the two formats differ by 112; the product also gives subnormal numbers their value.
-    """
-    np.left_shift(halves, 13, out=halves)
-    np.bitwise_and(halves, _HALF, out=halves)
-    rows = halves.view(np.float32)
-    np.multiply(rows, _SCALE, out=rows)
-    return rows
 
 
 def _put_int(out: bytearray, value: int) -> None:

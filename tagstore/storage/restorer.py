@@ -2,85 +2,98 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tagstore.bundles.archive import Member
-from tagstore.bundles.manifest import BATCH, ENTRIES, TAGS, BundleInfo, check_rows
 from tagstore.errors import InvalidInput
-from tagstore.storage.codec import decode_entry
-from tagstore.storage.store import U64
+from tagstore.storage.codec import encode_entry, encode_tag
+from tagstore.storage.rows import put_rows
 from tagstore.storage.writer import Writer
-from tagstore.types import Entry
+from tagstore.types import Entry, Fingerprint, Kind
 
 
 class Restorer(Writer):
-    """A writer that keeps the number and the ids that a bundle brings."""
+    """A writer of a new store whose first version has a given number, over ids that were given elsewhere.
 
-    def __init__(self, root: Path, name: str, info: BundleInfo) -> None:
-        super().__init__(root, name, info.fingerprint, sync="batch")
-        self._bundle = info
+    Args:
+        number: of the version that the commit makes.
+        next_entry_id, next_tag_id: where its ids end.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        name: str,
+        fingerprint: Fingerprint,
+        number: int,
+        next_entry_id: int,
+        next_tag_id: int,
+    ) -> None:
+        super().__init__(root, name, fingerprint, sync="batch")
+        self._first_number = number
+        self._ends = next_entry_id, next_tag_id
 
     def __enter__(self) -> Restorer:
         super().__enter__()
-        self.start_at(self._bundle.version, self._bundle.next_entry_id, self._bundle.next_tag_id)
-        self._known = np.zeros(self.next_tag_id, bool)
+        self.next_entry_id, self.next_tag_id = self._ends
+        self._live, self._known = np.zeros(self.next_entry_id, bool), np.zeros(self.next_tag_id, bool)
+        self._counts = np.zeros(self.next_tag_id, np.int32)
+        self._embedded = self.next_tag_id
         return self
 
     @property
     def entry_ids(self) -> NDArray[np.int64]:
+        """Ids of the entries that were written, ascending."""
         return np.flatnonzero(self.live)
 
     @property
     def tag_ids(self) -> NDArray[np.int64]:
+        """Ids of the tags that were written, ascending."""
         return np.flatnonzero(self._known)
 
-    def put_tags(self, tags: list[dict[str, Any]]) -> None:
-        """Write tags in ascending order of their ids."""
+    def put_tags(self, tags: Iterable[tuple[int, str, Kind, str]]) -> None:
+        """Write tags, each as (id, text, kind, canonical form), ids ascending. Raises `InvalidInput` for one twice."""
         with self.transaction() as txn:
-            for tag in tags:
-                if not self._put_tag(txn, tag["id"], tag["text"], tag["kind"], tag["canonical"]):
-                    raise InvalidInput(
-                        f"{TAGS}: tag {tag['id']}, {tag['kind']} '{tag['canonical'][:100]}', is there twice"
-                    )
-                self._known[tag["id"]] = True
+            for tag_id, text, kind, canonical in tags:
+                if not self._tables.put_tag(txn, tag_id, encode_tag(text, kind, canonical)):
+                    raise InvalidInput(f"tag {tag_id}, {kind} '{canonical[:100]}', is there twice")
+                self._known[tag_id] = True
 
-    def put_entries(self, entries: list[tuple[Entry, bytes]]) -> None:
-        """Write entries, each with its record, in ascending order of their ids."""
+    def put_entries(self, entries: Iterable[Entry]) -> None:
+        """Write entries, ids ascending.
+
+        Raises `InvalidInput` for a key twice, a tag twice in an entry or one that was not written, or metadata nested
+        too deeply.
+        """
         with self.transaction() as txn:
-            for entry, record in entries:
+            for entry in entries:
                 ids = [tag.tag_id for tag in entry.tags]
                 if len(set(ids)) != len(ids) or not all(i < self.next_tag_id and self._known[i] for i in ids):
                     raise InvalidInput(
-                        f"{ENTRIES}: entry {entry.entry_id} carries a tag twice, or one that is not in {TAGS}"
+                        f"entry {entry.entry_id} carries a tag twice, or one that is not in the vocabulary"
                     )
                 if self._live_id(txn, entry.key) is not None:
                     raise InvalidInput(
-                        f"{ENTRIES}: the key of entry {entry.entry_id}, '{entry.key[:100]}', is there twice"
+                        f"the key of entry {entry.entry_id}, '{entry.key[:100]}', is there twice"
                     )
-                self._put_entry(txn, entry, record)
+                try:
+                    record = encode_entry(entry)
+                except RecursionError:
+                    raise InvalidInput(
+                        f"entry {entry.entry_id} has metadata that is nested too deeply"
+                    ) from None
+                self._tables.put_entry(txn, entry.entry_id, record)
+                self._count_in(entry)
+
+    def put_rows(self, table: str, ids: NDArray[np.int64], rows: NDArray[Any]) -> None:
+        """Write the rows `[n, D]` of ids in "vectors" or "embeddings", ids ascending; rows of no id are zero."""
+        with self.transaction() as txn:
+            put_rows(txn, self.db[table], self.space, ids, rows)
 
     def entries(self) -> Iterator[Entry]:
-        """What was put, ids ascending."""
-        ids = self.entry_ids
-        for start in range(0, len(ids), BATCH):
-            with self.env.begin() as txn:
-                found = [
-                    (i, txn.get(U64.pack(i), db=self.db["entries"]))
-                    for i in ids[start : start + BATCH].tolist()
-                ]
-            yield from (decode_entry(i, data) for i, data in found)
-
-    def put_rows(self, db: str, ids: NDArray[np.int64], member: Member) -> None:
-        """Write the rows of ascending ids as they come; rows that belong to no id are zero."""
-        dimension = self.fingerprint.dimension
-        for start in range(0, len(ids), BATCH):
-            some = ids[start : start + BATCH]
-            rows = np.frombuffer(member.read(len(some) * dimension * 2), "<f2").reshape(-1, dimension)
-            check_rows(rows, some, self.fingerprint, member.name)
-            with self.transaction() as txn:
-                self._put_rows(txn, db, some, rows)
+        """The entries that were written, ids ascending."""
+        return self.store.entries(self.entry_ids)

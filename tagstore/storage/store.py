@@ -1,36 +1,18 @@
-"""A store on disk: one LMDB environment that holds everything that is true of it.
+"""A store on disk, to read from: its versions, and a snapshot of each.
 
-    meta        "state" -> JSON: format, current version, high-water marks;  "ingest" -> JSON: how far an unfinished ingest got
-    versions    number  -> JSON of a `Version`
-    entries     entry_id -> record (`records.py`)
-    keys        key -> entry_ids that ever had it, ascending
-    vectors     (space, entry_id // 255) -> rows of float16
-    tags        tag_id -> record;    tag_ids: kind + canonical form -> tag_id
-    embeddings  (space, tag_id // 255) -> rows of float16
-    pages       page_id -> 64 KiB of a version's arrays: which entries live (bits), how many carry each tag (int32)
-    quarantine  (version, n) -> JSON of a rejected pair
-    sources     version -> JSON: what its ingest read; kept when the version is dropped
-    takedowns   version -> JSON: what was taken down, by whom and why
-
-Entries, tags and vectors are only ever appended. A version says which of them are its own; it becomes visible when the one
-transaction that writes its record commits, and that is the only commit point of a store. Whatever was appended behind the
-last version is invisible, and is taken up again or swept away by the next writer. A space is one encoder's vectors. All
-numbers used as keys are big endian, so that LMDB keeps them in order.
+One LMDB environment holds everything that is true of a store (`tables.py`). Entries, tags and vectors are only ever appended.
+A version says which of them are its own; it becomes visible when the one transaction that writes its record commits, and
+that is the only commit point of a store. What was appended behind the last version is invisible, and the next writer takes
+it up again or sweeps it away. A space is one encoder's vectors.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
-from hashlib import sha256
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from struct import Struct
 from typing import Any
 
-import lmdb
 import numpy as np
 from numpy.typing import NDArray
 
@@ -43,84 +25,14 @@ from tagstore.storage.codec import (
     decode_tag,
     metadata_needle,
     unseal,
-    widened,
 )
 from tagstore.storage.lmdb_files import environment, generation, trim
-from tagstore.types import Entry, Fingerprint, Kind, Rejected, StoreInfo, Vectors
+from tagstore.storage.rows import RowReader
+from tagstore.storage.tables import U64, key_of, open_tables, unpack_ids
+from tagstore.storage.version import Version
+from tagstore.types import Entry, Kind, Rejected, StoreInfo, Vectors
 
-FORMAT = 4
-ROW_FETCH_LIMIT = 1 << 14
-"""Rows up to which they are fetched one by one; more are fetched by block."""
-ROWS = 255  # rows of a block of vectors: with LMDB's header of 16 bytes they still fit the whole pages that 256 rows would fill
-PAGE = 1 << 16  # bytes of a page of a version's arrays
-SPACE = 48  # a block's key is space << 48 | block
-
-DATABASES = (
-    *("meta", "versions", "entries", "keys", "vectors", "tags", "tag_ids", "embeddings", "pages"),
-    *("quarantine", "sources", "takedowns"),
-)
-U64 = Struct(">Q")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
-
-
-@dataclass(frozen=True, slots=True)
-class Range:
-    """A checksum over a run of records, as they were when a version was committed."""
-
-    first: int
-    end: int
-    sha256: str
-
-
-@dataclass(frozen=True, slots=True)
-class Version:
-    """One immutable state of a store, as it is written at its commit."""
-
-    number: int
-    parent: int
-    created: str
-    """UTC, ISO 8601."""
-    operation: str
-    """What made it: "ingest", "delete", "rollback to 3" ..."""
-    source: Mapping[str, Any]
-    """Of an ingest: path, format and columns."""
-    entries: int
-    tags: int
-    unique_tags: int
-    next_entry_id: int
-    next_tag_id: int
-    space: int
-    fingerprint: Fingerprint
-    miner: Mapping[str, Any]
-    """Identity and settings of the miner."""
-    pages: Mapping[str, list[int]] = field(default_factory=dict)
-    """Page ids of the arrays "live" and "counts"."""
-    index: Mapping[str, Any] = field(default_factory=dict)
-    """Kind and parameters of the index, and its files with their checksums."""
-    ranges: Mapping[str, list[Range]] = field(default_factory=dict)
-    """Checksums of "entries", "vectors", "tags" and "embeddings"; of "live" and "counts", one over the whole."""
-
-    def to_json(self) -> str:
-        """JSON with a checksum of its own."""
-        body = json.dumps(asdict(self), sort_keys=True)
-        return json.dumps({"version": body, "sha256": sha256(body.encode()).hexdigest()})
-
-    @classmethod
-    def from_json(cls, data: bytes | str) -> Version:
-        """Raises `Damaged` if the record is not what was written."""
-        try:
-            outer = json.loads(data)
-            body = outer["version"]
-            if sha256(body.encode()).hexdigest() != outer["sha256"]:
-                raise Damaged(
-                    "a version's record does not fit its checksum: run `tagstore verify`, restore the store from a copy"
-                )
-            value = json.loads(body)
-        except (ValueError, TypeError, KeyError) as error:
-            raise Damaged(f"a version's record cannot be read: {error}") from error
-        value["fingerprint"] = Fingerprint(**value["fingerprint"])
-        value["ranges"] = {name: [Range(**r) for r in ranges] for name, ranges in value["ranges"].items()}
-        return cls(**value)
 
 
 class Store:
@@ -154,7 +66,7 @@ class Store:
         return store
 
     def _open(self) -> None:
-        self.db = open_databases(self.env)
+        self.db = open_tables(self.env)
         self.state()  # raises if there is none
 
     @property
@@ -178,6 +90,10 @@ class Store:
         except NotFound:
             return False
 
+    def last_transaction(self) -> int:
+        """Number of the last transaction that was committed: it grows with every change of the database."""
+        return int(self.env.info()["last_txnid"])
+
     def versions(self) -> list[Version]:
         """All versions, oldest first."""
         with self.env.begin() as txn, txn.cursor(self.db["versions"]) as cursor:
@@ -188,6 +104,39 @@ class Store:
                     f"the record of version {version.number} of store '{self.name}' stands under number {number}"
                 )
         return [version for _, version in found]
+
+    def entries(self, ids: NDArray[np.int64] | None = None) -> Iterator[Entry]:
+        """Entries of ids, or all records there are, whether a version has them or not; memory does not grow with their number.
+
+        Raises `Damaged` if one of `ids` is not there.
+        """
+        everything = ids is None
+        if ids is None:
+            with self.env.begin() as txn, txn.cursor(self.db["entries"]) as cursor:
+                ids = np.arange(U64.unpack(cursor.key())[0] + 1 if cursor.last() else 0)
+        for start in range(0, len(ids), 1024):
+            batch = ids[start : start + 1024].tolist()
+            with self.env.begin(db=self.db["entries"]) as txn:
+                records = [txn.get(U64.pack(i)) for i in batch]
+            for i, record in zip(batch, records, strict=True):
+                if record is not None:
+                    yield decode_entry(i, record)
+                elif not everything:
+                    raise Damaged(f"store '{self.name}' has lost entry {i}")
+
+    def takedowns(self) -> list[dict[str, Any]]:
+        """The records of all takedowns, oldest first."""
+        with self.env.begin() as txn, txn.cursor(self.db["takedowns"]) as cursor:
+            return [unseal(key, value) for key, value in cursor]
+
+    def within_records(self, needles: set[bytes]) -> set[bytes]:
+        """Those of the byte strings that are part of an entry or a tag, or of the description of a source."""
+        found: set[bytes] = set()
+        for table in ("entries", "tags", "sources") if needles else ():
+            with self.env.begin() as txn, txn.cursor(self.db[table]) as cursor:
+                for _, value in cursor:
+                    found |= {needle for needle in needles - found if needle in value}
+        return found
 
     def snapshot(self, version: int | None = None) -> Snapshot:
         """A version to read from; the current one if none is named. Raises `NotFound`."""
@@ -228,26 +177,18 @@ class Snapshot:
 
     def entries(self, ids: NDArray[np.int64] | None = None) -> Iterator[Entry]:
         """Entries of this version in order of their ids, or those of `ids`; memory does not grow with their number."""
-        ids = self.live() if ids is None else ids
-        for start in range(0, len(ids), 1024):
-            with self.store.env.begin() as txn:
-                found = [
-                    (i, txn.get(U64.pack(i), db=self.store.db["entries"]))
-                    for i in ids[start : start + 1024].tolist()
-                ]
-            yield from (decode_entry(i, data) for i, data in found)
+        return self.store.entries(self.live() if ids is None else ids)
 
     def find(self, key: str) -> int | None:
         """Id of the entry that has a key in this version."""
-        with self.store.env.begin() as txn:
-            ids = unpack_ids(txn.get(key_of(key), db=self.store.db["keys"]) or b"")
+        [ids] = self.ids_of_keys([key])
         live = self.live_mask() if ids else np.zeros(0, bool)
         return next((i for i in reversed(ids) if i < len(live) and live[i]), None)
 
     def ids_of_keys(self, keys: Iterable[str]) -> list[list[int]]:
         """Of each key, the ids of all entries that ever had it, in any version, ascending."""
         with self.store.env.begin(db=self.store.db["keys"]) as txn:
-            return [unpack_ids(txn.get(key_of(key)) or b"") for key in keys]
+            return [unpack_ids(txn.get(key_of(key))) for key in keys]
 
     def keys_and_tags(self, entry_ids: Iterable[int]) -> list[tuple[str, list[int]]]:
         """Key and tag ids of each entry: all that a query needs of it."""
@@ -326,49 +267,34 @@ class Snapshot:
         return np.frombuffer(b"".join(pages), dtype)
 
     def vectors(self, ids: NDArray[np.int64]) -> Vectors:
-        """Image vectors of some entries, `[len(ids), D]` float32."""
-        return self._gather("vectors", ids)
+        """Image vectors of entries, `[len(ids), D]` float32. Raises `Damaged` if the store has lost one."""
+        return self._rows("vectors").gather(ids)
 
     def embeddings(self, ids: NDArray[np.int64]) -> Vectors:
-        """Text embeddings of some tags, `[len(ids), D]` float32."""
-        return self._gather("embeddings", ids)
+        """Text embeddings of tags, `[len(ids), D]` float32. Raises `Damaged` if the store has lost one."""
+        return self._rows("embeddings").gather(ids)
 
     def vector_blocks(self, ids: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], Vectors]]:
         """Ascending ids and their image vectors in pieces of at most 64 Ki rows."""
+        reader = self._rows("vectors")
         for start in range(0, len(ids), 1 << 16):
             piece = ids[start : start + (1 << 16)]
-            yield piece, self._gather("vectors", piece)
+            yield piece, reader.gather(piece)
             trim(self.store.env)
 
-    def _gather(self, db: str, ids: NDArray[np.int64]) -> Vectors:
-        if len(ids) <= ROW_FETCH_LIMIT:
-            return self._gather_rows(db, ids.tolist())
-        out = np.empty((len(ids), self.dimension), np.float32)
-        blocks = ids // ROWS
-        with self.store.env.begin(buffers=True) as txn:
-            for block in np.unique(blocks).tolist():
-                data = txn.get(block_key(self.version.space, block), db=self.store.db[db])
-                where = blocks == block
-                offsets = ids[where] % ROWS
-                if data is None or len(data) < (int(offsets.max()) + 1) * self.dimension * 2:
-                    raise Damaged(f"store '{self.store.name}' has lost rows of block {block} of its {db}")
-                out[where] = np.frombuffer(data, np.float16).reshape(-1, self.dimension)[offsets]
-        return out
+    def scan_vectors(
+        self, runs: Iterable[range], allowed: Callable[[NDArray[np.int64]], NDArray[np.bool_]]
+    ) -> Iterator[tuple[NDArray[np.int64], Vectors]]:
+        """Of each run of ids, those that are allowed and their image vectors, whose memory is used again for the next.
 
-    def _gather_rows(self, name: str, ids: list[int]) -> Vectors:
-        width, space, pack = 2 * self.dimension, self.version.space << SPACE, U64.pack
-        rows = []
-        with self.store.env.begin(db=self.store.db[name], buffers=True) as txn:
-            get = txn.get
-            for i in ids:
-                offset = i % ROWS * width
-                block = get(pack(space | i // ROWS))
-                if block is None or len(block) < offset + width:
-                    raise Damaged(f"store '{self.store.name}' has lost row {i} of its {name}")
-                rows.append(block[offset : offset + width])
-            # joined while the transaction lasts: the rows are the map's own memory
-            halves = np.frombuffer(b"".join(rows), np.float16)
-        return widened(halves).reshape(len(ids), self.dimension)
+        Runs are read fastest if they are whole blocks of `BLOCK_ROWS` ids. Raises `Damaged` if a row is missing.
+        """
+        return self._rows("vectors").scan(runs, allowed)
+
+    def _rows(self, name: str) -> RowReader:
+        store = self.store
+        what = f"the {name} of store '{store.name}'"
+        return RowReader(store.env, store.db[name], self.version.space, self.dimension, what)
 
     def sources(self) -> list[dict[str, Any]]:
         """What was read into the store up to this version, oldest first, also by versions that are not there any more."""
@@ -410,48 +336,3 @@ def store_names(root: str | Path) -> list[str]:
     return sorted(
         path.parent.name for path in Path(root).glob("*/CURRENT") if _NAME.fullmatch(path.parent.name)
     )
-
-
-def open_databases(env: Any, *, create: bool = False) -> dict[str, Any]:
-    """The named databases of a store.
-
-    Raises `NotFound` where a first ingest was cut off before it made them, `Damaged` for a store in another release's format.
-    """
-    try:
-        # in a transaction of ours: in one of its own, lmdb waits for the writer with the interpreter in hand, which the writer needs
-        with env.begin(write=True) as txn:
-            meta = env.open_db(b"meta", txn=txn, create=create)
-            state = txn.get(b"state", db=meta)
-            if state is not None and (found := unseal(b"state", state)["format"]) != FORMAT:
-                raise Damaged(
-                    f"{env.path()} has on-disk format {found}, this release reads {FORMAT}: use the release that wrote it"
-                )
-            return {name: env.open_db(name.encode(), txn=txn, create=create) for name in DATABASES}
-    except lmdb.NotFoundError:
-        raise NotFound(
-            f"{env.path()}/data.mdb holds no tag store, or its first ingest did not finish: ingest into it again"
-        ) from None
-
-
-def block_key(space: int, block: int) -> bytes:
-    return U64.pack(space << SPACE | block)
-
-
-def key_of(key: str) -> bytes:
-    """How a key stands in `keys`: LMDB takes 511 bytes, a longer one stands by its hash."""
-    data = key.encode("utf-8", "replace")
-    return data if 0 < len(data) <= 480 else b"\xff" + sha256(data).digest()
-
-
-def tag_key(kind_index: int, canonical: str) -> bytes:
-    """How a tag stands in `tag_ids`."""
-    return bytes([kind_index]) + key_of(canonical)
-
-
-def unpack_ids(data: bytes) -> list[int]:
-    """The ids behind a key."""
-    return [U64.unpack_from(data, at)[0] for at in range(0, len(data), 8)]
-
-
-def now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -27,7 +27,8 @@ from tagstore.mining import MergedTag, Miner, Rules, identity, load_miner, load_
 from tagstore.readers import Columns, read
 from tagstore.storage.lmdb_files import forget, generation, writer_lock, writing
 from tagstore.storage.staging import Draft
-from tagstore.storage.store import Snapshot, Store, Version, check_name
+from tagstore.storage.store import Snapshot, Store, check_name
+from tagstore.storage.version import Version
 from tagstore.storage.writer import Writer
 from tagstore.types import Entry, Kind, Pair, Rejected
 

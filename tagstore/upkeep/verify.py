@@ -10,21 +10,18 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from lmdb.verify import VerifyError
-from lmdb.verify import verify as verify_pages
 
 from tagstore.errors import Damaged, TagstoreError
 from tagstore.indexing import faiss_index, plans
 from tagstore.storage.checksums import broken
-from tagstore.storage.codec import decode_hot, decode_tag, unseal
+from tagstore.storage.consistency import json_faults, lookup_faults, page_faults, rebuild_lookups
 from tagstore.storage.lmdb_files import generation
-from tagstore.storage.store import U64, Snapshot, Store, key_of, tag_key, unpack_ids
+from tagstore.storage.store import Snapshot, Store
 from tagstore.storage.writer import Writer
-from tagstore.types import KINDS
 
 SAMPLE = 1000
 END = "{}"
@@ -79,7 +76,7 @@ def repair(root: str | Path, store: str) -> list[str]:
     done: list[str] = []
     if any("data.mdb" in p.file for p in problems):
         with Writer(root, store) as writer:
-            _rebuild_lookups(writer)
+            rebuild_lookups(writer)
         done.append("rebuilt the look-up tables of keys and tags")
     if any(p.file.endswith(".faiss") for p in problems):
         with Writer(root, store) as writer:
@@ -89,12 +86,7 @@ def repair(root: str | Path, store: str) -> list[str]:
                     snapshot = Snapshot(writer.store, version)
                     with writer.step():
                         index = faiss_index.extend(snapshot, None, writer.store.index_directory, whole=True)
-                    with writer.transaction() as txn:
-                        txn.put(
-                            U64.pack(version.number),
-                            replace(version, index=index).to_json().encode(),
-                            db=writer.db["versions"],
-                        )
+                    writer.replace_index(version, index)
                     done.append(f"rebuilt the index of version {version.number}")
             with writer.step():
                 _sweep_index(writer.store)
@@ -107,20 +99,6 @@ def _sweep_index(store: Store) -> None:
     for path in store.index_directory.iterdir():
         if path.name not in named:
             path.unlink()
-
-
-def _rebuild_lookups(writer: Writer) -> None:
-    with writer.transaction() as txn:
-        for name in ("keys", "tag_ids"):
-            txn.drop(writer.db[name], delete=False)
-        with txn.cursor(writer.db["entries"]) as cursor:
-            for entry_id, data in cursor:
-                key = key_of(decode_hot(data)[0])
-                txn.put(key, (txn.get(key, db=writer.db["keys"]) or b"") + entry_id, db=writer.db["keys"])
-        with txn.cursor(writer.db["tags"]) as cursor:
-            for tag_id, data in cursor:
-                _, kind, canonical = decode_tag(data)
-                txn.put(tag_key(KINDS.index(kind), canonical), tag_id, db=writer.db["tag_ids"])
 
 
 def _print_problems(root: str, name: str, full: bool) -> None:
@@ -139,8 +117,7 @@ def _print_problems(root: str, name: str, full: bool) -> None:
 def _problems(root: str, name: str, full: bool) -> Iterator[Problem]:
     store = Store(root, name)
     database = str(store.generation / "data.mdb")
-    with store.env.begin():  # as long as this reads, no writer takes again the pages that are walked
-        yield from _pages(database)
+    yield from (Problem(database, what, False) for what in page_faults(store))
     state, versions = store.state(), store.versions()
     numbers = [v.number for v in versions]
     if state["current"] not in (numbers or [0]):
@@ -155,24 +132,14 @@ def _problems(root: str, name: str, full: bool) -> Iterator[Problem]:
         yield from _counts(snapshot, database)
         yield from _files(snapshot, bad_files)
         yield from _agreement(snapshot, full, bad_files)
-    yield from _lookups(store, database)
-    yield from _lines(store, database)
+    yield from (Problem(database, what, True) for what in lookup_faults(store))
+    yield from (Problem(database, what, False) for what in json_faults(store))
     read = Snapshot(store, versions[-1]).sources() if versions else []
     for version in versions:
         if version.source and version.source not in read:
             yield Problem(
                 database, f"the source of version {version.number} is not among those of the store", False
             )
-
-
-def _pages(database: str) -> Iterator[Problem]:
-    """What LMDB's own pages contradict: structure, order of keys, and that every page is either in use or free."""
-    try:
-        # a second look, because a commit between its two reads of the file's end and head would mislead it
-        found = verify_pages(database) and verify_pages(database)
-    except VerifyError as error:
-        found = [str(error)]
-    yield from (Problem(database, what, False) for what in found)
 
 
 def _ranges(snapshot: Snapshot, database: str, seen: set[object]) -> Iterator[Problem]:
@@ -264,47 +231,6 @@ def _agreement(snapshot: Snapshot, full: bool, bad: dict[str, bool]) -> Iterator
                 break
         if not np.isin(live[(live >= about["first"]) & (live < about["end"])], ids).all():
             yield Problem(str(path), "lacks entries of its run", True)
-
-
-def _lookups(store: Store, database: str) -> Iterator[Problem]:
-    """The tables of keys and of tags lead to every entry and tag, and to nothing else."""
-    with store.env.begin() as txn:
-        entries = found = 0
-        with txn.cursor(store.db["entries"]) as cursor:
-            for entry_id, data in cursor:
-                number, (key, _) = U64.unpack(entry_id)[0], decode_hot(data)
-                entries += 1
-                if number not in unpack_ids(txn.get(key_of(key), db=store.db["keys"]) or b""):
-                    yield Problem(
-                        database, f"the table of keys does not lead to entry {number} ({key})", True
-                    )
-                    return
-        with txn.cursor(store.db["keys"]) as cursor:
-            found = sum(len(ids) // U64.size for _, ids in cursor)
-        if found != entries:
-            yield Problem(database, f"the table of keys leads to {found} entries, there are {entries}", True)
-        with txn.cursor(store.db["tags"]) as cursor:
-            for tag_id, data in cursor:
-                _, kind, canonical = decode_tag(data)
-                if txn.get(tag_key(KINDS.index(kind), canonical), db=store.db["tag_ids"]) != tag_id:
-                    yield Problem(
-                        database, f"the table of tags does not lead to tag {U64.unpack(tag_id)[0]}", True
-                    )
-                    return
-        if txn.stat(store.db["tags"])["entries"] != txn.stat(store.db["tag_ids"])["entries"]:
-            yield Problem(database, "the table of tags leads to tags that are not there", True)
-
-
-def _lines(store: Store, database: str) -> Iterator[Problem]:
-    """Records that are JSON with a checksum."""
-    with store.env.begin() as txn:
-        for name in ("quarantine", "sources", "takedowns", "meta"):
-            with txn.cursor(store.db[name]) as cursor:
-                for key, value in cursor:
-                    try:
-                        unseal(key, value)
-                    except Damaged as error:
-                        yield Problem(database, f"{name}: {error}", False)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,76 @@
+"""Whether the tables of a store agree with each other, and the making anew of those that others determine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from lmdb.verify import VerifyError
+from lmdb.verify import verify as verify_pages
+
+from tagstore.errors import Damaged
+from tagstore.storage.codec import decode_hot, decode_tag, unseal
+from tagstore.storage.store import Store
+from tagstore.storage.tables import U64, TableWriter, key_of, tag_key, unpack_ids
+from tagstore.storage.writer import Writer
+
+
+def page_faults(store: Store) -> list[str]:
+    """What LMDB's own pages contradict: structure, order of keys, and that every page is either in use or free."""
+    database = str(store.generation / "data.mdb")
+    with store.env.begin():  # as long as this reads, no writer takes again the pages that are walked
+        try:
+            # a second look, because a commit between its two reads of the file's end and head would mislead it
+            return list(verify_pages(database) and verify_pages(database))
+        except VerifyError as error:
+            return [str(error)]
+
+
+def lookup_faults(store: Store) -> Iterator[str]:
+    """Where the tables of keys and of tags do not lead to every entry and tag, or lead to something else."""
+    with store.env.begin() as txn:
+        entries = 0
+        with txn.cursor(store.db["entries"]) as cursor:
+            for entries, (entry_id, record) in enumerate(cursor, 1):
+                number, (key, _) = U64.unpack(entry_id)[0], decode_hot(record)
+                if number not in unpack_ids(txn.get(key_of(key), db=store.db["keys"])):
+                    yield f"the table of keys does not lead to entry {number} ({key})"
+                    return
+        with txn.cursor(store.db["keys"]) as cursor:
+            reached = sum(len(ids) // U64.size for _, ids in cursor)
+        if reached != entries:
+            yield f"the table of keys leads to {reached} entries, there are {entries}"
+        with txn.cursor(store.db["tags"]) as cursor:
+            for tag_id, record in cursor:
+                _, kind, canonical = decode_tag(record)
+                if txn.get(tag_key(kind, canonical), db=store.db["tag_ids"]) != tag_id:
+                    yield f"the table of tags does not lead to tag {U64.unpack(tag_id)[0]}"
+                    return
+        if txn.stat(store.db["tags"])["entries"] != txn.stat(store.db["tag_ids"])["entries"]:
+            yield "the table of tags leads to tags that are not there"
+
+
+def json_faults(store: Store) -> Iterator[str]:
+    """The records that are JSON and do not fit their checksum."""
+    with store.env.begin() as txn:
+        for name in ("quarantine", "sources", "takedowns", "meta"):
+            with txn.cursor(store.db[name]) as cursor:
+                for key, value in cursor:
+                    try:
+                        unseal(key, value)
+                    except Damaged as error:
+                        yield f"{name}: {error}"
+
+
+def rebuild_lookups(writer: Writer) -> None:
+    """Make the tables of keys and of tags anew from the records."""
+    db = writer.db
+    tables = TableWriter(db)
+    with writer.transaction() as txn:
+        for name in ("keys", "tag_ids"):
+            txn.drop(db[name], delete=False)
+        with txn.cursor(db["entries"]) as cursor:
+            for entry_id, record in cursor:
+                tables.put_key(txn, U64.unpack(entry_id)[0], record)
+        with txn.cursor(db["tags"]) as cursor:
+            for tag_id, record in cursor:
+                tables.put_tag_id(txn, U64.unpack(tag_id)[0], record)

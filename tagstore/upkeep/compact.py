@@ -1,0 +1,34 @@
+"""Compaction: a store written anew without slack, and without the versions that nobody needs any more."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tagstore.errors import InvalidInput
+from tagstore.indexing import faiss_index
+from tagstore.storage.rewrite import rewrite
+from tagstore.storage.store import Snapshot
+from tagstore.storage.version import Version
+from tagstore.storage.writer import Writer
+
+
+def compact(root: str | Path, store: str, *, keep: int | None = None) -> Version:
+    """Commit a version with the content of the current one, in a database without slack, and an index of one file.
+
+    Args:
+        keep: drop all versions but the newest `keep`, the new one included; None keeps all.
+    """
+    if keep is not None and keep < 1:
+        raise InvalidInput(f"keep is {keep}: at least the newest version stays, pass 1 or more")
+    with Writer(root, store) as writer:
+        kept = writer.store.versions()
+        if keep is not None:
+            kept = kept[max(0, len(kept) - (keep - 1)) :]
+        return rewrite(writer, kept, "compact", index_copy)
+
+
+def index_copy(snapshot: Snapshot, parent: Version | None, directory: Path, whole: bool) -> Mapping[str, Any]:
+    """Build the index of a version that is written anew."""
+    return faiss_index.extend(snapshot, parent, directory, whole=whole)
