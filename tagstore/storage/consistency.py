@@ -30,7 +30,8 @@ def lookup_faults(store: Store) -> Iterator[str]:
     with store.env.begin() as txn:
         entries = 0
         with txn.cursor(store.db["entries"]) as cursor:
-            for entries, (entry_id, record) in enumerate(cursor, 1):
+            for entry_id, record in cursor:
+                entries += 1
                 number, (key, _) = U64.unpack(entry_id)[0], decode_hot(record)
                 if number not in unpack_ids(txn.get(key_of(key), db=store.db["keys"])):
                     yield f"the table of keys does not lead to entry {number} ({key})"

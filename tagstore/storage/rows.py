@@ -118,7 +118,9 @@ class RowReader:
                         raise Damaged(f"{self._what} have lost rows of block {block}")
                     if end > start:
                         stored = np.frombuffer(data, np.int16, count=(end - base) * dimension)
-                        halves[start - run.start : end - run.start] = stored.reshape(-1, dimension)[start - base :]
+                        halves[start - run.start : end - run.start] = stored.reshape(-1, dimension)[
+                            start - base :
+                        ]
                 rows = halves[: len(run)]
                 yield (ids, _widen_in_place(rows)) if kept.all() else (ids[kept], _widen_in_place(rows[kept]))
 

@@ -74,9 +74,7 @@ def purge(root: str | Path, store: str, selection: Selection, *, reason: str, wh
             proof="the search for their traces was cut off or found some: run `tagstore prove-absent`",
         )
         # the record stands in the very commit that takes them down: whoever kills this finds both or neither
-        version = rewrite(
-            writer, kept, "purge", index_copy, without=keys, takedown=asdict(takedown)
-        )
+        version = rewrite(writer, kept, "purge", index_copy, without=keys, takedown=asdict(takedown))
         captions, images = {c for e in doomed for c in e.captions}, {e.sha256.hex() for e in doomed}
         for other in Store(root, store).entries():
             # another entry may say the same or show the same picture, and keeps it
