@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import tagstore
 from tagstore.errors import Busy, Damaged, FingerprintMismatch, InvalidInput, NotFound, WriteFailed
 from tagstore.mining import MergedTag
 from tagstore.storage.codec import seal
@@ -312,3 +313,17 @@ def test_a_forked_child_opens_the_store_for_itself(tmp_path: Path, rng: np.rando
         except BaseException:  # noqa: BLE001  the child must not run the rest of the test session
             os._exit(2)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_no_other_room_knows_lmdb_or_the_tables() -> None:
+    package = Path(tagstore.__file__).parent
+    secrets = re.compile(r"\b(import|from) lmdb\b|\bU64\b|\.db\[|\.env\b|\.begin\(|storage\.(codec|tables)\b")
+    offenders = [
+        f"{path.relative_to(package)}:{number}: {line.strip()}"
+        for path in sorted(package.rglob("*.py"))
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if secrets.search(line)
+        and path.parent.name != "storage"
+        and path != package / "client" / "caches.py"  # answers, in a database of the client's own
+    ]
+    assert not offenders

@@ -129,7 +129,7 @@ def _build(
     source: Mapping[str, Any],
     pictures: Folder | None,
 ) -> None:
-    """The store of a bundle, complete, and closed again: LMDB must not have a file open that is about to get another path."""
+    """Make the store of a bundle, complete, and close it."""
 
     def member(file: str) -> AbstractContextManager[Member]:
         return archive.member(file, info.files[file]["bytes"], info.files[file]["sha256"])
@@ -156,8 +156,7 @@ def _build(
             _put_rows(writer, "vectors", writer.entry_ids, file)
         unpack(archive, info, writer.entries(), pictures)
         writer.commit(operation="import", source=source, miner=info.miner, indexer=faiss_index.extend)
-    _forget(workshop / name)
-    writer.env.close()
+    writer.close()
 
 
 def _put_rows(writer: Restorer, table: str, ids: NDArray[np.int64], member: Member) -> None:
@@ -301,10 +300,6 @@ def _workshop(root: Path) -> Iterator[Path]:
 def _empty(workshop: Path) -> None:
     for left in workshop.iterdir():
         if left.is_dir():
-            _forget(left)
+            for database in left.glob("db-*"):
+                forget(database)
             shutil.rmtree(left)
-
-
-def _forget(store: Path) -> None:
-    for database in store.glob("db-*"):
-        forget(database)

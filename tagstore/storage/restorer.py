@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from tagstore.errors import InvalidInput
 from tagstore.storage.codec import encode_entry, encode_tag
+from tagstore.storage.lmdb_files import forget
 from tagstore.storage.rows import put_rows
 from tagstore.storage.writer import Writer
 from tagstore.types import Entry, Fingerprint, Kind
@@ -97,3 +98,8 @@ class Restorer(Writer):
     def entries(self) -> Iterator[Entry]:
         """The entries that were written, ids ascending."""
         return self.store.entries(self.entry_ids)
+
+    def close(self) -> None:
+        """Close the database after the context: LMDB must not have a file open whose directory is about to move."""
+        forget(self.store.generation)
+        self.env.close()

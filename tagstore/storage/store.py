@@ -26,7 +26,7 @@ from tagstore.storage.codec import (
     metadata_needle,
     unseal,
 )
-from tagstore.storage.lmdb_files import environment, generation, trim
+from tagstore.storage.lmdb_files import environment, generation, release, trim
 from tagstore.storage.rows import RowReader
 from tagstore.storage.tables import U64, key_of, open_tables, unpack_ids
 from tagstore.storage.version import Version
@@ -89,6 +89,10 @@ class Store:
             return generation(self.directory) == self.generation
         except NotFound:
             return False
+
+    def release(self) -> None:
+        """Let go of the environment, whose files may be gone: it is closed when the last one who reads from it lets go."""
+        release(self.env)
 
     def last_transaction(self) -> int:
         """Number of the last transaction that was committed: it grows with every change of the database."""
