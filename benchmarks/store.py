@@ -28,7 +28,7 @@ from report import table, write
 from tagstore.indexing import faiss_index
 from tagstore.mining import MergedTag
 from tagstore.storage.codec import encode_entry
-from tagstore.storage.lmdb_files import forget
+from tagstore.storage.environments import forget
 from tagstore.storage.rows import BLOCK_ROWS
 from tagstore.storage.staging import Draft
 from tagstore.storage.store import Snapshot, Store

@@ -32,7 +32,7 @@ from tagstore.errors import BadImage, InvalidInput, NotFound
 from tagstore.indexing import faiss_index
 from tagstore.mining import Miner, Rules, identity, load_miner, load_rules, merge
 from tagstore.readers import Columns, read
-from tagstore.storage.lmdb_files import writing
+from tagstore.storage.environments import writing
 from tagstore.storage.staging import Draft, Progress, Sync
 from tagstore.storage.store import Store, check_name
 from tagstore.storage.writer import Writer

@@ -34,7 +34,7 @@ from tagstore.bundles import export
 from tagstore.errors import NotFound, TagstoreError
 from tagstore.indexing import faiss_index
 from tagstore.mining import MergedTag
-from tagstore.storage.lmdb_files import forget
+from tagstore.storage.environments import forget
 from tagstore.storage.staging import Draft, Progress
 from tagstore.storage.store import Snapshot, Store
 from tagstore.storage.writer import Writer

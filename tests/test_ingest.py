@@ -12,7 +12,7 @@ from pictures import picture, write_shapes
 from tagstore.client import connect
 from tagstore.errors import FingerprintMismatch, InvalidInput, NotFound
 from tagstore.ingest import ingest
-from tagstore.storage.lmdb_files import writer_lock
+from tagstore.storage.generations import writer_lock
 from tagstore.storage.store import Store, store_names
 from tagstore.storage.writer import Writer
 

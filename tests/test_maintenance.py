@@ -216,7 +216,7 @@ def test_a_damaged_record_is_found_and_not_papered_over(root: Path) -> None:
     data = bytearray(database.read_bytes())
     at = data.index(b"A red circle on a white table in Paris.")
     data[at + 3] ^= 1
-    from tagstore.storage.lmdb_files import environment, forget
+    from tagstore.storage.environments import environment, forget
 
     environment(database.parent).close()
     forget(database.parent)

@@ -17,7 +17,7 @@ import pytest
 
 import crash
 from tagstore.errors import Damaged
-from tagstore.storage.lmdb_files import forget
+from tagstore.storage.environments import forget
 from tagstore.storage.store import Store
 from tagstore.storage.tables import TABLES
 from tagstore.storage.writer import Writer

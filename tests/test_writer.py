@@ -20,7 +20,7 @@ import crash
 from tagstore.bundles import export, import_
 from tagstore.errors import BadVector, WriteFailed
 from tagstore.indexing import faiss_index
-from tagstore.storage import lmdb_files
+from tagstore.storage import environments
 from tagstore.storage.staging import Draft
 from tagstore.storage.store import Store
 from tagstore.storage.version import Version
@@ -201,9 +201,9 @@ def test_what_was_read_of_a_database_does_not_stay_in_memory(tmp_path: Path) -> 
     assert mapped() > 20 << 20
     with writer.env.begin(buffers=True) as txn:
         held = txn.get(b"state", db=writer.db["meta"])
-        lmdb_files.trim(writer.env, 1 << 40)
+        environments.trim(writer.env, 1 << 40)
         assert mapped() > 20 << 20
-        lmdb_files.trim(writer.env, 1)
+        environments.trim(writer.env, 1)
         assert mapped() < 4 << 20
         assert json.loads(bytes(held).partition(b" ")[2])["current"] == 1
     np.testing.assert_array_equal(snapshot.vectors(snapshot.live()[::100]), expected)
@@ -286,7 +286,7 @@ def fail_everywhere(root: str, operation: str, stride: str) -> None:
         unreached = bool(shim.crash_disarm())
         wrong = crash.look(scratch / "root", close=True)[1] if operation != "repair" else []
         found.append([at, unreached, type(error).__name__ if error else None, str(error), wrong])
-        lmdb_files._close_inherited()
+        environments._close_inherited()
         shutil.rmtree(scratch)
         if unreached:
             break

@@ -20,7 +20,7 @@ from typing import IO, BinaryIO, cast
 import zstandard
 
 from tagstore.errors import Busy, Damaged, InvalidInput, NotFound
-from tagstore.storage.lmdb_files import sync_directory
+from tagstore.storage.generations import sync_directory
 
 LEVEL = 3
 """Of zstd: the bytes of a level are the same on every processor for the same release of the library."""

@@ -29,7 +29,7 @@ from tagstore.bundles.pictures import Pictures
 from tagstore.bundles.signature import Signer
 from tagstore.errors import InvalidInput
 from tagstore.storage.checksums import check_sound
-from tagstore.storage.lmdb_files import writing
+from tagstore.storage.environments import writing
 from tagstore.storage.store import Snapshot, Store
 from tagstore.storage.version import Version
 from tagstore.types import Vectors

@@ -36,7 +36,8 @@ from tagstore.bundles.signature import BYTES, check, public_key
 from tagstore.errors import AlreadyExists, Busy, Damaged, InvalidInput, NotFound
 from tagstore.indexing import faiss_index
 from tagstore.readers import Columns
-from tagstore.storage.lmdb_files import forget, sync_directory, writer_lock, writing
+from tagstore.storage.environments import forget, writing
+from tagstore.storage.generations import sync_directory, writer_lock
 from tagstore.storage.restorer import Restorer
 from tagstore.storage.store import Store, check_name
 from tagstore.storage.version import Version

@@ -24,7 +24,7 @@ from tagstore.errors import Damaged, InvalidInput
 from tagstore.indexing import exact, plans
 from tagstore.indexing.plans import Advance, Plan
 from tagstore.indexing.protocol import PLAIN, Allowed
-from tagstore.storage.lmdb_files import sync_directory
+from tagstore.storage.generations import sync_directory
 from tagstore.storage.rows import widened
 from tagstore.storage.store import Snapshot
 from tagstore.storage.version import Version

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tagstore.errors import Damaged
-from tagstore.storage.lmdb_files import trim
+from tagstore.storage.environments import trim
 from tagstore.storage.rows import BLOCK_ROWS, read_block
 from tagstore.storage.store import Snapshot, Store
 from tagstore.storage.tables import U64

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from tagstore.errors import InvalidInput
 from tagstore.storage.codec import encode_entry, encode_tag
-from tagstore.storage.lmdb_files import forget
+from tagstore.storage.environments import forget
 from tagstore.storage.rows import put_rows
 from tagstore.storage.writer import Writer
 from tagstore.types import Entry, Fingerprint, Kind

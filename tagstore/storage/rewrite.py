@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from tagstore.storage.checksums import check_sound, ranges_of
 from tagstore.storage.codec import unseal
-from tagstore.storage.lmdb_files import environment, new_generation, sweep, switch
+from tagstore.storage.environments import environment
+from tagstore.storage.generations import new_generation, sweep, switch
 from tagstore.storage.rows import BLOCK_ROWS, block_key, read_block
 from tagstore.storage.store import Snapshot, Store
 from tagstore.storage.tables import U64, TableWriter, arrays_of, open_tables

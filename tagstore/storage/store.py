@@ -26,7 +26,8 @@ from tagstore.storage.codec import (
     metadata_needle,
     unseal,
 )
-from tagstore.storage.lmdb_files import environment, generation, release, trim
+from tagstore.storage.environments import environment, release, trim
+from tagstore.storage.generations import generation
 from tagstore.storage.rows import RowReader
 from tagstore.storage.tables import U64, key_of, open_tables, unpack_ids
 from tagstore.storage.version import Version

@@ -17,16 +17,14 @@ from tagstore.errors import BadVector, FingerprintMismatch, InvalidInput, NotFou
 from tagstore.mining import MergedTag
 from tagstore.storage.checksums import ranges_of
 from tagstore.storage.codec import decode_entry, decode_tag, encode_entry, encode_tag, seal, unseal
-from tagstore.storage.lmdb_files import (
-    environment,
+from tagstore.storage.environments import environment, trim, writing
+from tagstore.storage.generations import (
     generation,
     new_generation,
     sweep,
     switch,
     sync_directory,
-    trim,
     writer_lock,
-    writing,
 )
 from tagstore.storage.rows import put_rows
 from tagstore.storage.staging import Draft, Progress, Sync, sweep_staged

@@ -25,7 +25,8 @@ from tagstore.errors import AlreadyExists, BadImage, InvalidInput, NotFound
 from tagstore.indexing import faiss_index
 from tagstore.mining import MergedTag, Miner, Rules, identity, load_miner, load_rules, merge
 from tagstore.readers import Columns, read
-from tagstore.storage.lmdb_files import forget, generation, writer_lock, writing
+from tagstore.storage.environments import forget, writing
+from tagstore.storage.generations import generation, writer_lock
 from tagstore.storage.staging import Draft
 from tagstore.storage.store import Snapshot, Store, check_name
 from tagstore.storage.version import Version

@@ -19,7 +19,7 @@ from tagstore.errors import Damaged, TagstoreError
 from tagstore.indexing import faiss_index, plans
 from tagstore.storage.checksums import broken
 from tagstore.storage.consistency import json_faults, lookup_faults, page_faults, rebuild_lookups
-from tagstore.storage.lmdb_files import generation
+from tagstore.storage.generations import generation
 from tagstore.storage.store import Snapshot, Store
 from tagstore.storage.writer import Writer
 
