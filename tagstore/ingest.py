@@ -1,9 +1,9 @@
 """The ingest pipeline: pairs from a reader become a version of a store.
 
-    read ─▶ decode + hash (threads) ─▶ admit ─▶ embed ─▶ mine ─▶ append ... ─▶ embed new tags ─▶ index ─▶ commit
+    read ─▶ decode + hash (threads) ─▶ admit ─▶ embed ─▶ mine ─▶ append ... ─▶ embed tags ─▶ index ─▶ commit
 
-One batch is decoded while the one before it is embedded; nothing else is in memory, whatever the length of the source. Every
-append says how far the source was read, so an ingest that was cut off is resumed where it stopped.
+One batch is decoded while the one before it is embedded; nothing else is in memory, whatever the length of
+the source. Every append says how far the source was read, so an ingest that was cut off is resumed there.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ log = logging.getLogger(__name__)
 BATCH = 256
 """Pairs of a batch at most."""
 BATCH_BYTES = 128 << 20
-"""Bytes of images and captions after which a batch ends early, so that huge photographs take no more memory."""
+"""Bytes of images and captions after which a batch ends early, so that huge photographs take no more memory.
+"""
 MAX_REPORTED_REJECTS = 1000
 """Quarantined pairs that a report holds; the version, if one was made, has them all."""
 TAG_BATCH = 4096
@@ -102,8 +103,8 @@ def ingest(
 ) -> Report:
     """Read a source into a store, which is made if it isn't there, and commit the result as its next version.
 
-    If an ingest of the same source, encoder and miner was cut off before, its work is kept as far as the source still
-    reads the same.
+    If an ingest of the same source, encoder and miner was cut off before, its work is kept as far as the
+    source still reads the same.
 
     Args:
         source: file, folder, glob or brace pattern; see `readers`.
@@ -112,12 +113,12 @@ def ingest(
         format: of the source; found by looking if not given.
         columns: names of the source's columns, where they aren't the usual ones.
         allow_outside: follow image paths that lead out of the source's folder.
-        encoder: spec or encoder; the store's own if not given, `mini` for a new store.
+        encoder: spec or encoder; by default the store's own, `mini` for a new store.
         miner: spec or miner.
         vocabulary: stop list and synonyms; the shipped ones if not given.
         device: for an encoder given by spec.
-        sync: when appends reach the disk: `full`, each at once; `batch`, all of them at the commit. The version is
-            durable in both.
+        sync: when appends reach the disk: `full`, each at once; `batch`, all of them at the commit. The
+            version is durable in both.
         progress: called as work is done.
 
     Raises:
@@ -170,7 +171,8 @@ def ingest_pairs(
 ) -> Report:
     """As `ingest`, of pairs that come from elsewhere than a file; what was cut off is not resumed.
 
-    Pairs are read as they are worked on, two batches at most ahead. If their iterator raises, no version is made.
+    Pairs are read as they are worked on, two batches at most ahead. If their iterator raises, no version is
+    made.
 
     Args:
         source: what to call where they come from.
@@ -236,7 +238,7 @@ class _Run:
         self._report = Report(store, 0)
 
     def finish(self, pairs: Pairs, writer: Writer, progress: Progress) -> Report:
-        """Read the pairs, commit, and report. Raises `InvalidInput` if none of a new store's pairs can be used."""
+        """Read the pairs, commit, and report. Raises `InvalidInput` if a new store would be empty."""
         report = self._report
         report.resumed = progress.pairs
         for refused in writer.refused():
@@ -387,7 +389,7 @@ def _running_digest(before: str, items: Iterable[bytes]) -> str:
 
 
 def _skip(pairs: Pairs, reached: Progress, writer: Writer) -> bool:
-    """Read what an interrupted run did, batch by batch as it did; false if the source reads differently now."""
+    """Read again what an interrupted run read; false if the source reads differently now."""
     done, digest = 0, ""
     while done < reached.pairs:
         batch = list(_next_batch(pairs))
@@ -401,7 +403,7 @@ def _skip(pairs: Pairs, reached: Progress, writer: Writer) -> bool:
 
 
 def _encoder_for(root: str | Path, store: str, spec: str | None, device: str) -> Encoder:
-    """The encoder of a spec, or without one the store's; the writer refuses one that the store does not have."""
+    """The encoder of a spec, or without one the store's. The writer refuses another than the store has."""
     if spec is not None:
         return load_encoder(spec, device=device)
     try:

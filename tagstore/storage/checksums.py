@@ -1,4 +1,4 @@
-"""Checksums over what a version consists of: taken at its commit, compared by `verify`."""
+"""Checksums over the parts of a version: taken at its commit, compared by `verify`."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def ranges_of(
 
     Args:
         arrays: of the version, as they are stored.
-        embedded: how many tags have an embedding in its space: after a rollback to another encoder fewer than there
-            are, and a later ingest writes the rows of the rest.
+        embedded: how many tags have an embedding in its space. After a rollback to another encoder these are
+            not all; a later ingest writes the rest.
     """
     known = parent.ranges if parent else {}
     same_space = parent is not None and parent.space == version.space
@@ -45,13 +45,14 @@ def ranges_of(
         ranges = list(known.get(name, [])) if same_space or name in ("entries", "tags") else []
         first = ranges[-1].end if ranges else 0
         if first < end:
-            # as a binary counter carries, so that a version's record stays short however many commits there were
+            # like the carry of a binary counter, which keeps the record of a version short
             while ranges and ranges[-1].end - ranges[-1].first <= MERGE_SIZE_RATIO * (end - first):
                 last = ranges.pop()
                 if _checksum(store, name, version, last.first, last.end) != last.sha256:
                     raise Damaged(
-                        f"{name} {last.first} to {last.end - 1} of store '{store.name}' are not what was committed: "
-                        "nothing is built on them. Run `tagstore verify`, restore the store from a copy"
+                        f"{name} {last.first} to {last.end - 1} of store '{store.name}' are not what was "
+                        "committed: nothing is built on them. Run `tagstore verify`, restore the store from "
+                        "a copy"
                     )
                 first = last.first
             ranges.append(Range(first, end, _checksum(store, name, version, first, end)))
@@ -91,7 +92,7 @@ def check_sound(snapshot: Snapshot, seen: set[object], advice: str) -> None:
 
 
 def _checksum(store: Store, name: str, version: Version, first: int, end: int) -> str:
-    """sha256 over the records of a range: id and bytes of entries and tags, rows of vectors and embeddings."""
+    """sha256 of a range: of ids and records for entries and tags, of rows for vectors and embeddings."""
     digest = sha256()
     with store.env.begin(buffers=True) as txn:
         if name in ("entries", "tags"):
@@ -109,7 +110,7 @@ def _checksum(store: Store, name: str, version: Version, first: int, end: int) -
                 base = block * BLOCK_ROWS
                 start, stop = max(0, first - base), min(BLOCK_ROWS, end - base)
                 rows = read_block(txn, store.db[name], version.space, block, width // 2)[start:stop]
-                # rows that this space never had read as zeros, as they will when a later row of the block is written
+                # a row that was never written becomes zeros when a later row of its block is written
                 digest.update(rows.tobytes().ljust((stop - start) * width, b"\0"))
                 if block % 256 == 0:
                     trim(store.env)

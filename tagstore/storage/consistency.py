@@ -1,4 +1,4 @@
-"""Whether the tables of a store agree with each other, and the making anew of those that others determine."""
+"""Checks that the tables of a store agree with each other, and rebuilding of its lookup tables."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from tagstore.storage.writer import Writer
 
 
 def page_faults(store: Store) -> list[str]:
-    """What LMDB's own pages contradict: structure, order of keys, and that every page is either in use or free."""
+    """Check LMDB's own pages: structure, order of keys, and that every page is either in use or free."""
     database = str(store.generation / "data.mdb")
-    with store.env.begin():  # as long as this reads, no writer takes again the pages that are walked
+    with store.env.begin():  # while this reads, no writer reuses the pages that are walked
         try:
-            # a second look, because a commit between its two reads of the file's end and head would mislead it
+            # a second look: a commit between its reads of the file's end and of its head would mislead it
             return list(verify_pages(database) and verify_pages(database))
         except VerifyError as error:
             return [str(error)]
 
 
 def lookup_faults(store: Store) -> Iterator[str]:
-    """Where the tables of keys and of tags do not lead to every entry and tag, or lead to something else."""
+    """Check that the tables of keys and tags lead to every entry and tag, and to nothing else."""
     with store.env.begin() as txn:
         entries = 0
         with txn.cursor(store.db["entries"]) as cursor:
@@ -51,7 +51,7 @@ def lookup_faults(store: Store) -> Iterator[str]:
 
 
 def json_faults(store: Store) -> Iterator[str]:
-    """The records that are JSON and do not fit their checksum."""
+    """Check the records that are JSON against their checksums."""
     with store.env.begin() as txn:
         for name in ("quarantine", "sources", "takedowns", "meta"):
             with txn.cursor(store.db[name]) as cursor:
@@ -63,7 +63,7 @@ def json_faults(store: Store) -> Iterator[str]:
 
 
 def rebuild_lookups(writer: Writer) -> None:
-    """Make the tables of keys and of tags anew from the records."""
+    """Build the tables of keys and of tags again from the records."""
     db = writer.db
     tables = TableWriter(db)
     with writer.transaction() as txn:

@@ -15,21 +15,24 @@ import lmdb
 from tagstore.errors import Damaged, NotFound, TagstoreError, WriteFailed
 
 MAP_SIZE = int(os.environ.get("TAGSTORE_MAP_SIZE", 1 << 38))
-"""Bytes of address space, not of disk: the file grows as data comes, and no reader has to follow a resized map."""
+"""Bytes of address space, not of disk.
+
+The file grows as data comes, and no reader has to follow a resized map.
+"""
 MAX_READERS = 2048
 """Transactions that read from a database at once, over all processes."""
 _MADV_DONTNEED = 4  # Linux
 
 _lock = Lock()
 _open: dict[tuple[int, int], Any] = {}
-"""Environments by device and inode of data.mdb: a renamed store keeps its own, a new one of its name gets another."""
+"""By device and inode of data.mdb: a renamed store keeps its own, a new one of its name gets another."""
 
 
 def _close_inherited() -> None:
     global _lock
     _lock = Lock()  # another thread of the parent may have held it
     for env in _open.values():
-        env.close()  # of the child's copy; the parent's readers are not touched, LMDB knows them by process id
+        env.close()  # the child's copy; LMDB knows the parent's readers by process id, they stay
     _open.clear()
 
 
@@ -38,7 +41,7 @@ os.register_at_fork(after_in_child=_close_inherited)
 
 @contextmanager
 def writing(what: str) -> Iterator[None]:
-    """Turn an error of the system or of LMDB into `WriteFailed`, naming what could not be written; our own errors pass."""
+    """Turn an error of the system or of LMDB into `WriteFailed`, which names what was being written."""
     try:
         yield
     except TagstoreError:
@@ -68,7 +71,7 @@ def environment(directory: Path, *, create: bool = False) -> Any:
                 raise NotFound(f"no database at {path}")
             try:
                 _reserve(path)
-                # metasync=False: a commit syncs the data; `env.sync(True)` after it makes the commit itself durable
+                # metasync=False: a commit syncs only the data, `env.sync(True)` the commit itself
                 env = lmdb.open(
                     path,
                     map_size=MAP_SIZE,
@@ -83,12 +86,13 @@ def environment(directory: Path, *, create: bool = False) -> Any:
                 ) from error
             except lmdb.MemoryError as error:
                 raise WriteFailed(
-                    f"no address space left to map {path}/data.mdb ({MAP_SIZE >> 30} GiB each): set TAGSTORE_MAP_SIZE "
-                    "to fewer bytes"
+                    f"no address space left to map {path}/data.mdb ({MAP_SIZE >> 30} GiB each): set "
+                    "TAGSTORE_MAP_SIZE to fewer bytes"
                 ) from error
             except (lmdb.Error, OSError) as error:
                 raise WriteFailed(
-                    f"{path} cannot be opened: {error}. LMDB needs to write to lock.mdb there, to read as well"
+                    f"{path} cannot be opened: {error}. LMDB needs to write to lock.mdb there, to read as "
+                    "well"
                 ) from error
             env.reader_check()
             _open[_identity(path)] = env
@@ -118,7 +122,10 @@ def _reserve(path: str) -> None:
 
 
 def _failed(env: Any) -> bool:
-    """Whether LMDB gave an environment up, as when writing a meta page fails; opened again it holds what was committed."""
+    """Whether LMDB gave an environment up, as it does if writing a meta page fails.
+
+    Opened again it holds what was committed.
+    """
     try:
         env.begin().abort()
     except lmdb.PanicError:
@@ -140,10 +147,11 @@ def release(env: Any) -> None:
 
 
 def trim(env: Any, beyond: int = 256 << 20) -> None:
-    """Let go of the pages of a database that were read, if this process is larger than so many bytes.
+    """Let go of the pages of a database that were read, if this process takes more than `beyond` bytes.
 
-    They are the kernel's cache, which it takes back when it has to, but until then they count as memory of the process
-    that mapped them: for an ingest, the whole database. Reading a page again costs a page fault. Does nothing without /proc.
+    They are the kernel's cache, which it takes back when it has to, but until then they count as memory of
+    the process that mapped them: for an ingest, the whole database. Reading a page again costs a page fault.
+    Does nothing without /proc.
     """
     try:
         resident = int(Path("/proc/self/statm").read_text().split()[2]) * os.sysconf("SC_PAGE_SIZE")

@@ -4,8 +4,8 @@
     ROOT/NAME/db-NUMBER-HEX/   that generation: an LMDB environment, and index/ with the files derived from it
     ROOT/NAME/writer.lock      held by the process that writes
 
-A generation is replaced as a whole when a store is compacted: the new one is written beside it, `CURRENT` is renamed over,
-and readers of the old one keep it, unlinked, until they let go.
+A generation is replaced as a whole when a store is compacted: the new one is written beside it, `CURRENT` is
+renamed over, and readers of the old one keep it, unlinked, until they let go.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ def sweep(store: Path) -> None:
     if generations and lost:
         names = ", ".join(path.name for path in generations)
         raise Damaged(
-            f"{store}/CURRENT names {current or 'nothing'}, there is {names}: write into it which of them is the "
-            "store's"
+            f"{store}/CURRENT names {current or 'nothing'}, there is {names}: write into it which of them is "
+            "the store's"
         )
     for path in generations:
         if path.name != current:
@@ -105,7 +105,8 @@ def writer_lock(store: Path) -> Iterator[None]:
             file.seek(0)
             holder = file.read().strip() or "unknown"
             raise Busy(
-                f"store '{store.name}' is being written by process {holder}: wait for it to end, then try again"
+                f"store '{store.name}' is being written by process {holder}: wait for it to end, then try "
+                "again"
             ) from None
         _name_holder(file.fileno(), str(os.getpid()))
         try:
@@ -117,7 +118,7 @@ def writer_lock(store: Path) -> Iterator[None]:
 
 
 def _name_holder(descriptor: int, holder: str) -> None:
-    """Write who holds a lock. A full disk must not keep anyone from the lock: deleting and compacting make room."""
+    """Write into a lock who holds it. A full disk is no obstacle: deleting and compacting make room."""
     with suppress(OSError):
         os.ftruncate(descriptor, 0)
         os.write(descriptor, holder.encode())

@@ -1,4 +1,4 @@
-"""The writer of an import: it takes records under the ids that they have, where `Writer` gives them new ones."""
+"""The writer of an import: it keeps the ids that records bring, where `Writer` gives new ones."""
 
 from __future__ import annotations
 
@@ -57,7 +57,10 @@ class Restorer(Writer):
         return np.flatnonzero(self._known)
 
     def put_tags(self, tags: Iterable[tuple[int, str, Kind, str]]) -> None:
-        """Write tags, each as (id, text, kind, canonical form), ids ascending. Raises `InvalidInput` for one twice."""
+        """Write tags, each (id, text, kind, canonical form), ids ascending.
+
+        Raises `InvalidInput` for a duplicate.
+        """
         with self.transaction() as txn:
             for tag_id, text, kind, canonical in tags:
                 if not self._tables.put_tag(txn, tag_id, encode_tag(text, kind, canonical)):
@@ -67,8 +70,7 @@ class Restorer(Writer):
     def put_entries(self, entries: Iterable[Entry]) -> None:
         """Write entries, ids ascending.
 
-        Raises `InvalidInput` for a key twice, a tag twice in an entry or one that was not written, or metadata nested
-        too deeply.
+        Raises `InvalidInput` for a duplicate key or tag, an unknown tag, or metadata nested too deeply.
         """
         with self.transaction() as txn:
             for entry in entries:
@@ -91,7 +93,7 @@ class Restorer(Writer):
                 self._count_in(entry)
 
     def put_rows(self, table: str, ids: NDArray[np.int64], rows: NDArray[Any]) -> None:
-        """Write the rows `[n, D]` of ids in "vectors" or "embeddings", ids ascending; rows of no id are zero."""
+        """Write the rows `[n, D]` of ids of "vectors" or "embeddings", ids ascending."""
         with self.transaction() as txn:
             put_rows(txn, self.db[table], self.space, ids, rows)
 
@@ -100,6 +102,6 @@ class Restorer(Writer):
         return self.store.entries(self.entry_ids)
 
     def close(self) -> None:
-        """Close the database after the context: LMDB must not have a file open whose directory is about to move."""
+        """Close the database after the context: LMDB must not hold a file whose directory will move."""
         forget(self.store.generation)
         self.env.close()

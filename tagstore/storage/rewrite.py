@@ -1,8 +1,8 @@
 """Writing a store anew: versions of it are copied into a fresh generation of the database.
 
-LMDB reuses freed pages but neither shrinks its file nor wipes what was in them. So what remains is copied record by record
-into a fresh generation; then the generations are switched in one atomic step. Until that step the old one is untouched and
-served; readers that hold it keep it until they let go.
+LMDB reuses freed pages but neither shrinks its file nor wipes what was in them. So what remains is copied
+record by record into a fresh generation; then the generations are switched in one atomic step. Until that
+step the old one is untouched and served; readers that hold it keep it until they let go.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ BLOCK_BATCH = 256
 """Blocks of rows copied in one transaction."""
 
 CopyIndexer = Callable[[Snapshot, Version | None, Path, bool], Mapping[str, Any]]
-"""Builds the index of a copied version: (version, copied parent whose files it may share, directory, whether in one file)."""
+"""Builds an index of a copied version: (version, parent whose files it may share, directory, one file only).
+"""
 
 
 def rewrite(
@@ -44,7 +45,7 @@ def rewrite(
     without: Iterable[str] = (),
     takedown: Mapping[str, Any] | None = None,
 ) -> Version:
-    """Copy versions, and as a new one what the writer has now, into a fresh generation that becomes the current one.
+    """Copy versions, and what the writer has as a new one, into a fresh generation; make that current.
 
     Args:
         without: keys whose refused pairs are not copied.
@@ -58,7 +59,7 @@ def rewrite(
         check_sound(Snapshot(writer.store, version), seen, advice)
     with writer.step():
         version = _Copy(writer, kept, operation, indexer, set(without)).write(takedown)
-    with suppress(OSError):  # it is committed: what cannot be removed now is by the next writer
+    with suppress(OSError):  # it is committed; the next writer removes what cannot be removed now
         sweep(writer.directory)
     writer.reopen()
     return version
@@ -99,7 +100,8 @@ class _Copy:
         for space in sorted(self._spaces):
             masks = [self._live[version.number] for version in self._versions if version.space == space]
             self._copy_rows("vectors", space, _union(masks, self._writer.next_entry_id))
-            # of every tag that stays, whichever space needs it now: an ingest that finds it in the table does not embed it again
+            # of every tag that stays, even if this space does not need it now: an ingest that finds a tag in
+            # the table does not embed it again
             self._copy_rows("embeddings", space, tags & (np.arange(len(tags)) < embedded[space]))
         self._copy_json()
         if takedown:
@@ -140,7 +142,7 @@ class _Copy:
                     target.put(block_key(space, block), rows.tobytes(), db=self._db[table])
 
     def _copy_json(self) -> None:
-        """Copy the refused pairs of the versions that stay, and all sources and takedowns, whatever became of their versions."""
+        """Copy the refused pairs of the versions that stay, and all sources and takedowns."""
         numbers = {U64.pack(version.number) for version in self._versions}
         with self._old.env.begin() as source, self._env.begin(write=True) as target:
             for table in ("quarantine", "sources", "takedowns"):
@@ -169,7 +171,7 @@ class _Copy:
         return version
 
     def _index_parent(self, version: Version, parent: Version | None) -> Version | None:
-        """The version whose index files this one may share: only if that has all its entries among the ids it reached."""
+        """The parent, if this version may share its index files: if they leave out none of its entries."""
         if parent is None or parent.space != version.space:
             return None
         here, there = self._live[version.number], self._live[parent.number]

@@ -1,7 +1,7 @@
 """Rows of float16 in blocks: the image vectors of entries and the text embeddings of tags.
 
-A block holds the rows of 255 consecutive ids in one space, which is one encoder's vectors. Rows that were never written
-read as zeros if a later row of their block was, else they are missing.
+A block holds the rows of 255 consecutive ids in one space, which is one encoder's vectors. Rows that were
+never written read as zeros if a later row of their block was, else they are missing.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class RowReader:
     def scan(
         self, runs: Iterable[range], allowed: Callable[[NDArray[np.int64]], NDArray[np.bool_]]
     ) -> Iterator[tuple[NDArray[np.int64], Vectors]]:
-        """Of each run of ids, those that are allowed and their rows as float32; the memory is used again for the next."""
+        """Yield the allowed ids of each run and their rows as float32; the next run reuses the memory."""
         dimension = self._dimension
         halves = np.empty((0, dimension), np.int32)
         with self._env.begin(buffers=True) as txn:

@@ -1,4 +1,4 @@
-"""What is appended behind the last version: drafts, how far their ingest got, and what an interrupted one left."""
+"""What is appended behind the last version: drafts, an ingest's progress, and sweeping of leftovers."""
 
 from __future__ import annotations
 
@@ -94,8 +94,8 @@ def sweep_staged(
                 for block, _ in records_from(txn, db[name], next_space << SPACE_SHIFT):
                     txn.delete(U64.pack(block), db=db[name])
     for path in store.index_directory.glob("*"):
-        # by the number of the version that a file was made for: to read what all versions name would take longer with
-        # every commit
+        # judged by the number of the version a file was made for: reading the records of all versions would
+        # take longer with every commit
         made_for = path.name.partition("-")[0]
         if path.suffix == ".tmp" or not made_for.isdigit() or int(made_for) >= number:
             path.unlink()

@@ -1,9 +1,10 @@
 """A store on disk, to read from: its versions, and a snapshot of each.
 
-One LMDB environment holds everything that is true of a store (`tables.py`). Entries, tags and vectors are only ever appended.
-A version says which of them are its own; it becomes visible when the one transaction that writes its record commits, and
-that is the only commit point of a store. What was appended behind the last version is invisible, and the next writer takes
-it up again or sweeps it away. A space is one encoder's vectors.
+One LMDB environment holds everything that is true of a store (`tables.py`). Entries, tags and vectors are
+only ever appended. A version says which of them are its own; it becomes visible when the one transaction that
+writes its record commits, and that is the only commit point of a store. What was appended behind the last
+version is invisible, and the next writer takes it up again or sweeps it away. A space is one encoder's
+vectors.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
 class Store:
-    """The read side of a store: its versions. Cheap to make; holds no transaction."""
+    """The read side of a store: its versions. Cheap to open; holds no transaction."""
 
     def __init__(self, root: str | Path, name: str) -> None:
         self.name = check_name(name)
@@ -76,11 +77,13 @@ class Store:
         return self.generation / "index"
 
     def state(self) -> dict[str, Any]:
+        """The record that names the current version. Raises `NotFound` if nothing was ever committed."""
         with self.env.begin() as txn:
             data = txn.get(b"state", db=self.db["meta"])
         if data is None:
             raise NotFound(
-                f"store '{self.name}' was created but nothing was ever committed to it: run `tagstore ingest` again"
+                f"store '{self.name}' was created but nothing was ever committed to it: run `tagstore "
+                "ingest` again"
             )
         return unseal(b"state", data)
 
@@ -92,7 +95,7 @@ class Store:
             return False
 
     def release(self) -> None:
-        """Let go of the environment, whose files may be gone: it is closed when the last one who reads from it lets go."""
+        """Let go of the environment, whose files may be gone; it closes when its last reader lets go."""
         release(self.env)
 
     def last_transaction(self) -> int:
@@ -102,20 +105,21 @@ class Store:
     def versions(self) -> list[Version]:
         """All versions, oldest first."""
         with self.env.begin() as txn, txn.cursor(self.db["versions"]) as cursor:
-            found = [(U64.unpack(key)[0], Version.from_json(value)) for key, value in cursor]
-        for number, version in found:
+            versions = [(U64.unpack(key)[0], Version.from_json(value)) for key, value in cursor]
+        for number, version in versions:
             if number != version.number:
                 raise Damaged(
-                    f"the record of version {version.number} of store '{self.name}' stands under number {number}"
+                    f"the record of version {version.number} of store '{self.name}' stands under number "
+                    f"{number}"
                 )
-        return [version for _, version in found]
+        return [version for _, version in versions]
 
     def entries(self, ids: NDArray[np.int64] | None = None) -> Iterator[Entry]:
-        """Entries of ids, or all records there are, whether a version has them or not; memory does not grow with their number.
+        """Entries of ids, or all that are stored, of whatever version, in bounded memory.
 
-        Raises `Damaged` if one of `ids` is not there.
+        Raises `Damaged` if one of `ids` is missing.
         """
-        everything = ids is None
+        complete = ids is None
         if ids is None:
             with self.env.begin() as txn, txn.cursor(self.db["entries"]) as cursor:
                 ids = np.arange(U64.unpack(cursor.key())[0] + 1 if cursor.last() else 0)
@@ -126,7 +130,7 @@ class Store:
             for i, record in zip(batch, records, strict=True):
                 if record is not None:
                     yield decode_entry(i, record)
-                elif not everything:
+                elif not complete:
                     raise Damaged(f"store '{self.name}' has lost entry {i}")
 
     def takedowns(self) -> list[dict[str, Any]]:
@@ -135,16 +139,16 @@ class Store:
             return [unseal(key, value) for key, value in cursor]
 
     def within_records(self, needles: set[bytes]) -> set[bytes]:
-        """Those of the byte strings that are part of an entry or a tag, or of the description of a source."""
-        found: set[bytes] = set()
+        """Those of the byte strings that are part of an entry, of a tag or of the description of a source."""
+        present: set[bytes] = set()
         for table in ("entries", "tags", "sources") if needles else ():
             with self.env.begin() as txn, txn.cursor(self.db[table]) as cursor:
                 for _, value in cursor:
-                    found |= {needle for needle in needles - found if needle in value}
-        return found
+                    present |= {needle for needle in needles - present if needle in value}
+        return present
 
     def snapshot(self, version: int | None = None) -> Snapshot:
-        """A version to read from; the current one if none is named. Raises `NotFound`."""
+        """Open a version to read from; the current one if no number is given. Raises `NotFound`."""
         number = version or self.state()["current"]
         if not number:
             raise NotFound(
@@ -160,7 +164,7 @@ class Store:
 
 
 class Snapshot:
-    """One version of a store, to read from. Safe for threads: every call reads in a transaction of its own."""
+    """One version of a store, to read from. Safe for threads: every call has its own transaction."""
 
     def __init__(self, store: Store, version: Version) -> None:
         self.store = store
@@ -181,7 +185,7 @@ class Snapshot:
             return decode_entry(entry_id, data)
 
     def entries(self, ids: NDArray[np.int64] | None = None) -> Iterator[Entry]:
-        """Entries of this version in order of their ids, or those of `ids`; memory does not grow with their number."""
+        """Entries of this version in order of their ids, or those of `ids`, in bounded memory."""
         return self.store.entries(self.live() if ids is None else ids)
 
     def find(self, key: str) -> int | None:
@@ -191,7 +195,7 @@ class Snapshot:
         return next((i for i in reversed(ids) if i < len(live) and live[i]), None)
 
     def ids_of_keys(self, keys: Iterable[str]) -> list[list[int]]:
-        """Of each key, the ids of all entries that ever had it, in any version, ascending."""
+        """The ids of all entries that ever had each key, in any version, ascending."""
         with self.store.env.begin(db=self.store.db["keys"]) as txn:
             return [unpack_ids(txn.get(key_of(key))) for key in keys]
 
@@ -226,17 +230,17 @@ class Snapshot:
         return np.array(matching, np.int64)
 
     def tags(self, tag_ids: Iterable[int]) -> list[tuple[str, Kind, str]]:
-        """Text, kind and canonical form of each tag. Raises `NotFound`, naming the first id that isn't there."""
+        """Text, kind and canonical form of each tag. Raises `NotFound`, naming the first missing id."""
         with self.store.env.begin(buffers=True) as txn:
-            db, found = self.store.db["tags"], []
+            db, tags = self.store.db["tags"], []
             for i in tag_ids:
                 data = txn.get(U64.pack(i), db=db) if 0 <= i < self.version.next_tag_id else None
                 if data is None:
                     raise NotFound(
                         f"store '{self.store.name}' has no tag {i} in version {self.version.number}"
                     )
-                found.append(decode_tag(data))
-            return found
+                tags.append(decode_tag(data))
+            return tags
 
     def vocabulary(self, first: int = 0, limit: int | None = None) -> list[int]:
         """Ids of the tags that entries of this version carry, ascending, from id `first` on."""
@@ -267,7 +271,8 @@ class Snapshot:
             pages = [txn.get(U64.pack(i), db=self.store.db["pages"]) for i in self.version.pages[name]]
         if None in pages:
             raise Damaged(
-                f"version {self.version.number} of store '{self.store.name}' has lost a page of its array '{name}'"
+                f"version {self.version.number} of store '{self.store.name}' has lost a page of its array "
+                f"'{name}'"
             )
         return np.frombuffer(b"".join(pages), dtype)
 
@@ -290,9 +295,9 @@ class Snapshot:
     def scan_vectors(
         self, runs: Iterable[range], allowed: Callable[[NDArray[np.int64]], NDArray[np.bool_]]
     ) -> Iterator[tuple[NDArray[np.int64], Vectors]]:
-        """Of each run of ids, those that are allowed and their image vectors, whose memory is used again for the next.
+        """Yield the allowed ids of each run and their image vectors; the next run reuses the memory.
 
-        Runs are read fastest if they are whole blocks of `BLOCK_ROWS` ids. Raises `Damaged` if a row is missing.
+        Whole blocks of `BLOCK_ROWS` ids are read fastest. Raises `Damaged` if a row is missing.
         """
         return self._rows("vectors").scan(runs, allowed)
 
@@ -302,7 +307,7 @@ class Snapshot:
         return RowReader(store.env, store.db[name], self.version.space, self.dimension, what)
 
     def sources(self) -> list[dict[str, Any]]:
-        """What was read into the store up to this version, oldest first, also by versions that are not there any more."""
+        """What was read into the store up to this version, oldest first, dropped versions included."""
         with self.store.env.begin() as txn, txn.cursor(self.store.db["sources"]) as cursor:
             return [unseal(key, value) for key, value in cursor if U64.unpack(key)[0] <= self.version.number]
 
@@ -328,10 +333,11 @@ class Snapshot:
 
 
 def check_name(name: str) -> str:
-    """The name itself, if a store may bear it. Raises `InvalidInput`."""
+    """Return the name if a store may have it. Raises `InvalidInput`."""
     if not _NAME.fullmatch(name):
         raise InvalidInput(
-            f"'{name}' is no name for a store: use letters, digits, '_', '-' and '.', not first, at most 64 of them"
+            f"'{name}' is no name for a store: use letters, digits, '_', '-' and '.', not first, at most 64 "
+            "of them"
         )
     return name
 

@@ -1,18 +1,20 @@
-"""The tables of a store's database: their names, keys and values, how they are opened, and the one writer of them.
+"""The tables of a store's database: their names, keys and values, how to open them, and their one writer.
 
-    meta        "state" -> JSON: format, current version, where ids end;  "ingest" -> JSON: how far an unfinished ingest got
+    meta        "state" -> JSON: format, current version, where ids end
+                "ingest" -> JSON: how far an unfinished ingest got
     versions    number  -> JSON of a `Version`
     entries     entry_id -> record (`codec.py`)
     keys        key -> entry_ids that ever had it, ascending
     vectors     (space, entry_id // 255) -> rows of float16 (`rows.py`)
     tags        tag_id -> record;    tag_ids: kind + canonical form -> tag_id
     embeddings  (space, tag_id // 255) -> rows of float16
-    pages       page_id -> 64 KiB of a version's arrays: which entries live (bits), how many carry each tag (int32)
+    pages       page_id -> 64 KiB of a version's arrays: which entries live (bits), entries per tag (int32)
     quarantine  (version, n) -> JSON of a rejected pair
     sources     version -> JSON: what its ingest read; kept when the version is dropped
     takedowns   version -> JSON: what was taken down, by whom and why
 
-All numbers used as keys are big endian, so that LMDB keeps them in order. A record that is JSON carries a checksum.
+All numbers used as keys are big endian, so that LMDB keeps them in order. A record that is JSON carries a
+checksum.
 """
 
 from __future__ import annotations
@@ -45,23 +47,24 @@ U64 = Struct(">Q")
 def open_tables(env: Any, *, create: bool = False) -> dict[str, Any]:
     """Open the tables of an environment, by name.
 
-    Raises `NotFound` where a first ingest was cut off before it made them, `Damaged` for another release's format.
+    Raises `NotFound` if a first ingest did not get to make them, `Damaged` for another release's format.
     """
     try:
-        # in a transaction of ours: in its own, lmdb waits for the writer while it holds the interpreter, which the
-        # writer needs
+        # with a transaction of ours: in its own, lmdb waits for the writer and holds the interpreter, which
+        # the writer needs
         with env.begin(write=True) as txn:
             meta = env.open_db(b"meta", txn=txn, create=create)
             state = txn.get(b"state", db=meta)
-            if state is not None and (found := unseal(b"state", state)["format"]) != FORMAT:
+            if state is not None and (number := unseal(b"state", state)["format"]) != FORMAT:
                 raise Damaged(
-                    f"{env.path()} has on-disk format {found}, this release reads {FORMAT}: use the release "
+                    f"{env.path()} has on-disk format {number}, this release reads {FORMAT}: use the release "
                     "that wrote it"
                 )
             return {name: env.open_db(name.encode(), txn=txn, create=create) for name in TABLES}
     except lmdb.NotFoundError:
         raise NotFound(
-            f"{env.path()}/data.mdb holds no tag store, or its first ingest did not finish: ingest into it again"
+            f"{env.path()}/data.mdb holds no tag store, or its first ingest did not finish: ingest into it "
+            "again"
         ) from None
 
 
@@ -118,13 +121,13 @@ class TableWriter:
         self.put_key(txn, entry_id, record)
 
     def put_key(self, txn: Any, entry_id: int, record: bytes) -> None:
-        """Have the entry's key lead to it, beside those that had the key before."""
+        """Add an entry to those that its key leads to."""
         key = key_of(decode_hot(record)[0])
         ids = txn.get(key, db=self.db["keys"]) or b""
         txn.put(key, ids + U64.pack(entry_id), db=self.db["keys"])
 
     def delete_entry(self, txn: Any, entry_id: int, record: bytes) -> None:
-        """Remove an entry, and the way that leads from its key to it."""
+        """Remove an entry, also from those that its key leads to."""
         key = key_of(decode_hot(record)[0])
         others = [i for i in unpack_ids(txn.get(key, db=self.db["keys"])) if i != entry_id]
         if others:
@@ -140,7 +143,7 @@ class TableWriter:
         return bool(txn.put(U64.pack(tag_id), record, db=self.db["tags"], append=True))
 
     def put_tag_id(self, txn: Any, tag_id: int, record: bytes) -> bool:
-        """Have a tag's kind and canonical form lead to it; false if they lead to a tag already."""
+        """Make a tag's kind and canonical form lead to it; false if they lead to a tag already."""
         _, kind, canonical = decode_tag(record)
         return bool(
             txn.put(tag_key(kind, canonical), U64.pack(tag_id), db=self.db["tag_ids"], overwrite=False)

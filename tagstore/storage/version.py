@@ -15,7 +15,7 @@ from tagstore.types import Fingerprint
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """A checksum over a run of records, as they were when a version was committed."""
+    """The checksum of a run of records at the commit of a version."""
 
     first: int
     end: int
@@ -31,9 +31,9 @@ class Version:
     created: str
     """UTC, ISO 8601."""
     operation: str
-    """What made it: "ingest", "delete", "rollback to 3" ..."""
+    """What made it: "ingest", "delete", "rollback to 3" and so on."""
     source: Mapping[str, Any]
-    """Of an ingest: path, format and columns."""
+    """Where an ingest read: path, format and columns."""
     entries: int
     tags: int
     unique_tags: int
@@ -48,7 +48,7 @@ class Version:
     index: Mapping[str, Any] = field(default_factory=dict)
     """Kind and parameters of the index, and its files with their checksums."""
     ranges: Mapping[str, list[Range]] = field(default_factory=dict)
-    """Checksums of "entries", "vectors", "tags" and "embeddings"; of "live" and "counts", one over the whole."""
+    """Checksums of "entries", "vectors", "tags" and "embeddings", and one each over "live" and "counts"."""
 
     def to_json(self) -> str:
         """JSON with a checksum of its own."""
@@ -63,7 +63,8 @@ class Version:
             body = outer["version"]
             if sha256(body.encode()).hexdigest() != outer["sha256"]:
                 raise Damaged(
-                    "a version's record does not fit its checksum: run `tagstore verify`, restore the store from a copy"
+                    "a version's record does not fit its checksum: run `tagstore verify`, restore the store "
+                    "from a copy"
                 )
             value = json.loads(body)
         except (ValueError, TypeError, KeyError) as error:

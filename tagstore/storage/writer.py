@@ -42,7 +42,7 @@ from tagstore.storage.version import Version, now
 from tagstore.types import Entry, EntryTag, Fingerprint, Rejected, Vectors
 
 Indexer = Callable[[Snapshot, Version | None, Path], Mapping[str, Any]]
-"""Builds and syncs the index of a version that is about to be committed, given its parent; returns its description."""
+"""Builds and syncs the index of a version to be committed, given its parent and the directory to write to."""
 GROWTH = 4096
 """Entries or tags by which the arrays of a writer grow at least."""
 
@@ -50,13 +50,14 @@ GROWTH = 4096
 class Writer:
     """The one writer of a store, as a context manager.
 
-    Leaving the context without a commit leaves the store at the version it had. Once a step has failed all others are
-    refused, since this object may not agree with the disk any more: a new one starts from what is there.
+    Leaving the context without a commit leaves the store at the version it had. Once a step has failed all
+    others are refused, since this object may not agree with the disk any more: a new one starts from what is
+    there.
 
     Args:
         fingerprint: of the encoder that makes the vectors; None for work that brings none (delete, rollback).
         new_space: accept another encoder than the store's: the caller gives every entry a new vector.
-        resume: identity of an ingest; what one of the same identity staged before it was cut off is kept, see `progress`.
+        resume: identity of an ingest: what one of the same identity staged is kept; see `progress`.
 
     Raises:
         Busy: another process writes.
@@ -115,11 +116,11 @@ class Writer:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Work that leaves this object and the disk in agreement, or refuses all that would come after it."""
+        """Run work after which this object and the disk agree; if it fails, every later step is refused."""
         if self._failed:
             raise WriteFailed(
-                f"an earlier step of this writer of store '{self.name}' failed, and what it staged may be half done: "
-                "open a new Writer, which starts from what is on disk"
+                f"an earlier step of this writer of store '{self.name}' failed, and what it staged may be "
+                "half done: open a new Writer, which starts from what is on disk"
             )
         try:
             with writing(f"store '{self.name}'"):
@@ -139,7 +140,7 @@ class Writer:
             trim(self.env)
 
     def admit(self, drafts: Sequence[Draft], *, same_miner: bool) -> tuple[list[Draft], list[Rejected], int]:
-        """Sort drafts into those to append, those whose key this ingest had before, and how many are stored as they are."""
+        """Sort drafts: those to append, refusals of keys seen before in this ingest, the number unchanged."""
         admitted: list[Draft] = []
         rejected: list[Rejected] = []
         unchanged = 0
@@ -160,7 +161,7 @@ class Writer:
         return admitted, rejected, unchanged
 
     def confirm(self, keys: Sequence[str]) -> None:
-        """Take entries of the parent as seen in this ingest; a pair of their key that comes now is a duplicate."""
+        """Mark entries of the parent as seen in this ingest: another pair of their key is a duplicate."""
         with self.step(), self.env.begin() as txn:
             for key in keys:
                 old = self._live_id(txn, key)
@@ -175,9 +176,9 @@ class Writer:
         rejected: Sequence[Rejected] = (),
         progress: Progress | None = None,
     ) -> None:
-        """Stage entries with their unit vectors `[len(drafts), D]`, and the pairs refused on the way, in one transaction.
+        """Stage entries with their unit vectors `[len(drafts), D]` and the refused pairs, in one transaction.
 
-        A key that the store has is replaced. `progress` is completed with the ids reached and kept with them. Raises
+        An entry replaces the one of its key. `progress` is completed with the ids reached and stored. Raises
         `BadVector`.
         """
         rows = self._checked(len(drafts), vectors)
@@ -220,14 +221,14 @@ class Writer:
             return [Rejected(**unseal(key, data)) for key in keys if (data := txn.get(key))]
 
     def delete(self, entry_ids: Sequence[int]) -> int:
-        """Stage the end of entries; returns how many of them lived."""
-        ended = 0
+        """Stage the removal of entries; returns how many of them lived."""
+        removed = 0
         with self.step(), self.env.begin() as txn:
             for entry_id in entry_ids:
                 if 0 <= entry_id < self.next_entry_id and self._live[entry_id]:
                     self._count_out(txn, entry_id)
-                    ended += 1
-        return ended
+                    removed += 1
+        return removed
 
     def put_vectors(self, ids: Sequence[int], vectors: Vectors) -> None:
         """Stage vectors of a new space for entries that the store has, in any order."""
@@ -260,8 +261,8 @@ class Writer:
     ) -> Version:
         """Make what was staged the next version: durable and visible when this returns.
 
-        If it raises there is no new version, unless it was the very last sync that the disk refused: then whoever opens
-        the store sees which of the two reached it.
+        If it raises there is no new version, except if the disk refused the very last sync: then the next one
+        to open the store sees which version reached it.
         """
         if self._embedded < self.next_tag_id:
             raise ValueError(f"{self.next_tag_id - self._embedded} tags have no embedding")
@@ -314,12 +315,12 @@ class Writer:
             return version
 
     def replace_index(self, version: Version, index: Mapping[str, Any]) -> None:
-        """Have a committed version name other index files, which hold the same."""
+        """Make a committed version name other index files with the same content."""
         with self.transaction() as txn:
             self._tables.put_version(txn, replace(version, index=index), overwrite=True)
 
     def put_takedown(self, version: int, takedown: Mapping[str, Any]) -> None:
-        """Record what the takedown that made a version removed; one that is there is replaced."""
+        """Write the record of the takedown that made a version, in place of an earlier one."""
         with self.transaction() as txn:
             self._tables.put_json(txn, "takedowns", [version], takedown)
 
@@ -358,7 +359,7 @@ class Writer:
         self._begin()
 
     def _begin(self) -> None:
-        """Start from the current version; keep what an ingest of the same identity staged, sweep what any other left."""
+        """Start from the current version and what the ingest to resume staged; sweep anything else."""
         with self.env.begin(write=True) as txn:
             if txn.get(b"state", db=self.db["meta"]) is None:
                 TableWriter(self.db).put_state(txn, 0, 0, 0)
@@ -455,15 +456,17 @@ class Writer:
             self._live = np.pad(self._live, (0, max(GROWTH, self.next_entry_id, n)))
 
     def _checked(self, n: int, vectors: Vectors | None) -> Vectors:
-        """The vectors, if they are `[n, D]` and finite. Raises `BadVector`: nothing was staged, the writer can go on."""
+        """Return the vectors if they are `[n, D]` and finite. Raises `BadVector`; the writer stays usable."""
         rows = np.zeros((0, self.fingerprint.dimension), np.float32) if vectors is None else vectors
         if rows.shape != (n, self.fingerprint.dimension):
             raise BadVector(
-                f"vectors of shape {list(rows.shape)} for [{n}, {self.fingerprint.dimension}] of store '{self.name}'"
+                f"vectors of shape {list(rows.shape)} for [{n}, {self.fingerprint.dimension}] of store "
+                f"'{self.name}'"
             )
         if not np.isfinite(rows).all():
             raise BadVector(
-                f"a vector for store '{self.name}' holds NaN or infinity: the encoder, or what it was given, is broken"
+                f"a vector for store '{self.name}' holds NaN or infinity: the encoder, or what it was given, "
+                "is broken"
             )
         return rows
 
