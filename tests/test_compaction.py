@@ -143,6 +143,7 @@ def test_a_takedown_removes_bytes_and_history_and_is_recorded_without_them(tmp_p
         "me",
     )
     assert takedown.keys_sha256 == images
+    assert "1 image hashes and 1 vectors" in takedown.proof, "deleted before it was taken down"
     assert takedowns(tmp_path, "toy") == [takedown]
     assert [v.number for v in Store(tmp_path, "toy").versions()] == [1, 4, 5]
     assert Store(tmp_path, "toy").snapshot().version.entries == 120

@@ -202,7 +202,7 @@ class Part:
 
     def search(
         self, queries: Vectors, k: int, allowed: Allowed | None, live: Allowed, search: Search
-    ) -> exact.Found:
+    ) -> exact.Candidates:
         """The best of the file's entries, by the index's own arithmetic; -1 where it found no more."""
         held, bits = self.alive, live
         if allowed is not None:
@@ -226,7 +226,7 @@ class Part:
             return self._whole(k, search.ef_search, search.nprobe)
         return plans.parameters(self.plan, search, k, share, selector)
 
-    def _ask(self, queries: Vectors, k: int, told: Any) -> exact.Found:
+    def _ask(self, queries: Vectors, k: int, told: Any) -> exact.Candidates:
         """`self.index.search`, less what its wrapper checks and converts."""
         shape = len(queries), k
         similarities, ids = np.empty(shape, np.float32), np.empty(shape, np.int64)
@@ -237,14 +237,14 @@ class Part:
 
     def _shared_out(
         self, queries: Vectors, k: int, search: Search, share: float, selector: Any
-    ) -> exact.Found:
+    ) -> exact.Candidates:
         """Queries divided among the cores. Of lists, each by itself: which are nearest is decided by a matrix product, whose last bits
         depend on its size."""
         parts = min(exact.cores(), len(queries))
         step = 1 if "lists" in self.plan.build else -(-len(queries) // parts)
         starts = range(0, len(queries), step)
 
-        def some(part: int) -> list[exact.Found]:
+        def some(part: int) -> list[exact.Candidates]:
             return [
                 self._ask(queries[i : i + step], k, self._told(search, k, share, selector))
                 for i in starts[part::parts]
@@ -254,11 +254,11 @@ class Part:
         rows = [found[n % parts][n // parts] for n in range(len(starts))]
         return np.concatenate([s for s, _ in rows]), np.concatenate([i for _, i in rows])
 
-    def _split(self, queries: Vectors, k: int, selector: Any, parts: int) -> exact.Found:
+    def _split(self, queries: Vectors, k: int, selector: Any, parts: int) -> exact.Candidates:
         """Rows divided among the cores."""
         edges = np.linspace(self.first, self.end, parts + 1).astype(np.int64).tolist()
 
-        def scan(part: int) -> exact.Found:
+        def scan(part: int) -> exact.Candidates:
             run = faiss.IDSelectorRange(edges[part], edges[part + 1])
             sel = faiss.IDSelectorAnd(run, selector) if selector is not None else run
             return self._ask(queries, k, faiss.SearchParameters(sel=sel))
@@ -324,7 +324,7 @@ class FaissIndex:
             ids[short] = exact.search(self._snapshot, queries[short], k, everything)[1]
         return np.asarray(ids)
 
-    def refined(self, part: Part, queries: Vectors, found: exact.Found) -> exact.Found:
+    def refined(self, part: Part, queries: Vectors, found: exact.Candidates) -> exact.Candidates:
         """Candidates of compressed codes, with the similarities that the stored vectors have."""
         if "refine" not in part.plan.search or not found[1].size:
             return found

@@ -41,25 +41,25 @@ class Takedown:
 
 
 def purge(root: str | Path, store: str, selection: Selection, *, reason: str, who: str = "") -> Takedown:
-    """Remove entries from the current version, from disk, and from history: every version that held one of them is dropped.
+    """Remove entries from the current version, from disk and from history: every version that held one is
+    dropped.
 
-    The store is then searched, byte by byte and record by record, for their keys, captions, image hashes and vectors.
+    Then every file and record of the store is searched for their keys, captions, image hashes and vectors.
 
     Raises:
-        NotFound: nothing fits, in any version.
+        NotFound: no entry of any version fits.
         Damaged: something of them was still found; the message says where.
     """
     selection.check()
     with Writer(root, store) as writer:
-        meant = [entry for entry in writer.store.entries() if selection.fits(entry)]
-        keys = {entry.key for entry in meant}
-        # a key stands for its picture in all versions: what it was before is taken down too
+        keys = {entry.key for entry in writer.store.entries() if selection.fits(entry)}
+        # earlier entries of the same keys are taken down too
         doomed = [entry for entry in writer.store.entries() if entry.key in keys]
         if not doomed:
             raise NotFound(f"no entry of any version of store '{store}' fits: nothing was taken down")
         ids = np.array([entry.entry_id for entry in doomed], np.int64)
         versions = writer.store.versions()
-        kept = [v for v in versions if not _holds(Snapshot(writer.store, v), ids)]
+        kept = [v for v in versions if not len(_live(Snapshot(writer.store, v), ids))]
         vectors = _vectors(writer.store, versions, ids)
         writer.delete(ids.tolist())
         assert writer.parent is not None
@@ -73,15 +73,15 @@ def purge(root: str | Path, store: str, selection: Selection, *, reason: str, wh
             version=writer.parent.number + 1,
             proof="the search for their traces was cut off or found some: run `tagstore prove-absent`",
         )
-        # the record stands in the very commit that takes them down: whoever kills this finds both or neither
+        # the record is part of the commit that takes the entries down: a crash leaves both or neither
         version = rewrite(writer, kept, "purge", index_copy, without=keys, takedown=asdict(takedown))
         captions, images = {c for e in doomed for c in e.captions}, {e.sha256.hex() for e in doomed}
         for other in Store(root, store).entries():
-            # another entry may say the same or show the same picture, and keeps it
+            # another entry that says the same or shows the same picture keeps it
             vectors = [] if other.sha256.hex() in images else vectors
             captions.difference_update(other.captions)
             images.discard(other.sha256.hex())
-        found = prove_absent(
+        traces = prove_absent(
             root,
             store,
             keys=sorted(keys),
@@ -89,21 +89,24 @@ def purge(root: str | Path, store: str, selection: Selection, *, reason: str, wh
             images=sorted(images),
             vectors=vectors,
         )
-        if found:
+        if traces:
             raise Damaged(
-                f"version {version.number} is without the entries, but their traces are not gone: {'; '.join(found[:5])}"
+                f"version {version.number} is without the entries, but their traces are not gone: "
+                f"{'; '.join(traces[:5])}"
             )
         takedown = replace(
             takedown,
-            proof=f"{len(keys)} keys, {len(captions)} captions, {len(images)} image hashes and {len(vectors)} vectors that no other entry "
-            "has were searched for in every file and record of the store: none found",
+            proof=f"{len(keys)} keys, {len(captions)} captions, {len(images)} image hashes and "
+            f"{len(vectors)} vectors that no other entry has were searched for in every file and record of "
+            "the store: none "
+            "found",
         )
         writer.put_takedown(version.number, asdict(takedown))
         return takedown
 
 
 def takedowns(root: str | Path, store: str) -> list[Takedown]:
-    """All takedowns of a store, oldest first."""
+    """List all takedowns of a store, oldest first."""
     return [Takedown(**record) for record in Store(root, store).takedowns()]
 
 
@@ -116,60 +119,60 @@ def prove_absent(
     images: Sequence[str] = (),
     vectors: Sequence[bytes] = (),
 ) -> list[str]:
-    """Where anything of these still is in a store, in any version, slack or derived file; empty if nowhere.
+    """List where any of these still is in a store: in any version, slack or derived file.
 
     Args:
-        keys, captions: as text. One of fewer than 8 bytes, or one that is part of a text that remains, is looked for in the records
-            only: it is in the files by right.
+        keys, captions: as text. One that is shorter than 8 bytes, or part of a text that remains, is searched
+            for in the records only, since the files rightly contain it.
         images: sha256 of encoded images, hex.
         vectors: float16 rows as bytes.
     """
     opened = Store(root, store)
-    found = []
+    traces = []
     for entry in opened.entries():
-        what = [f"key {entry.key}"] if entry.key in keys else []
-        what += [f"a caption of {entry.key}" for caption in entry.captions if caption in captions]
-        what += [f"the image of {entry.key}"] if entry.sha256.hex() in images else []
-        found += [f"entry {entry.entry_id}: {w}" for w in what]
+        parts = [f"key {entry.key}"] if entry.key in keys else []
+        parts += [f"a caption of {entry.key}" for caption in entry.captions if caption in captions]
+        parts += [f"the image of {entry.key}"] if entry.sha256.hex() in images else []
+        traces += [f"entry {entry.entry_id}: {part}" for part in parts]
     names = {t.encode(): f"text '{t[:40]}'" for t in (*keys, *captions)}
     texts = set(names)
     names |= {bytes.fromhex(h): f"image hash {h[:12]}" for h in images} | dict.fromkeys(vectors, "a vector")
     needles = [needle for needle in names if len(needle) >= MIN_NEEDLE_BYTES]
-    traced = [
+    in_files = [
         (path, needle)
         for path in sorted(opened.directory.rglob("*"))
         if path.is_file()
         for needle in _needles_in(path, needles)
     ]
-    # "photo-1" is in "photo-12": of a text that is part of what remains, only the records can say that it is gone, and did above
-    shared = opened.within_records({needle for _, needle in traced if needle in texts})
-    found += [f"{path}: {names[needle]}" for path, needle in traced if needle not in shared]
-    return found
+    # "photo-1" is in "photo-12": for a text within one that remains, the check of the records above must do
+    shared = opened.within_records({needle for _, needle in in_files if needle in texts})
+    return traces + [f"{path}: {names[needle]}" for path, needle in in_files if needle not in shared]
 
 
-def _holds(snapshot: Snapshot, ids: NDArray[np.int64]) -> bool:
+def _live(snapshot: Snapshot, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Those of the entries that a version has."""
     mask = snapshot.live_mask()
-    return bool(mask[ids[ids < len(mask)]].any())
+    ids = ids[ids < len(mask)]
+    return ids[mask[ids]]
 
 
 def _vectors(store: Store, versions: list[Version], ids: NDArray[np.int64]) -> list[bytes]:
-    """The stored bytes of some entries' vectors, in every space that has them."""
-    found = set()
-    for version in {v.space: v for v in versions}.values():
+    """The stored bytes of the entries' vectors, of every version that has them."""
+    rows = set()
+    for version in versions:
         snapshot = Snapshot(store, version)
-        mask = snapshot.live_mask()
-        for row in snapshot.vectors(ids[ids < len(mask)][mask[ids[ids < len(mask)]]]):
-            found.add(row.astype(np.float16).tobytes())
-    return sorted(found)
+        rows |= {row.astype(np.float16).tobytes() for row in snapshot.vectors(_live(snapshot, ids))}
+    return sorted(rows)
 
 
 def _needles_in(path: Path, needles: list[bytes], piece: int = 1 << 24) -> set[bytes]:
-    found: set[bytes] = set()
+    """Those of the byte strings that a file contains."""
+    present: set[bytes] = set()
     overlap = max(map(len, needles), default=1) - 1
     with path.open("rb") as file:
         before = b""
         while data := file.read(piece):
             window = before + data
-            found |= {needle for needle in needles if needle in window}
+            present |= {needle for needle in needles if needle in window}
             before = window[len(window) - overlap :] if overlap else b""
-    return found
+    return present
