@@ -570,4 +570,4 @@ def test_the_command(tmp_path: Path) -> None:
 def test_the_weight_of_a_file_is_known_before_it_is_built(root: Path, kind: str) -> None:
     [file] = Store(root, "large").snapshot(VERSION[kind]).version.index["files"]
     plan = faiss_index.plan_of(file["plan"]) if "plan" in file else plans.Plan("flat")
-    assert plans.weight(plan, N, D) == pytest.approx(file["bytes"], rel=0.1)
+    assert plans.file_bytes(plan, N, D) == pytest.approx(file["bytes"], rel=0.1)

@@ -225,7 +225,7 @@ class _Bench:
             plan = plans.plan_for(name, rows, d)  # type: ignore[arg-type]
         except InvalidInput as error:
             return [], Trial(Plan(name), 0, verdict=str(error))  # type: ignore[arg-type]
-        size = plans.weight(plan, rows, d)
+        size = plans.file_bytes(plan, rows, d)
         if budget.memory is not None and size > budget.memory:
             return [], Trial(plan, size, verdict=f"not built: {size:,} bytes are more than {budget.memory:,}")
         seconds = rows / ADDED_PER_SECOND[plan.kind] * d / 512
