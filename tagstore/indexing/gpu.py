@@ -62,7 +62,7 @@ def device_number(device: str) -> int | None:
     return number
 
 
-def needs(index: FaissIndex, snapshot: Snapshot) -> int:
+def required_bytes(index: FaissIndex, snapshot: Snapshot) -> int:
     """Bytes of device memory that loading a version takes. FAISS doubles a flat index to grow it, and copies."""
     part = index.parts[0] if index.parts else None
     if part is not None and "lists" in part.plan.build:
@@ -99,7 +99,7 @@ class GpuIndex:
 
     def __init__(self, snapshot: Snapshot, device: int) -> None:
         self._snapshot, self._cpu, self._device = snapshot, FaissIndex(snapshot), device
-        check_fits(needs(self._cpu, snapshot), free_memory(device), device)
+        check_fits(required_bytes(self._cpu, snapshot), free_memory(device), device)
         self._lock = Lock()  # FAISS's resources serve one search at a time
         self._resources = faiss.StandardGpuResources()
         self._resources.setTempMemory(TEMPORARY)
