@@ -43,8 +43,7 @@ log = logging.getLogger(__name__)
 BATCH = 256
 """Pairs of a batch at most."""
 BATCH_BYTES = 128 << 20
-"""Bytes of images and captions after which a batch ends early, so that huge photographs take no more memory.
-"""
+"""Bytes of images and captions after which a batch ends early, so that memory stays bounded."""
 MAX_REPORTED_REJECTS = 1000
 """Quarantined pairs that a report holds; the version, if one was made, has them all."""
 TAG_BATCH = 4096
@@ -103,8 +102,8 @@ def ingest(
 ) -> Report:
     """Read a source into a store, which is made if it isn't there, and commit the result as its next version.
 
-    If an ingest of the same source, encoder and miner was cut off before, its work is kept as far as the
-    source still reads the same.
+    If an ingest of the same source, encoder and miner was cut off before, its work is kept, unless the source
+    has changed.
 
     Args:
         source: file, folder, glob or brace pattern; see `readers`.
@@ -171,8 +170,7 @@ def ingest_pairs(
 ) -> Report:
     """As `ingest`, of pairs that come from elsewhere than a file; what was cut off is not resumed.
 
-    Pairs are read as they are worked on, two batches at most ahead. If their iterator raises, no version is
-    made.
+    Pairs are read at most two batches ahead. If their iterator raises, no version is made.
 
     Args:
         source: what to call where they come from.

@@ -1,4 +1,4 @@
-"""Compaction reclaims without changing an answer; a takedown leaves no byte behind."""
+"""Compaction frees space without changing an answer; a takedown leaves no byte behind."""
 
 from __future__ import annotations
 

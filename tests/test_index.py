@@ -1,4 +1,4 @@
-"""Every kind of index against the numpy specification, filters and the leak guard against a pass over all entries."""
+"""Every kind of index equals the numpy specification; filters and leak guard equal a pass over all entries."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def clustered(n: int, seed: int = 0) -> np.ndarray:
 
 
 def draft(i: int, prefix: str = "k") -> Draft:
-    """Every tenth picture is the same as the one before, and hashes of neighbours in number differ in few bits."""
+    """A draft; every tenth picture equals the one before, and hashes of close numbers differ in few bits."""
     colour = COLOURS[i % len(COLOURS)]
     metadata = (
         {}
@@ -79,7 +79,7 @@ def append(root: Path, name: str, vectors: np.ndarray, prefix: str = "k") -> Sna
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Store "large": version 1 flat, and one for each other kind."""
+    """A root with store "large": version 1 is flat, and there is one for each other kind."""
     root = tmp_path_factory.mktemp("indexes")
     append(root, "large", clustered(N))
     for number, kind in enumerate(("hnsw", "ivf", "ivfpq", "flat32"), 2):
@@ -104,7 +104,7 @@ def oracle(root: Path) -> NumpyIndex:
 
 
 def similarities(oracle: NumpyIndex, queries: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """Of each query with its ids; entries of a store that was only appended to have their id as their row."""
+    """Similarities of each query with its ids, which equal the oracle's rows if nothing was deleted."""
     return np.einsum("nd,nkd->nk", queries, oracle.vectors[ids])
 
 
@@ -167,7 +167,7 @@ def test_request_parameters_change_nothing_that_is_shared(engines: dict[str, Eng
 
 
 def test_masked_searches_in_many_threads_agree(root: Path, tmp_path: Path) -> None:
-    """FAISS translates selectors in the parameters it is given: shared ones would be another thread's."""
+    """FAISS writes into the parameters of a filtered search: threads must not share them."""
     append(tmp_path, "s", clustered(600))
     delete(tmp_path, "s", Selection(keys=[f"k{i}" for i in range(250)]))
     engine = Engine(Store(tmp_path, "s").snapshot())
@@ -190,7 +190,7 @@ def test_masked_searches_in_many_threads_agree(root: Path, tmp_path: Path) -> No
 def brute(
     snapshot: Snapshot, oracle: NumpyIndex, query: np.ndarray, search: Search, own: Identity
 ) -> tuple[list[int], int]:
-    """Neighbours and the number kept out, by looking at every entry."""
+    """Neighbours and the number excluded, by a pass over all entries."""
     rows = [(e, int(i)) for i, e in enumerate(snapshot.entries())]
     exclude = search.exclude
     cosines = np.clip((oracle.vectors * (query / np.linalg.norm(query))).sum(axis=1), -1, 1)

@@ -1,4 +1,4 @@
-"""The index on a GPU: what is said and refused without one, and, where there is one, that it answers as the CPU does."""
+"""The index on a GPU: refused with a clear message without one, and with one the answers of the CPU."""
 
 from __future__ import annotations
 

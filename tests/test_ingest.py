@@ -1,4 +1,4 @@
-"""Ingest: every good pair gets in, every bad one is quarantined with its reason, and the same source twice is the same store."""
+"""Ingest: good pairs get in, bad ones are quarantined with a reason, the same source changes nothing."""
 
 from __future__ import annotations
 

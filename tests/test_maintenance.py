@@ -1,4 +1,4 @@
-"""Deleting, rolling back, comparing, dropping; verify finds what is wrong and repair mends what is derived."""
+"""Deleting, rolling back, comparing, dropping; verify finds damage, and repair rebuilds what is derived."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The store's promises at their first depth: versions are immutable, a commit is all or nothing, one writer at a time."""
+"""The store's basic promises: versions are immutable, a commit is all or nothing, one writer at a time."""
 
 import json
 import os
@@ -159,7 +159,8 @@ def test_a_second_writer_is_refused_and_told_who_writes(tmp_path: Path) -> None:
             from tagstore.types import Fingerprint
             from tagstore.storage.writer import Writer
             try:
-                Writer({str(tmp_path)!r}, "toy", Fingerprint("toy", "00", {{"size": [8, 8]}}, False, True, {D})).__enter__()
+                fingerprint = Fingerprint("toy", "00", {{"size": [8, 8]}}, False, True, {D})
+                Writer({str(tmp_path)!r}, "toy", fingerprint).__enter__()
             except Busy as error:
                 print(error)
         """)
@@ -194,11 +195,13 @@ def test_a_writer_killed_at_any_instant_leaves_the_last_version(
         from tagstore.types import Fingerprint
         from tagstore.storage.staging import Draft
         from tagstore.storage.writer import Writer
-        with Writer({str(tmp_path)!r}, "toy", Fingerprint("toy", "00", {{"size": [8, 8]}}, False, True, {D})) as writer:
+        fingerprint = Fingerprint("toy", "00", {{"size": [8, 8]}}, False, True, {D})
+        with Writer({str(tmp_path)!r}, "toy", fingerprint) as writer:
             n = 0
             while True:
                 tags = (MergedTag(f"t{{n}}", "object", f"t{{n}}", 1.0, 1, ()),)
-                writer.append([Draft(f"k{{n}}", bytes(32), 0, ("c",), tags)], np.eye({D}, dtype=np.float32)[:1])
+                draft = Draft(f"k{{n}}", bytes(32), 0, ("c",), tags)
+                writer.append([draft], np.eye({D}, dtype=np.float32)[:1])
                 n += 1
                 print(n, flush=True)
     """)
@@ -287,7 +290,8 @@ def test_the_reader_in_the_documentation_reads_a_store(tmp_path: Path, rng: np.r
     [code] = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
     code = f"path = {str(tmp_path / 'toy')!r}\n{code}\n"
     code += "names = 'key', 'tags', 'perceptual_hash', 'captions'\n"
-    code += "print(json.dumps([[i, e['sha256'].hex(), *(e[name] for name in names)] for i, e in entries.items()]))\n"
+    code += "rows = [[i, e['sha256'].hex(), *(e[name] for name in names)] for i, e in entries.items()]\n"
+    code += "print(json.dumps(rows))\n"
     code += "print(json.dumps(vectors.tolist()))"
     out = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True

@@ -38,8 +38,7 @@ _END = bytes(2 * _BLOCK)
 
 
 class ArchiveWriter:
-    """Writes an archive, as a context manager; the file gets its name, complete and durable, at the end of
-    the context.
+    """Writes an archive, as a context manager; when that ends, the file gets its name, complete and durable.
 
     After an error there is no file. Raises `Busy` if another process is writing the same file.
     """
@@ -106,8 +105,7 @@ class ArchiveWriter:
 class ArchiveReader:
     """Reads an archive once, from its beginning to its end.
 
-    Raises `Damaged` where bytes are missing or changed, `InvalidInput` where another program made the
-    archive.
+    Raises `Damaged` for missing or changed bytes, `InvalidInput` for an archive of another program.
     """
 
     def __init__(self, file: BinaryIO, name: str) -> None:
@@ -224,7 +222,7 @@ class Member:
         return data
 
     def lines(self) -> Iterator[bytes]:
-        """Yield the lines, without their ends. Raises `InvalidInput` for one of more than `MAX_LINE` bytes."""
+        """Yield the lines, without their ends. Raises `InvalidInput` for more than `MAX_LINE` bytes."""
         rest = b""
         while data := self.read(PIECE):
             *lines, rest = (rest + data).split(b"\n")
@@ -236,9 +234,7 @@ class Member:
 
 
 class _WithTail:
-    """A file followed by a frame of one byte: reading that byte after the content proves that the file was
-    complete.
-    """
+    """A file followed by a frame of one byte: reading that byte proves that the file was complete."""
 
     SIGN = b"."
 

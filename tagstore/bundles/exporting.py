@@ -68,8 +68,7 @@ def export(
 
     Raises:
         NotFound: no such store, version or key, or no directory to write to.
-        InvalidInput: a bundle cannot hold something of the version, or an image is missing; the message says
-            which.
+        InvalidInput: a bundle cannot hold something of the version, or an image is missing.
         Damaged: the store is not what was committed.
         Busy: another process writes the same file.
         WriteFailed: the disk is full or broken.

@@ -34,8 +34,8 @@ COLUMNS = Columns(image="image", caption="caption", key="key")
 
 
 class GatheredImages:
-    """The images of a version, gathered in an unnamed file because sources have another order; a context
-    manager.
+    """The images of a version, as a context manager: gathered in an unnamed file, in the order of the
+    sources.
     """
 
     def __init__(self, snapshot: Snapshot, sources: Sequence[str], directory: Path) -> None:
@@ -74,7 +74,7 @@ def member_name(entry_id: int) -> str:
 
 
 class ImageFolder:
-    """Writes a folder of `ID.jpg` and so on, and `pairs.jsonl`, which `ingest` and `reembed --source` read."""
+    """Writes a folder of `ID.jpg` and so on, and the `pairs.jsonl` by which `ingest` and `reembed` read it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -113,8 +113,7 @@ class ImageFolder:
 
 @contextmanager
 def image_folder(path: str | Path | None, info: BundleInfo) -> Iterator[ImageFolder | None]:
-    """The folder to unpack images to, or None if there is no path; one that was not finished is removed at
-    the end.
+    """The folder to unpack images to, or None without a path; an unfinished one is removed at the end.
 
     Raises `InvalidInput` if the bundle has no images, `AlreadyExists` if something is in the folder,
     `NotFound` if its parent is not there.

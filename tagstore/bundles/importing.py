@@ -67,12 +67,11 @@ def import_(
     max_bytes: int | None = None,
     images: str | Path | None = None,
 ) -> Version:
-    """Make a new store of a bundle; its one version has the number, the ids and the answers of the exported
-    one.
+    """Make a new store of a bundle; its one version has the number, ids and answers of the exported one.
 
     The store is built in a hidden folder, verified, and then renamed in one step. An import that is cut off
-    leaves nothing to be seen, and the next one into the same root removes its leftovers. Only one can run in
-    a root at a time.
+    leaves nothing to be seen, and the next one into the same root removes its leftovers. One import runs in a
+    root at a time.
 
     Args:
         root: directory of the stores; made if it isn't there.

@@ -157,8 +157,7 @@ class BundleInfo:
             ("next_entry_id", self.entries, VECTORS),
             ("next_tag_id", self.unique_tags, EMBEDDINGS),
         ):
-            # an open version holds a bit or a count for every id: a small file must not demand a lot of
-            # memory
+            # an open version holds a bit or a count for every id: a small file must not take much memory
             if not n <= getattr(self, ids) <= n * _MAX_SPARSITY + _MIN_ID_ROOM:
                 raise InvalidInput(
                     f"{MANIFEST}: '{ids}' is {getattr(self, ids)} for {n} records: out of all proportion"
@@ -185,8 +184,7 @@ def check_rows(rows: NDArray[Any], ids: NDArray[np.int64], fingerprint: Fingerpr
 def fits(value: Any, shape: Any) -> bool:
     """Whether a JSON value has a shape.
 
-    A shape is a type, a range of integers, a pattern, [shape of all items], (shape of each item) or {name:
-    shape}.
+    Shapes: a type, a range of integers, a pattern, [shape of all items], (shape of each item), {name: shape}.
     """
     match shape:
         case range():

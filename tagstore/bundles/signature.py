@@ -33,7 +33,7 @@ class Signer:
 
 
 def public_key(path: str | Path) -> str:
-    """Read the public key of a PEM file, hex. Raises `NotFound` or `InvalidInput` for a file that holds none."""
+    """Read the public key of a PEM file, hex. Raises `NotFound`, or `InvalidInput` if there is none in it."""
     key = _pem(Path(path), load_pem_public_key, "public")
     if not isinstance(key, Ed25519PublicKey):
         raise InvalidInput(f"{path} holds a public key of another kind than Ed25519")

@@ -51,8 +51,7 @@ def cores() -> int:
 
 @contextmanager
 def on_cores(cores: int) -> Iterator[None]:
-    """Make FAISS use so many cores in this thread; for a single query one, as waking a second costs more than
-    it gains.
+    """Make FAISS use so many cores in this thread: one for a single query, as waking more costs more.
 
     The number is restored at the end: FAISS and torch may share one OpenMP, and the last bits of a vector
     depend on how many cores torch has for it.
@@ -91,8 +90,7 @@ os.register_at_fork(after_in_child=_forget_pool)
 def search(
     snapshot: Snapshot, queries: Vectors, k: int, allowed: Allowed, first: int = 0, end: int | None = None
 ) -> Candidates:
-    """Find the best `k` of the allowed entries with ids in `[first, end)`: `[N, k]`, best first, equal ones
-    by id.
+    """Find the best `k` allowed entries with ids in `[first, end)`: `[N, k]`, best first, equal ones by id.
 
     Raises `Damaged` if rows are missing.
     """

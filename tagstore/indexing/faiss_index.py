@@ -34,23 +34,17 @@ FLAT = {"kind": "flat", "codes": "float16", "metric": "inner product"}
 MERGE_SIZE_RATIO = 2
 """A file is merged with what follows it unless it has more than this many times the rows."""
 MAX_ROWS = 1 << 20
-"""Rows of a flat file at most, which is built in memory: 1 GiB at 512 dimensions, whatever the size of the
-store.
-"""
+"""Rows of a flat file at most, which is built in memory: 1 GiB at 512 dimensions."""
 STALE_SHARE = 0.2
 """Share of entries beside a tuned file, or dead in it, above which it should be built again."""
 MAX_SCAN_QUERIES = 6
-"""Queries for which FAISS scans float16 codes, once a query; for more, one pass of `exact` over all is
-faster.
-"""
+"""Queries for which FAISS scans float16 codes, once each; for more, one pass of `exact` is faster."""
 ROWS_PER_THREAD = 1 << 16
 """Rows of a flat file that are worth a thread of their own."""
 CACHED_PARAMETERS = 64
 """Combinations of k and options whose FAISS search parameters are kept; building them takes 5 us."""
 MIN_ALLOWED_SHARE = 0.05
-"""Share of entries below which a filter is answered exactly: an approximate search would visit nearly all of
-them.
-"""
+"""Share of entries below which a filter is answered exactly: approximate search would visit nearly all."""
 
 
 def extend(
@@ -207,11 +201,9 @@ class Part:
         self._unfiltered = lru_cache(CACHED_PARAMETERS)(partial(_unfiltered_parameters, self.plan))
 
     def vectors(self, ids: NDArray[np.int64]) -> Vectors:
-        """Stored vectors of entries of the file, `[n, D]` float32 in memory of their own, read from the
-        mapped index.
+        """Stored vectors of the file's entries, `[n, D]` float32 in memory of their own, read from the index.
 
-        They equal the numbers in the store: `tagstore verify` compares the file with its checksum and with
-        the store.
+        They equal the numbers in the store: `tagstore verify` compares file, checksum and store.
         """
         codes = self._codes.take(ids - self.first if self._ids is None else np.searchsorted(self._ids, ids))
         if self.plan.kind == "flat32":
@@ -234,8 +226,7 @@ class Part:
             return self._search_split_rows(queries, k, selector, parts)
         share = count / self.rows
         if len(queries) == 1 or self.plan.kind in ("flat", "hnsw"):
-            # FAISS divides the queries by itself, without Python: our own threads would wait for the
-            # interpreter
+            # FAISS divides the queries itself: threads of ours would wait for the interpreter
             with exact.on_cores(min(exact.cores(), len(queries))):
                 return self._search_file(queries, k, self._parameters(search, k, share, selector))
         return self._search_split_queries(queries, k, search, share, selector)

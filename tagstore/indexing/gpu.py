@@ -63,7 +63,7 @@ def device_number(device: str) -> int | None:
 
 
 def required_bytes(index: FaissIndex, snapshot: Snapshot) -> int:
-    """Bytes of device memory that loading a version takes. FAISS doubles a flat index to grow it, and copies."""
+    """Bytes of device memory that loading a version takes: FAISS grows a flat index by doubling a copy."""
     part = index.parts[0] if index.parts else None
     if part is not None and "lists" in part.plan.build:
         return int(snapshot.version.index["files"][0]["bytes"]) * 5 // 4 + TEMPORARY

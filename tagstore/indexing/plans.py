@@ -1,5 +1,4 @@
-"""The kinds of index files: the FAISS structure of each, how it is trained, filled and searched, and its
-size.
+"""The kinds of index files: their FAISS structures, how they are trained, filled and searched, their size.
 
 flat     exact; float16 codes, the numbers that the store keeps
 flat32   exact; float32
@@ -191,8 +190,7 @@ def candidates(plan: Plan, k: int) -> int:
 
 
 def parameters(plan: Plan, search: Search, k: int, share: float, selector: Any) -> Any:
-    """The FAISS parameters of a search. With a selector build them for every search, since FAISS writes into
-    them.
+    """The FAISS parameters of a search; with a selector only of one, since FAISS writes into them.
 
     Args:
         k: the number that `candidates` gives.
@@ -231,8 +229,7 @@ def vector_at(plan: Plan, index: Any, row: int) -> NDArray[np.float32]:
 
 
 def codes_of(plan: Plan, index: Any) -> NDArray[np.void]:
-    """The vectors of a kind that holds them, `[rows]`, the bytes of one an item: float32 for flat32, else
-    float16.
+    """The vectors of a kind that holds them, `[rows]` items of bytes: float32 for flat32, else float16.
 
     A view of the mapped file, not a copy: valid as long as the index is, and not aligned.
     """

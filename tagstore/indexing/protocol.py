@@ -66,8 +66,7 @@ class Index(Protocol):
     ) -> NDArray[np.int64]:
         """Find the best entries of each query: ids `[N, M]` int64, best first by the index's own arithmetic.
 
-        M is at least k, or the number of entries if that is less: an approximate index may propose more than
-        k.
+        M is at least k, or the number of entries if that is less; an approximate index may propose more.
 
         Args:
             allowed: find only these; all entries of the version if None.
@@ -81,9 +80,7 @@ class Index(Protocol):
 
 
 class NumpyIndex:
-    """The specification, which every other index is tested against: all inner products, sorted, equal ones by
-    id.
-    """
+    """The specification that every index is tested against: all inner products, sorted, equal ones by id."""
 
     tolerance = 1e-5
 

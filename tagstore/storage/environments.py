@@ -134,7 +134,7 @@ def _failed(env: Any) -> bool:
 
 
 def forget(directory: Path) -> None:
-    """Drop the process's hold of the environment of a directory, which closes when its last reader lets go."""
+    """Drop the process's hold of a directory's environment, which closes when its last reader lets go."""
     with _lock:
         _open.pop(_identity(os.path.realpath(directory)), None)
 
@@ -150,8 +150,8 @@ def trim(env: Any, beyond: int = 256 << 20) -> None:
     """Let go of the pages of a database that were read, if this process takes more than `beyond` bytes.
 
     They are the kernel's cache, which it takes back when it has to, but until then they count as memory of
-    the process that mapped them: for an ingest, the whole database. Reading a page again costs a page fault.
-    Does nothing without /proc.
+    the process that mapped them: for an ingest, the whole database. Reading one again is a page fault. Does
+    nothing without /proc.
     """
     try:
         resident = int(Path("/proc/self/statm").read_text().split()[2]) * os.sysconf("SC_PAGE_SIZE")

@@ -13,8 +13,7 @@
     sources     version -> JSON: what its ingest read; kept when the version is dropped
     takedowns   version -> JSON: what was taken down, by whom and why
 
-All numbers used as keys are big endian, so that LMDB keeps them in order. A record that is JSON carries a
-checksum.
+Numbers in keys are big endian, so that LMDB keeps them in order. JSON records carry a checksum.
 """
 
 from __future__ import annotations
@@ -50,8 +49,7 @@ def open_tables(env: Any, *, create: bool = False) -> dict[str, Any]:
     Raises `NotFound` if a first ingest did not get to make them, `Damaged` for another release's format.
     """
     try:
-        # with a transaction of ours: in its own, lmdb waits for the writer and holds the interpreter, which
-        # the writer needs
+        # in a transaction of ours: its own would wait for the writer and hold the interpreter meanwhile
         with env.begin(write=True) as txn:
             meta = env.open_db(b"meta", txn=txn, create=create)
             state = txn.get(b"state", db=meta)

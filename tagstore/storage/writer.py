@@ -178,8 +178,7 @@ class Writer:
     ) -> None:
         """Stage entries with their unit vectors `[len(drafts), D]` and the refused pairs, in one transaction.
 
-        An entry replaces the one of its key. `progress` is completed with the ids reached and stored. Raises
-        `BadVector`.
+        An entry replaces the one of its key. `progress` is completed and stored. Raises `BadVector`.
         """
         rows = self._checked(len(drafts), vectors)
         first = self.next_entry_id

@@ -15,8 +15,7 @@ from tagstore.storage.writer import Writer
 
 
 def compact(root: str | Path, store: str, *, keep: int | None = None) -> Version:
-    """Commit a version with the content of the current one, in a database without slack and with one index
-    file.
+    """Commit a version with the content of the current one, without slack and with one index file.
 
     Args:
         keep: drop all versions but the newest `keep`, the new one included; None keeps all.

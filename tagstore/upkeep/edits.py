@@ -52,9 +52,7 @@ class Selection:
     """Metadata fields and their values as text; all must fit."""
 
     def find(self, snapshot: Snapshot) -> Iterator[Entry]:
-        """The selected entries of a version: looked up if only keys are given, else by a pass over all
-        entries.
-        """
+        """The selected entries of a version: looked up by key alone, or found by a pass over all entries."""
         self.check()
         if self.sha256 or self.near or self.where:
             yield from (entry for entry in snapshot.entries() if self.fits(entry))
@@ -175,8 +173,7 @@ def reembed(
 
 
 def originals(snapshot: Snapshot, sources: Sequence[str] = ()) -> Iterator[tuple[Entry, bytes]]:
-    """Yield every entry of a version with its encoded image, from where the store's ingests read or from
-    `sources`.
+    """Yield every entry of a version with its encoded image, from the store's own sources or from `sources`.
 
     A store keeps no images, only their sha256, so each image has the key and the bytes that were ingested.
     Raises `InvalidInput` at the end if entries have no image, `NotFound` for a source that is not there.
@@ -308,18 +305,14 @@ def _directory(root: str | Path, store: str) -> Path:
 
 
 def embed_rest(writer: Writer, encoder: Encoder | None = None) -> None:
-    """Embed the tags that have no embedding in the writer's space: new ones, or those since another encoder's
-    time.
-    """
+    """Embed the tags that have no embedding in the writer's space yet."""
     while texts := writer.new_tags(limit=4096):
         encoder = encoder or load_encoder_of(writer.fingerprint)
         writer.embed_tags(encoder.encode_texts(texts))
 
 
 def _recorded(snapshot: Snapshot) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Paths that ingests read, newest first, with how they read them; bundles are left out, they may have no
-    images.
-    """
+    """Paths that ingests read, newest first, with their options; bundles are left out."""
     seen: list[Mapping[str, Any]] = []
     for source in reversed(snapshot.sources()):
         if "path" not in source or source["format"] == "bundle" or source in seen:

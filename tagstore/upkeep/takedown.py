@@ -41,8 +41,8 @@ class Takedown:
 
 
 def purge(root: str | Path, store: str, selection: Selection, *, reason: str, who: str = "") -> Takedown:
-    """Remove entries from the current version, from disk and from history: every version that held one is
-    dropped.
+    """Remove entries from the current version, from disk and from history, dropping the versions that had
+    them.
 
     Then every file and record of the store is searched for their keys, captions, image hashes and vectors.
 

@@ -123,8 +123,7 @@ def build_index(
     The same store gives the same bytes.
 
     Args:
-        kind: one of `INDEX_KINDS`; "auto" tries flat, hnsw, ivf and ivfpq, in this order: from exact to
-            small.
+        kind: one of `INDEX_KINDS`; "auto" tries flat, hnsw, ivf and ivfpq, in this order.
         queries: .npy file of vectors `[N, D]` of the store's encoder, like real queries; by default made of
             stored vectors.
         device: "cpu", "cuda", "cuda:N" or "auto": where lists are learned and searches measured.

@@ -1,7 +1,6 @@
 """Checks that a store is what was committed, and repair of what can be derived from the rest.
 
-`verify` reads in a process of its own: a database file that was tampered with can crash the process that maps
-it.
+`verify` reads in a process of its own: a damaged database file can crash the process that maps it.
 """
 
 from __future__ import annotations
