@@ -1,4 +1,4 @@
-"""Every kind of index equals the numpy specification; filters and leak guard equal a pass over all entries."""
+"""Every kind of index equals the numpy specification; filters and leak guard equal a full pass."""
 
 from __future__ import annotations
 

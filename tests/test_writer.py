@@ -271,7 +271,7 @@ STRIDES = {"ingest": 3, "reembed": 3, "compact": 5, "purge": 5, "repair": 9, "im
 
 
 def fail_everywhere(root: str, operation: str, stride: str) -> None:
-    """Fail an operation's first write, its second and so on until it succeeds: the child of the test below."""
+    """Fail the first write of an operation, then its second and so on: the child of the test below."""
     scratch, shim, outcomes = Path(root).parent / "scratch", ctypes.CDLL(None), []
     for number in range(0, 10_000, int(stride)):
         shutil.copytree(root, scratch / "root")

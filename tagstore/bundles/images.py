@@ -74,7 +74,7 @@ def member_name(entry_id: int) -> str:
 
 
 class ImageFolder:
-    """Writes a folder of `ID.jpg` and so on, and the `pairs.jsonl` by which `ingest` and `reembed` read it."""
+    """Writes a folder of `ID.jpg` and so on, and `pairs.jsonl`, which `ingest` and `reembed` read."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
