@@ -412,7 +412,7 @@ def test_exact_search_over_any_run_and_any_set(
 def test_exact_search_in_threads_and_with_merges(
     engines: dict[str, Engine], oracle: NumpyIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exact, "MERGE_AT", 1)
+    monkeypatch.setattr(exact, "MAX_HELD", 1)
     monkeypatch.setattr(exact, "cores", lambda: 2)
     queries = clustered(20, 12)
     live = Allowed(engines["flat"].snapshot.array("live", np.uint8), N)
