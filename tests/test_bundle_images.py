@@ -20,7 +20,8 @@ from tagstore.errors import AlreadyExists, Damaged, InvalidInput, NotFound, Tags
 from tagstore.ingest import ingest
 from tagstore.storage.store import Store, store_names
 from tagstore.upkeep.compact import compact
-from tagstore.upkeep.edits import Selection, delete, reembed
+from tagstore.upkeep.edits import Selection, delete
+from tagstore.upkeep.reprocessing import reembed
 from tagstore.upkeep.verify import verify
 from test_bundles import unpacked
 

@@ -15,7 +15,8 @@ from tagstore.errors import AlreadyExists, Damaged, InvalidInput, NotFound
 from tagstore.ingest import ingest
 from tagstore.mining import load_rules
 from tagstore.storage.store import Store, store_names
-from tagstore.upkeep.edits import Selection, delete, diff, drop, reembed, rename, retag, rollback, undrop
+from tagstore.upkeep.edits import Selection, delete, diff, drop, rename, rollback, undrop
+from tagstore.upkeep.reprocessing import reembed, retag
 from tagstore.upkeep.verify import repair, verify
 
 

@@ -27,7 +27,7 @@ from tagstore.errors import AlreadyExists, Damaged, InvalidInput, NotFound
 from tagstore.readers import MAX_IMAGE_BYTES, Columns
 from tagstore.storage.store import Snapshot
 from tagstore.types import Entry
-from tagstore.upkeep.edits import originals
+from tagstore.upkeep.reprocessing import originals
 
 PAIRS = "pairs.jsonl"
 COLUMNS = Columns(image="image", caption="caption", key="key")

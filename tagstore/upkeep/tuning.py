@@ -26,7 +26,7 @@ from tagstore.storage.store import Snapshot
 from tagstore.storage.version import Version
 from tagstore.storage.writer import Writer
 from tagstore.types import Search, Vectors
-from tagstore.upkeep.edits import embed_rest
+from tagstore.upkeep.reprocessing import embed_rest
 
 MAX_QUERIES = 1000
 """Queries made of stored vectors at most."""
