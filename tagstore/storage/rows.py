@@ -21,7 +21,7 @@ BLOCK_ROWS = 255
 SPACE_SHIFT = 48
 """Bits of a block's number in its key, below those of its space."""
 ROW_FETCH_LIMIT = 1 << 14
-"""Rows up to which they are read one by one; more are read by block."""
+"""Rows up to which they are read one by one; more, or those of consecutive ids, are read by block."""
 
 
 def block_key(space: int, block: int) -> bytes:
@@ -66,7 +66,8 @@ class RowReader:
 
     def gather(self, ids: NDArray[np.int64]) -> Vectors:
         """Rows of ids in their order, `[n, D]` float32 in memory of their own."""
-        if len(ids) <= ROW_FETCH_LIMIT:
+        dense = len(ids) > BLOCK_ROWS and abs(int(ids[-1]) - int(ids[0])) < 4 * len(ids)
+        if len(ids) <= ROW_FETCH_LIMIT and not dense:
             return self._gather_singly(ids.tolist())
         out = np.empty((len(ids), self._dimension), np.float32)
         blocks, offsets = np.divmod(ids, BLOCK_ROWS)
