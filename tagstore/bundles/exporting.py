@@ -33,7 +33,8 @@ from tagstore.bundles.signature import Signer
 from tagstore.errors import InvalidInput
 from tagstore.storage.checksums import check_sound
 from tagstore.storage.environments import writing
-from tagstore.storage.store import Snapshot, Store
+from tagstore.storage.snapshot import Snapshot
+from tagstore.storage.store import Store
 from tagstore.storage.version import Version
 from tagstore.types import Vectors
 

@@ -25,7 +25,7 @@ from tagstore.bundles.manifest import BundleInfo
 from tagstore.encoding.images import suffix_of
 from tagstore.errors import AlreadyExists, Damaged, InvalidInput, NotFound
 from tagstore.readers import MAX_IMAGE_BYTES, Columns
-from tagstore.storage.store import Snapshot
+from tagstore.storage.snapshot import Snapshot
 from tagstore.types import Entry
 from tagstore.upkeep.reprocessing import originals
 

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from tagstore.indexing.protocol import Allowed
 from tagstore.storage.rows import BLOCK_ROWS
-from tagstore.storage.store import Snapshot
+from tagstore.storage.snapshot import Snapshot
 from tagstore.types import Vectors
 
 # knn() below uses BLAS whatever the number of queries

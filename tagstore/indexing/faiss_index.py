@@ -26,7 +26,7 @@ from tagstore.indexing.plans import Advance, Plan
 from tagstore.indexing.protocol import PLAIN, Allowed
 from tagstore.storage.generations import sync_directory
 from tagstore.storage.rows import widened
-from tagstore.storage.store import Snapshot
+from tagstore.storage.snapshot import Snapshot
 from tagstore.storage.version import Version
 from tagstore.types import Search, Vectors
 

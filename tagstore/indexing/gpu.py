@@ -21,7 +21,7 @@ from tagstore.errors import Damaged, InvalidInput, MissingExtra
 from tagstore.indexing import exact
 from tagstore.indexing.faiss_index import FaissIndex
 from tagstore.indexing.protocol import PLAIN, Allowed
-from tagstore.storage.store import Snapshot
+from tagstore.storage.snapshot import Snapshot
 from tagstore.types import Search, Vectors
 
 log = logging.getLogger(__name__)

@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tagstore.errors import Damaged
+from tagstore.storage.database import Database
 from tagstore.storage.environments import trim
 from tagstore.storage.rows import BLOCK_ROWS, read_block
-from tagstore.storage.store import Snapshot, Store
+from tagstore.storage.snapshot import Snapshot
 from tagstore.storage.tables import U64
 from tagstore.storage.version import Range, Version
 
@@ -23,7 +24,11 @@ ARRAYS = ("live", "counts")
 
 
 def ranges_of(
-    store: Store, parent: Version | None, version: Version, arrays: Mapping[str, NDArray[Any]], embedded: int
+    store: Database,
+    parent: Version | None,
+    version: Version,
+    arrays: Mapping[str, NDArray[Any]],
+    embedded: int,
 ) -> dict[str, list[Range]]:
     """The checksums of a version that is about to be committed: its parent's, and those of what came since.
 
@@ -91,7 +96,7 @@ def check_sound(snapshot: Snapshot, seen: set[object], advice: str) -> None:
         )
 
 
-def _checksum(store: Store, name: str, version: Version, first: int, end: int) -> str:
+def _checksum(store: Database, name: str, version: Version, first: int, end: int) -> str:
     """sha256 of a range: of ids and records for entries and tags, of rows for vectors and embeddings."""
     digest = sha256()
     with store.env.begin(buffers=True) as txn:

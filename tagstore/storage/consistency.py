@@ -9,12 +9,12 @@ from lmdb.verify import verify as verify_pages
 
 from tagstore.errors import Damaged
 from tagstore.storage.codec import decode_hot, decode_tag, unseal
-from tagstore.storage.store import Store
+from tagstore.storage.database import Database
 from tagstore.storage.tables import U64, TableWriter, key_of, tag_key, unpack_ids
 from tagstore.storage.writer import Writer
 
 
-def page_faults(store: Store) -> list[str]:
+def page_faults(store: Database) -> list[str]:
     """Check LMDB's own pages: structure, order of keys, and that every page is either in use or free."""
     database = str(store.generation / "data.mdb")
     with store.env.begin():  # while this reads, no writer reuses the pages that are walked
@@ -25,7 +25,7 @@ def page_faults(store: Store) -> list[str]:
             return [str(error)]
 
 
-def lookup_faults(store: Store) -> Iterator[str]:
+def lookup_faults(store: Database) -> Iterator[str]:
     """Check that the tables of keys and tags lead to every entry and tag, and to nothing else."""
     with store.env.begin() as txn:
         entries = 0
@@ -50,7 +50,7 @@ def lookup_faults(store: Store) -> Iterator[str]:
             yield "the table of tags leads to tags that are not there"
 
 
-def json_faults(store: Store) -> Iterator[str]:
+def json_faults(store: Database) -> Iterator[str]:
     """Check the records that are JSON against their checksums."""
     with store.env.begin() as txn:
         for name in ("quarantine", "sources", "takedowns", "meta"):

@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 
 from tagstore.storage.checksums import check_sound, ranges_of
 from tagstore.storage.codec import unseal
+from tagstore.storage.database import Database
 from tagstore.storage.environments import environment
 from tagstore.storage.generations import new_generation, sweep, switch
 from tagstore.storage.rows import BLOCK_ROWS, block_key, read_block
-from tagstore.storage.store import Snapshot, Store
+from tagstore.storage.snapshot import Snapshot
 from tagstore.storage.tables import U64, TableWriter, arrays_of, open_tables
 from tagstore.storage.version import Version
 from tagstore.storage.writer import Writer
@@ -107,10 +108,10 @@ class _Copy:
         if takedown:
             with self._env.begin(write=True) as txn:
                 self._tables.put_json(txn, "takedowns", [self._new.number], takedown)
-        store = Store.of_generation(self._old.name, self._writer.directory, path)
+        database = Database(self._old.name, self._writer.directory, path, self._env)
         copied: Version | None = None
         for version in self._versions:
-            copied = self._put_version(store, version, copied, embedded[version.space])
+            copied = self._put_version(database, version, copied, embedded[version.space])
         with self._env.begin(write=True) as txn:
             self._tables.put_state(txn, self._new.number, *ends)
         self._env.sync(True)
@@ -154,17 +155,19 @@ class _Copy:
                             continue
                         target.put(key, value, db=self._db[table])
 
-    def _put_version(self, store: Store, version: Version, parent: Version | None, embedded: int) -> Version:
+    def _put_version(
+        self, database: Database, version: Version, parent: Version | None, embedded: int
+    ) -> Version:
         """Write a version, with pages, checksums and an index of its own."""
         arrays = arrays_of(self._live[version.number], self._counts[version.number])
         with self._env.begin(write=True) as txn:
             pages = self._tables.put_arrays(txn, arrays, {})
         base = parent if parent is not None and parent.next_entry_id <= version.next_entry_id else None
-        ranges = ranges_of(store, base, version, arrays, min(version.next_tag_id, embedded))
+        ranges = ranges_of(database, base, version, arrays, min(version.next_tag_id, embedded))
         version = replace(version, pages=pages, ranges=ranges)
         # the index that the version had says how a tuned one is to be tuned again
-        snapshot, whole = Snapshot(store, version), version.number == self._new.number
-        index = self._indexer(snapshot, self._index_parent(version, parent), store.index_directory, whole)
+        snapshot, whole = Snapshot(database, version), version.number == self._new.number
+        index = self._indexer(snapshot, self._index_parent(version, parent), database.index_directory, whole)
         version = replace(version, index=index)
         with self._env.begin(write=True) as txn:
             self._tables.put_version(txn, version)

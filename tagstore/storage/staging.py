@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from tagstore.mining import MergedTag
+from tagstore.storage.database import Database
 from tagstore.storage.rows import SPACE_SHIFT
-from tagstore.storage.store import Store
 from tagstore.storage.tables import U64, TableWriter, records_from
 from tagstore.types import Entry, EntryTag
 
@@ -63,7 +63,7 @@ class Progress:
 
 
 def sweep_staged(
-    store: Store, tables: TableWriter, keep: Progress | None, state: Mapping[str, Any], number: int
+    store: Database, tables: TableWriter, keep: Progress | None, state: Mapping[str, Any], number: int
 ) -> None:
     """Remove what was appended behind the last version, and index files of no version.
 

@@ -27,8 +27,9 @@ from tagstore.storage.generations import (
     writer_lock,
 )
 from tagstore.storage.rows import put_rows
+from tagstore.storage.snapshot import Snapshot
 from tagstore.storage.staging import Draft, Progress, Sync, sweep_staged
-from tagstore.storage.store import Snapshot, Store, check_name
+from tagstore.storage.store import Store, check_name
 from tagstore.storage.tables import (
     U64,
     TableWriter,

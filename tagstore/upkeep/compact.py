@@ -9,7 +9,7 @@ from typing import Any
 from tagstore.errors import InvalidInput
 from tagstore.indexing import faiss_index
 from tagstore.storage.rewrite import rewrite
-from tagstore.storage.store import Snapshot
+from tagstore.storage.snapshot import Snapshot
 from tagstore.storage.version import Version
 from tagstore.storage.writer import Writer
 

@@ -18,7 +18,8 @@ from tagstore.errors import AlreadyExists, InvalidInput, NotFound
 from tagstore.indexing import faiss_index
 from tagstore.storage.environments import forget, writing
 from tagstore.storage.generations import generation, writer_lock
-from tagstore.storage.store import Snapshot, Store, check_name
+from tagstore.storage.snapshot import Snapshot
+from tagstore.storage.store import Store, check_name
 from tagstore.storage.version import Version
 from tagstore.storage.writer import Writer
 from tagstore.types import Entry, Kind

@@ -18,8 +18,8 @@ from tagstore.errors import BadImage, InvalidInput, NotFound
 from tagstore.indexing import faiss_index
 from tagstore.mining import MergedTag, Miner, Rules, identity, load_miner, load_rules, merge
 from tagstore.readers import Columns, read
+from tagstore.storage.snapshot import Snapshot
 from tagstore.storage.staging import Draft
-from tagstore.storage.store import Snapshot
 from tagstore.storage.version import Version
 from tagstore.storage.writer import Writer
 from tagstore.types import Entry, Pair, Rejected

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from tagstore.errors import Damaged, NotFound
 from tagstore.storage.rewrite import rewrite
-from tagstore.storage.store import Snapshot, Store
+from tagstore.storage.snapshot import Snapshot
+from tagstore.storage.store import Store
 from tagstore.storage.version import Version, now
 from tagstore.storage.writer import Writer
 from tagstore.upkeep.compact import index_copy

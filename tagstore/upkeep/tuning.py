@@ -22,7 +22,7 @@ from tagstore.indexing.gpu import device_number
 from tagstore.indexing.plans import INDEX_KINDS, Advance, IndexKind, Plan
 from tagstore.indexing.protocol import Allowed
 from tagstore.retrieval.engine import Engine
-from tagstore.storage.store import Snapshot
+from tagstore.storage.snapshot import Snapshot
 from tagstore.storage.version import Version
 from tagstore.storage.writer import Writer
 from tagstore.types import Search, Vectors

@@ -20,7 +20,8 @@ from tagstore.indexing import faiss_index, plans
 from tagstore.storage.checksums import broken
 from tagstore.storage.consistency import json_faults, lookup_faults, page_faults, rebuild_lookups
 from tagstore.storage.generations import generation
-from tagstore.storage.store import Snapshot, Store
+from tagstore.storage.snapshot import Snapshot
+from tagstore.storage.store import Store
 from tagstore.storage.writer import Writer
 
 SAMPLE_SIZE = 1000
