@@ -121,7 +121,7 @@ def ingest(
         progress: called as work is done.
 
     Raises:
-        InvalidInput, NotFound: a source that can't be read at all, or of which every pair was refused.
+        InvalidInput, NotFound: a source that can't be read at all, or whose pairs were all refused.
         FingerprintMismatch: the store holds vectors of another encoder.
         Busy: another process writes to the store.
     """

@@ -61,7 +61,7 @@ def export(
         path: the file to write.
         version: number of the version; the current one if not given.
         licence: under which the content may be used, for the manifest: an SPDX identifier, a text or a URL.
-        note: anything else that the manifest should say.
+        note: a text for the manifest.
         key: PEM file of an Ed25519 private key to sign with.
         images: include the images. They are read again from where they were ingested and must have the bytes
             they had; while they are gathered they take their size once more on the disk of `path`.

@@ -2,8 +2,8 @@
 
 A commit writes one small flat file for what it added and merges it with the files before it while they are
 not much larger, like the carry of a binary counter: there are few files, and every entry is written few
-times. A tuned file (`upkeep/tuning.py`) stands first and is never merged. What comes after it is searched
-exactly beside it, and `stale` says when it should be built again. Dead entries are masked in the search.
+times. A tuned file (`upkeep/tuning.py`) is the first and is never merged. Later entries are searched exactly
+beside it, and `stale` tells when it should be built again. Dead entries are masked in the search.
 """
 
 from __future__ import annotations

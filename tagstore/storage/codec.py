@@ -6,7 +6,7 @@ Integers are LEB128 varints unless said otherwise; strings are UTF-8 behind thei
     sha256 (32 bytes) · perceptual hash (8, big endian)
     n captions · captions
     for each tag: score (1 byte, 0..255) · n mentions · for each: caption + 1, start, end - start
-    metadata (JSON, empty if there is none) · origin, with a NUL where the key stands in it
+    metadata (JSON, empty if there is none) · origin, with a NUL in place of the key
 """
 
 from __future__ import annotations

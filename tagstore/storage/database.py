@@ -66,7 +66,7 @@ class Database:
         return int(self.env.info()["last_txnid"])
 
     def entries(self, ids: NDArray[np.int64] | None = None) -> Iterator[Entry]:
-        """Entries of ids, or all that are stored, of whatever version, in bounded memory.
+        """Entries of ids, or all that are stored, of any version, in bounded memory.
 
         Raises `Damaged` if one of `ids` is missing.
         """

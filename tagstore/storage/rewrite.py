@@ -1,4 +1,4 @@
-"""Writing a store anew: versions of it are copied into a fresh generation of the database.
+"""Rewriting of a store: versions of it are copied into a fresh generation of the database.
 
 LMDB reuses freed pages but neither shrinks its file nor wipes what was in them. So what remains is copied
 record by record into a fresh generation; then the generations are switched in one atomic step. Until that
@@ -67,7 +67,7 @@ def rewrite(
 
 
 class _Copy:
-    """A fresh generation in the making."""
+    """A fresh generation that is being written."""
 
     def __init__(
         self, writer: Writer, kept: list[Version], operation: str, indexer: CopyIndexer, without: set[str]
@@ -165,7 +165,7 @@ class _Copy:
         base = parent if parent is not None and parent.next_entry_id <= version.next_entry_id else None
         ranges = ranges_of(database, base, version, arrays, min(version.next_tag_id, embedded))
         version = replace(version, pages=pages, ranges=ranges)
-        # the index that the version had says how a tuned one is to be tuned again
+        # the record of the old index holds the parameters of a tuned one
         snapshot, whole = Snapshot(database, version), version.number == self._new.number
         index = self._indexer(snapshot, self._index_parent(version, parent), database.index_directory, whole)
         version = replace(version, index=index)

@@ -68,8 +68,8 @@ def sweep_staged(
     """Remove what was appended behind the last version, and index files of no version.
 
     Args:
-        keep: an ingest to take up again: only what lies beyond its progress goes.
-        state: of the store, which says where the last version ends.
+        keep: progress of an ingest to resume: only what lies beyond it is removed.
+        state: state of the store, which tells where the last version ends.
         number: of the version that comes next.
     """
     db = store.db

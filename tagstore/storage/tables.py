@@ -67,18 +67,18 @@ def open_tables(env: Any, *, create: bool = False) -> dict[str, Any]:
 
 
 def key_of(key: str) -> bytes:
-    """How a pair's key stands in `keys`: LMDB takes 511 bytes, a longer one stands by its hash."""
+    """The key of a pair in `keys`: its bytes, or their hash, since LMDB takes keys of at most 511 bytes."""
     data = key.encode("utf-8", "replace")
     return data if 0 < len(data) <= 480 else b"\xff" + sha256(data).digest()
 
 
 def tag_key(kind: Kind, canonical: str) -> bytes:
-    """How a tag stands in `tag_ids`."""
+    """The key of a tag in `tag_ids`."""
     return bytes([KINDS.index(kind)]) + key_of(canonical)
 
 
 def unpack_ids(data: bytes | None) -> list[int]:
-    """The ids that stand under a key; none if there is no such key."""
+    """Decode the ids of a record of `keys`; none if there is no record."""
     return [U64.unpack_from(data, offset)[0] for offset in range(0, len(data), 8)] if data else []
 
 
@@ -88,7 +88,7 @@ def arrays_of(live: NDArray[np.bool_], counts: NDArray[np.int32]) -> dict[str, N
 
 
 def records_from(txn: Any, table: Any, first: int) -> Iterator[tuple[int, bytes]]:
-    """Records from an id on, each looked up anew, so that the caller can delete them on the way."""
+    """Records from an id on; the caller may delete each before it takes the next."""
     with txn.cursor(table) as cursor:
         while cursor.set_range(U64.pack(first)):
             key, value = cursor.item()

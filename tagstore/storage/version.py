@@ -1,4 +1,4 @@
-"""The record of a version: what it says of itself, and how it is written."""
+"""The record of a version, and its encoding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compaction: a store written anew without slack, and without the versions that nobody needs any more."""
+"""Compaction: a store is rewritten without slack and without old versions."""
 
 from __future__ import annotations
 
@@ -30,5 +30,5 @@ def compact(root: str | Path, store: str, *, keep: int | None = None) -> Version
 
 
 def index_copy(snapshot: Snapshot, parent: Version | None, directory: Path, whole: bool) -> Mapping[str, Any]:
-    """Build the index of a version that is written anew."""
+    """Build the index of a version that is being rewritten."""
     return faiss_index.extend(snapshot, parent, directory, whole=whole)

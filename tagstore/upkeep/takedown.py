@@ -33,7 +33,7 @@ class Takedown:
     reason: str
     entries: int
     keys_sha256: list[str]
-    """sha256 of each key, hex: whoever knows a key can see that it was taken down."""
+    """sha256 of each key, hex: with a key one can check that it was taken down."""
     versions_dropped: list[int]
     version: int
     """The version that the takedown made."""
@@ -49,7 +49,7 @@ def purge(root: str | Path, store: str, selection: Selection, *, reason: str, wh
 
     Raises:
         NotFound: no entry of any version fits.
-        Damaged: something of them was still found; the message says where.
+        Damaged: a trace of them was found; the message says where.
     """
     selection.check()
     with Writer(root, store) as writer:

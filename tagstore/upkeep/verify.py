@@ -27,7 +27,7 @@ from tagstore.storage.writer import Writer
 SAMPLE_SIZE = 1000
 """Entries of an index file whose vectors are compared with the store's, unless all are."""
 END_LINE = "{}"
-"""What the reading process prints last, so that its end can be told from a crash."""
+"""Last line that the reading process prints: without it, the process crashed."""
 
 
 @dataclass(frozen=True, slots=True)
