@@ -60,6 +60,16 @@ class Budget:
         if (self.memory is not None and self.memory <= 0) or (self.latency is not None and self.latency <= 0):
             raise InvalidInput("memory and latency must be more than 0")
 
+    def verdict(self, trial: Trial) -> str:
+        """Return "chosen" if a trial holds the budget, else why it does not."""
+        if trial.recall < self.recall:
+            return f"recall {trial.recall:.3f} is less than {self.recall:g}"
+        if self.latency is not None and trial.latency > self.latency:
+            return f"{trial.latency * 1e3:.2f} ms are more than {self.latency * 1e3:g}"
+        if self.memory is not None and trial.bytes > self.memory:
+            return f"{trial.bytes:,} bytes are more than {self.memory:,}"
+        return "chosen"
+
 
 @dataclass(frozen=True, slots=True)
 class Trial:
@@ -191,35 +201,27 @@ def _index_record(trial: Trial, budget: Budget, queries: int, source: str, versi
     }
 
 
+@dataclass(frozen=True, slots=True)
 class _Bench:
     """Builds indexes beside the committed one and measures them; those that are not chosen are removed."""
 
-    def __init__(
-        self,
-        writer: Writer,
-        current: Snapshot,
-        live: NDArray[np.int64],
-        held_out: NDArray[np.int64],
-        queries: Vectors,
-        truth: NDArray[np.float32],
-        budget: Budget,
-        gpu: int | None,
-        advance: Advance,
-        say: Callable[[str], None],
-    ) -> None:
-        self._gpu = gpu
-        self._writer, self._current, self._live, self._held_out = writer, current, live, held_out
-        self._queries, self._truth, self._budget, self._advance, self._say = (
-            queries,
-            truth,
-            budget,
-            advance,
-            say,
-        )
+    writer: Writer
+    current: Snapshot
+    live: NDArray[np.int64]
+    """Ids of the entries to index."""
+    held_out: NDArray[np.int64]
+    """Ids that nothing is learned from."""
+    queries: Vectors
+    truth: NDArray[np.float32]
+    """Similarities of the true neighbours of each query, best first."""
+    budget: Budget
+    gpu: int | None
+    advance: Advance
+    say: Callable[[str], None]
 
     def try_kind(self, name: IndexKind | str) -> tuple[list[dict[str, Any]], Trial]:
-        """Build a kind and find the least search effort that reaches the recall."""
-        rows, d, budget = len(self._live), self._current.dimension, self._budget
+        """Build a kind and find the least search effort that reaches the recall; returns its files."""
+        rows, d, budget = len(self.live), self.current.dimension, self.budget
         try:
             plan = plans.plan_for(name, rows, d)  # type: ignore[arg-type]
         except InvalidInput as error:
@@ -228,32 +230,12 @@ class _Bench:
         if budget.memory is not None and size > budget.memory:
             return [], Trial(plan, size, verdict=f"not built: {size:,} bytes are more than {budget.memory:,}")
         seconds = rows / ADDED_PER_SECOND[plan.kind] * d / 512
-        self._say(f"{_describe(plan)}: building for {rows:,} entries takes about {_spell(seconds)} ...")
+        self.say(f"{_describe(plan)}: building for {rows:,} entries takes about {_spell(seconds)} ...")
         start = time.perf_counter()
-        made_for = replace(self._current.version, number=self._current.version.number + 1, index={})
-        snapshot, directory = Snapshot(self._writer.store, made_for), self._writer.store.index_directory
-        if plan == Plan("flat"):
-            files = list(
-                faiss_index.extend(snapshot, None, directory, whole=True, advance=self._advance)["files"]
-            )
-        else:
-            end, suffix = self._writer.next_entry_id, f"-{plan.kind}"
-            files = [
-                faiss_index.write(
-                    snapshot,
-                    plan,
-                    self._live,
-                    0,
-                    end,
-                    directory,
-                    advance=self._advance,
-                    held_out=self._held_out,
-                    name=suffix,
-                    gpu=self._gpu,
-                )
-            ]
-        seconds = time.perf_counter() - start
-        trial = Trial(plan, sum(file["bytes"] for file in files), seconds=seconds)
+        version = replace(self.current.version, number=self.current.version.number + 1, index={})
+        snapshot = Snapshot(self.writer.store, version)
+        files = self._build(snapshot, plan)
+        trial = Trial(plan, sum(f["bytes"] for f in files), seconds=time.perf_counter() - start)
         for step in _search_steps(plan):
             if plan != Plan("flat"):
                 files[0] = {**files[0], "plan": step.as_json()}
@@ -261,32 +243,45 @@ class _Bench:
             late = budget.latency is not None and trial.latency > budget.latency
             if trial.recall >= budget.recall or late:
                 break
-        verdict = "chosen"
-        if trial.recall < budget.recall:
-            verdict = f"recall {trial.recall:.3f} is less than {budget.recall:g}"
-        elif budget.latency is not None and trial.latency > budget.latency:
-            verdict = f"{trial.latency * 1e3:.2f} ms are more than {budget.latency * 1e3:g}"
-        elif budget.memory is not None and trial.bytes > budget.memory:
-            verdict = f"{trial.bytes:,} bytes are more than {budget.memory:,}"
-        if verdict != "chosen":
+        trial = replace(trial, verdict=budget.verdict(trial))
+        if trial.verdict != "chosen":
             for file in files:
-                (directory / file["file"]).unlink()
-        return files, replace(trial, verdict=verdict)
+                (self.writer.store.index_directory / file["file"]).unlink()
+        return files, trial
+
+    def _build(self, snapshot: Snapshot, plan: Plan) -> list[dict[str, Any]]:
+        directory = self.writer.store.index_directory
+        if plan == Plan("flat"):
+            index = faiss_index.extend(snapshot, None, directory, whole=True, advance=self.advance)
+            return list(index["files"])
+        file = faiss_index.write(
+            snapshot,
+            plan,
+            self.live,
+            0,
+            self.writer.next_entry_id,
+            directory,
+            advance=self.advance,
+            held_out=self.held_out,
+            name=f"-{plan.kind}",
+            gpu=self.gpu,
+        )
+        return [file]
 
     def _measure(self, snapshot: Snapshot, trial: Trial, files: Sequence[Mapping[str, Any]]) -> Trial:
-        index = {**_index_record(trial, self._budget, 0, "", 0), "files": files}
-        device = "cpu" if self._gpu is None else f"cuda:{self._gpu}"
+        index = {**_index_record(trial, self.budget, 0, "", 0), "files": files}
+        device = "cpu" if self.gpu is None else f"cuda:{self.gpu}"
         engine = Engine(Snapshot(snapshot.store, replace(snapshot.version, index=index)), device=device)
-        search = Search(k=self._truth.shape[1])
-        neighbours = [engine.nearest(query[None], search)[0] for query in self._queries]
+        search = Search(k=self.truth.shape[1])
+        neighbours = [engine.nearest(query[None], search)[0] for query in self.queries]
         # entries of equal similarity count alike; the tolerance is for exact search's other order of summing
         hits = [
             np.count_nonzero(np.array(similarities) >= true[-1] - 1e-5)
-            for (_, similarities, _), true in zip(neighbours, self._truth, strict=True)
+            for (_, similarities, _), true in zip(neighbours, self.truth, strict=True)
         ]
-        recall = float(np.minimum(hits, self._truth.shape[1]).sum() / self._truth.size)
+        recall = float(np.minimum(hits, self.truth.shape[1]).sum() / self.truth.size)
         times = []
-        for query in self._queries[:TIMED_QUERIES]:
+        for query in self.queries[:TIMED_QUERIES]:
             start = time.perf_counter()
             engine.nearest(query[None], search)
             times.append(time.perf_counter() - start)
