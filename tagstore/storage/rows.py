@@ -35,13 +35,7 @@ def read_block(txn: Any, table: Any, space: int, block: int, dimension: int) -> 
 
 
 def put_rows(
-    txn: Any,
-    table: Any,
-    space: int,
-    ids: NDArray[np.int64],
-    rows: NDArray[Any],
-    *,
-    keep_tail: bool = False,
+    txn: Any, table: Any, space: int, ids: NDArray[np.int64], rows: NDArray[Any], *, keep_tail: bool = False
 ) -> None:
     """Write the rows `[n, D]` of ids; what a block holds behind the last of them goes, unless `keep_tail`."""
     dimension = rows.shape[1]

@@ -30,15 +30,7 @@ from tagstore.storage.rows import put_rows
 from tagstore.storage.snapshot import Snapshot
 from tagstore.storage.staging import Draft, Progress, Sync, sweep_staged
 from tagstore.storage.store import Store, check_name
-from tagstore.storage.tables import (
-    U64,
-    TableWriter,
-    arrays_of,
-    key_of,
-    open_tables,
-    tag_key,
-    unpack_ids,
-)
+from tagstore.storage.tables import U64, TableWriter, arrays_of, key_of, open_tables, tag_key, unpack_ids
 from tagstore.storage.version import Version, now
 from tagstore.types import Entry, EntryTag, Fingerprint, Rejected, Vectors
 

@@ -26,12 +26,7 @@ from tagstore.types import Entry, Pair, Rejected
 
 
 def reembed(
-    root: str | Path,
-    store: str,
-    encoder: str | Encoder,
-    *,
-    sources: Sequence[str] = (),
-    device: str = "auto",
+    root: str | Path, store: str, encoder: str | Encoder, *, sources: Sequence[str] = (), device: str = "auto"
 ) -> Version:
     """Commit a version whose vectors another encoder makes from the original images.
 

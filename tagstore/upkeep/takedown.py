@@ -83,12 +83,7 @@ def purge(root: str | Path, store: str, selection: Selection, *, reason: str, wh
             captions.difference_update(other.captions)
             images.discard(other.sha256.hex())
         traces = prove_absent(
-            root,
-            store,
-            keys=sorted(keys),
-            captions=sorted(captions),
-            images=sorted(images),
-            vectors=vectors,
+            root, store, keys=sorted(keys), captions=sorted(captions), images=sorted(images), vectors=vectors
         )
         if traces:
             raise Damaged(
