@@ -222,12 +222,6 @@ def holds_vectors(plan: Plan) -> bool:
     return plan.kind in ("flat", "flat32", "hnsw")
 
 
-def vector_at(plan: Plan, index: Any, row: int) -> NDArray[np.float32]:
-    """The vector of a row of `ids_of`, for a kind that holds vectors."""
-    vector: NDArray[np.float32] = _storage(plan, index).reconstruct(row)
-    return vector
-
-
 def codes_of(plan: Plan, index: Any) -> NDArray[np.void]:
     """The vectors of a kind that holds them, `[rows]` items of bytes: float32 for flat32, else float16.
 

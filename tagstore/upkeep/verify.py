@@ -17,6 +17,7 @@ import numpy as np
 
 from tagstore.errors import Damaged, TagstoreError
 from tagstore.indexing import faiss_index, plans
+from tagstore.indexing.protocol import Allowed
 from tagstore.storage.checksums import broken
 from tagstore.storage.consistency import json_faults, lookup_faults, page_faults, rebuild_lookups
 from tagstore.storage.generations import generation
@@ -210,31 +211,24 @@ def _file_fault(path: Path, size: int, digest: str) -> str | None:
 def _agreement(snapshot: Snapshot, full: bool, bad: dict[str, bool]) -> Iterator[Problem]:
     """Check that the index holds, under every id, the stored vector."""
     live = snapshot.live()
+    allowed = Allowed(snapshot.array("live", np.uint8), len(live))
     for about in snapshot.version.index["files"]:
         if bad[about["file"]]:
             continue
         path = snapshot.store.index_directory / about["file"]
-        index = faiss_index.open_file(path, about["rows"], snapshot.dimension)
-        plan = faiss_index.plan_of(about["plan"]) if "plan" in about else plans.Plan("flat")
-        ids = plans.ids_of(plan, index)
+        part = faiss_index.Part(path, about, allowed, snapshot.dimension)
+        ids = plans.ids_of(part.plan, part.index)
         rows = (
-            np.arange(len(ids))
-            if full
-            else np.unique(np.linspace(0, len(ids) - 1, SAMPLE_SIZE).astype(np.int64))
+            np.arange(len(ids)) if full else np.unique(np.linspace(0, len(ids) - 1, SAMPLE_SIZE).astype(int))
         )
-        rows = rows[np.isin(ids[rows], live)]
+        checked = ids[rows][np.isin(ids[rows], live)]
         # of lists only the ids: their codes are not the stored numbers, and the checksum covers them
-        for start in range(0, len(rows) if plans.holds_vectors(plan) else 0, 1 << 15):
-            batch = rows[start : start + (1 << 15)]
-            held = np.stack([plans.vector_at(plan, index, int(row)) for row in batch])
-            wrong = np.flatnonzero((held != snapshot.vectors(ids[batch])).any(axis=1))
+        for start in range(0, len(checked) if part.holds_vectors else 0, 1 << 15):
+            batch = checked[start : start + (1 << 15)]
+            wrong = batch[(part.vectors(batch) != snapshot.vectors(batch)).any(axis=1)]
             if len(wrong):
-                yield Problem(
-                    str(path),
-                    f"holds another vector for entry {ids[batch[wrong[0]]]} than the store ({len(wrong)} "
-                    "such)",
-                    True,
-                )
+                fault = f"holds another vector for entry {wrong[0]} than the store ({len(wrong)} such)"
+                yield Problem(str(path), fault, True)
                 break
         if not np.isin(live[(live >= about["first"]) & (live < about["end"])], ids).all():
             yield Problem(str(path), "lacks entries of its run", True)
