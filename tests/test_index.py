@@ -571,3 +571,18 @@ def test_the_weight_of_a_file_is_known_before_it_is_built(root: Path, kind: str)
     [file] = Store(root, "large").snapshot(VERSION[kind]).version.index["files"]
     plan = faiss_index.plan_of(file["plan"]) if "plan" in file else plans.Plan("flat")
     assert plans.file_bytes(plan, N, D) == pytest.approx(file["bytes"], rel=0.1)
+
+
+def test_verify_names_an_index_that_holds_other_vectors_than_the_store(tmp_path: Path) -> None:
+    append(tmp_path, "s", clustered(300))
+    with Writer(tmp_path, "s") as writer:
+        assert writer.parent
+        snapshot = Snapshot(writer.store, replace(writer.parent, number=2))
+        blocks = snapshot.vector_blocks
+        snapshot.vector_blocks = lambda ids: ((i, -rows) for i, rows in blocks(ids))  # type: ignore[method-assign]
+        directory = writer.store.index_directory
+        writer.replace_index(writer.parent, faiss_index.extend(snapshot, None, directory, whole=True))
+    [problem] = verify(tmp_path, "s")
+    assert "holds another vector for entry 0 than the store (300 such)" in problem.what
+    assert repair(tmp_path, "s")
+    assert verify(tmp_path, "s", full=True) == []
