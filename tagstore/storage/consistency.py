@@ -71,7 +71,7 @@ def rebuild_lookups(writer: Writer) -> None:
             txn.drop(db[name], delete=False)
         with txn.cursor(db["entries"]) as cursor:
             for entry_id, record in cursor:
-                tables.put_key(txn, U64.unpack(entry_id)[0], record)
+                tables.put_key(txn, U64.unpack(entry_id)[0], decode_hot(record)[0])
         with txn.cursor(db["tags"]) as cursor:
             for tag_id, record in cursor:
                 tables.put_tag_id(txn, U64.unpack(tag_id)[0], record)

@@ -89,7 +89,7 @@ class Restorer(Writer):
                     raise InvalidInput(
                         f"entry {entry.entry_id} has metadata that is nested too deeply"
                     ) from None
-                self._tables.put_entry(txn, entry.entry_id, record)
+                self._tables.put_entry(txn, entry.entry_id, record, entry.key)
                 self._count_in(entry)
 
     def put_rows(self, table: str, ids: NDArray[np.int64], rows: NDArray[Any]) -> None:

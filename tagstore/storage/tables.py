@@ -113,16 +113,16 @@ class TableWriter:
         self._pages: dict[bytes, int] = {}
         """Ids of the pages written here, by the sha256 of their bytes."""
 
-    def put_entry(self, txn: Any, entry_id: int, record: bytes) -> None:
-        """Write an entry whose id is above all others."""
+    def put_entry(self, txn: Any, entry_id: int, record: bytes, key: str | None = None) -> None:
+        """Write an entry whose id is above all others; its key is decoded if it is not given."""
         txn.put(U64.pack(entry_id), record, db=self.db["entries"], append=True)
-        self.put_key(txn, entry_id, record)
+        self.put_key(txn, entry_id, decode_hot(record)[0] if key is None else key)
 
-    def put_key(self, txn: Any, entry_id: int, record: bytes) -> None:
-        """Add an entry to those that its key leads to."""
-        key = key_of(decode_hot(record)[0])
-        ids = txn.get(key, db=self.db["keys"]) or b""
-        txn.put(key, ids + U64.pack(entry_id), db=self.db["keys"])
+    def put_key(self, txn: Any, entry_id: int, key: str) -> None:
+        """Add an entry to those that a key leads to."""
+        packed = key_of(key)
+        ids = txn.get(packed, db=self.db["keys"]) or b""
+        txn.put(packed, ids + U64.pack(entry_id), db=self.db["keys"])
 
     def delete_entry(self, txn: Any, entry_id: int, record: bytes) -> None:
         """Remove an entry, also from those that its key leads to."""

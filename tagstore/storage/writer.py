@@ -183,7 +183,7 @@ class Writer:
                     self._count_out(txn, old)
                 tags = tuple(EntryTag(self._tag_id(txn, t), t.score, t.provenance) for t in draft.tags)
                 entry = draft.entry(entry_id, tags)
-                self._tables.put_entry(txn, entry_id, encode_entry(entry))
+                self._tables.put_entry(txn, entry_id, encode_entry(entry), entry.key)
                 self._count_in(entry)
             put_rows(txn, self.db["vectors"], self.space, np.arange(first, first + len(drafts)), rows)
             self.next_entry_id += len(drafts)
@@ -426,7 +426,8 @@ class Writer:
     def _count_in(self, entry: Entry) -> None:
         self._live[entry.entry_id] = True
         # an entry carries a tag once, so no id stands twice
-        self._counts[np.array([tag.tag_id for tag in entry.tags], np.int64)] += 1
+        if entry.tags:
+            self._counts[[tag.tag_id for tag in entry.tags]] += 1
 
     def _count_out(self, txn: Any, entry_id: int) -> None:
         self._live[entry_id] = False
