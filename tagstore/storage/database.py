@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from tagstore.storage.environments import release
 from tagstore.storage.generations import generation
 from tagstore.storage.tables import U64, open_tables
 from tagstore.types import Entry
+
+ENTRY_BATCH = 1024
+"""Entries read in one transaction."""
 
 
 class Database:
@@ -65,24 +69,28 @@ class Database:
         """Number of the last transaction that was committed: it grows with every change of the database."""
         return int(self.env.info()["last_txnid"])
 
-    def entries(self, ids: NDArray[np.int64] | None = None) -> Iterator[Entry]:
-        """Entries of ids, or all that are stored, of any version, in bounded memory.
-
-        Raises `Damaged` if one of `ids` is missing.
-        """
-        complete = ids is None
-        if ids is None:
-            with self.env.begin() as txn, txn.cursor(self.db["entries"]) as cursor:
-                ids = np.arange(U64.unpack(cursor.key())[0] + 1 if cursor.last() else 0)
-        for start in range(0, len(ids), 1024):
-            batch = ids[start : start + 1024].tolist()
+    def entries(self, ids: NDArray[np.int64]) -> Iterator[Entry]:
+        """Entries of ids, of any version, in bounded memory. Raises `Damaged` if one is missing."""
+        for start in range(0, len(ids), ENTRY_BATCH):
+            batch = ids[start : start + ENTRY_BATCH].tolist()
             with self.env.begin(db=self.db["entries"]) as txn:
                 records = [txn.get(U64.pack(i)) for i in batch]
             for i, record in zip(batch, records, strict=True):
-                if record is not None:
-                    yield decode_entry(i, record)
-                elif not complete:
+                if record is None:
                     raise Damaged(f"store '{self.name}' has lost entry {i}")
+                yield decode_entry(i, record)
+
+    def all_entries(self) -> Iterator[Entry]:
+        """Every entry that is stored, of any version or none, in bounded memory."""
+        first = 0
+        while True:
+            with self.env.begin() as txn, txn.cursor(self.db["entries"]) as cursor:
+                records = islice(cursor, ENTRY_BATCH) if cursor.set_range(U64.pack(first)) else ()
+                batch = [(U64.unpack(key)[0], record) for key, record in records]
+            if not batch:
+                return
+            yield from (decode_entry(i, record) for i, record in batch)
+            first = batch[-1][0] + 1
 
     def takedowns(self) -> list[dict[str, Any]]:
         """The records of all takedowns, oldest first."""

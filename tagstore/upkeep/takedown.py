@@ -53,9 +53,9 @@ def purge(root: str | Path, store: str, selection: Selection, *, reason: str, wh
     """
     selection.check()
     with Writer(root, store) as writer:
-        keys = {entry.key for entry in writer.store.entries() if selection.fits(entry)}
+        keys = {entry.key for entry in writer.store.all_entries() if selection.fits(entry)}
         # earlier entries of the same keys are taken down too
-        doomed = [entry for entry in writer.store.entries() if entry.key in keys]
+        doomed = [entry for entry in writer.store.all_entries() if entry.key in keys]
         if not doomed:
             raise NotFound(f"no entry of any version of store '{store}' fits: nothing was taken down")
         ids = np.array([entry.entry_id for entry in doomed], np.int64)
@@ -77,7 +77,7 @@ def purge(root: str | Path, store: str, selection: Selection, *, reason: str, wh
         # the record is part of the commit that takes the entries down: a crash leaves both or neither
         version = rewrite(writer, kept, "purge", index_copy, without=keys, takedown=asdict(takedown))
         captions, images = {c for e in doomed for c in e.captions}, {e.sha256.hex() for e in doomed}
-        for other in Store(root, store).entries():
+        for other in Store(root, store).all_entries():
             # another entry that says the same or shows the same picture keeps it
             vectors = [] if other.sha256.hex() in images else vectors
             captions.difference_update(other.captions)
@@ -125,7 +125,7 @@ def prove_absent(
     """
     opened = Store(root, store)
     traces = []
-    for entry in opened.entries():
+    for entry in opened.all_entries():
         parts = [f"key {entry.key}"] if entry.key in keys else []
         parts += [f"a caption of {entry.key}" for caption in entry.captions if caption in captions]
         parts += [f"the image of {entry.key}"] if entry.sha256.hex() in images else []
