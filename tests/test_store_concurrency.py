@@ -1,4 +1,4 @@
-"""Readers and a writer at once: no error, no torn read, and a version reads the same as long as it exists."""
+"""Readers and a writer at once: no error, no torn read, and a version reads the same for as long as it is there."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ KEYS = [f"key-{i:05d}" for i in range(20)]
 
 
 def _write(root: Path, number: int) -> None:
-    """Write a version whose serials start at number * 100, so that a mix of two versions shows."""
+    """A version in which every entry has another serial: number * 100 and on. A mix of two versions shows at once."""
     batch = [(key, number * 100 + i) for i, key in enumerate(KEYS)]
     crash.ingest(
         root,
@@ -44,7 +44,7 @@ def _write(root: Path, number: int) -> None:
 
 
 def _read(snapshot: Snapshot) -> int:
-    """The number of the write that a version holds, complete and alone."""
+    """Which write a version holds; it must hold that one, all of it, and nothing else."""
     entries = list(snapshot.entries())
     serials = [e.perceptual_hash for e in entries]
     write = serials[0] // 100
@@ -57,7 +57,7 @@ def _read(snapshot: Snapshot) -> int:
 
 
 def _hammer(root: str, seed: int, pipe: Connection) -> None:
-    """Read the newest version through the engine, and old ones again, until told to stop."""
+    """Read the newest version through the engine, and old ones again, until told to stop; answer with what was done."""
     rng, catalog, seen, reads, last = random.Random(seed), Catalog(root, device="cpu"), {}, 0, 0
     try:
         pipe.send("ready")
@@ -200,7 +200,7 @@ def test_a_reader_that_was_killed_does_not_keep_pages_from_being_used_again(tmp_
 
 
 def _write_and_open(root: Path, seconds: float) -> None:
-    """Open writers again and again while other threads open the store: the child of the test below."""
+    """A thread that begins to write and ends, again and again, beside others that open the store; in a process of its own."""
     end = time.monotonic() + seconds
 
     def write() -> None:
@@ -221,7 +221,6 @@ def _write_and_open(root: Path, seconds: float) -> None:
 
 def test_a_store_is_opened_beside_a_writer_of_the_same_process(tmp_path: Path) -> None:
     _write(tmp_path, 1)
-    # with lmdb's own transaction, opening a table waits for the writer and holds the interpreter: deadlock
-    work = "from pathlib import Path; import test_store_concurrency as t; "
-    work += f"t._write_and_open(Path({str(tmp_path)!r}), 3.0)"
+    # lmdb's own way to open a database waits for the writer with the interpreter in hand: this froze within a second
+    work = f"from pathlib import Path; import test_store_concurrency as t; t._write_and_open(Path({str(tmp_path)!r}), 3.0)"
     subprocess.run([sys.executable, "-c", work], cwd=Path(__file__).parent, check=True, timeout=60)
