@@ -26,7 +26,8 @@ def raw(root: Path, version: int) -> Raw:
     from tagstore.indexing.faiss_index import plan_of
     from tagstore.indexing.plans import parameters
     from tagstore.storage.codec import decode_hot
-    from tagstore.storage.store import U64, Store
+    from tagstore.storage.store import Store
+    from tagstore.storage.tables import U64
 
     snapshot = Store(root, STORE).snapshot(version or None)
     files = snapshot.version.index["files"]

@@ -29,7 +29,8 @@ from tagstore.indexing import exact, faiss_index, plans
 from tagstore.indexing.protocol import Allowed
 from tagstore.retrieval.engine import Engine
 from tagstore.storage.codec import decode_hot
-from tagstore.storage.store import U64, Snapshot, Store
+from tagstore.storage.store import Snapshot, Store
+from tagstore.storage.tables import U64
 from tagstore.types import Search
 from tagstore.upkeep.tuning import Budget, build_index
 

@@ -28,9 +28,11 @@ from report import table, write
 from tagstore.indexing import faiss_index
 from tagstore.mining import MergedTag
 from tagstore.storage.codec import encode_entry
-from tagstore.storage.lmdb_files import forget
+from tagstore.storage.environments import forget
+from tagstore.storage.rows import BLOCK_ROWS
 from tagstore.storage.staging import Draft
-from tagstore.storage.store import DATABASES, ROWS, Snapshot, Store
+from tagstore.storage.store import Snapshot, Store
+from tagstore.storage.tables import TABLES
 from tagstore.storage.writer import Writer
 from tagstore.types import Fingerprint
 from tagstore.upkeep.edits import Selection, delete, rollback
@@ -105,7 +107,7 @@ def account(snapshot: Snapshot, captions: int) -> list[list[str]]:
     """What the bytes of the database are for, an entry. Tables by the pages they take, parts of a record from 10,000 of them."""
     store, n = snapshot.store, snapshot.version.entries
     with store.env.begin() as txn:
-        stats = {name: txn.stat(store.db[name]) for name in DATABASES}
+        stats = {name: txn.stat(store.db[name]) for name in TABLES}
     pages = {
         name: s["psize"] * (s["branch_pages"] + s["leaf_pages"] + s["overflow_pages"]) / n
         for name, s in stats.items()
@@ -135,7 +137,7 @@ def account(snapshot: Snapshot, captions: int) -> list[list[str]]:
         ["table of keys", pages["keys"]],
         ["vocabulary and its table", pages["tags"] + pages["tag_ids"]],
         [
-            f"what blocks of {ROWS} rows leave of their last page",
+            f"what blocks of {BLOCK_ROWS} rows leave of their last page",
             pages["vectors"] - vector + pages["embeddings"] - embeddings,
         ],
         [

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from tagstore.indexing import faiss_index
 from tagstore.mining import MergedTag
 from tagstore.storage.staging import Draft
-from tagstore.storage.store import Version
+from tagstore.storage.version import Version
 from tagstore.storage.writer import Writer
 from tagstore.types import Fingerprint
 

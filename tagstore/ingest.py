@@ -1,9 +1,9 @@
 """The ingest pipeline: pairs from a reader become a version of a store.
 
-    read ─▶ decode + hash (threads) ─▶ admit ─▶ embed ─▶ mine ─▶ append ... ─▶ embed new tags ─▶ index ─▶ commit
+    read ─▶ decode + hash (threads) ─▶ admit ─▶ embed ─▶ mine ─▶ append ... ─▶ embed tags ─▶ index ─▶ commit
 
-One batch is decoded while the one before it is embedded; nothing else is in memory, whatever the length of the source. Every
-append says how far the source was consumed, so an ingest that was cut off is taken up where it stopped.
+One batch is decoded while the one before it is embedded; nothing else is in memory, whatever the length of
+the source. Every append says how far the source was read, so an ingest that was cut off is resumed there.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from tagstore.errors import BadImage, InvalidInput, NotFound
 from tagstore.indexing import faiss_index
 from tagstore.mining import Miner, Rules, identity, load_miner, load_rules, merge
 from tagstore.readers import Columns, read
-from tagstore.storage.lmdb_files import writing
+from tagstore.storage.environments import writing
 from tagstore.storage.staging import Draft, Progress, Sync
 from tagstore.storage.store import Store, check_name
 from tagstore.storage.writer import Writer
@@ -41,18 +41,20 @@ from tagstore.types import Pair, Rejected
 log = logging.getLogger(__name__)
 
 BATCH = 256
+"""Pairs of a batch at most."""
 BATCH_BYTES = 128 << 20
-"""A batch of huge photographs ends early, so that memory stays what it is with small ones."""
-SHOWN = 1000
+"""Bytes of images and captions after which a batch ends early, so that memory stays bounded."""
+MAX_REPORTED_REJECTS = 1000
 """Quarantined pairs that a report holds; the version, if one was made, has them all."""
+TAG_BATCH = 4096
+"""Tags embedded at a time."""
 
 Advance = Callable[[str, int], None]
 """Called with the name of a stage and how many pairs (or tags) it has done since."""
-
-
 Outcome = Literal["added", "unchanged", "quarantined"]
 Settled = Callable[[list[tuple[str, Outcome, str]]], None]
-"""Called with (key, outcome, reason) of each pair of a batch, once what is to be written of it is."""
+"""Called with (key, outcome, reason) of each pair of a batch, once its entries are written."""
+Pairs = Iterator[Pair | Rejected]
 
 
 @dataclass(slots=True)
@@ -68,24 +70,19 @@ class Report:
     unchanged: int = 0
     """Pairs that the store already had as they are."""
     entries: int = 0
-    """Of the version, as are the two below."""
+    """Entries of the version."""
     tags: int = 0
+    """Tags of the version, over all entries."""
     unique_tags: int = 0
+    """Different tags of the version."""
     quarantined: list[Rejected] = field(default_factory=list)
-    """The first `SHOWN`."""
+    """The first `MAX_REPORTED_REJECTS`."""
     reasons: dict[str, int] = field(default_factory=dict)
-    """How many were quarantined for what, without the particulars."""
+    """Pairs quarantined, by reason without its particulars."""
     resumed: int = 0
     """Pairs that an earlier run, cut off, had already done."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall time of the pipeline by what it was spent on or waiting for, and "total"."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Prepared:
-    draft: Draft
-    pair: Pair
-    pixels: NDArray[np.uint8]
 
 
 def ingest(
@@ -105,7 +102,8 @@ def ingest(
 ) -> Report:
     """Read a source into a store, which is made if it isn't there, and commit the result as its next version.
 
-    If an ingest of the same source, encoder and miner was cut off before, its work is kept as far as the source still reads the same.
+    If an ingest of the same source, encoder and miner was cut off before, its work is kept, unless the source
+    has changed.
 
     Args:
         source: file, folder, glob or brace pattern; see `readers`.
@@ -114,61 +112,47 @@ def ingest(
         format: of the source; found by looking if not given.
         columns: names of the source's columns, where they aren't the usual ones.
         allow_outside: follow image paths that lead out of the source's folder.
-        encoder: spec or encoder; the store's own if not given, `mini` for a new store.
+        encoder: spec or encoder; by default the store's own, `mini` for a new store.
         miner: spec or miner.
         vocabulary: stop list and synonyms; the shipped ones if not given.
         device: for an encoder given by spec.
-        sync: `full`: what an append has taken survives a power cut at once; `batch`: at the commit. The version does in both.
+        sync: when appends reach the disk: `full`, each at once; `batch`, all of them at the commit. The
+            version is durable in both.
         progress: called as work is done.
 
     Raises:
-        InvalidInput, NotFound: a source that can't be read at all, or of which every pair was refused.
+        InvalidInput, NotFound: a source that can't be read at all, or whose pairs were all refused.
         FingerprintMismatch: the store holds vectors of another encoder.
         Busy: another process writes to the store.
     """
     check_name(store)
-    clock = _Clock()
-
-    def pairs() -> Iterator[Pair | Rejected]:
-        return _peeked(read(source, format=format, columns=columns, allow_outside=allow_outside))
-
-    found = pairs()
-    with clock("load"):
-        if not isinstance(encoder, Encoder):
-            encoder = _encoder_for(root, store, encoder, device)
-        if isinstance(miner, str):
-            miner = load_miner(miner)
-    rules = vocabulary or load_rules()
-    about = identity(miner, rules)
     where = {
         "path": os.path.abspath(source),
         "format": format,
         "columns": asdict(columns),
         "allow_outside": allow_outside,
     }
-    same = json.dumps([where, about, encoder.fingerprint.digest], sort_keys=True)
-    mark = hashlib.sha256(same.encode()).hexdigest()
 
-    with Writer(root, store, encoder.fingerprint, resume=mark, sync=sync) as writer:
+    def read_source() -> Pairs:
+        return _peeked(read(source, format=format, columns=columns, allow_outside=allow_outside))
+
+    pairs = read_source()
+    run = _Run(root, store, where, encoder, miner, vocabulary or load_rules(), device, progress)
+    about = json.dumps([where, run.miner_identity, run.encoder.fingerprint.digest], sort_keys=True)
+    mark = hashlib.sha256(about.encode()).hexdigest()
+    with Writer(root, store, run.encoder.fingerprint, resume=mark, sync=sync) as writer:
         reached = writer.progress
-        with clock("read"):
-            resumes = reached is not None and _consume(found, reached, writer)
-        if resumes:
-            return _Run(
-                where, about, encoder, miner, rules, writer, reached or Progress(mark), clock, progress
-            ).finish(found)
-    # a fresh start, or another source than the one that was cut off: what that one staged is swept away
-    with Writer(root, store, encoder.fingerprint, sync=sync) as writer:
+        if reached is not None:
+            with run.clock("read"):
+                unchanged = _skip(pairs, reached, writer)
+            if unchanged:
+                return run.finish(pairs, writer, reached)
+            writer.discard()
+            pairs = read_source()
         try:
-            return _Run(where, about, encoder, miner, rules, writer, Progress(mark), clock, progress).finish(
-                pairs() if reached else found
-            )
+            return run.finish(pairs, writer, Progress(mark))
         except InvalidInput:
-            if writer.parent is None:
-                with writing(f"store '{store}'"):
-                    shutil.rmtree(
-                        writer.directory
-                    )  # a source of which nothing can be used leaves no empty store behind
+            _remove_if_empty(writer)
             raise
 
 
@@ -184,116 +168,115 @@ def ingest_pairs(
     sync: Sync = "full",
     settled: Settled = lambda results: None,
 ) -> Report:
-    """As `ingest`, of pairs that come from elsewhere than a file; what was cut off is not taken up again.
+    """As `ingest`, of pairs that come from elsewhere than a file; what was cut off is not resumed.
 
-    Pairs are consumed as they are worked on, two batches at most ahead. If their iterator raises, no version is made.
+    Pairs are read at most two batches ahead. If their iterator raises, no version is made.
 
     Args:
         source: what to call where they come from.
         settled: called as batches are done.
     """
     check_name(store)
-    clock = _Clock()
-    with clock("load"):
-        encoder = encoder if isinstance(encoder, Encoder) else _encoder_for(root, store, encoder, device)
-        miner = load_miner(miner) if isinstance(miner, str) else miner
-    rules = load_rules()
-    where = {"stream": source}
-    with Writer(root, store, encoder.fingerprint, sync=sync) as writer:
+    run = _Run(root, store, {"stream": source}, encoder, miner, load_rules(), device, settled=settled)
+    with Writer(root, store, run.encoder.fingerprint, sync=sync) as writer:
         try:
-            run = _Run(
-                where,
-                identity(miner, rules),
-                encoder,
-                miner,
-                rules,
-                writer,
-                Progress(""),
-                clock,
-                lambda stage, done: None,
-                settled,
-            )
-            return run.finish(iter(pairs))
+            return run.finish(iter(pairs), writer, Progress(""))
         except Exception:
-            if writer.parent is None:
-                with writing(f"store '{store}'"):
-                    shutil.rmtree(writer.directory)  # nothing was ever committed to it
+            _remove_if_empty(writer)
             raise
 
 
+def _remove_if_empty(writer: Writer) -> None:
+    """Leave no store behind to which nothing was ever committed."""
+    if writer.parent is None:
+        with writing(f"store '{writer.name}'"):
+            shutil.rmtree(writer.directory)
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """A pair whose image is decoded."""
+
+    draft: Draft
+    pair: Pair
+    pixels: NDArray[np.uint8]
+
+
+Batch = list[tuple[bytes, _Prepared | Rejected]]
+"""Items of the source, each with the digest of what was read of it."""
+
+
 class _Run:
-    """One ingest under way."""
+    """One ingest under way.
+
+    Args:
+        source: where the pairs come from, as the version records it.
+    """
 
     def __init__(
         self,
+        root: str | Path,
+        store: str,
         source: Mapping[str, Any],
-        about: Mapping[str, Any],
-        encoder: Encoder,
-        miner: Miner,
+        encoder: str | Encoder | None,
+        miner: str | Miner,
         rules: Rules,
-        writer: Writer,
-        progress: Progress,
-        clock: _Clock,
-        advance: Advance,
+        device: str,
+        advance: Advance = lambda stage, done: None,
         settled: Settled = lambda results: None,
     ) -> None:
-        self.source, self.about, self.encoder, self.miner, self.rules = source, about, encoder, miner, rules
-        self.writer, self.progress, self.clock, self.advance = writer, progress, clock, advance
-        self.settled = settled
-        self.same_miner = writer.parent is not None and writer.parent.miner == about
-        self.report = Report(
-            writer.name, writer.parent.number if writer.parent else 0, resumed=progress.pairs
-        )
+        self.clock = _Clock()
+        with self.clock("load"):
+            self.encoder = (
+                encoder if isinstance(encoder, Encoder) else _encoder_for(root, store, encoder, device)
+            )
+            self._miner = load_miner(miner) if isinstance(miner, str) else miner
+        self.miner_identity = identity(self._miner, rules)
+        self._source, self._rules, self._advance, self._settled = source, rules, advance, settled
+        self._report = Report(store, 0)
 
-    @property
-    def _name(self) -> str:
-        return str(self.source.get("path") or self.source.get("stream") or "the stream")
-
-    def finish(self, pairs: Iterator[Pair | Rejected]) -> Report:
-        """Consume the pairs, commit, and say what was done."""
-        writer, report, progress = self.writer, self.report, self.progress
+    def finish(self, pairs: Pairs, writer: Writer, progress: Progress) -> Report:
+        """Read the pairs, commit, and report. Raises `InvalidInput` if a new store would be empty."""
+        report = self._report
+        report.resumed = progress.pairs
         for refused in writer.refused():
             self._note(refused)
+        same_miner = writer.parent is not None and writer.parent.miner == self.miner_identity
         with ThreadPoolExecutor(os.cpu_count(), "decode") as pool:
             for batch in self._batches(pairs, pool):
-                self._take(batch)
+                self._process(batch, writer, progress, same_miner)
         report.pairs, report.added, report.unchanged = progress.pairs, progress.added, progress.unchanged
         if not report.added and not writer.parent:
-            first = (
-                f"{r.key}: {r.reason}"
-                if (r := next(iter(report.quarantined), None))
-                else "the source is empty"
-            )
-            raise InvalidInput(
-                f"none of the {report.pairs} pairs of {self._name} can be used; the first: {first}"
-            )
+            first = next((f"{r.key}: {r.reason}" for r in report.quarantined), "the source is empty")
+            name = self._source.get("path") or self._source.get("stream") or "the stream"
+            raise InvalidInput(f"none of the {report.pairs} pairs of {name} can be used; the first: {first}")
         if report.added:
-            while texts := writer.new_tags(limit=4096):
+            while texts := writer.new_tags(limit=TAG_BATCH):
                 with self.clock("embed tags"):
                     vectors = self.encoder.encode_texts(texts)
                 with self.clock("store"):
                     writer.embed_tags(vectors)
-                self.advance("tags", len(texts))
+                self._advance("tags", len(texts))
             with self.clock("commit"):
-                version = writer.commit(
-                    operation="ingest", source=self.source, miner=self.about, indexer=faiss_index.extend
+                writer.commit(
+                    operation="ingest",
+                    source=self._source,
+                    miner=self.miner_identity,
+                    indexer=faiss_index.extend,
                 )
-            report.version = version.number
-        if writer.parent:
-            report.entries, report.tags, report.unique_tags = (
-                writer.parent.entries,
-                writer.parent.tags,
-                writer.parent.unique_tags,
-            )
+        if version := writer.parent:
+            report.version, report.entries = version.number, version.entries
+            report.tags, report.unique_tags = version.tags, version.unique_tags
         report.seconds = self.clock.seconds()
         return report
 
-    def _take(self, batch: list[tuple[bytes, _Prepared | Rejected]]) -> None:
+    def _process(self, batch: Batch, writer: Writer, progress: Progress, same_miner: bool) -> None:
+        """Embed, mine and stage a batch."""
         rejected = [item for _, item in batch if isinstance(item, Rejected)]
         good = [item for _, item in batch if isinstance(item, _Prepared)]
         with self.clock("store"):
-            admitted, duplicates, unchanged = self.writer.admit(
-                [item.draft for item in good], same_miner=self.same_miner
+            admitted, duplicates, unchanged = writer.admit(
+                [item.draft for item in good], same_miner=same_miner
             )
         rejected += duplicates
         kept = {id(draft) for draft in admitted}
@@ -303,58 +286,36 @@ class _Run:
             with self.clock("embed"):
                 vectors = self.encoder.encode_images(np.stack([item.pixels for item in good]))
             with self.clock("mine"):
-                mined = [
-                    self.rules.apply(merge(tags)) for tags in self.miner.mine(item.pair for item in good)
-                ]
-        progress = self.progress
+                tags_of_each = self._miner.mine(item.pair for item in good)
+                mined = [self._rules.apply(merge(tags)) for tags in tags_of_each]
         progress.pairs += len(batch)
         progress.added += len(good)
         progress.unchanged += unchanged
-        progress.digest = _digest(progress.digest, (digest for digest, _ in batch))
+        progress.digest = _running_digest(progress.digest, (digest for digest, _ in batch))
         with self.clock("store"):
             drafts = [replace(item.draft, tags=tags) for item, tags in zip(good, mined, strict=True)]
-            self.writer.append(drafts, vectors, rejected=rejected, progress=progress)
+            writer.append(drafts, vectors, rejected=rejected, progress=progress)
         for refused in rejected:
             self._note(refused)
-        self.advance("pairs", len(batch))
-        self._settle(
-            batch, {item.draft.key for item in good}, {refused.key: refused.reason for refused in rejected}
-        )
-
-    def _settle(
-        self, batch: list[tuple[bytes, _Prepared | Rejected]], new: set[str], refusals: Mapping[str, str]
-    ) -> None:
-        results: list[tuple[str, Outcome, str]] = []
-        for _, item in batch:
-            key = item.key if isinstance(item, Rejected) else item.draft.key
-            if key in new and isinstance(item, _Prepared):
-                new.remove(key)  # a second one of the same key is a duplicate
-                results.append((key, "added", ""))
-            elif key in refusals:
-                results.append((key, "quarantined", refusals[key]))
-            else:
-                results.append((key, "unchanged", ""))
-        self.settled(results)
+        self._advance("pairs", len(batch))
+        self._settled(_outcomes(batch, {draft.key for draft in drafts}, rejected))
 
     def _note(self, refused: Rejected) -> None:
-        report = self.report
+        report = self._report
         reason = refused.reason.split(":")[0]
         report.reasons[reason] = report.reasons.get(reason, 0) + 1
-        if len(report.quarantined) < SHOWN:
+        if len(report.quarantined) < MAX_REPORTED_REJECTS:
             report.quarantined.append(refused)
         log.info("quarantined %s: %s", refused.key, refused.reason)
 
-    def _batches(
-        self, pairs: Iterator[Pair | Rejected], pool: ThreadPoolExecutor
-    ) -> Iterator[list[tuple[bytes, _Prepared | Rejected]]]:
-        """Batches in order, the next one in the making while the caller works on one."""
-
-        # an entry's origin is told from the source's folder on; the version says which that is
-        folder = os.path.join(os.path.dirname(re.split(r"[*?\[{]", self.source.get("path", ""))[0]), "")
+    def _batches(self, pairs: Pairs, pool: ThreadPoolExecutor) -> Iterator[Batch]:
+        """Batches in order; the next one is decoded while the caller works on one."""
+        # an entry's origin begins at the source's folder, which the version names
+        folder = os.path.join(os.path.dirname(re.split(r"[*?\[{]", self._source.get("path", ""))[0]), "")
 
         def submit() -> list[Future[tuple[bytes, _Prepared | Rejected]]]:
             with self.clock("read"):
-                return [pool.submit(_prepare, item, self.encoder, folder) for item in _some(pairs)]
+                return [pool.submit(_prepare, item, self.encoder, folder) for item in _next_batch(pairs)]
 
         ahead = submit()
         while ahead:
@@ -364,7 +325,23 @@ class _Run:
             yield batch
 
 
-def _some(pairs: Iterator[Pair | Rejected]) -> Iterator[Pair | Rejected]:
+def _outcomes(batch: Batch, added: set[str], rejected: list[Rejected]) -> list[tuple[str, Outcome, str]]:
+    """What became of each item of a batch: (key, outcome, reason)."""
+    reasons = {refused.key: refused.reason for refused in rejected}
+    outcomes: list[tuple[str, Outcome, str]] = []
+    for _, item in batch:
+        key = item.key if isinstance(item, Rejected) else item.draft.key
+        if key in added and isinstance(item, _Prepared):
+            added.remove(key)  # a second one of the same key is a duplicate
+            outcomes.append((key, "added", ""))
+        elif key in reasons:
+            outcomes.append((key, "quarantined", reasons[key]))
+        else:
+            outcomes.append((key, "unchanged", ""))
+    return outcomes
+
+
+def _next_batch(pairs: Pairs) -> Pairs:
     size = 0
     for item in islice(pairs, BATCH):
         yield item
@@ -374,7 +351,7 @@ def _some(pairs: Iterator[Pair | Rejected]) -> Iterator[Pair | Rejected]:
 
 
 def _prepare(item: Pair | Rejected, encoder: Encoder, folder: str) -> tuple[bytes, _Prepared | Rejected]:
-    """What identifies an item of the source, and what became of it."""
+    """The digest of an item of the source, and the item with its image decoded, or why it was refused."""
     digest = hashlib.sha256(item.image).digest() if isinstance(item, Pair) else b""
     mark = _item_digest(item, digest)
     if isinstance(item, Rejected):
@@ -392,12 +369,12 @@ def _prepare(item: Pair | Rejected, encoder: Encoder, folder: str) -> tuple[byte
         metadata=item.metadata,
         origin=item.origin.removeprefix(folder),
     )
-    # the encoded bytes are done with: a batch in waiting holds pixels at the tower's size, not photographs
+    # without the encoded image: a batch that waits holds pixels at the tower's size, not photographs
     return mark, _Prepared(draft, replace(item, image=b""), pixels)
 
 
 def _item_digest(item: Pair | Rejected, image: bytes) -> bytes:
-    """Of all that an ingest reads of an item; `image` is the sha256 of a pair's image."""
+    """sha256 of all that an ingest reads of an item; `image` is that of a pair's image."""
     if isinstance(item, Rejected):
         about = [item.key, item.reason]
     else:
@@ -405,26 +382,26 @@ def _item_digest(item: Pair | Rejected, image: bytes) -> bytes:
     return hashlib.sha256(json.dumps(about).encode()).digest()
 
 
-def _digest(before: str, items: Iterable[bytes]) -> str:
+def _running_digest(before: str, items: Iterable[bytes]) -> str:
     return hashlib.sha256(before.encode() + b"".join(items)).hexdigest()
 
 
-def _consume(pairs: Iterator[Pair | Rejected], reached: Progress, writer: Writer) -> bool:
-    """Skip what an interrupted run did, batch by batch as it did; false if the source reads differently now."""
+def _skip(pairs: Pairs, reached: Progress, writer: Writer) -> bool:
+    """Read again what an interrupted run read; false if the source reads differently now."""
     done, digest = 0, ""
     while done < reached.pairs:
-        batch = list(_some(pairs))
+        batch = list(_next_batch(pairs))
         if not batch:
             return False
         done += len(batch)
         images = (hashlib.sha256(item.image).digest() if isinstance(item, Pair) else b"" for item in batch)
-        digest = _digest(digest, map(_item_digest, batch, images))
+        digest = _running_digest(digest, map(_item_digest, batch, images))
         writer.confirm([item.key for item in batch])
     return done == reached.pairs and digest == reached.digest
 
 
 def _encoder_for(root: str | Path, store: str, spec: str | None, device: str) -> Encoder:
-    """The one asked for; the writer refuses it if the store has another."""
+    """The encoder of a spec, or without one the store's. The writer refuses another than the store has."""
     if spec is not None:
         return load_encoder(spec, device=device)
     try:
@@ -433,8 +410,8 @@ def _encoder_for(root: str | Path, store: str, spec: str | None, device: str) ->
         return load_encoder(device=device)
 
 
-def _peeked(items: Iterable[Pair | Rejected]) -> Iterator[Pair | Rejected]:
-    """The same items; but a source that can't be read at all raises now, before anything is made on disk."""
+def _peeked(items: Iterable[Pair | Rejected]) -> Pairs:
+    """The same items; a source that can't be read at all raises now, before anything is made on disk."""
     iterator = iter(items)
     first = next(iterator, None)
     return iter(()) if first is None else chain([first], iterator)

@@ -1,10 +1,11 @@
-"""The crash harness: a child works on a store and dies at a random instant; what it had acknowledged must be there, whole.
+"""The crash harness: a child that writes dies at a random instant; all that it acknowledged must be there.
 
-The parent draws the operations from a seed, hands them to the child one by one, and keeps a plain model of what was
-acknowledged. Ways to die: SIGKILL by the clock, SIGKILL at or within the n-th write, the power cut (writes that were not
-synced are lost at random), and a disk that is full or broken for a while (ENOSPC, EIO), after which the same process goes on.
-The last four come from `crash_shim.c`, which is compiled when a C compiler is there. After each, the store is opened,
-verified and compared with the model: the operation in flight may be there or not, nothing else may differ.
+The parent draws the operations from a seed, sends them to the child one by one, and keeps a plain model of
+what was acknowledged. The child dies by SIGKILL at a random time, by SIGKILL at or within the n-th write, or
+by a power cut (writes that were not synced are lost at random); or its disk is full or broken for a while
+(ENOSPC, EIO), and it goes on. All but the first need `crash_shim.c` and a C compiler. After each round the
+store is opened, verified and compared with the model: the operation in flight may be there or not, nothing
+else may differ.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from tagstore.bundles import export
 from tagstore.errors import NotFound, TagstoreError
 from tagstore.indexing import faiss_index
 from tagstore.mining import MergedTag
-from tagstore.storage.lmdb_files import forget
+from tagstore.storage.environments import forget
 from tagstore.storage.staging import Draft, Progress
 from tagstore.storage.store import Snapshot, Store
 from tagstore.storage.writer import Writer
@@ -52,11 +53,11 @@ _MODES = {"KILL": 1, "TORN": 2, "ENOSPC": 3, "EIO": 3, "POWER": 4}
 Operation = dict[str, Any]
 
 
-# 1. What an entry holds: all of it follows from its key and a serial number.
+# 1. The content of an entry follows from its key and a serial number.
 
 
 def unit(*seed: Any) -> Vectors:
-    """One unit vector `[D]` that depends on nothing but its seed, as float16 keeps it."""
+    """A unit vector `[D]` that depends only on its seed, with the precision of float16."""
     rng = np.random.default_rng(list(sha256(repr(seed).encode()).digest()))
     vector = rng.standard_normal(D).astype(np.float32)
     return (vector / np.linalg.norm(vector)).astype(np.float16).astype(np.float32)
@@ -123,10 +124,9 @@ def reembed(root: Path, operation: Operation) -> dict[str, Any]:
         entries = list(writer.store.snapshot().entries())
         random.Random(len(entries)).shuffle(entries)
         for start in range(0, len(entries), 16):
-            some = entries[start : start + 16]
-            writer.put_vectors(
-                [e.entry_id for e in some], vectors_of(space, [e.perceptual_hash for e in some])
-            )
+            batch = entries[start : start + 16]
+            vectors = vectors_of(space, [e.perceptual_hash for e in batch])
+            writer.put_vectors([e.entry_id for e in batch], vectors)
         _embed_tags(writer, space)
         return {"version": writer.commit(operation="reembed", indexer=faiss_index.extend).number}
 
@@ -161,7 +161,7 @@ OPERATIONS = {
 
 
 def child() -> None:
-    """Do what comes in on standard input, one JSON line each, and acknowledge on standard output."""
+    """Do the operations that come as lines of JSON on standard input; acknowledge them on standard output."""
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         message = json.loads(line)
@@ -170,7 +170,7 @@ def child() -> None:
             continue
         try:
             answer = OPERATIONS[message["operation"]](Path(message["root"]), message)
-        except Exception as error:  # noqa: BLE001  whatever a failed write becomes is the answer
+        except Exception as error:  # noqa: BLE001  the answer is whatever a failed write raises
             answer = {"failed": f"{type(error).__name__}: {error}"}
             if "LD_PRELOAD" in os.environ:
                 ctypes.CDLL(None).crash_disarm()
@@ -185,7 +185,7 @@ Content = dict[str, int]
 
 @dataclass(frozen=True)
 class Model:
-    """What a store must hold: the versions it keeps, each with its space and content."""
+    """The content that a store must have: its versions, each with space and content."""
 
     versions: dict[int, tuple[str, Content]] = field(default_factory=dict)
 
@@ -262,11 +262,11 @@ def draw(rng: random.Random, model: Model, serial: Iterator[int], bundles: Path)
     }
 
 
-# 4. Looking at a store as it was left.
+# 4. Reading the store after a death.
 
 
 def look(root: Path, *, close: bool) -> tuple[Model, list[str]]:
-    """What a store holds, and everything wrong with it; both empty if nothing was ever committed."""
+    """Read what a store holds, and all that is wrong with it; both empty if nothing was ever committed."""
     try:
         store = Store(root, NAME)
         store.snapshot()
@@ -274,12 +274,12 @@ def look(root: Path, *, close: bool) -> tuple[Model, list[str]]:
         return Model(), []
     except TagstoreError as error:
         return Model(), [f"cannot be opened: {error}"]
-    found, wrong = {}, [f"verify: {p.file}: {p.what}" for p in _problems(str(root), NAME, True)]
+    versions, wrong = {}, [f"verify: {p.file}: {p.what}" for p in _problems(str(root), NAME, True)]
     for version in store.versions():
         snapshot = Snapshot(store, version)
         entries = list(snapshot.entries())
         space = version.fingerprint.model
-        found[version.number] = (space, {e.key: e.perceptual_hash for e in entries})
+        versions[version.number] = (space, {e.key: e.perceptual_hash for e in entries})
         tags = snapshot.vocabulary()
         texts = {i: text for i, (text, _, _) in zip(tags, snapshot.tags(tags), strict=True)}
         for entry in entries:
@@ -311,11 +311,11 @@ def look(root: Path, *, close: bool) -> tuple[Model, list[str]]:
     if close:
         store.env.close()
         forget(store.generation)
-    return Model(found), wrong
+    return Model(versions), wrong
 
 
 def orphans(root: Path) -> list[str]:
-    """Files that no version needs, after the next writer has been there."""
+    """Files that no version needs, after another writer has swept."""
     with Writer(root, NAME, SPACES["first"], new_space=True) as writer:
         store = writer.store
         needed = {
@@ -333,14 +333,14 @@ def orphans(root: Path) -> list[str]:
 
 @dataclass
 class Figures:
-    """What was counted."""
+    """Counts of a run."""
 
     ends: Counter[str] = field(default_factory=Counter)
-    """Rounds by the way they ended."""
+    """Rounds by the way of dying."""
     acknowledged: Counter[str] = field(default_factory=Counter)
     """Operations by kind."""
     in_flight: Counter[str] = field(default_factory=Counter)
-    """Operations cut off, by whether they were found committed."""
+    """Interrupted operations, by whether they were committed."""
     refused: Counter[str] = field(default_factory=Counter)
     """Operations that raised under ENOSPC or EIO, by error."""
     went_on: int = 0
@@ -372,7 +372,7 @@ class _Child:
             self.process.stdin.write(json.dumps(message).encode() + b"\n")
 
     def receive(self, seconds: float) -> dict[str, Any] | None:
-        """Its next answer; None if it died, or did not answer in time."""
+        """Wait for the next answer; None if the child died or did not answer in time."""
         assert self.process.stdout
         end = time.monotonic() + seconds
         while b"\n" not in self._buffer:
@@ -386,7 +386,7 @@ class _Child:
         return dict(json.loads(line))
 
     def end(self) -> dict[str, Any] | None:
-        """SIGKILL; returns what it had said before it died."""
+        """Kill the child; returns an answer that it gave before it died."""
         assert self.process.stdin
         assert self.process.stdout
         self.process.kill()
@@ -426,12 +426,12 @@ class Harness:
                 self._round()
                 if number % self.rounds_per_store == 0 or self.figures.lost:
                     if self.model.versions:
-                        left = orphans(self.root)
-                        self.figures.orphans += len(left)
-                        self.figures.lost += [f"an orphan: {path}" for path in left]
+                        paths = orphans(self.root)
+                        self.figures.orphans += len(paths)
+                        self.figures.lost += [f"an orphan: {path}" for path in paths]
                         look(self.root, close=True)
                     if self.figures.lost:
-                        break  # the store stays where it is, to be looked at
+                        break  # the store stays for inspection
                     shutil.rmtree(self.root, ignore_errors=True)
                     shutil.rmtree(self.bundles)
                     self._new_store()
@@ -446,10 +446,10 @@ class Harness:
         assert current.receive(60), "the child did not start"
         if way in _MODES:
             current.send({"arm": self._arm(way)})
-        left = self.rng.uniform(0.0, 0.4) if way == "clock" else 2.5
-        end, failed, after_failure = time.monotonic() + left, False, self.rng.randint(1, 3)
+        seconds = self.rng.uniform(0.0, 0.4) if way == "clock" else 2.5
+        end, failed, after_failure = time.monotonic() + seconds, False, self.rng.randint(1, 3)
         while True:
-            # the user whose operation was cut off asks for it again, or for something else
+            # the user repeats the interrupted operation, or does something else
             again, self.interrupted = self.interrupted, None
             operation = (
                 again
@@ -460,7 +460,7 @@ class Harness:
             answer = current.receive(end - time.monotonic())
             if answer is None:
                 answer = current.end()
-                self._spare = _Child(self.shim)  # starts while the store is looked at
+                self._spare = _Child(self.shim)  # it starts while the store is read
                 if answer is None:
                     figures.ends[way] += 1
                     self._resolve(operation, close=way == "POWER" or self.rng.random() < 0.5)
@@ -473,7 +473,8 @@ class Harness:
                     )
                 if kind != "WriteFailed":
                     figures.lost.append(
-                        f"{operation['operation']} on a failing disk did not raise WriteFailed: {answer['failed']}"
+                        f"{operation['operation']} on a failing disk did not raise WriteFailed: "
+                        f"{answer['failed']}"
                     )
                 failed = True
                 figures.refused[f"{way}: {kind}"] += 1
@@ -488,7 +489,8 @@ class Harness:
                 after_failure -= failed
                 if answer["version"] != self.model.current:
                     figures.lost.append(
-                        f"{operation['operation']} was acknowledged as {answer['version']}, not {self.model.current}"
+                        f"{operation['operation']} was acknowledged as {answer['version']}, not "
+                        f"{self.model.current}"
                     )
             if self._spare or figures.lost or not after_failure:
                 current.end() if not self._spare else None
@@ -497,17 +499,17 @@ class Harness:
                 self._resolve(None, close=self.rng.random() < 0.5)
                 return
 
-    def _compare_bundle(self, operation: Operation, said: str | None) -> None:
-        """A bundle is whole or not there, and of one version it is always the same bytes."""
+    def _compare_bundle(self, operation: Operation, acknowledged: str | None) -> None:
+        """Check that a bundle is complete or not there, and that a version always gives the same bytes."""
         path, number = Path(operation["path"]), operation["of"]
-        if said is None and not path.exists():
+        if acknowledged is None and not path.exists():
             return
-        found = sha256(path.read_bytes()).hexdigest()
+        digest = sha256(path.read_bytes()).hexdigest()
         if number not in self.bundle_sha256:
             self.bundle_sha256[number] = (
-                said or export(self.root, NAME, self.bundles / "again.bundle", version=number).sha256
+                acknowledged or export(self.root, NAME, self.bundles / "again.bundle", version=number).sha256
             )
-        if found != self.bundle_sha256[number] or said not in (None, found):
+        if digest != self.bundle_sha256[number] or acknowledged not in (None, digest):
             self.figures.lost.append(f"the bundle of version {number} is not what it was: {path}")
 
     def _arm(self, way: str) -> list[int]:
@@ -521,22 +523,23 @@ class Harness:
         ]
 
     def _resolve(self, operation: Operation | None, *, close: bool) -> None:
-        """Look at the store; it must be as acknowledged, with or without the operation in flight."""
+        """Compare the store with what was acknowledged, with or without the operation in flight."""
         if operation and operation["operation"] == "export":
             self._compare_bundle(operation, None)
-        found, wrong = look(self.root, close=close)
+        actual, wrong = look(self.root, close=close)
         self.figures.checks += 1
-        self.figures.versions_compared += len(found.versions)
+        self.figures.versions_compared += len(actual.versions)
         self.figures.lost += wrong
         candidate = self.model.after(operation) if operation else self.model
         if operation:
             self.interrupted = operation
-            self.figures.in_flight["committed" if found == candidate != self.model else "not there"] += 1
-        if found not in (self.model, candidate):
+            self.figures.in_flight["committed" if actual == candidate != self.model else "not there"] += 1
+        if actual not in (self.model, candidate):
             self.figures.lost.append(
-                f"the store holds {_brief(found)}, acknowledged is {_brief(self.model)}, in flight was {operation}"
+                f"the store holds {_brief(actual)}, acknowledged is {_brief(self.model)}, in flight was "
+                f"{operation}"
             )
-        self.model = found
+        self.model = actual
 
 
 def _brief(model: Model) -> dict[int, tuple[str, int]]:
@@ -544,7 +547,7 @@ def _brief(model: Model) -> dict[int, tuple[str, int]]:
 
 
 def build_shim(directory: Path) -> Path | None:
-    """Compile the fault injection; None where there is no C compiler."""
+    """Compile the fault injection; None without a C compiler."""
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         return None

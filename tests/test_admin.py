@@ -17,7 +17,7 @@ from tagstore.client import connect
 from tagstore.client.admin import administer
 from tagstore.serving.server import Server
 from tagstore.serving.settings import Settings
-from tagstore.storage.lmdb_files import writer_lock
+from tagstore.storage.generations import writer_lock
 from tagstore.storage.store import Store
 from tagstore.types import Pair, Rejected
 from tagstore_proto.v1 import tagstore_pb2 as pb

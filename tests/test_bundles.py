@@ -1,4 +1,4 @@
-"""A version goes into one file and comes back with the same answers; nothing that is not a whole, sound bundle is ever let in."""
+"""A version exported and imported gives the same answers; only a complete, sound bundle is accepted."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ from tagstore.client import connect
 from tagstore.errors import AlreadyExists, Busy, Damaged, InvalidInput, NotFound, TagstoreError
 from tagstore.indexing import faiss_index
 from tagstore.mining import MergedTag
+from tagstore.storage.rows import block_key
 from tagstore.storage.staging import Draft
-from tagstore.storage.store import Store, block_key, store_names
+from tagstore.storage.store import Store, store_names
 from tagstore.storage.writer import Writer
 from tagstore.types import Fingerprint
 from tagstore.upkeep.verify import verify
@@ -82,7 +83,7 @@ def put(
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four versions: an ingest, upserts, a deletion that leaves holes in ids and tags, and one thing more."""
+    """A store of four versions: ingest, upserts, a deletion that leaves gaps in ids and tags, an addition."""
     root = tmp_path_factory.mktemp("root")
     rng = np.random.default_rng(0)
     words = [f"Tag {i}" for i in range(40)]
@@ -110,7 +111,7 @@ def bundle(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle that can be spoilt many times in a short time."""
+    """A bundle small enough to be damaged many times in a short time."""
     path = tmp_path_factory.mktemp("small")
     tags = [[f"Tag {i % 7}", f"Tag {7 + i % 5}"][: i % 3] for i in range(60)]
     put(path, [draft(i, t) for i, t in enumerate([["Only here"], *tags[1:]])], unit(0, 60), source=SOURCE)
@@ -151,7 +152,7 @@ def unpacked(bundle: Path) -> Files:
 
 
 def packed(path: Path, files: Files, change: Callable[[dict], None] = lambda manifest: None) -> Path:
-    """A bundle of these files, with a manifest that vouches for them."""
+    """Write a bundle of these files, with a manifest that fits them."""
     manifest = json.loads(files["manifest.json"])
     manifest["files"] = {
         n: {"bytes": len(d), "sha256": sha256(d).hexdigest()} for n, d in files.items() if "manifest" not in n
@@ -468,24 +469,30 @@ BAD = {
     "ids that descend": (lines(lambda e: e.reverse()), "ids ascend"),
     "an id twice": (lines(lambda e: e[5].update(id=e[4]["id"])), "ids ascend"),
     "an id out of range": (lines(lambda e: e[-1].update(id=10**9)), "stay below"),
-    "an id that is no number": (lines(lambda e: e[0].update(id=True)), "line 1 has not the fields"),
-    "a fraction as id": (lines(lambda e: e[0].update(id=1.0)), "line 1 has not the fields"),
+    "an id that is no number": (lines(lambda e: e[0].update(id=True)), "line 1 does not have the fields"),
+    "a fraction as id": (lines(lambda e: e[0].update(id=1.0)), "line 1 does not have the fields"),
     "a tag that is not there": (lines(lambda e: e[7].update(tags=[[0, 9, []]])), "carries a tag"),
     "a tag far off": (lines(lambda e: e[7].update(tags=[[1 << 60, 9, []]])), "carries a tag"),
     "a tag twice": (lines(lambda e: e[7].update(tags=[[3, 9, []], [3, 9, []]])), "carries a tag twice"),
-    "a score too high": (lines(lambda e: e[7].update(tags=[[3, 256, []]])), "line 8 has not the fields"),
+    "a score too high": (
+        lines(lambda e: e[7].update(tags=[[3, 256, []]])),
+        "line 8 does not have the fields",
+    ),
     "a place before the beginning": (
         lines(lambda e: e[7].update(tags=[[3, 9, [[0, -1, 4]]]])),
-        "line 8 has not the fields",
+        "line 8 does not have the fields",
     ),
     "a place that ends before it starts": (
         lines(lambda e: e[7].update(tags=[[3, 9, [[0, 5, 4]]]])),
         "line 8 has a tag that ends before",
     ),
-    "captions that are a text": (lines(lambda e: e[0].update(captions="abc")), "line 1 has not the fields"),
-    "a short hash": (lines(lambda e: e[0].update(sha256="00")), "line 1 has not the fields"),
-    "a field too many": (lines(lambda e: e[0].update(more=1)), "line 1 has not the fields"),
-    "a field too few": (lines(lambda e: e[0].pop("origin")), "line 1 has not the fields"),
+    "captions that are a text": (
+        lines(lambda e: e[0].update(captions="abc")),
+        "line 1 does not have the fields",
+    ),
+    "a short hash": (lines(lambda e: e[0].update(sha256="00")), "line 1 does not have the fields"),
+    "a field too many": (lines(lambda e: e[0].update(more=1)), "line 1 does not have the fields"),
+    "a field too few": (lines(lambda e: e[0].pop("origin")), "line 1 does not have the fields"),
     "an entry too few": (lines(lambda e: e.pop()), r"entries.jsonl: there are \d+, manifest.json says"),
     "a count that is wrong": (lines(lambda e: e[8].update(tags=[])), "tags in entries.jsonl: there are"),
     "half a surrogate pair": (text(b'"k', b'"\\ud83d'), "no JSON that can be read"),
@@ -503,11 +510,11 @@ BAD = {
     ),
     "an unknown kind": (
         lines(lambda t: t[1].update(kind="colour"), "tags.jsonl"),
-        "tags.jsonl, line 2 has not the fields",
+        "tags.jsonl, line 2 does not have the fields",
     ),
     "a tag without a form": (
         lines(lambda t: t[1].update(canonical=""), "tags.jsonl"),
-        "tags.jsonl, line 2 has not the fields",
+        "tags.jsonl, line 2 does not have the fields",
     ),
     "tags that nobody carries": (
         lines(lambda e: [x.update(tags=[]) for x in e]),
@@ -642,7 +649,7 @@ def test_an_import_that_is_killed_leaves_nothing_to_see_and_the_next_one_tidies_
                 os._exit(0)
         return os.WTERMSIG(os.waitpid(child, 0)[1])
 
-    # complete, but for the last step
+    # complete except for the last step
     monkeypatch.setattr(importing, "verify", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
     for seconds in (0.004, 0.008, 0.012, 0.016, 0.024, 0.032, 0.05, 60):
         assert killed(seconds) in (signal.SIGALRM, signal.SIGKILL)

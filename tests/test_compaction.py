@@ -1,4 +1,4 @@
-"""Compaction reclaims without changing an answer; a takedown leaves no byte behind."""
+"""Compaction frees space without changing an answer; a takedown leaves no byte behind."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from tagstore.indexing import faiss_index
 from tagstore.mining import MergedTag
 from tagstore.retrieval.engine import Engine
 from tagstore.storage.staging import Draft
-from tagstore.storage.store import U64, Store
+from tagstore.storage.store import Store
+from tagstore.storage.tables import U64
 from tagstore.storage.writer import Writer
 from tagstore.types import Fingerprint, Rejected, Search
-from tagstore.upkeep.compact import compact, prove_absent, purge, takedowns
+from tagstore.upkeep.compact import compact
 from tagstore.upkeep.edits import Selection, delete, rollback
+from tagstore.upkeep.takedown import prove_absent, purge, takedowns
 from tagstore.upkeep.verify import verify
 
 D = 16
@@ -141,6 +143,7 @@ def test_a_takedown_removes_bytes_and_history_and_is_recorded_without_them(tmp_p
         "me",
     )
     assert takedown.keys_sha256 == images
+    assert "1 image hashes and 1 vectors" in takedown.proof, "deleted before it was taken down"
     assert takedowns(tmp_path, "toy") == [takedown]
     assert [v.number for v in Store(tmp_path, "toy").versions()] == [1, 4, 5]
     assert Store(tmp_path, "toy").snapshot().version.entries == 120
@@ -182,7 +185,7 @@ def test_a_takedown_that_is_cut_off_after_its_commit_is_on_record(
     def die(*_: object, **__: object) -> list[str]:
         raise Interrupted
 
-    monkeypatch.setattr("tagstore.upkeep.compact.prove_absent", die)
+    monkeypatch.setattr("tagstore.upkeep.takedown.prove_absent", die)
     with pytest.raises(Interrupted):
         purge(tmp_path, "toy", Selection(keys=["photo-1234"]), reason="asked for")
     [takedown] = takedowns(tmp_path, "toy")

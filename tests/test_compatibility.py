@@ -1,7 +1,8 @@
-"""A store, bundles and a recorded map that an earlier revision wrote open, verify and answer byte for byte as they did then.
+"""A store, bundles and a recorded map of an earlier revision open, verify and answer exactly as before.
 
-`written_before/` holds what revision 9230e88 wrote: a store of five versions (ingest, delete, ingest, rollback, build-index hnsw),
-bundles of versions 4 and 5, a map recorded with `k=4&exclude=self`, and the answers of all of them as JSON.
+`written_before/` holds what revision 9230e88 wrote: a store of five versions (ingest, delete, ingest,
+rollback, build-index hnsw), bundles of versions 4 and 5, a map recorded with `k=4&exclude=self`, and the
+answers of all of them as JSON.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The store's first promise: whoever dies at whatever instant, what was acknowledged is there and whole."""
+"""The store's first promise: a process may die at any instant, and all that it acknowledged is there."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_nothing_acknowledged_is_lost_in_30_deaths(tmp_path: Path) -> None:
 def test_the_harness_notices_a_commit_that_was_not_synced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A power cut takes what was not synced: with syncs that do nothing, the harness must find something lost."""
+    """A power cut loses what was not synced: if syncs do nothing, the harness must find a loss."""
     monkeypatch.setenv("CRASH_SYNC_NOTHING", "1")
     figures = crash.Harness(tmp_path, seed=1, ways=("POWER",), rounds_per_store=30).run(30)
     assert figures.lost
@@ -56,15 +56,15 @@ def test_a_store_on_a_full_disk_goes_on_when_there_is_room_again(tmp_path: Path)
             assert answer is not None, f"{operation['operation']} brought the process down"
             done = model.after(operation)
             if "failed" in answer:
-                # LMDB calls a write that the disk took in part an input/output error
+                # LMDB reports a partial write as an input/output error
                 assert "No space left" in answer["failed"] or "Input/output error" in answer["failed"], answer
                 failed += 1
                 if failed == 8:
                     subprocess.run(["mount", "-o", "remount,size=64m", root], check=True)
-                found, wrong = crash.look(root, close=False)
+                actual, wrong = crash.look(root, close=False)
                 assert wrong == []
-                assert found in (model, done)
-                model = found
+                assert actual in (model, done)
+                model = actual
             else:
                 model = done
                 after += failed >= 8
@@ -76,7 +76,7 @@ def test_a_store_on_a_full_disk_goes_on_when_there_is_room_again(tmp_path: Path)
 
 
 def ingest_slowly(source: str, root: str) -> None:
-    """What the child of the test below does: an ingest in batches of 16 that says when one is done, and waits to be told to go on."""
+    """Run an ingest that prints each batch of 16 and waits for a line: the child of the test below."""
     ingest.BATCH = 16
 
     def said(stage: str, done: int) -> None:

@@ -1,4 +1,4 @@
-"""Every kind of index against the numpy specification, filters and the leak guard against a pass over all entries."""
+"""Every kind of index equals the numpy specification; filters and leak guard equal a full pass."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from tagstore.indexing.protocol import Allowed, NumpyIndex
 from tagstore.mining import MergedTag
 from tagstore.retrieval import filters, lookups
 from tagstore.retrieval.engine import Engine
+from tagstore.storage.rows import widened
 from tagstore.storage.staging import Draft
 from tagstore.storage.store import Snapshot, Store
 from tagstore.storage.writer import Writer
@@ -46,7 +47,7 @@ def clustered(n: int, seed: int = 0) -> np.ndarray:
 
 
 def draft(i: int, prefix: str = "k") -> Draft:
-    """Every tenth picture is the same as the one before, and hashes of neighbours in number differ in few bits."""
+    """A draft; every tenth picture equals the one before, and hashes of close numbers differ in few bits."""
     colour = COLOURS[i % len(COLOURS)]
     metadata = (
         {}
@@ -78,7 +79,7 @@ def append(root: Path, name: str, vectors: np.ndarray, prefix: str = "k") -> Sna
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Store "large": version 1 flat, and one for each other kind."""
+    """A root with store "large": version 1 is flat, and there is one for each other kind."""
     root = tmp_path_factory.mktemp("indexes")
     append(root, "large", clustered(N))
     for number, kind in enumerate(("hnsw", "ivf", "ivfpq", "flat32"), 2):
@@ -103,7 +104,7 @@ def oracle(root: Path) -> NumpyIndex:
 
 
 def similarities(oracle: NumpyIndex, queries: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """Of each query with its ids; entries of a store that was only appended to have their id as their row."""
+    """Similarities of each query with its ids, which equal the oracle's rows if nothing was deleted."""
     return np.einsum("nd,nkd->nk", queries, oracle.vectors[ids])
 
 
@@ -166,7 +167,7 @@ def test_request_parameters_change_nothing_that_is_shared(engines: dict[str, Eng
 
 
 def test_masked_searches_in_many_threads_agree(root: Path, tmp_path: Path) -> None:
-    """FAISS translates selectors in the parameters it is given: shared ones would be another thread's."""
+    """FAISS writes into the parameters of a filtered search: threads must not share them."""
     append(tmp_path, "s", clustered(600))
     delete(tmp_path, "s", Selection(keys=[f"k{i}" for i in range(250)]))
     engine = Engine(Store(tmp_path, "s").snapshot())
@@ -189,7 +190,7 @@ def test_masked_searches_in_many_threads_agree(root: Path, tmp_path: Path) -> No
 def brute(
     snapshot: Snapshot, oracle: NumpyIndex, query: np.ndarray, search: Search, own: Identity
 ) -> tuple[list[int], int]:
-    """Neighbours and the number kept out, by looking at every entry."""
+    """Neighbours and the number excluded, by a pass over all entries."""
     rows = [(e, int(i)) for i, e in enumerate(snapshot.entries())]
     exclude = search.exclude
     cosines = np.clip((oracle.vectors * (query / np.linalg.norm(query))).sum(axis=1), -1, 1)
@@ -375,9 +376,7 @@ def test_an_index_file_lends_the_stored_vectors_without_a_copy(
 def test_float16_is_widened_bit_for_bit() -> None:
     finite = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
     finite = finite[np.isfinite(finite)]
-    np.testing.assert_array_equal(
-        exact.widened(finite).view(np.uint32), finite.astype(np.float32).view(np.uint32)
-    )
+    np.testing.assert_array_equal(widened(finite).view(np.uint32), finite.astype(np.float32).view(np.uint32))
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -413,7 +412,7 @@ def test_exact_search_over_any_run_and_any_set(
 def test_exact_search_in_threads_and_with_merges(
     engines: dict[str, Engine], oracle: NumpyIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exact, "MERGE_AT", 1)
+    monkeypatch.setattr(exact, "MAX_HELD", 1)
     monkeypatch.setattr(exact, "cores", lambda: 2)
     queries = clustered(20, 12)
     live = Allowed(engines["flat"].snapshot.array("live", np.uint8), N)
@@ -571,4 +570,19 @@ def test_the_command(tmp_path: Path) -> None:
 def test_the_weight_of_a_file_is_known_before_it_is_built(root: Path, kind: str) -> None:
     [file] = Store(root, "large").snapshot(VERSION[kind]).version.index["files"]
     plan = faiss_index.plan_of(file["plan"]) if "plan" in file else plans.Plan("flat")
-    assert plans.weight(plan, N, D) == pytest.approx(file["bytes"], rel=0.1)
+    assert plans.file_bytes(plan, N, D) == pytest.approx(file["bytes"], rel=0.1)
+
+
+def test_verify_names_an_index_that_holds_other_vectors_than_the_store(tmp_path: Path) -> None:
+    append(tmp_path, "s", clustered(300))
+    with Writer(tmp_path, "s") as writer:
+        assert writer.parent
+        snapshot = Snapshot(writer.store, replace(writer.parent, number=2))
+        blocks = snapshot.vector_blocks
+        snapshot.vector_blocks = lambda ids: ((i, -rows) for i, rows in blocks(ids))  # type: ignore[method-assign]
+        directory = writer.store.index_directory
+        writer.replace_index(writer.parent, faiss_index.extend(snapshot, None, directory, whole=True))
+    [problem] = verify(tmp_path, "s")
+    assert "holds another vector for entry 0 than the store (300 such)" in problem.what
+    assert repair(tmp_path, "s")
+    assert verify(tmp_path, "s", full=True) == []

@@ -1,4 +1,4 @@
-"""The index on a GPU: what is said and refused without one, and, where there is one, that it answers as the CPU does."""
+"""The index on a GPU: refused with a clear message without one, and with one the answers of the CPU."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_what_does_not_fit_is_refused_before_it_is_loaded(
     snapshot: Snapshot, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    needed = gpu.needs(FaissIndex(snapshot), snapshot)
+    needed = gpu.required_bytes(FaissIndex(snapshot), snapshot)
     assert needed >= N * D * 2 + gpu.TEMPORARY
     gpu.check_fits(needed, needed, 0)
     assert "the index takes 0.5 GiB on cuda:0" in caplog.text

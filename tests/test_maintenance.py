@@ -1,4 +1,4 @@
-"""Deleting, rolling back, comparing, dropping; verify finds what is wrong and repair mends what is derived."""
+"""Deleting, rolling back, comparing, dropping; verify finds damage, and repair rebuilds what is derived."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from tagstore.errors import AlreadyExists, Damaged, InvalidInput, NotFound
 from tagstore.ingest import ingest
 from tagstore.mining import load_rules
 from tagstore.storage.store import Store, store_names
-from tagstore.upkeep.edits import Selection, delete, diff, drop, reembed, rename, retag, rollback, undrop
+from tagstore.upkeep.edits import Selection, delete, diff, drop, rename, rollback, undrop
+from tagstore.upkeep.reprocessing import reembed, retag
 from tagstore.upkeep.verify import repair, verify
 
 
@@ -216,7 +217,7 @@ def test_a_damaged_record_is_found_and_not_papered_over(root: Path) -> None:
     data = bytearray(database.read_bytes())
     at = data.index(b"A red circle on a white table in Paris.")
     data[at + 3] ^= 1
-    from tagstore.storage.lmdb_files import environment, forget
+    from tagstore.storage.environments import environment, forget
 
     environment(database.parent).close()
     forget(database.parent)

@@ -1,4 +1,4 @@
-"""The store's promises at their first depth: versions are immutable, a commit is all or nothing, one writer at a time."""
+"""The store's basic promises: versions are immutable, a commit is all or nothing, one writer at a time."""
 
 import json
 import os
@@ -12,11 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import tagstore
 from tagstore.errors import Busy, Damaged, FingerprintMismatch, InvalidInput, NotFound, WriteFailed
 from tagstore.mining import MergedTag
 from tagstore.storage.codec import seal
+from tagstore.storage.rows import BLOCK_ROWS
 from tagstore.storage.staging import Draft
-from tagstore.storage.store import FORMAT, ROWS, Store, check_name, store_names
+from tagstore.storage.store import Store, check_name, store_names
+from tagstore.storage.tables import FORMAT
 from tagstore.storage.writer import Writer
 from tagstore.types import Fingerprint
 
@@ -84,7 +87,7 @@ def test_a_key_that_comes_again_replaces_its_entry_and_the_old_version_stays(
 
 
 def test_vectors_cross_blocks(tmp_path: Path, rng: np.random.Generator) -> None:
-    vectors = unit(rng, 3 * ROWS + 5)
+    vectors = unit(rng, 3 * BLOCK_ROWS + 5)
     with Writer(tmp_path, "toy", FINGERPRINT) as writer:
         for start in range(0, len(vectors), 100):
             part = vectors[start : start + 100]
@@ -156,7 +159,8 @@ def test_a_second_writer_is_refused_and_told_who_writes(tmp_path: Path) -> None:
             from tagstore.types import Fingerprint
             from tagstore.storage.writer import Writer
             try:
-                Writer({str(tmp_path)!r}, "toy", Fingerprint("toy", "00", {{"size": [8, 8]}}, False, True, {D})).__enter__()
+                fingerprint = Fingerprint("toy", "00", {{"size": [8, 8]}}, False, True, {D})
+                Writer({str(tmp_path)!r}, "toy", fingerprint).__enter__()
             except Busy as error:
                 print(error)
         """)
@@ -191,11 +195,13 @@ def test_a_writer_killed_at_any_instant_leaves_the_last_version(
         from tagstore.types import Fingerprint
         from tagstore.storage.staging import Draft
         from tagstore.storage.writer import Writer
-        with Writer({str(tmp_path)!r}, "toy", Fingerprint("toy", "00", {{"size": [8, 8]}}, False, True, {D})) as writer:
+        fingerprint = Fingerprint("toy", "00", {{"size": [8, 8]}}, False, True, {D})
+        with Writer({str(tmp_path)!r}, "toy", fingerprint) as writer:
             n = 0
             while True:
                 tags = (MergedTag(f"t{{n}}", "object", f"t{{n}}", 1.0, 1, ()),)
-                writer.append([Draft(f"k{{n}}", bytes(32), 0, ("c",), tags)], np.eye({D}, dtype=np.float32)[:1])
+                draft = Draft(f"k{{n}}", bytes(32), 0, ("c",), tags)
+                writer.append([draft], np.eye({D}, dtype=np.float32)[:1])
                 n += 1
                 print(n, flush=True)
     """)
@@ -284,7 +290,8 @@ def test_the_reader_in_the_documentation_reads_a_store(tmp_path: Path, rng: np.r
     [code] = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
     code = f"path = {str(tmp_path / 'toy')!r}\n{code}\n"
     code += "names = 'key', 'tags', 'perceptual_hash', 'captions'\n"
-    code += "print(json.dumps([[i, e['sha256'].hex(), *(e[name] for name in names)] for i, e in entries.items()]))\n"
+    code += "rows = [[i, e['sha256'].hex(), *(e[name] for name in names)] for i, e in entries.items()]\n"
+    code += "print(json.dumps(rows))\n"
     code += "print(json.dumps(vectors.tolist()))"
     out = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
@@ -310,3 +317,17 @@ def test_a_forked_child_opens_the_store_for_itself(tmp_path: Path, rng: np.rando
         except BaseException:  # noqa: BLE001  the child must not run the rest of the test session
             os._exit(2)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_no_other_room_knows_lmdb_or_the_tables() -> None:
+    package = Path(tagstore.__file__).parent
+    secrets = re.compile(r"\b(import|from) lmdb\b|\bU64\b|\.db\[|\.env\b|\.begin\(|storage\.(codec|tables)\b")
+    offenders = [
+        f"{path.relative_to(package)}:{number}: {line.strip()}"
+        for path in sorted(package.rglob("*.py"))
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if secrets.search(line)
+        and path.parent.name != "storage"
+        and path != package / "client" / "caches.py"  # answers, in a database of the client's own
+    ]
+    assert not offenders

@@ -1,6 +1,6 @@
-"""One bit flipped anywhere: `verify` names the file, or the bit stood where nothing is, and every record is what it was.
+"""A flipped bit anywhere: `verify` names the file, or the bit was in unused space and no record changed.
 
-Each flip is looked at in a forked process, since a database file that was tampered with can bring down whoever maps it.
+Each flip is read in a forked process, since a damaged database file can crash the process that maps it.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ import pytest
 
 import crash
 from tagstore.errors import Damaged
-from tagstore.storage.lmdb_files import forget
-from tagstore.storage.store import DATABASES, Store
+from tagstore.storage.environments import forget
+from tagstore.storage.store import Store
+from tagstore.storage.tables import TABLES
 from tagstore.storage.writer import Writer
 from tagstore.types import Rejected
-from tagstore.upkeep.compact import purge
 from tagstore.upkeep.edits import Selection
+from tagstore.upkeep.takedown import purge
 from tagstore.upkeep.verify import _problems, verify
 
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A root with a store that has some of everything, and that no process has open."""
+    """A root with a store that has every kind of record, and that no process has open."""
     root = tmp_path_factory.mktemp("sound")
     rng, model, serial = random.Random(5), crash.Model(), iter(range(1, 1 << 40))
     purged = False
@@ -52,7 +53,7 @@ def _records(root: Path) -> str:
     """A digest over every record of every table."""
     store, digest = Store(root, crash.NAME), hashlib.sha256()
     with store.env.begin() as txn:
-        for name in DATABASES:
+        for name in TABLES:
             digest.update(name.encode())
             with txn.cursor(store.db[name]) as cursor:
                 for key, value in cursor:
@@ -61,7 +62,7 @@ def _records(root: Path) -> str:
 
 
 def _look(root: Path) -> tuple[list[str], str]:
-    """What `verify` finds, and the digest of the records; of a process of its own."""
+    """What `verify` finds, and the digest of the records, read in another process."""
     read, write = os.pipe()
     child = os.fork()
     if not child:
@@ -109,7 +110,7 @@ def test_a_bit_flipped_in_the_database_is_found_or_stood_where_nothing_is(
         bit = rng.randrange(len(data) * 8)
         _flipped(database, bit)
         problems, records = _look(root)
-        # a free page, or the room between the keys and the values of a page: no record, no structure, nothing to find
+        # a free page, or the gap between keys and values of a page: nothing to find
         outcome[
             "found"
             if problems
@@ -123,7 +124,7 @@ def test_a_bit_flipped_in_the_database_is_found_or_stood_where_nothing_is(
 
 
 def test_a_bit_flipped_in_a_record_is_found_in_every_table(sound: Path, tmp_path: Path) -> None:
-    """Not by chance: the bytes that a table's values stand in, wherever in the file."""
+    """Flip bits in the values of every table, wherever they are in the file."""
     root = _copy(sound, tmp_path / "root")
     [database] = root.glob("*/db-*/data.mdb")
     data, rng = database.read_bytes(), random.Random(4)
@@ -141,7 +142,7 @@ def test_a_bit_flipped_in_a_record_is_found_in_every_table(sound: Path, tmp_path
 def _values(root: Path) -> dict[str, list[bytes]]:
     store = Store(root, crash.NAME)
     with store.env.begin() as txn:
-        values = {name: [value for _, value in txn.cursor(store.db[name])] for name in DATABASES}
+        values = {name: [value for _, value in txn.cursor(store.db[name])] for name in TABLES}
     store.env.close()
     forget(store.generation)
     assert all(values.values())
@@ -158,7 +159,7 @@ def test_a_bit_flipped_in_any_other_file_is_found_and_the_file_named(
         for _ in range(12):
             _flipped(path, rng.randrange(len(data) * 8))
             problems = _look(root)[0]
-            # the end of the one line of CURRENT says nothing: any white space will do
+            # the end of the line of CURRENT means nothing: any white space will do
             assert (
                 any(path.name in problem for problem in problems) or path.read_bytes().strip() == data.strip()
             )

@@ -1,4 +1,4 @@
-"""Any sequence of operations on a store leaves what the same sequence leaves in a plain dict, version by version."""
+"""Any sequence of operations on a store gives the same versions as on a plain dict."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 import crash
 from tagstore.storage.store import Store
-from tagstore.upkeep.compact import purge
 from tagstore.upkeep.edits import Selection, diff
+from tagstore.upkeep.takedown import purge
 
 KEYS = st.integers(0, 30).map("key-{:05d}".format)
 
 
 class StoreMachine(RuleBasedStateMachine):
-    """The operations of the crash harness, in sequences that hypothesis shrinks; nothing dies here."""
+    """The operations of the crash harness, without crashes, in sequences that hypothesis shrinks."""
 
     @initialize()
     def start(self) -> None:
@@ -44,7 +44,7 @@ class StoreMachine(RuleBasedStateMachine):
         sync=st.sampled_from(["full", "batch"]),
     )
     def ingest(self, batches: list[list[str]], sync: str) -> None:
-        """New keys are inserts, those that are there upserts; of a key that comes twice the first counts."""
+        """Insert new keys and replace existing ones; the first of a duplicate key counts."""
         items = [[(key, next(self.serial)) for key in batch] for batch in batches]
         identity = f"source {next(self.serial)}"
         self._do(
@@ -60,7 +60,7 @@ class StoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.model.content[1])
     @rule(data=st.data())
     def ingest_the_same_again(self, data: st.DataObject) -> None:
-        """What is there unchanged makes no version."""
+        """Unchanged pairs make no version."""
         space, content = self.model.content
         items = data.draw(st.lists(st.sampled_from(sorted(content.items())), min_size=1, max_size=5))
         self._do(
@@ -93,7 +93,7 @@ class StoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.model.content[1]) > 1)
     @rule(data=st.data())
     def purge(self, data: st.DataObject) -> None:
-        """The key is gone from the current version, and every version that ever held it is gone."""
+        """A purged key is gone from the current version, and so are the versions that held it."""
         key = data.draw(st.sampled_from(sorted(self.model.content[1])))
         taken = purge(self.root, crash.NAME, Selection(keys=[key]), reason="asked for")
         space, content = self.model.content
@@ -106,18 +106,18 @@ class StoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.model.versions) > 1)
     @rule(data=st.data())
     def compare(self, data: st.DataObject) -> None:
-        """`diff` says what two dicts say."""
+        """`diff` equals the difference of two dicts."""
         before, after = (data.draw(st.sampled_from(sorted(self.model.versions))) for _ in range(2))
         (_, old), (_, new) = self.model.versions[before], self.model.versions[after]
-        found = diff(self.root, crash.NAME, before, after)
-        assert found.added == sorted(new.keys() - old.keys())
-        assert found.removed == sorted(old.keys() - new.keys())
-        assert {k for k in old.keys() & new.keys() if old[k] != new[k]} <= set(found.changed)
+        difference = diff(self.root, crash.NAME, before, after)
+        assert difference.added == sorted(new.keys() - old.keys())
+        assert difference.removed == sorted(old.keys() - new.keys())
+        assert {k for k in old.keys() & new.keys() if old[k] != new[k]} <= set(difference.changed)
 
     @precondition(lambda self: self.model.versions)
     @rule(data=st.data(), key=KEYS)
     def travel(self, data: st.DataObject, key: str) -> None:
-        """A key is looked up in an old version as that version had it."""
+        """An old version finds a key as it was then."""
         number = data.draw(st.sampled_from(sorted(self.model.versions)))
         snapshot = Store(self.root, crash.NAME).snapshot(number)
         entry_id = snapshot.find(key)
@@ -126,11 +126,11 @@ class StoreMachine(RuleBasedStateMachine):
 
     @invariant()
     def the_store_holds_what_the_model_holds(self) -> None:
-        """Every version, in full, and `verify` finds nothing; looked at when something changed."""
+        """After a change every version is read in full, and `verify` finds nothing."""
         if getattr(self, "model", None) is not getattr(self, "looked", None):
-            found, wrong = crash.look(self.root, close=False)
+            actual, wrong = crash.look(self.root, close=False)
             assert wrong == []
-            assert found == self.model
+            assert actual == self.model
             self.looked = self.model
 
 

@@ -1,4 +1,4 @@
-"""What a writer does when something goes wrong under it, and what it need not look at when nothing does."""
+"""How a writer behaves when something fails, and what it need not read when nothing does."""
 
 from __future__ import annotations
 
@@ -20,13 +20,15 @@ import crash
 from tagstore.bundles import export, import_
 from tagstore.errors import BadVector, WriteFailed
 from tagstore.indexing import faiss_index
-from tagstore.storage import lmdb_files
+from tagstore.storage import environments
 from tagstore.storage.staging import Draft
-from tagstore.storage.store import Store, Version
+from tagstore.storage.store import Store
+from tagstore.storage.version import Version
 from tagstore.storage.writer import Writer
 from tagstore.types import Fingerprint
-from tagstore.upkeep.compact import compact, purge
+from tagstore.upkeep.compact import compact
 from tagstore.upkeep.edits import Selection, drop, rename, undrop
+from tagstore.upkeep.takedown import purge
 from tagstore.upkeep.verify import repair, verify
 
 needs_compiler = pytest.mark.skipif(
@@ -151,7 +153,7 @@ def test_a_leftover_of_the_index_is_swept_and_what_versions_name_is_not(tmp_path
 
 
 def test_a_compacted_store_rolled_back_to_another_encoder_and_ingested_into_is_sound(tmp_path: Path) -> None:
-    """Of the tags that came with the second encoder the first has embedded none: no checksum may cover them before it does."""
+    """The first encoder has not embedded the second one's tags: no checksum may cover them yet."""
     put(tmp_path, 0, 20)
     crash.reembed(tmp_path, {"space": "second"})
     put(tmp_path, 200, 20, space="second")
@@ -199,16 +201,16 @@ def test_what_was_read_of_a_database_does_not_stay_in_memory(tmp_path: Path) -> 
     assert mapped() > 20 << 20
     with writer.env.begin(buffers=True) as txn:
         held = txn.get(b"state", db=writer.db["meta"])
-        lmdb_files.trim(writer.env, 1 << 40)
+        environments.trim(writer.env, 1 << 40)
         assert mapped() > 20 << 20
-        lmdb_files.trim(writer.env, 1)
+        environments.trim(writer.env, 1)
         assert mapped() < 4 << 20
         assert json.loads(bytes(held).partition(b" ")[2])["current"] == 1
     np.testing.assert_array_equal(snapshot.vectors(snapshot.live()[::100]), expected)
 
 
 def put_plain(root: Path, first: int, n: int) -> Version:
-    """Entries without tags, in one append."""
+    """Write entries without tags, in one append."""
     with Writer(root, crash.NAME, crash.SPACES["first"]) as writer:
         writer.append(
             [Draft(f"{i:09d}", bytes(32), 0, ("c" * 200,)) for i in range(first, first + n)],
@@ -218,7 +220,7 @@ def put_plain(root: Path, first: int, n: int) -> Version:
 
 
 def fill(root: str) -> None:
-    """What the child of the test below does: ingest until there is no room in its small map."""
+    """Ingest until a small map is full: the child of the test below."""
     for i in range(1, 1000):
         try:
             put_plain(Path(root), 500 * i, 500)
@@ -237,14 +239,14 @@ def test_a_map_that_is_full_is_said_and_a_process_with_a_larger_one_goes_on(tmp_
     commits, said = json.loads(child.stdout)
     assert "set TAGSTORE_MAP_SIZE to more than 1048576 bytes" in said
     assert commits > 1
-    # the one that had the store open all the time, with the map it started with, sees all of it and goes on
+    # a process with the larger map, which had the store open all the time, sees everything and can write
     assert reader.snapshot().version.entries == 500 * commits
     assert put_plain(tmp_path, 500 * commits, 3000).entries == 500 * commits + 3000
     assert (reader.generation / "data.mdb").stat().st_size > 1 << 20
     assert verify(tmp_path, crash.NAME, full=True) == []
 
 
-# every operation, with each of its writes failing in turn; in a child, under the shim of the crash harness
+# Each write of every operation fails in turn, in a child process under the shim of the crash harness.
 
 OPERATIONS = {
     "ingest": lambda root, to: put(root, 100, 30),
@@ -264,31 +266,31 @@ OPERATIONS = {
 }
 
 
-# of those that write much, or start a process that verifies, not every write is tried; odd, so that ENOSPC and EIO take turns
+# Operations that write much, or verify, skip some writes; odd steps, so that ENOSPC and EIO alternate.
 STRIDES = {"ingest": 3, "reembed": 3, "compact": 5, "purge": 5, "repair": 9, "import": 7}
 
 
 def fail_everywhere(root: str, operation: str, stride: str) -> None:
-    """What the child of the test below does: until an operation comes through, fail its first write, its second ..."""
-    scratch, shim, found = Path(root).parent / "scratch", ctypes.CDLL(None), []
-    for at in range(0, 10_000, int(stride)):
+    """Fail the first write of an operation, then its second and so on: the child of the test below."""
+    scratch, shim, outcomes = Path(root).parent / "scratch", ctypes.CDLL(None), []
+    for number in range(0, 10_000, int(stride)):
         shutil.copytree(root, scratch / "root")
         if operation == "repair":
             next((scratch / "root").glob("*/db-*/index/*.faiss")).unlink()
-        shim.crash_arm(*map(ctypes.c_long, (3, at, 1, errno.EIO if at % 2 else errno.ENOSPC, 0)))
+        shim.crash_arm(*map(ctypes.c_long, (3, number, 1, errno.EIO if number % 2 else errno.ENOSPC, 0)))
         error = None
         try:
             OPERATIONS[operation](scratch / "root", scratch)
-        except Exception as raised:  # noqa: BLE001  which one it is is what the test asks
+        except Exception as raised:  # noqa: BLE001  the test checks which one it is
             error = raised
         unreached = bool(shim.crash_disarm())
         wrong = crash.look(scratch / "root", close=True)[1] if operation != "repair" else []
-        found.append([at, unreached, type(error).__name__ if error else None, str(error), wrong])
-        lmdb_files._close_inherited()
+        outcomes.append([number, unreached, type(error).__name__ if error else None, str(error), wrong])
+        environments._close_inherited()
         shutil.rmtree(scratch)
         if unreached:
             break
-    print(json.dumps(found))
+    print(json.dumps(outcomes))
 
 
 @needs_compiler
@@ -310,9 +312,9 @@ def test_a_write_that_fails_becomes_write_failed_whichever_it_is(tmp_path: Path,
     *failed, last = json.loads(child.stdout)
     assert failed
     assert (last[1], last[2], last[4]) == (True, None, [])
-    for at, _, error, text, wrong in failed:
-        assert error in ("WriteFailed", None), f"write {at}: {error}: {text}"
-        assert wrong == [], f"after write {at} failed"
+    for number, _, error, text, wrong in failed:
+        assert error in ("WriteFailed", None), f"write {number}: {error}: {text}"
+        assert wrong == [], f"after write {number} failed"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Bundles: one version of a store as one file, to hand on, to keep, or to bring back. `docs/bundles.md` describes the format.
+"""Bundles: one version of a store as one file, to share, to keep, or to restore. Format: `docs/bundles.md`.
 
     manifest.json     what this is, and the size and sha256 of every file below
     manifest.sig      Ed25519 signature of manifest.json, if it is signed
@@ -7,8 +7,9 @@
     entries.jsonl     the entries
     vectors.f16       their image vectors
 
-A bundle holds what answers depend on: ids, order and numbers are kept, so an imported store answers as the exported one did.
-The same version gives the same bytes. What is derived (the index) is made anew; images are in no store, so in no bundle.
+A bundle holds all that answers depend on and keeps ids and order, so an imported store answers as the
+exported one did. The same version gives the same bytes. The index is derived and built again. A store holds
+no images, so they are in a bundle only on demand.
 """
 
 from tagstore.bundles.exporting import export

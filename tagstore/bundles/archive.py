@@ -1,8 +1,9 @@
 """One file that holds members in a fixed order: a tar in one zstd frame, the same bytes for the same content.
 
-Nothing of the machine or the hour is written. Reading is strict, a stream, and in bounded memory whatever the file says: each
-header must be, byte for byte, the one that the writer gives the member that comes next. So there is no path to escape by, no
-link, device, sparse file or long name, no member too many or twice; and nothing is ever extracted to a path of the archive.
+Nothing of the machine or the time is written. Reading is a stream in bounded memory, whatever the file says,
+and strict: each header must equal, byte for byte, the one that the writer gives the next member. So there can
+be no escaping path, link, device, sparse file, long name, or extra member; and nothing is ever extracted to a
+path that the archive names.
 """
 
 from __future__ import annotations
@@ -20,29 +21,32 @@ from typing import IO, BinaryIO, cast
 import zstandard
 
 from tagstore.errors import Busy, Damaged, InvalidInput, NotFound
-from tagstore.storage.lmdb_files import sync_directory
+from tagstore.storage.generations import sync_directory
 
 LEVEL = 3
-"""Of zstd: the bytes of a level are the same on every processor for the same release of the library."""
+"""Compression level of zstd; its bytes are the same on every processor for the same release of the library.
+"""
 MAX_WINDOW = 8 << 20
-"""Memory that a frame may ask its reader for; what we write asks for 2 MiB."""
+"""Bytes of memory that a frame may ask of its reader; what we write asks for 2 MiB."""
 MAX_LINE = 16 << 20
+"""Bytes of a line at most."""
 PIECE = 1 << 20
+"""Bytes read at a time."""
 
 _BLOCK = 512
 _END = bytes(2 * _BLOCK)
 
 
 class ArchiveWriter:
-    """An archive in the making, as a context manager: it takes its name when the context is left without an error, whole and durable.
+    """Writes an archive, as a context manager; when that ends, the file gets its name, complete and durable.
 
-    Raises `Busy` if another process is writing the same file.
+    After an error there is no file. Raises `Busy` if another process is writing the same file.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.sha256 = ""
-        """Of the file, hex, once it is complete."""
+        """sha256 of the file, hex, once it is complete."""
         self._temporary = self.path.with_name(f".{self.path.name}.partial")
         self._digest = sha256()
 
@@ -58,7 +62,7 @@ class ArchiveWriter:
             raise Busy(
                 f"{self.path} is being written by another process: wait for it to end, or name another file"
             )
-        self._file.truncate(0)  # what an export that was cut off left
+        self._file.truncate(0)  # an export that was cut off may have left something
         self._compressor = zstandard.ZstdCompressor(level=LEVEL, write_checksum=True).compressobj()
         return self
 
@@ -99,9 +103,9 @@ class ArchiveWriter:
 
 
 class ArchiveReader:
-    """An archive, read once from its beginning to its end.
+    """Reads an archive once, from its beginning to its end.
 
-    Raises `Damaged` where bytes are missing or changed, `InvalidInput` where the archive was made otherwise.
+    Raises `Damaged` for missing or changed bytes, `InvalidInput` for an archive of another program.
     """
 
     def __init__(self, file: BinaryIO, name: str) -> None:
@@ -112,7 +116,7 @@ class ArchiveReader:
         )
 
     def small(self, name: str, limit: int) -> bytes:
-        """The content of the next member, whatever its size up to `limit`."""
+        """Read the next member, of any size up to `limit`."""
         size = self._next(name)
         if size > limit:
             raise InvalidInput(f"{self._name}: '{name}' says that it has {size} bytes, {limit} is the most")
@@ -122,13 +126,13 @@ class ArchiveReader:
 
     @contextmanager
     def member(self, name: str, size: int, digest: str) -> Iterator[Member]:
-        """The next member as a stream, which must have this size and sha256 (hex).
+        """Open the next member as a stream, which must have this size and sha256 (hex).
 
-        An `InvalidInput` raised in the context over what was read becomes `Damaged` if the member is not what the digest stands for.
+        An `InvalidInput` raised in the context becomes `Damaged` if the member does not fit the digest.
         """
-        found = self._next(name)
-        if found != size:
-            raise InvalidInput(f"{self._name}: '{name}' has {found} bytes, its manifest says {size}")
+        actual = self._next(name)
+        if actual != size:
+            raise InvalidInput(f"{self._name}: '{name}' has {actual} bytes, its manifest says {size}")
         member = Member(self, f"{self._name}: {name}", size)
         try:
             yield member
@@ -152,45 +156,47 @@ class ArchiveReader:
             pass
         if member.sha256.hexdigest() != digest:
             raise Damaged(
-                f"{member.name} does not fit the checksum in the manifest: the file was changed or copied badly; get it again"
+                f"{member.name} does not fit the checksum in the manifest: the file was changed or copied "
+                "badly; get it again"
             )
 
     def _next(self, name: str) -> int:
-        """The size of the next member, which must have this name."""
+        """Read the header of the next member, which must have this name; returns its size."""
         block = self.take(_BLOCK)
         try:
-            found = tarfile.TarInfo.frombuf(block, "utf-8", "replace")
+            header = tarfile.TarInfo.frombuf(block, "utf-8", "replace")
         except tarfile.HeaderError as error:
             raise Damaged(
                 f"{self._name}: '{name}' should come next, but there is no header of a tar: {error}"
             ) from error
-        if found.size < 0 or block != _header(name, found.size):
+        if header.size < 0 or block != _header(name, header.size):
             raise InvalidInput(
-                f"{self._name}: '{name}' should come next, but there is '{found.name[:100]}' of tar type {found.type!r}, "
-                f"mode {found.mode:o}: this is no bundle, or somebody has packed it again"
+                f"{self._name}: '{name}' should come next, but there is '{header.name[:100]}' of tar type "
+                f"{header.type!r}, mode {header.mode:o}: this is no bundle, or somebody has packed it again"
             )
-        return found.size
+        return header.size
 
     def _skip_padding(self, size: int) -> None:
         if any(self.take(-size % _BLOCK)):
             raise InvalidInput(f"{self._name}: there is something between its members")
 
     def take(self, size: int) -> bytes:
-        """The next `size` bytes."""
+        """Read the next `size` bytes."""
         data = self._read(size)
         if len(data) < size:
             raise Damaged(f"{self._name} ends too early: it is cut off; get it again")
         return data
 
     def _read(self, size: int) -> bytes:
-        """`size` bytes, fewer only at the end."""
+        """Read `size` bytes, fewer only at the end."""
         pieces = []
         while size:
             try:
                 piece = self._stream.read(min(size, PIECE))
             except zstandard.ZstdError as error:
                 raise Damaged(
-                    f"{self._name} cannot be decompressed: {error}. It is no bundle, or it is damaged: get it again"
+                    f"{self._name} cannot be decompressed: {error}. It is no bundle, or it is damaged: get "
+                    "it again"
                 ) from error
             if not piece:
                 break
@@ -200,23 +206,23 @@ class ArchiveReader:
 
 
 class Member:
-    """A member under reading."""
+    """A member that is being read."""
 
     def __init__(self, archive: ArchiveReader, name: str, size: int) -> None:
         self._archive = archive
         self.name = name
-        self.left = size
+        self.remaining = size
         self.sha256 = sha256()
 
     def read(self, size: int) -> bytes:
-        """At most `size` bytes, fewer only at the member's end."""
-        data = self._archive.take(min(size, self.left))
-        self.left -= len(data)
+        """Read `size` bytes, fewer only at the member's end."""
+        data = self._archive.take(min(size, self.remaining))
+        self.remaining -= len(data)
         self.sha256.update(data)
         return data
 
     def lines(self) -> Iterator[bytes]:
-        """The lines, without their ends. Raises `InvalidInput` for one beyond `MAX_LINE` bytes."""
+        """Yield the lines, without their ends. Raises `InvalidInput` for more than `MAX_LINE` bytes."""
         rest = b""
         while data := self.read(PIECE):
             *lines, rest = (rest + data).split(b"\n")
@@ -228,7 +234,7 @@ class Member:
 
 
 class _WithTail:
-    """A file with a frame of one byte behind it: whoever reads that byte after the content knows that the file's own frame was whole."""
+    """A file followed by a frame of one byte: reading that byte proves that the file was complete."""
 
     SIGN = b"."
 
@@ -250,7 +256,7 @@ def _header(name: str, size: int) -> bytes:
 
 
 def _locked(file: BinaryIO, path: Path) -> bool:
-    """Lock an open file; false if another has it, or has just given it another name."""
+    """Lock an open file; false if another process has the lock, or has just renamed the file."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return os.path.samestat(os.fstat(file.fileno()), path.stat())

@@ -1,4 +1,7 @@
-"""A version of a store -> a bundle. What is written is read twice: once for the checksums that come first in the file."""
+"""Export of a version to a bundle.
+
+The content is read twice: first for the checksums at the head of the file.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tagstore.bundles.archive import MAX_LINE, ArchiveWriter
+from tagstore.bundles.images import GatheredImages
 from tagstore.bundles.manifest import (
     BATCH,
     EMBEDDINGS,
@@ -25,12 +29,13 @@ from tagstore.bundles.manifest import (
     check_rows,
     to_json,
 )
-from tagstore.bundles.pictures import Pictures
 from tagstore.bundles.signature import Signer
-from tagstore.errors import Damaged, InvalidInput
-from tagstore.storage.checksums import checksum
-from tagstore.storage.lmdb_files import writing
-from tagstore.storage.store import Snapshot, Store, Version
+from tagstore.errors import InvalidInput
+from tagstore.storage.checksums import check_sound
+from tagstore.storage.environments import writing
+from tagstore.storage.snapshot import Snapshot
+from tagstore.storage.store import Store
+from tagstore.storage.version import Version
 from tagstore.types import Vectors
 
 
@@ -46,7 +51,9 @@ def export(
     images: bool = False,
     sources: Sequence[str] = (),
 ) -> BundleInfo:
-    """Write a version to a file, which appears whole or not at all; one of that name is replaced. Memory does not grow with the store.
+    """Write a version to a file, which appears complete or not at all and replaces one of its name.
+
+    Memory does not grow with the store.
 
     Args:
         root: directory of the stores.
@@ -54,26 +61,29 @@ def export(
         path: the file to write.
         version: number of the version; the current one if not given.
         licence: under which the content may be used, for the manifest: an SPDX identifier, a text or a URL.
-        note: anything else that the manifest should say.
+        note: a text for the manifest.
         key: PEM file of an Ed25519 private key to sign with.
-        images: put the images in too. They are read again from where they were ingested and must have the bytes they had; while they are
-            gathered they take their size once more on the disk of `path`.
-        sources: where to read them instead.
+        images: include the images. They are read again from where they were ingested and must have the bytes
+            they had; while they are gathered they take their size once more on the disk of `path`.
+        sources: where to read the images instead.
 
     Raises:
         NotFound: no such store, version or key, or no directory to write to.
-        InvalidInput: something of the version has no place in a bundle, or an image is not to be found; the message says what.
+        InvalidInput: a bundle cannot hold something of the version, or an image is missing.
         Damaged: the store is not what was committed.
         Busy: another process writes the same file.
         WriteFailed: the disk is full or broken.
     """
     snapshot = Store(root, store).snapshot(version)
     signer = Signer(key) if key else None
-    _check_sound(snapshot)
+    # the checksums of a bundle must not vouch for damaged records
+    check_sound(snapshot, set(), "run `tagstore verify`")
     with ExitStack() as stack:
         stack.enter_context(writing(str(path)))
         archive = stack.enter_context(ArchiveWriter(path))
-        pictures = stack.enter_context(Pictures(snapshot, sources, Path(path).parent)) if images else None
+        pictures = (
+            stack.enter_context(GatheredImages(snapshot, sources, Path(path).parent)) if images else None
+        )
         info = _describe(snapshot, licence, note, signer.public if signer else "", pictures)
         manifest = info.manifest()
         archive.put(MANIFEST, len(manifest), [manifest])
@@ -87,20 +97,8 @@ def export(
     return replace(info, sha256=archive.sha256)
 
 
-def _check_sound(snapshot: Snapshot) -> None:
-    """A bundle must not make records look right that are not what the version was committed with."""
-    version = snapshot.version
-    for name in ("entries", "vectors", "tags", "embeddings"):
-        for r in version.ranges[name]:
-            if checksum(snapshot.store, name, version.space, r.first, r.end, snapshot.dimension) != r.sha256:
-                raise Damaged(
-                    f"{name} {r.first} to {r.end - 1} of store '{snapshot.store.name}' are not what version {version.number} committed: "
-                    "run `tagstore verify`"
-                )
-
-
 def _describe(
-    snapshot: Snapshot, licence: str, note: str, signer: str, pictures: Pictures | None
+    snapshot: Snapshot, licence: str, note: str, signer: str, pictures: GatheredImages | None
 ) -> BundleInfo:
     files = {}
     for name, pieces in _contents(snapshot).items():
@@ -113,12 +111,12 @@ def _describe(
     sources: list[Any] = []
     bundles: list[Any] = []
     for read in snapshot.sources():
-        came = read.get("bundle", {"sources": [read], "bundles": []})
-        sources += [source for source in came["sources"] if source not in sources]
-        bundles += [bundle for bundle in came["bundles"] if bundle not in bundles]
-    same = {f.name: getattr(version, f.name) for f in fields(Version) if f.name in BundleInfo.__slots__}
+        origin = read.get("bundle", {"sources": [read], "bundles": []})
+        sources += [source for source in origin["sources"] if source not in sources]
+        bundles += [bundle for bundle in origin["bundles"] if bundle not in bundles]
+    shared = {f.name: getattr(version, f.name) for f in fields(Version) if f.name in BundleInfo.__slots__}
     return BundleInfo(
-        **same,
+        **shared,
         store=snapshot.store.name,
         version=version.number,
         licence=licence,
@@ -133,7 +131,7 @@ def _describe(
 
 
 def _contents(snapshot: Snapshot) -> dict[str, Iterator[bytes]]:
-    """The pieces of every file."""
+    """The content of every file, in pieces."""
     tag_ids, entry_ids = np.array(snapshot.vocabulary(), np.int64), snapshot.live()
     return {
         TAGS: _tag_lines(snapshot, tag_ids),
@@ -145,8 +143,8 @@ def _contents(snapshot: Snapshot) -> dict[str, Iterator[bytes]]:
 
 def _tag_lines(snapshot: Snapshot, ids: NDArray[np.int64]) -> Iterator[bytes]:
     for start in range(0, len(ids), BATCH):
-        some = ids[start : start + BATCH].tolist()
-        for i, (text, kind, canonical) in zip(some, snapshot.tags(some), strict=True):
+        batch = ids[start : start + BATCH].tolist()
+        for i, (text, kind, canonical) in zip(batch, snapshot.tags(batch), strict=True):
             yield _line({"id": i, "text": text, "kind": kind, "canonical": canonical}, f"tag {i}")
 
 
@@ -176,7 +174,7 @@ def _rows(
     snapshot: Snapshot, name: str, gather: Callable[[NDArray[np.int64]], Vectors], ids: NDArray[np.int64]
 ) -> Iterator[bytes]:
     for start in range(0, len(ids), BATCH):
-        some = ids[start : start + BATCH]
-        rows = gather(some)
-        check_rows(rows, some, snapshot.version.fingerprint, name)
+        batch = ids[start : start + BATCH]
+        rows = gather(batch)
+        check_rows(rows, batch, snapshot.version.fingerprint, name)
         yield rows.astype("<f2").tobytes()  # exact: the store keeps float16

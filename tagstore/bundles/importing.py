@@ -1,4 +1,4 @@
-"""A bundle -> a new store. Nothing of a bundle is believed before it was checked, and nothing of it is seen before all of it was."""
+"""Import of a bundle as a new store, which appears only when all of the bundle is read and checked."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tagstore.bundles.archive import ArchiveReader, Member
+from tagstore.bundles.images import ImageFolder, image_folder, unpack
 from tagstore.bundles.manifest import (
     BATCH,
     EMBEDDINGS,
@@ -26,29 +28,32 @@ from tagstore.bundles.manifest import (
     TAGS,
     VECTORS,
     BundleInfo,
+    check_rows,
     fits,
     from_json,
 )
-from tagstore.bundles.pictures import Folder, folder, unpack
-from tagstore.bundles.restorer import Restorer
 from tagstore.bundles.signature import BYTES, check, public_key
 from tagstore.errors import AlreadyExists, Busy, Damaged, InvalidInput, NotFound
 from tagstore.indexing import faiss_index
 from tagstore.readers import Columns
-from tagstore.storage.codec import encode_entry
-from tagstore.storage.lmdb_files import forget, sync_directory, writer_lock, writing
-from tagstore.storage.store import Store, Version, check_name
+from tagstore.storage.environments import forget, writing
+from tagstore.storage.generations import sync_directory, writer_lock
+from tagstore.storage.restorer import Restorer
+from tagstore.storage.store import Store, check_name
+from tagstore.storage.version import Version
 from tagstore.types import Entry, EntryTag
 from tagstore.upkeep.verify import verify
 
 IMPORTING = ".importing"
+"""Folder in which stores are built, under the root."""
 BATCH_BYTES = 4 << 20
+"""Bytes of lines after which a batch of records ends early."""
 
 T = TypeVar("T")
 
 
 def inspect(path: str | Path) -> BundleInfo:
-    """What the manifest of a bundle says; nothing behind it is read, and no signature is checked."""
+    """Read the manifest of a bundle, and nothing behind it; no signature is checked."""
     with _opened(path) as archive:
         return BundleInfo.from_manifest(archive.small(MANIFEST, MAX_MANIFEST))
 
@@ -62,22 +67,24 @@ def import_(
     max_bytes: int | None = None,
     images: str | Path | None = None,
 ) -> Version:
-    """Make a new store of a bundle; its one version has the number, the ids and the answers of the one that was exported.
+    """Make a new store of a bundle; its one version has the number, ids and answers of the exported one.
 
-    The store is built in a hidden place, verified, and only then given its name, in one step. If it is cut off at any instant there is
-    nothing to be seen, and the next import into the same root removes what was left. One import into a root at a time.
+    The store is built in a hidden folder, verified, and then renamed in one step. An import that is cut off
+    leaves nothing to be seen, and the next one into the same root removes its leftovers. One import runs in a
+    root at a time.
 
     Args:
         root: directory of the stores; made if it isn't there.
         path: the bundle.
         store: name of the new store; the one it was exported from if not given.
-        key: PEM file of an Ed25519 public key: only a bundle that this key signed is taken.
+        key: PEM file of an Ed25519 public key that must have signed the bundle.
         max_bytes: refuse a bundle that unpacks to more.
-        images: a new or empty folder to unpack the images to; the store says that it was read from there. They are checked either way.
+        images: a new or empty folder to unpack the images to, which the store then names as its source. They
+            are checked in any case.
 
     Raises:
         AlreadyExists: there is a store of that name, or something in the folder for images.
-        InvalidInput: no bundle, one made against its rules, unsigned or signed by another where `key` demands a signature, or too large.
+        InvalidInput: no bundle, one that breaks the rules, one not signed by `key`, or one that is too large.
         Damaged: bytes are missing or changed, or the signature is not that of the content.
         NotFound: no bundle or key there.
         Busy: another process imports into the same root.
@@ -93,22 +100,23 @@ def import_(
         with writing(str(root)):
             root.mkdir(parents=True, exist_ok=True)
             _check_room(root, info, max_bytes)
-        with writing(str(root)), _workshop(root) as workshop, folder(images, info) as pictures:
+        with writing(str(root)), _build_folder(root) as build_folder, image_folder(images, info) as pictures:
             if (root / name).exists():
                 raise AlreadyExists(
                     f"there is a store '{name}' already: import under another name, or drop it first"
                 )
             source = _source(path, info, manifest) | (pictures.source() if pictures else {})
-            _build(workshop, name, archive, info, source, pictures)
+            _build(build_folder, name, archive, info, source, pictures)
             archive.end()
-            if problems := verify(workshop, name, full=True):
+            if problems := verify(build_folder, name, full=True):
                 raise Damaged(
-                    f"the store made of {path} is not sound: {problems[0].what} ({len(problems)} problems); nothing was imported"
+                    f"the store made of {path} is not sound: {problems[0].what} ({len(problems)} problems); "
+                    "nothing was imported"
                 )
             if pictures:
                 pictures.finish()
             try:
-                (workshop / name).rename(root / name)
+                (build_folder / name).rename(root / name)
             except OSError as error:
                 if pictures:
                     shutil.rmtree(pictures.path)
@@ -120,42 +128,63 @@ def import_(
 
 
 def _build(
-    workshop: Path,
+    build_folder: Path,
     name: str,
     archive: ArchiveReader,
     info: BundleInfo,
     source: Mapping[str, Any],
-    pictures: Folder | None,
+    pictures: ImageFolder | None,
 ) -> None:
-    """The store of a bundle, complete, and closed again: LMDB must not have a file open that is about to get another path."""
+    """Make the store of a bundle, complete, and close it."""
 
     def member(file: str) -> AbstractContextManager[Member]:
         return archive.member(file, info.files[file]["bytes"], info.files[file]["sha256"])
 
-    with Restorer(workshop, name, info) as writer:
+    first = info.version, info.next_entry_id, info.next_tag_id
+    with Restorer(build_folder, name, info.fingerprint, *first) as writer:
         with member(TAGS) as file:
             for tags in _batches((value, size) for value, size, _ in _records(file, TAG, info.next_tag_id)):
-                writer.put_tags(tags)
+                with _naming(TAGS):
+                    writer.put_tags((t["id"], t["text"], t["kind"], t["canonical"]) for t in tags)
             _check_count(TAGS, len(writer.tag_ids), info.unique_tags)
         with member(EMBEDDINGS) as file:
-            writer.put_rows("embeddings", writer.tag_ids, file)
+            _put_rows(writer, "embeddings", writer.tag_ids, file)
         with member(ENTRIES) as file:
             for entries in _batches(_entries(file, info.next_entry_id)):
-                writer.put_entries(entries)
+                with _naming(ENTRIES):
+                    writer.put_entries(entries)
             _check_count(ENTRIES, len(writer.entry_ids), info.entries)
             _check_count(f"tags in {ENTRIES}", int(writer.counts.sum(dtype=np.int64)), info.tags)
             _check_count(
                 f"different tags in {ENTRIES}", int(np.count_nonzero(writer.counts)), info.unique_tags
             )
         with member(VECTORS) as file:
-            writer.put_rows("vectors", writer.entry_ids, file)
+            _put_rows(writer, "vectors", writer.entry_ids, file)
         unpack(archive, info, writer.entries(), pictures)
         writer.commit(operation="import", source=source, miner=info.miner, indexer=faiss_index.extend)
-    _forget(workshop / name)
-    writer.env.close()
+    writer.close()
 
 
-def _entries(member: Member, end: int) -> Iterator[tuple[tuple[Entry, bytes], int]]:
+def _put_rows(writer: Restorer, table: str, ids: NDArray[np.int64], member: Member) -> None:
+    """Write the rows of ascending ids as they come."""
+    dimension = writer.fingerprint.dimension
+    for start in range(0, len(ids), BATCH):
+        batch = ids[start : start + BATCH]
+        rows = np.frombuffer(member.read(len(batch) * dimension * 2), "<f2").reshape(-1, dimension)
+        check_rows(rows, batch, writer.fingerprint, member.name)
+        writer.put_rows(table, batch, rows)
+
+
+@contextmanager
+def _naming(file: str) -> Iterator[None]:
+    """Put the name of a file before what is wrong with it."""
+    try:
+        yield
+    except InvalidInput as error:
+        raise InvalidInput(f"{file}: {error}") from None
+
+
+def _entries(member: Member, end: int) -> Iterator[tuple[Entry, int]]:
     for value, size, where in _records(member, ENTRY, end):
         if any(last < first for _, _, mentions in value["tags"] for _, first, last in mentions):
             raise InvalidInput(f"{where} has a tag that ends before it starts")
@@ -172,69 +201,68 @@ def _entries(member: Member, end: int) -> Iterator[tuple[tuple[Entry, bytes], in
             metadata=value["metadata"],
             origin=value["origin"],
         )
-        try:
-            record = encode_entry(entry)
-        except RecursionError:
-            raise InvalidInput(f"{where} has metadata that is nested too deeply") from None
-        yield (entry, record), size
+        yield entry, size
 
 
 def _records(member: Member, shape: dict[str, Any], end: int) -> Iterator[tuple[dict[str, Any], int, str]]:
-    """Each line as (value, bytes, where it stands)."""
-    before = -1
+    """Yield each line as (value, bytes, position for messages)."""
+    previous = -1
     for number, line in enumerate(member.lines(), 1):
         where = f"{member.name}, line {number}"
         value = from_json(line, where)
         if not fits(value, shape):
             raise InvalidInput(
-                f"{where} has not the fields and types that it should have: {', '.join(shape)}"
+                f"{where} does not have the fields and types that it should have: {', '.join(shape)}"
             )
-        if not before < value["id"] < end:
+        if not previous < value["id"] < end:
             raise InvalidInput(
-                f"{where} has id {value['id']} after {before}: ids ascend, and stay below {end}"
+                f"{where} has id {value['id']} after {previous}: ids ascend, and stay below {end}"
             )
-        before = value["id"]
+        previous = value["id"]
         yield value, len(line), where
 
 
 def _batches(records: Iterable[tuple[T, int]]) -> Iterator[list[T]]:
     batch: list[T] = []
-    held = 0
+    batch_bytes = 0
     for record, size in records:
         batch.append(record)
-        held += size
-        if len(batch) == BATCH or held > BATCH_BYTES:
+        batch_bytes += size
+        if len(batch) == BATCH or batch_bytes > BATCH_BYTES:
             yield batch
-            batch, held = [], 0
+            batch, batch_bytes = [], 0
     yield batch
 
 
 def _source(path: str | Path, info: BundleInfo, manifest: bytes) -> dict[str, Any]:
-    """What the version will say of where it came from. Paths that a bundle names are for people to read: nothing follows them."""
+    """What the version says of its source.
+
+    Paths that a bundle names are for people to read; nothing follows them.
+    """
     this = {
         name: getattr(info, name) for name in ("store", "version", "created", "licence", "note", "signer")
     }
     this["manifest_sha256"] = sha256(manifest).hexdigest()
-    came = {"sources": list(info.sources), "bundles": [*info.bundles, this]}
+    origin = {"sources": list(info.sources), "bundles": [*info.bundles, this]}
     return {
         "path": os.path.abspath(path),
         "format": "bundle",
         "columns": asdict(Columns()),
         "allow_outside": False,
-        "bundle": came,
+        "bundle": origin,
     }
 
 
-def _check_count(what: str, found: int, said: int) -> None:
-    if found != said:
-        raise InvalidInput(f"{what}: there are {found}, {MANIFEST} says {said}")
+def _check_count(what: str, actual: int, expected: int) -> None:
+    if actual != expected:
+        raise InvalidInput(f"{what}: there are {actual}, {MANIFEST} says {expected}")
 
 
 def _check_room(root: Path, info: BundleInfo, max_bytes: int | None) -> None:
     size = sum(file["bytes"] for file in info.files.values()) + info.image_bytes
     if max_bytes is not None and size > max_bytes:
         raise InvalidInput(f"the bundle unpacks to {size} bytes, {max_bytes} are allowed")
-    size += info.files[VECTORS]["bytes"]  # once more in the index
+    size += info.files[VECTORS]["bytes"]  # the index holds them again
     free = shutil.disk_usage(root).free
     if size > free:
         raise InvalidInput(f"the bundle needs {size} bytes in {root}, {free} are free")
@@ -262,29 +290,25 @@ def _opened(path: str | Path) -> Iterator[ArchiveReader]:
 
 
 @contextmanager
-def _workshop(root: Path) -> Iterator[Path]:
-    """A hidden directory under a root, held by this process alone; empty at first, and emptied at the end."""
-    workshop = root / IMPORTING
-    workshop.mkdir(exist_ok=True)
+def _build_folder(root: Path) -> Iterator[Path]:
+    """A hidden folder under a root, locked by this process; empty at first, and emptied at the end."""
+    build_folder = root / IMPORTING
+    build_folder.mkdir(exist_ok=True)
     with ExitStack() as stack:
         try:
-            stack.enter_context(writer_lock(workshop))
+            stack.enter_context(writer_lock(build_folder))
         except Busy:
             raise Busy(
                 f"another import into {root} is under way: wait for it to end, then try again"
             ) from None
-        stack.callback(_empty, workshop)
-        _empty(workshop)
-        yield workshop
+        stack.callback(_empty, build_folder)
+        _empty(build_folder)
+        yield build_folder
 
 
-def _empty(workshop: Path) -> None:
-    for left in workshop.iterdir():
-        if left.is_dir():
-            _forget(left)
-            shutil.rmtree(left)
-
-
-def _forget(store: Path) -> None:
-    for database in store.glob("db-*"):
-        forget(database)
+def _empty(folder: Path) -> None:
+    for store in folder.iterdir():
+        if store.is_dir():
+            for database in store.glob("db-*"):
+                forget(database)
+            shutil.rmtree(store)

@@ -1,4 +1,4 @@
-"""The manifest of a bundle, and the shapes and checks of the records that it vouches for."""
+"""The manifest of a bundle, and the shapes and checks of the records in it."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ MAX_MANIFEST = 4 << 20
 BATCH = 4096
 """Records or rows that are in memory at a time."""
 
-_SPARSE, _SLACK = 4096, 1 << 24
-"""Ids may reach so many times as far as there are records, and so much farther."""
+_MAX_SPARSITY = 4096
+"""Ids per record at most, beyond `_MIN_ID_ROOM`."""
+_MIN_ID_ROOM = 1 << 24
+"""Ids that a bundle may span whatever its number of records."""
 
 _WHOLE, _SMALL = range(1 << 62), range(1 << 31)
 _SHA256 = re.compile("[0-9a-f]{64}")
@@ -77,57 +79,64 @@ class BundleInfo:
     """What the manifest of a bundle says."""
 
     store: str
-    """Name of the store that was exported; what follows up to `miner` is of its version."""
+    """Name of the exported store; the fields from here to `miner` describe its version."""
     version: int
     created: str
     """When the version was committed: UTC, ISO 8601."""
     operation: str
     entries: int
     tags: int
-    """Over all entries."""
+    """Tags over all entries."""
     unique_tags: int
     next_entry_id: int
     next_tag_id: int
     fingerprint: Fingerprint
     miner: Mapping[str, Any]
     licence: str
-    """Under which the content may be used, as the exporter said."""
+    """Licence of the content, as the exporter gave it."""
     note: str
     sources: Sequence[Mapping[str, Any]]
     """Where the store's ingests read: path, format, columns."""
     bundles: Sequence[Mapping[str, Any]]
-    """Those that the exported store was itself imported from, with their licences."""
+    """Bundles that the exported store was itself imported from, with their licences."""
     signer: str
-    """Public key (32 bytes, hex) of whoever signed it, empty if nobody did. Only an import that demands a key proves it."""
+    """Public key of the signer (32 bytes, hex), empty if there is none.
+
+    Only an import that demands a key proves it.
+    """
     images: bool
     """Whether it holds the images too."""
     image_bytes: int
-    """Of all of them."""
+    """Bytes of all images."""
     files: Mapping[str, Mapping[str, Any]]
     """"bytes" and "sha256" of each file."""
     sha256: str = ""
-    """Of the bundle itself; empty where only its manifest was read."""
+    """sha256 of the bundle itself; empty if only its manifest was read."""
 
     def manifest(self) -> bytes:
-        """The bytes of `manifest.json`: one form for one content. Raises `InvalidInput` for what `from_manifest` would refuse."""
+        """The bytes of `manifest.json`, the same for the same content.
+
+        Raises `InvalidInput` for what `from_manifest` would refuse.
+        """
         self._check()
         value = {name: value for name, value in asdict(self).items() if name != "sha256"}
         data = to_json({"bundle": "tagstore", "format": FORMAT, **value}, MANIFEST)
         if len(data) > MAX_MANIFEST:
             raise InvalidInput(
-                f"the manifest would have {len(data)} bytes, {MAX_MANIFEST} is the most: shorten licence or note"
+                f"the manifest would have {len(data)} bytes, {MAX_MANIFEST} is the most: shorten licence or "
+                "note"
             )
         return data
 
     @classmethod
     def from_manifest(cls, data: bytes) -> BundleInfo:
-        """Raises `InvalidInput`, naming what is wrong, for anything that can't be the manifest of a bundle."""
+        """Read a manifest. Raises `InvalidInput`, naming what is wrong, if it is none."""
         value = from_json(data, MANIFEST)
         if type(value) is not dict or value.pop("bundle", None) != "tagstore":
             raise InvalidInput(f"{MANIFEST} is not that of a bundle of tagstore")
-        if (found := value.pop("format", None)) != FORMAT:
+        if (number := value.pop("format", None)) != FORMAT:
             raise InvalidInput(
-                f"the bundle has format {found}, this release reads {FORMAT}: use the release that wrote it"
+                f"the bundle has format {number}, this release reads {FORMAT}: use the release that wrote it"
             )
         for name in sorted(value.keys() ^ _MANIFEST.keys()):
             raise InvalidInput(
@@ -148,8 +157,8 @@ class BundleInfo:
             ("next_entry_id", self.entries, VECTORS),
             ("next_tag_id", self.unique_tags, EMBEDDINGS),
         ):
-            # whoever opens a version holds a bit or a count for every id there ever was: a small file must not ask for a lot of memory
-            if not n <= getattr(self, ids) <= n * _SPARSE + _SLACK:
+            # an open version holds a bit or a count for every id: a small file must not take much memory
+            if not n <= getattr(self, ids) <= n * _MAX_SPARSITY + _MIN_ID_ROOM:
                 raise InvalidInput(
                     f"{MANIFEST}: '{ids}' is {getattr(self, ids)} for {n} records: out of all proportion"
                 )
@@ -160,19 +169,23 @@ class BundleInfo:
 
 
 def check_rows(rows: NDArray[Any], ids: NDArray[np.int64], fingerprint: Fingerprint, name: str) -> None:
-    """Raises `InvalidInput` unless all rows `[n, D]` are vectors that an encoder of the fingerprint could have made."""
+    """Raises `InvalidInput` unless an encoder of the fingerprint could have made all rows `[n, D]`."""
     with np.errstate(invalid="ignore"):
         norms = np.linalg.norm(rows.astype(np.float32), axis=1)
-    fine = np.abs(norms - 1) < 0.01 if fingerprint.normalised else np.isfinite(norms)
-    if not fine.all():
-        bad = int(np.flatnonzero(~fine)[0])
+    valid = np.abs(norms - 1) < 0.01 if fingerprint.normalised else np.isfinite(norms)
+    if not valid.all():
+        bad = int(np.flatnonzero(~valid)[0])
         raise InvalidInput(
-            f"{name}: the row of id {ids[bad]} has length {norms[bad]:g}, which no vector of {fingerprint} has"
+            f"{name}: the row of id {ids[bad]} has length {norms[bad]:g}, which no vector of {fingerprint} "
+            "has"
         )
 
 
 def fits(value: Any, shape: Any) -> bool:
-    """Whether a JSON value has a shape: a type, a range of integers, a pattern, [shape of all], (shape of each), {name: shape}."""
+    """Whether a JSON value has a shape.
+
+    Shapes: a type, a range of integers, a pattern, [shape of all items], (shape of each item), {name: shape}.
+    """
     match shape:
         case range():
             return type(value) is int and value in shape
@@ -193,7 +206,7 @@ def fits(value: Any, shape: Any) -> bool:
 
 
 def to_json(value: Mapping[str, Any], what: str) -> bytes:
-    """The one form of a JSON value: UTF-8, sorted names, no spaces. Raises `InvalidInput` for NaN and infinity."""
+    """Encode JSON in one form: UTF-8, sorted names, no spaces. Raises `InvalidInput` for NaN and infinity."""
     try:
         return json.dumps(
             value, ensure_ascii=False, sort_keys=True, separators=(",", ":"), allow_nan=False
@@ -203,7 +216,7 @@ def to_json(value: Mapping[str, Any], what: str) -> bytes:
 
 
 def from_json(data: bytes, what: str) -> Any:
-    """A JSON value of strict UTF-8. Raises `InvalidInput`."""
+    """Decode JSON in strict UTF-8. Raises `InvalidInput`."""
 
     def refuse(name: str) -> None:
         raise ValueError(f"{name} is no JSON")

@@ -1,4 +1,4 @@
-"""Ed25519 signatures (RFC 8032) of manifests, with keys in PEM files as `openssl genpkey -algorithm ed25519` makes them."""
+"""Ed25519 signatures (RFC 8032) of manifests; keys are PEM files of `openssl genpkey -algorithm ed25519`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key, l
 from tagstore.errors import Damaged, InvalidInput, NotFound
 
 BYTES = 64
+"""Bytes of a signature."""
 
 
 class Signer:
@@ -27,12 +28,12 @@ class Signer:
         """The public key, hex."""
 
     def sign(self, data: bytes) -> bytes:
-        """64 bytes."""
+        """Sign data; returns 64 bytes."""
         return self._key.sign(data)
 
 
 def public_key(path: str | Path) -> str:
-    """The public key of a PEM file, hex. Raises `NotFound` or `InvalidInput` for a file that holds none."""
+    """Read the public key of a PEM file, hex. Raises `NotFound`, or `InvalidInput` if there is none in it."""
     key = _pem(Path(path), load_pem_public_key, "public")
     if not isinstance(key, Ed25519PublicKey):
         raise InvalidInput(f"{path} holds a public key of another kind than Ed25519")

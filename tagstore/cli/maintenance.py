@@ -74,7 +74,7 @@ def delete(
     root, store, _ = options.local(url)
     selection = Selection(keys, digests, hashes, fields)
     if purge:
-        from tagstore.upkeep.compact import purge as run_purge
+        from tagstore.upkeep.takedown import purge as run_purge
 
         if not reason:
             raise InvalidInput("a takedown is recorded with its reason: give --reason")
@@ -191,7 +191,7 @@ def prove_absent(url: str, keys: tuple[str, ...], captions: tuple[str, ...], ima
 
     Of an image, its hash and its vector are searched for.
     """
-    from tagstore.upkeep.compact import prove_absent as run
+    from tagstore.upkeep.takedown import prove_absent as run
 
     root, store, _ = options.local(url)
     if not (keys or captions or images):
@@ -230,7 +230,7 @@ def _vectors(root: str, store: str, images: list[bytes]) -> list[bytes]:
 @options.as_json
 def takedowns(url: str, as_json: bool) -> None:
     """What was taken down for good: when, by whom, why, and the proof."""
-    from tagstore.upkeep.compact import takedowns as run
+    from tagstore.upkeep.takedown import takedowns as run
 
     root, store, _ = options.local(url)
     found = run(root, store)

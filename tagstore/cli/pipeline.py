@@ -157,7 +157,7 @@ def _send(
 @options.device
 def reembed(url: str, encoder: str, sources: tuple[str, ...], device: str) -> None:
     """Make a version with another encoder's vectors, from the original images; the old one is served until then."""
-    from tagstore.upkeep.edits import reembed as run
+    from tagstore.upkeep.reprocessing import reembed as run
 
     root, store, _ = options.local(url)
     version = run(root, store, encoder, sources=sources, device=device)
@@ -207,7 +207,7 @@ def mine(file: Any, miner: str, as_json: bool) -> None:
 def retag(url: str, miner: str, stoplist: str | None, synonyms: str | None, min_count: int) -> None:
     """Make a version whose tags are mined again from the stored captions; no image is read or embedded."""
     from tagstore.mining import load_rules
-    from tagstore.upkeep.edits import retag as run
+    from tagstore.upkeep.reprocessing import retag as run
 
     root, store, _ = options.local(url)
     version = run(root, store, miner=miner, vocabulary=load_rules(stoplist, synonyms, min_count))

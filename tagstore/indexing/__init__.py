@@ -1,1 +1,1 @@
-"""Vectors to candidates: what an index must do, exact search, FAISS files, a GPU."""
+"""From vectors to candidates: the index protocol, exact search, FAISS files and the GPU."""

@@ -1,10 +1,11 @@
-"""Exact search at the limit of the machine: inner products with every stored row, blocks of them at a time.
+"""Exact search at the speed of memory: inner products with every stored row, some blocks of rows at a time.
 
-FAISS's own flat search is far from that limit in the wheels of 1.15: it takes BLAS only from 128,000 queries on
-(`distance_compute_blas_threshold`, 20 in earlier releases), and below that its float32 kernel runs at a quarter of memory bandwidth;
-over float16 codes it reads all of them again for every query. Here the rows are read once for all queries, straight from the
-memory-mapped store: blocks that fit a core's cache are made float32 and multiplied by FAISS's BLAS with one thread a block, several
-blocks at a time. (numpy's BLAS is no choice: called from several threads it stalls on its own pool, 10 to 20 times slower.)
+FAISS's own flat search is far slower in the wheels of 1.15. It uses BLAS only from 128,000 queries on
+(`distance_compute_blas_threshold`, 20 in earlier releases); below that its float32 kernel runs at a quarter
+of memory bandwidth, and over float16 codes it reads all of them again for every query. Here the rows are read
+once for all queries, straight from the memory-mapped store: blocks that fit a core's cache become float32 and
+are multiplied by FAISS's BLAS, one thread a block. (numpy's BLAS stalls on its own pool when several threads
+call it: 10 to 20 times slower.)
 """
 
 from __future__ import annotations
@@ -20,23 +21,23 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from tagstore.errors import Damaged
 from tagstore.indexing.protocol import Allowed
-from tagstore.storage.store import ROWS, Snapshot, block_key
+from tagstore.storage.rows import BLOCK_ROWS
+from tagstore.storage.snapshot import Snapshot
 from tagstore.types import Vectors
 
-# knn() below goes through BLAS whatever the number of queries
+# knn() below uses BLAS whatever the number of queries
 faiss.cvar.distance_compute_blas_threshold = 1
 
-BLOCKS = 4
-"""Blocks of the store that are multiplied at once: 1,020 rows, 2 MiB at 512 dimensions."""
-MULTIPLE = 4
-"""Queries are filled up to a multiple of it: BLAS takes a third longer for 7 of them than for 8."""
-MERGE_AT = 1 << 22
-"""Candidates held by a thread before they are cut to the best again: 48 MiB."""
+SCAN_ROWS = 4 * BLOCK_ROWS
+"""Rows that are multiplied at once, whole blocks of the store: 2 MiB at 512 dimensions."""
+QUERY_MULTIPLE = 4
+"""Queries are padded to a multiple of this: BLAS takes a third longer for 7 of them than for 8."""
+MAX_HELD = 1 << 22
+"""Candidates that a thread holds before it cuts them to the best again: 48 MiB."""
 
-Found = tuple[NDArray[np.float32], NDArray[np.int64]]
-"""Similarities and entry ids, `[N, M]` each; where there were not enough, -inf and -1."""
+Candidates = tuple[NDArray[np.float32], NDArray[np.int64]]
+"""Similarities and entry ids of candidates, `[N, M]` each; -inf and -1 where there are not enough."""
 
 _lock = Lock()
 _pool: ThreadPoolExecutor | None = None
@@ -44,15 +45,16 @@ T = TypeVar("T")
 
 
 def cores() -> int:
-    """Processors that this process may use."""
+    """Count the processors that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 @contextmanager
 def on_cores(cores: int) -> Iterator[None]:
-    """Have FAISS use so many cores in this thread: for a single query one, as waking a second one costs more than it brings.
+    """Make FAISS use so many cores in this thread: one for a single query, as waking more costs more.
 
-    Only within: FAISS and torch may share one OpenMP, and the last bits of a vector depend on how many cores torch has for it.
+    The number is restored at the end: FAISS and torch may share one OpenMP, and the last bits of a vector
+    depend on how many cores torch has for it.
     """
     before = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(cores)
@@ -63,7 +65,7 @@ def on_cores(cores: int) -> Iterator[None]:
 
 
 def in_parallel(work: Callable[[int], T], parts: int) -> list[T]:
-    """`work(0)`, ..., `work(parts - 1)`, on threads in which FAISS uses one core each."""
+    """Run `work(0)` to `work(parts - 1)` on threads in which FAISS uses one core each."""
     global _pool
     if parts == 1:
         with on_cores(1):
@@ -87,34 +89,35 @@ os.register_at_fork(after_in_child=_forget_pool)
 
 def search(
     snapshot: Snapshot, queries: Vectors, k: int, allowed: Allowed, first: int = 0, end: int | None = None
-) -> Found:
-    """The best `k` of the allowed entries with ids in `[first, end)`, best first, equal ones by id: `[N, k]`.
+) -> Candidates:
+    """Find the best `k` allowed entries with ids in `[first, end)`: `[N, k]`, best first, equal ones by id.
 
     Raises `Damaged` if rows are missing.
     """
     end = min(snapshot.version.next_entry_id if end is None else end, 8 * len(allowed.bits))
-    groups = range(first // ROWS, -(-end // ROWS), BLOCKS)
+    starts = range(first - first % BLOCK_ROWS, end, SCAN_ROWS)
     count = len(queries)
     queries = np.ascontiguousarray(queries, np.float32)
-    if count > 2 and count % MULTIPLE:
-        queries = np.pad(queries, ((0, -count % MULTIPLE), (0, 0)))
-    parts = max(1, min(cores(), len(groups) // 4))
+    if count > 2 and count % QUERY_MULTIPLE:
+        queries = np.pad(queries, ((0, -count % QUERY_MULTIPLE), (0, 0)))
+    parts = max(1, min(cores(), len(starts) // 4))
 
-    def scan(part: int) -> Found:
+    def scan(part: int) -> Candidates:
         best = _Best(len(queries), k)
-        for ids, rows in _rows(snapshot, groups[part::parts], allowed, first, end):
-            similarities, at = faiss.knn(queries, rows, min(k, len(rows)), faiss.METRIC_INNER_PRODUCT)
-            best.add(similarities, ids[at])
+        runs = (range(max(first, start), min(end, start + SCAN_ROWS)) for start in starts[part::parts])
+        for ids, rows in snapshot.scan_vectors(runs, allowed.holds):
+            similarities, best_rows = faiss.knn(queries, rows, min(k, len(rows)), faiss.METRIC_INNER_PRODUCT)
+            best.add(similarities, ids[best_rows])
         return best.take()
 
     similarities, ids = merged(in_parallel(scan, parts), k)
     return similarities[:count], ids[:count]
 
 
-def merged(found: list[Found], k: int) -> Found:
-    """The best `k` of several lists, best first, equal ones by id."""
-    similarities = np.concatenate([s for s, _ in found], axis=1)
-    ids = np.concatenate([i for _, i in found], axis=1)
+def merged(lists: list[Candidates], k: int) -> Candidates:
+    """Merge lists into the best `k`, best first, equal ones by id."""
+    similarities = np.concatenate([s for s, _ in lists], axis=1)
+    ids = np.concatenate([i for _, i in lists], axis=1)
     similarities[ids < 0] = -np.inf
     if similarities.shape[1] < k:
         missing = ((0, 0), (0, k - similarities.shape[1]))
@@ -125,11 +128,11 @@ def merged(found: list[Found], k: int) -> Found:
 
 
 class _Best:
-    """The best k of what one thread has seen; sorted only at the end."""
+    """The best k of the candidates that one thread has seen; sorted only at the end."""
 
     def __init__(self, queries: int, k: int) -> None:
-        self._k, self._room = k, max(4 * k, MERGE_AT // max(1, queries))
-        self._held: list[Found] = []
+        self._k, self._room = k, max(4 * k, MAX_HELD // max(1, queries))
+        self._held: list[Candidates] = []
         self._queries, self._width = queries, 0
 
     def add(self, similarities: NDArray[np.float32], ids: NDArray[np.int64]) -> None:
@@ -139,7 +142,7 @@ class _Best:
             self._held = [self.take()]
             self._width = self._held[0][1].shape[1]
 
-    def take(self) -> Found:
+    def take(self) -> Candidates:
         if not self._held:
             return np.zeros((self._queries, 0), np.float32), np.zeros((self._queries, 0), np.int64)
         similarities = np.concatenate([s for s, _ in self._held], axis=1)
@@ -148,62 +151,3 @@ class _Best:
             return similarities, ids
         best = np.argpartition(-similarities, self._k - 1, axis=1)[:, : self._k]
         return np.take_along_axis(similarities, best, axis=1), np.take_along_axis(ids, best, axis=1)
-
-
-def _rows(
-    snapshot: Snapshot, groups: range, allowed: Allowed, first: int, end: int
-) -> Iterator[tuple[NDArray[np.int64], Vectors]]:
-    """Allowed ids and their rows as float32, `BLOCKS` blocks at a time; the rows' memory is used again for the next."""
-    width = snapshot.dimension
-    halves = np.empty((BLOCKS * ROWS, width), np.int32)
-    with snapshot.store.env.begin(buffers=True) as txn:
-        db, space = snapshot.store.db["vectors"], snapshot.version.space
-        for group in groups:
-            start, stop = max(first, group * ROWS), min(end, (group + BLOCKS) * ROWS)
-            ids = np.arange(start, stop)
-            kept = allowed.holds(ids)
-            if not kept.any():
-                continue
-            at = 0
-            for block in range(group, -(-stop // ROWS)):
-                low, high = max(start - block * ROWS, 0), min(stop - block * ROWS, ROWS)
-                data = txn.get(block_key(space, block), db=db)
-                held = 0 if data is None else len(data) // (2 * width)
-                if (
-                    held < high
-                    and allowed.holds(np.arange(block * ROWS + max(low, held), block * ROWS + high)).any()
-                ):
-                    raise Damaged(
-                        f"store '{snapshot.store.name}' has lost rows of block {block} of its vectors"
-                    )
-                if held > low:
-                    rows = np.frombuffer(data, np.int16, count=min(held, high) * width).reshape(-1, width)[
-                        low:
-                    ]
-                    halves[at : at + len(rows)] = rows
-                at += high - low
-            if kept.all():
-                yield ids, _widened(halves[:at])
-            else:
-                yield ids[kept], _widened(halves[:at][kept])
-
-
-_HALF = np.array(0x8FFFE000, np.uint32).view(np.int32)
-_SCALE = np.float32(2.0**112)
-
-
-def _widened(halves: NDArray[np.int32]) -> Vectors:
-    """float16 bits, sign-extended to 32, to float32, in place: several times as fast as numpy's conversion. Finite numbers only.
-
-    The exponents of the two formats differ by 112; the product also gives subnormal numbers their value.
-    """
-    np.left_shift(halves, 13, out=halves)
-    np.bitwise_and(halves, _HALF, out=halves)
-    rows = halves.view(np.float32)
-    np.multiply(rows, _SCALE, out=rows)
-    return rows
-
-
-def widened(rows: NDArray[np.float16]) -> Vectors:
-    """`rows.astype(float32)`, faster; finite numbers only."""
-    return _widened(np.ascontiguousarray(rows).view(np.int16).astype(np.int32))

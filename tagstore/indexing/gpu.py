@@ -1,7 +1,8 @@
-"""The index on a GPU: exact search over float16 rows, or the lists of an inverted file. Needs the `gpu` extra and a CUDA device.
+"""The index on a GPU: exact search over float16 rows, or the lists of an inverted file.
 
-Vectors are copied to the device when a version is opened; what they will take is computed before, and refused if it does not fit. Then a
-search is made for stored vectors and compared with the CPU's. Filtered requests are answered by the CPU: FAISS has no selectors on a GPU.
+Needs the `gpu` extra and a CUDA device. Opening a version copies its vectors to the device, if they fit, and
+compares a search for some of them with the CPU's. The CPU answers filtered requests: FAISS has no selectors
+on a GPU.
 """
 
 from __future__ import annotations
@@ -20,48 +21,49 @@ from tagstore.errors import Damaged, InvalidInput, MissingExtra
 from tagstore.indexing import exact
 from tagstore.indexing.faiss_index import FaissIndex
 from tagstore.indexing.protocol import PLAIN, Allowed
-from tagstore.storage.store import Snapshot
+from tagstore.storage.snapshot import Snapshot
 from tagstore.types import Search, Vectors
 
 log = logging.getLogger(__name__)
 
 TEMPORARY = 512 << 20
-"""FAISS's own working memory on the device."""
+"""Bytes of FAISS's own working memory on the device."""
 MAX_K = 2048
 """Neighbours that FAISS finds on a GPU at most."""
 TOLERANCE = 2e-3
-"""How far inner products of float16 queries may be from those of float32 ones."""
+"""How far inner products of float16 queries may be from those of float32 queries."""
 MAX_DEAD = 512
-"""Dead entries of an inverted file that a search asks for beyond k, to leave them out; with more of them it stays on the CPU."""
+"""Dead entries of an inverted file at most: a search asks for so many more and leaves them out."""
 
 
 def devices() -> int:
-    """CUDA devices that this FAISS can use; 0 for the CPU build."""
+    """Count the CUDA devices that this FAISS can use; 0 for the CPU build."""
     return int(faiss.get_num_gpus()) if hasattr(faiss, "StandardGpuResources") else 0
 
 
 def device_number(device: str) -> int | None:
-    """The device that "cuda" or "cuda:N" names, None for "cpu"; "auto" is the first one if there is any.
+    """The number of the device "cuda" or "cuda:N", None for "cpu"; "auto" is the first one if there is any.
 
     Raises `MissingExtra` if this FAISS knows no GPU, `InvalidInput` for a device that is not there.
     """
     if device == "cpu" or (device == "auto" and not devices()):
         return None
-    found = re.fullmatch(r"auto|cuda(?::(\d+))?", device)
-    if not found:
+    match = re.fullmatch(r"auto|cuda(?::(\d+))?", device)
+    if not match:
         raise InvalidInput(f"device is '{device}': it is auto, cpu, cuda or cuda:N")
     if not hasattr(faiss, "StandardGpuResources"):
         raise MissingExtra(
-            "the installed FAISS searches on the CPU only: pip uninstall faiss-cpu, pip install 'tagstore[gpu]', or --device cpu"
+            "the installed FAISS searches on the CPU only: pip uninstall faiss-cpu, pip install "
+            "'tagstore[gpu]', or --device cpu"
         )
-    number = int(found[1] or 0)
+    number = int(match[1] or 0)
     if number >= devices():
         raise InvalidInput(f"there is no device {device}: FAISS sees {devices()} CUDA devices")
     return number
 
 
-def needs(index: FaissIndex, snapshot: Snapshot) -> int:
-    """Bytes of device memory that a version takes while it is loaded. FAISS grows a flat index by doubling, and copies."""
+def required_bytes(index: FaissIndex, snapshot: Snapshot) -> int:
+    """Bytes of device memory that loading a version takes: FAISS grows a flat index by doubling a copy."""
     part = index.parts[0] if index.parts else None
     if part is not None and "lists" in part.plan.build:
         return int(snapshot.version.index["files"][0]["bytes"]) * 5 // 4 + TEMPORARY
@@ -70,12 +72,13 @@ def needs(index: FaissIndex, snapshot: Snapshot) -> int:
 
 
 def check_fits(needed: int, free: int, device: int) -> None:
-    """Say what is needed; raises `InvalidInput` if it does not fit."""
+    """Log the memory needed. Raises `InvalidInput` if it does not fit."""
     log.info("the index takes %.1f GiB on cuda:%d, %.1f GiB are free", needed / 2**30, device, free / 2**30)
     if needed > free:
         raise InvalidInput(
-            f"the index takes {needed / 2**30:.1f} GiB of device memory, cuda:{device} has {free / 2**30:.1f} GiB free: "
-            "use --device cpu, or build a smaller one, `tagstore build-index --kind ivfpq`"
+            f"the index takes {needed / 2**30:.1f} GiB of device memory, cuda:{device} has "
+            f"{free / 2**30:.1f} GiB free: use --device cpu, or build a smaller one, `tagstore build-index "
+            "--kind ivfpq`"
         )
 
 
@@ -89,14 +92,14 @@ def free_memory(device: int) -> int:
 class GpuIndex:
     """A version's index on a CUDA device, beside the memory-mapped one that answers filtered requests.
 
-    Raises `InvalidInput` if it does not fit, `Damaged` if the device computes something else than the CPU.
+    Raises `InvalidInput` if it does not fit, `Damaged` if the device finds other neighbours than the CPU.
     """
 
     tolerance = TOLERANCE
 
     def __init__(self, snapshot: Snapshot, device: int) -> None:
         self._snapshot, self._cpu, self._device = snapshot, FaissIndex(snapshot), device
-        check_fits(needs(self._cpu, snapshot), free_memory(device), device)
+        check_fits(required_bytes(self._cpu, snapshot), free_memory(device), device)
         self._lock = Lock()  # FAISS's resources serve one search at a time
         self._resources = faiss.StandardGpuResources()
         self._resources.setTempMemory(TEMPORARY)
@@ -122,22 +125,22 @@ class GpuIndex:
     def search(
         self, queries: Vectors, k: int, *, allowed: Allowed | None = None, search: Search = PLAIN
     ) -> NDArray[np.int64]:
-        wanted = min(k, self._snapshot.version.entries) + self._dead
-        if allowed is not None or wanted > MAX_K or (search.exact and self._lists) or not wanted:
+        count = min(k, self._snapshot.version.entries) + self._dead
+        if allowed is not None or count > MAX_K or (search.exact and self._lists) or not count:
             return self._cpu.search(queries, k, allowed=allowed, search=search)
         with self._lock:
             if self._lists:
                 plan = self._cpu.parts[0].plan
-                told: Any = faiss.SearchParametersIVF(
+                parameters: Any = faiss.SearchParametersIVF(
                     nprobe=min(plan.build["lists"], search.nprobe or plan.search["nprobe"])
                 )
                 if isinstance(self._index, faiss.IndexPreTransform):
-                    told = faiss.SearchParametersPreTransform(index_params=told)
+                    parameters = faiss.SearchParametersPreTransform(index_params=parameters)
                 similarities, ids = self._index.search(
-                    queries, wanted * plan.search.get("refine", 1), params=told
+                    queries, count * plan.search.get("refine", 1), params=parameters
                 )
             else:
-                similarities, rows = self._index.search(queries, wanted)
+                similarities, rows = self._index.search(queries, count)
                 return np.asarray(self._ids[rows])
         similarities[~self._live.holds(ids)] = -np.inf
         similarities, ids = self._cpu.refined(
@@ -157,22 +160,19 @@ class GpuIndex:
         }
 
     def _test(self) -> None:
-        """A real search on the device, compared with the CPU's."""
+        """Compare a search on the device with the CPU's."""
         live = self._snapshot.live()[:: max(1, self._snapshot.version.entries // 16)]
         if not len(live):
             return
         queries = self._snapshot.vectors(live)
         k = min(5, self._snapshot.version.entries)
         best = exact.search(self._snapshot, queries, k, self._live)[0]
-        found = self.search(queries, k)
-        ours = np.stack(
-            [self._snapshot.vectors(row) @ query for row, query in zip(found, queries, strict=True)]
-        )
-        near = best[:, -1:] - TOLERANCE
-        # lists may miss some of the five; the stored vector itself they must find
-        if not (ours.max(axis=1) >= best[:, 0] - TOLERANCE).all() or not (
-            self._lists or (ours >= near).all()
-        ):
+        neighbours = self.search(queries, k)
+        ours = np.stack([self._snapshot.vectors(row) @ q for row, q in zip(neighbours, queries, strict=True)])
+        first_agrees = (ours.max(axis=1) >= best[:, 0] - TOLERANCE).all()
+        # lists may miss some of the five, but must find the stored vector itself
+        if not first_agrees or not (self._lists or (ours >= best[:, -1:] - TOLERANCE).all()):
             raise Damaged(
-                f"cuda:{self._device} finds other neighbours than the CPU: its answers can't be trusted, use --device cpu"
+                f"cuda:{self._device} finds other neighbours than the CPU: its answers can't be trusted, use "
+                "--device cpu"
             )

@@ -1,10 +1,10 @@
-"""The kinds of index files: what FAISS structure each is, how it is trained, filled, searched, and what it weighs.
+"""The kinds of index files: their FAISS structures, how they are trained, filled and searched, their size.
 
-flat     exact; float16 codes, the very numbers the store keeps
+flat     exact; float16 codes, the numbers that the store keeps
 flat32   exact; float32
-hnsw     a graph over float16 codes: fastest, and needs the most memory
-ivf      float16 codes in lists, of which a search visits the nearest
-ivfpq    rotated vectors of one byte for eight dimensions, in lists: a sixteenth of the memory, and a re-ranking of what it finds
+hnsw     a graph over float16 codes: the fastest, and the largest
+ivf      float16 codes in lists; a search visits the nearest lists
+ivfpq    rotated vectors in lists, one byte for eight dimensions: the smallest; candidates are re-ranked
 """
 
 from __future__ import annotations
@@ -24,30 +24,39 @@ IndexKind = Literal["flat", "flat32", "hnsw", "ivf", "ivfpq"]
 INDEX_KINDS: tuple[IndexKind, ...] = get_args(IndexKind)
 
 SEED = 20406
+"""Seed of all training, so that the same vectors give the same index."""
 TRAIN_ROWS = 1 << 17
 """Vectors that lists are learned from at most: 256 MiB at 512 dimensions."""
 ROTATE_ROWS = 1 << 14
-"""Vectors that a rotation and its bytes are learned from at most."""
-MAX_EF, MAX_REFINE = 2048, 64
+"""Vectors that a rotation and its codes are learned from at most."""
+MIN_ROWS_PER_LIST = 39
+"""Vectors that FAISS wants to learn a list, or a code of a byte, from."""
+MAX_EF = 2048
+"""Nodes of a graph that a search keeps in view at most."""
+MAX_REFINE = 64
+"""Candidates for every neighbour asked for at most."""
+ADD_ROWS = 4096
+"""Vectors added to an index at a time."""
 
 Blocks = Callable[[NDArray[np.int64]], Iterator[tuple[NDArray[np.int64], Vectors]]]
 """Ascending ids and their vectors, in pieces: `Snapshot.vector_blocks`."""
 Advance = Callable[[str, int], None]
-"""Called with what is done and how many rows more."""
+"""Called with the name of a stage and how many rows it has done since."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A kind of index with its numbers."""
+    """A kind of index with its parameters."""
 
     kind: IndexKind
     build: Mapping[str, int] = field(default_factory=dict)
-    """What the file is made with: `links`, `ef_construction`; `lists`; `bytes`."""
+    """Parameters of the file: `links`, `ef_construction`; `lists`; `bytes`."""
     search: Mapping[str, int] = field(default_factory=dict)
-    """What a request gets that asks for nothing else: `ef_search`; `nprobe`; `refine`, candidates for every neighbour asked for."""
+    """Defaults of a search: `ef_search`; `nprobe`; `refine`, candidates for every neighbour asked for."""
 
     @property
     def exact(self) -> bool:
+        """Whether a search finds the true nearest neighbours."""
         return self.kind in ("flat", "flat32")
 
     def as_json(self) -> dict[str, Any]:
@@ -55,28 +64,33 @@ class Plan:
 
 
 def plan_for(kind: IndexKind, rows: int, dimension: int) -> Plan:
-    """The usual plan of a kind for so many rows. Raises `InvalidInput` for too few of them, or a dimension that has no such codes."""
+    """The default plan of a kind.
+
+    Raises `InvalidInput` for too few rows, or a dimension that the kind cannot code.
+    """
     lists = max(1, 1 << round(np.log2(max(1, 4 * np.sqrt(rows))))) if rows else 1
     if kind in ("flat", "flat32"):
         return Plan(kind)
     if kind == "hnsw":
         return Plan(kind, {"links": 32, "ef_construction": 80}, {"ef_search": 64})
-    if rows < 39 * 16:
+    if rows < 16 * MIN_ROWS_PER_LIST:
         raise InvalidInput(
-            f"{rows} entries are too few to learn lists from: at least {39 * 16}. Take flat or hnsw"
+            f"{rows} entries are too few to learn lists from: at least {16 * MIN_ROWS_PER_LIST}. Take flat "
+            "or hnsw"
         )
-    lists = min(lists, rows // 39)
+    lists = min(lists, rows // MIN_ROWS_PER_LIST)
     if kind == "ivf":
         return Plan(kind, {"lists": lists}, {"nprobe": 8})
-    if dimension % 8 or rows < 256 * 39:
+    if dimension % 8 or rows < 256 * MIN_ROWS_PER_LIST:
         raise InvalidInput(
-            f"ivfpq needs a dimension that 8 divides, and {256 * 39} entries: here are {dimension} and {rows}"
+            f"ivfpq needs a dimension that 8 divides, and {256 * MIN_ROWS_PER_LIST} entries: here are "
+            f"{dimension} and {rows}"
         )
     return Plan(kind, {"lists": lists, "bytes": dimension // 8}, {"nprobe": 8, "refine": 8})
 
 
-def weight(plan: Plan, rows: int, dimension: int) -> int:
-    """Bytes of the index file, all of which a busy server has in memory; within a few percent."""
+def file_bytes(plan: Plan, rows: int, dimension: int) -> int:
+    """Estimate the bytes of the index file, all in memory on a busy server; within a few percent."""
     ids = 8 * rows
     match plan.kind:
         case "flat":
@@ -98,7 +112,7 @@ def weight(plan: Plan, rows: int, dimension: int) -> int:
             )
 
 
-def made(
+def build(
     plan: Plan,
     ids: NDArray[np.int64],
     dimension: int,
@@ -107,11 +121,11 @@ def made(
     held_out: NDArray[np.int64],
     gpu: int | None = None,
 ) -> Any:
-    """The FAISS index of a plan over some entries. The same on every machine, if FAISS runs on one thread: seeds are fixed.
+    """Build the FAISS index of a plan over entries. With one thread the result is the same on every machine.
 
     Args:
-        held_out: entries that nothing is learned from, though they are in the index.
-        gpu: number of a CUDA device to learn lists on; another result than the CPU's, as good.
+        held_out: entries of the index that nothing is learned from.
+        gpu: number of a CUDA device to learn lists on; the result differs from the CPU's and is as good.
     """
     index = _empty(plan, dimension)
     if gpu is not None and "lists" in plan.build:
@@ -129,10 +143,11 @@ def made(
         advance("train", len(sample))
         if gpu is not None:
             faiss.extract_index_ivf(index).clustering_index = None
-    for some, rows in blocks(ids):
-        for start in range(0, len(some), 4096):
-            index.add_with_ids(rows[start : start + 4096], some[start : start + 4096])
-            advance("add", len(some[start : start + 4096]))
+    for block_ids, rows in blocks(ids):
+        for start in range(0, len(block_ids), ADD_ROWS):
+            batch = slice(start, start + ADD_ROWS)
+            index.add_with_ids(rows[batch], block_ids[batch])
+            advance("add", len(block_ids[batch]))
     return index
 
 
@@ -170,16 +185,16 @@ def _empty(plan: Plan, d: int) -> Any:
 
 
 def candidates(plan: Plan, k: int) -> int:
-    """How many a file is asked for, so that `k` are left after re-ranking."""
+    """How many candidates to ask of a file, so that `k` are left after re-ranking."""
     return k * min(MAX_REFINE, plan.search.get("refine", 1))
 
 
 def parameters(plan: Plan, search: Search, k: int, share: float, selector: Any) -> Any:
-    """What a search of a file of this kind is told. With a selector it is made anew for every search: FAISS writes into it on its way.
+    """The FAISS parameters of a search; with a selector only of one, since FAISS writes into them.
 
     Args:
-        k: as `candidates` has it.
-        share: of the file's entries that may be found; with fewer of them a search has to look at more to find as many.
+        k: the number that `candidates` gives.
+        share: share of the file's entries that may be found; the smaller, the more a search has to visit.
     """
     if plan.exact:
         return faiss.SearchParameters(sel=selector)
@@ -192,7 +207,7 @@ def parameters(plan: Plan, search: Search, k: int, share: float, selector: Any) 
 
 
 def ids_of(plan: Plan, index: Any) -> NDArray[np.int64]:
-    """The entry ids that a file holds, in its own order."""
+    """The entry ids of a file, in its own order."""
     if holds_vectors(plan):
         ids: NDArray[np.int64] = faiss.vector_to_array(index.id_map)
         return ids
@@ -203,20 +218,14 @@ def ids_of(plan: Plan, index: Any) -> NDArray[np.int64]:
 
 
 def holds_vectors(plan: Plan) -> bool:
-    """Whether a file of this kind holds the stored numbers themselves, in the order of `ids_of`."""
+    """Whether a file of this kind holds the stored vectors, in the order of `ids_of`."""
     return plan.kind in ("flat", "flat32", "hnsw")
 
 
-def vector_at(plan: Plan, index: Any, row: int) -> NDArray[np.float32]:
-    """The vector of a row of `ids_of`, of a kind that holds them."""
-    found: NDArray[np.float32] = _storage(plan, index).reconstruct(row)
-    return found
-
-
 def codes_of(plan: Plan, index: Any) -> NDArray[np.void]:
-    """The vectors of a kind that holds them, `[rows]`, an item the bytes of one: float32 of kind flat32, else float16.
+    """The vectors of a kind that holds them, `[rows]` items of bytes: float32 for flat32, else float16.
 
-    A view of the mapped file, not a copy: valid for as long as the index is, and not aligned.
+    A view of the mapped file, not a copy: valid as long as the index is, and not aligned.
     """
     storage = _storage(plan, index)
     codes: NDArray[np.void] = faiss.rev_swig_ptr(storage.codes.data(), storage.codes.size()).view(

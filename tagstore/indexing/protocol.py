@@ -1,8 +1,8 @@
 """What an index must do, and its specification in numpy.
 
-An index is derived: it maps unit vectors to entry ids and can be rebuilt from the store at any time. It proposes
-candidates; the engine computes the similarities that are returned from the stored vectors, so that they do not depend
-on the index, on the batch a query came in, or on the machine's BLAS.
+An index is derived: it maps unit vectors to entry ids and can be rebuilt from the store at any time. It
+proposes candidates; the engine computes their similarities from the stored vectors, so that answers do not
+depend on the index, on the batch a query came in, or on the machine's BLAS.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Allowed:
 
     @classmethod
     def of(cls, bits: NDArray[np.uint8]) -> Allowed:
-        """The set of the bits that are set."""
+        """The set of the ids whose bit is set."""
         return cls(bits, int(np.bitwise_count(bits).sum(dtype=np.int64)))
 
     def ids(self) -> NDArray[np.int64]:
@@ -36,15 +36,15 @@ class Allowed:
         return np.flatnonzero(np.unpackbits(self.bits, bitorder="little")).astype(np.int64)
 
     def between(self, first: int, end: int) -> int:
-        """How many members there are in `[first, end)`."""
+        """Count the members in `[first, end)`."""
         end = min(end, 8 * len(self.bits))
         if first >= end:
             return 0
-        some = np.unpackbits(self.bits[first // 8 : -(-end // 8)], bitorder="little")
-        return int(np.count_nonzero(some[first % 8 : first % 8 + end - first]))
+        bits = np.unpackbits(self.bits[first // 8 : -(-end // 8)], bitorder="little")
+        return int(np.count_nonzero(bits[first % 8 : first % 8 + end - first]))
 
     def holds(self, ids: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Which of some ids are members; negative ones and those beyond the bits are not."""
+        """Which of the ids are members; negative ids and those beyond the bits are not."""
         inside = (ids >= 0) & (ids < 8 * len(self.bits))
         safe = np.where(inside, ids, 0)
         held: NDArray[np.bool_] = inside & (self.bits[safe >> 3] >> (safe & 7).astype(np.uint8) & 1).astype(
@@ -58,20 +58,19 @@ class Index(Protocol):
 
     @property
     def tolerance(self) -> float:
-        """How far the index's inner products may be from those of the stored vectors, where it claims to be exact."""
+        """How far the inner products of an exact index may be from those of the stored vectors."""
         ...
 
     def search(
         self, queries: Vectors, k: int, *, allowed: Allowed | None = None, search: Search = PLAIN
     ) -> NDArray[np.int64]:
-        """Entry ids of the best `k` of each query, `[N, M]` int64, best first by the index's own arithmetic.
+        """Find the best entries of each query: ids `[N, M]` int64, best first by the index's own arithmetic.
 
-        M is at least k, or the number of entries there are to be found if that is less: an index that approximates may propose more
-        than it was asked for, never fewer.
+        M is at least k, or the number of entries if that is less; an approximate index may propose more.
 
         Args:
             allowed: find only these; all entries of the version if None.
-            search: of a request's options `exact`, `nprobe` and `ef_search` are heeded.
+            search: options of the request, which `exact`, `nprobe` and `ef_search` are taken from.
         """
         ...
 
@@ -81,7 +80,7 @@ class Index(Protocol):
 
 
 class NumpyIndex:
-    """The specification: all inner products, sorted; equal ones in order of entry id. The oracle of every other index."""
+    """The specification that every index is tested against: all inner products, sorted, equal ones by id."""
 
     tolerance = 1e-5
 

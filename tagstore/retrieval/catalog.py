@@ -27,7 +27,6 @@ from tagstore.errors import (
 from tagstore.indexing.gpu import devices
 from tagstore.indexing.protocol import PLAIN
 from tagstore.retrieval.engine import Engine, check_request
-from tagstore.storage.lmdb_files import release
 from tagstore.storage.store import Store, store_names
 from tagstore.types import Exclude, Fingerprint, Identity, Retrieval, Search, StoreInfo, Vectors
 
@@ -107,7 +106,7 @@ class Catalog:
     def _let_go(self, store: str) -> None:
         """Of a store that was compacted, dropped or renamed; requests in flight keep what they hold until they end."""
         self._engines = {key: engine for key, engine in self._engines.items() if key[0] != store}
-        release(self._stores.pop(store).env)
+        self._stores.pop(store).release()
 
     def encoder(self, fingerprint: Fingerprint) -> Encoder:
         """The encoder of a fingerprint. Raises `FingerprintMismatch` if what its name loads today is another one."""

@@ -6,7 +6,6 @@ by a search for the value's bytes; only the others are decoded. The bits are kep
 
 from __future__ import annotations
 
-import json
 from collections import OrderedDict
 from collections.abc import Mapping
 from threading import Lock
@@ -16,8 +15,7 @@ from numpy.typing import NDArray
 
 from tagstore.errors import InvalidInput
 from tagstore.indexing.protocol import Allowed
-from tagstore.storage.codec import decode_metadata
-from tagstore.storage.store import U64, Snapshot
+from tagstore.storage.store import Snapshot
 
 FILTER_BYTES = 64 << 20
 """Bits of filters kept for a version: 512 filters of a million entries."""
@@ -50,24 +48,6 @@ class Filters:
         return found
 
     def _read(self, where: Mapping[str, str]) -> NDArray[np.uint8]:
-        live = self._live.ids()
-        needles = [_needle(value) for value in where.values()]
-        fits = np.zeros(8 * len(self._live.bits), bool)
-        db = self._snapshot.store.db["entries"]
-        for start in range(0, len(live), 4096):
-            with self._snapshot.store.env.begin() as txn:
-                for i in live[start : start + 4096].tolist():
-                    data = txn.get(U64.pack(i), db=db)
-                    if all(needle in data for needle in needles):
-                        metadata = decode_metadata(data)
-                        fits[i] = all(
-                            name in metadata and str(metadata[name]) == value for name, value in where.items()
-                        )
-        return np.packbits(fits, bitorder="little")
-
-
-def _needle(value: str) -> bytes:
-    """Bytes that the record of an entry with this value must hold; empty where Python's text of a value is not JSON's."""
-    if value in ("True", "False", "None", "nan", "inf", "-inf") or value.startswith(("[", "{")):
-        return b""
-    return json.dumps(value, ensure_ascii=False)[1:-1].encode("utf-8", "replace")
+        matching = np.zeros(8 * len(self._live.bits), bool)
+        matching[self._snapshot.with_metadata(self._live.ids(), where)] = True
+        return np.packbits(matching, bitorder="little")

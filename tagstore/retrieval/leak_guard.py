@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 
 from tagstore.errors import InvalidInput
 from tagstore.indexing.protocol import Allowed
-from tagstore.storage.codec import decode_hashes
-from tagstore.storage.store import U64, Snapshot, key_of, unpack_ids
+from tagstore.storage.store import Snapshot
 from tagstore.types import Exclude, Identity
 
 MAX_EXCLUDED = 10_000
@@ -96,7 +95,7 @@ class Guard:
         if self._sha256 is not None or self._perceptual is not None:
             unique, where = np.unique(found, return_inverse=True)
             where = where.reshape(found.shape)
-            digests, hashes = _hashes(self._snapshot, unique.tolist())
+            digests, hashes = self._snapshot.hashes(unique.tolist())
             if self._sha256 is not None:
                 kept &= (digests[where] != self._sha256[queries][:, None]).any(axis=-1)
             if self._perceptual is not None:
@@ -106,16 +105,7 @@ class Guard:
 
 def _live_ids(snapshot: Snapshot, keys: Iterable[str], live: Allowed) -> list[int]:
     """Id of the entry that has each key in this version, -1 where there is none."""
-    with snapshot.store.env.begin() as txn:
-        db = snapshot.store.db["keys"]
-        had = [unpack_ids(txn.get(key_of(key), db=db) or b"") for key in keys]
-    return [next((i for i in reversed(ids) if live.holds(np.array([i]))[0]), -1) for ids in had]
-
-
-def _hashes(snapshot: Snapshot, entry_ids: Iterable[int]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-    """sha256 `[n, 4]` (the bytes, as they lie) and perceptual hash `[n]` of entries' images."""
-    with snapshot.store.env.begin(buffers=True) as txn:
-        db = snapshot.store.db["entries"]
-        found = [decode_hashes(txn.get(U64.pack(i), db=db)) for i in entry_ids]
-    digests = np.frombuffer(b"".join(digest for digest, _ in found), np.uint64).reshape(-1, 4)
-    return digests, np.frombuffer(b"".join(perceptual for _, perceptual in found), ">u8").astype(np.uint64)
+    return [
+        next((i for i in reversed(ids) if live.holds(np.array([i]))[0]), -1)
+        for ids in snapshot.ids_of_keys(keys)
+    ]

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from itertools import chain
 from threading import Lock
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tagstore.errors import Damaged, NotFound
-from tagstore.indexing import exact
 from tagstore.indexing.faiss_index import Part
-from tagstore.storage.codec import decode_hot, decode_tag
-from tagstore.storage.store import ROWS, SPACE, U64, Snapshot
+from tagstore.storage.store import Snapshot
 from tagstore.types import Kind, Vectors
 
 TAG_BYTES = 64 << 20
 """Of a version's tags kept in memory with their embeddings: 27,000 of them at 512 dimensions. When it is full, it starts anew."""
 TAGS_AT_ONCE = 1 << 13
 """Embeddings that several queries may ask for together: 16 MiB at 512 dimensions."""
-FEW = 1 << 14
-"""Rows up to which they are fetched one by one; for more, all rows of a block at a time."""
-
-_pack = U64.pack
 
 
 class Rows:
@@ -44,39 +37,14 @@ class Rows:
                 here = (ids >= part.first) & (ids < part.end)
                 rows[here] = part.vectors(ids[here])
             return rows
-        if len(ids) > FEW:
-            return snapshot.vectors(ids)
-        with snapshot.store.env.begin(buffers=True) as txn:
-            return _rows(txn, snapshot, "vectors", ids.tolist())
+        return snapshot.vectors(ids)
 
 
-def keys_and_tags(snapshot: Snapshot, ids: Iterable[Iterable[int]]) -> list[list[tuple[str, list[int]]]]:
+def keys_and_tags(snapshot: Snapshot, ids: Sequence[Sequence[int]]) -> list[list[tuple[str, list[int]]]]:
     """Key and tag ids of each entry, of the neighbours of several queries; an entry that several share is read once."""
-    found: dict[int, tuple[str, list[int]]] = {}
-    with snapshot.store.env.begin(db=snapshot.store.db["entries"]) as txn:
-        get = txn.get
-        return [
-            [found[i] if i in found else found.setdefault(i, decode_hot(get(_pack(i)))) for i in some]
-            for some in ids
-        ]
-
-
-def _rows(txn: Any, snapshot: Snapshot, name: str, ids: Sequence[int]) -> Vectors:
-    width, space, get, db = (
-        2 * snapshot.dimension,
-        snapshot.version.space << SPACE,
-        txn.get,
-        snapshot.store.db[name],
-    )
-    pieces = []
-    for i in ids:
-        at = i % ROWS * width
-        data = get(_pack(space | i // ROWS), db=db)
-        if data is None or len(data) < at + width:
-            raise Damaged(f"store '{snapshot.store.name}' has lost row {i} of its {name}")
-        pieces.append(data[at : at + width])
-    # joined while the transaction lasts: the pieces are the map's own memory
-    return exact.widened(np.frombuffer(b"".join(pieces), np.float16)).reshape(len(ids), snapshot.dimension)
+    unique = list(dict.fromkeys(chain.from_iterable(ids)))
+    records = dict(zip(unique, snapshot.keys_and_tags(unique), strict=True))
+    return [[records[i] for i in neighbours] for neighbours in ids]
 
 
 class Tags:
@@ -125,16 +93,8 @@ class _Table:
         if len(tag_ids) + len(self.names) > self.room:
             self.rows = np.empty((len(tag_ids) + len(self.names), snapshot.dimension), np.float32)
             self.room = len(self.rows)
-        with snapshot.store.env.begin(buffers=True) as txn:
-            db = snapshot.store.db["tags"]
-            at = len(self.names)
-            self.rows[at : at + len(tag_ids)] = _rows(txn, snapshot, "embeddings", tag_ids)
-            found = [txn.get(_pack(i), db=db) for i in tag_ids]
-            for i, data in zip(tag_ids, found, strict=True):
-                if data is None:
-                    raise NotFound(
-                        f"store '{snapshot.store.name}' has no tag {i} in version {snapshot.version.number}"
-                    )
-                text, kind, _ = decode_tag(data)
-                self.names.append((text, kind))
-                self.slots[i] = len(self.names) - 1
+        end = len(self.names)
+        self.rows[end : end + len(tag_ids)] = snapshot.embeddings(np.array(tag_ids, np.int64))
+        for slot, (i, (text, kind, _)) in enumerate(zip(tag_ids, snapshot.tags(tag_ids), strict=True), end):
+            self.names.append((text, kind))
+            self.slots[i] = slot

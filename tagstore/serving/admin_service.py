@@ -13,7 +13,8 @@ from tagstore.ingest import Report, ingest_pairs
 from tagstore.serving.gate import Call, Gate
 from tagstore.serving.live_catalog import LiveCatalog
 from tagstore.serving.methods import answering
-from tagstore.storage.store import Store, Version
+from tagstore.storage.store import Store
+from tagstore.storage.version import Version
 from tagstore.types import Pair, Rejected
 from tagstore.upkeep.edits import Diff, Selection, delete, diff, rollback
 from tagstore.upkeep.tuning import Budget, build_index

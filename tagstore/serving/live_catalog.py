@@ -101,7 +101,7 @@ class LiveCatalog(Catalog):
             status = os.stat(f"{self.root}/{store}/CURRENT")
         except OSError:
             return None
-        return (status.st_mtime_ns, status.st_ino), engine.snapshot.store.env.info()["last_txnid"]
+        return (status.st_mtime_ns, status.st_ino), engine.snapshot.store.last_transaction()
 
     def _pin(self, store: str, version: int) -> None:
         self._used[store, version] = time.monotonic()

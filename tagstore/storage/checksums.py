@@ -1,97 +1,122 @@
-"""Checksums over what a version consists of: taken at its commit, compared by `verify`."""
+"""Checksums over the parts of a version: taken at its commit, compared by `verify`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from hashlib import sha256
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tagstore.errors import Damaged
-from tagstore.storage.lmdb_files import trim
-from tagstore.storage.store import ROWS, U64, Range, Snapshot, Store, Version, block_key
+from tagstore.storage.database import Database
+from tagstore.storage.environments import trim
+from tagstore.storage.rows import BLOCK_ROWS, read_block
+from tagstore.storage.snapshot import Snapshot
+from tagstore.storage.tables import U64
+from tagstore.storage.version import Range, Version
 
-MERGE = 2
+MERGE_SIZE_RATIO = 2
 """A range is merged with what follows it unless it is more than this many times as long."""
+ARRAYS = ("live", "counts")
+"""What one checksum covers as a whole."""
 
 
 def ranges_of(
-    store: Store,
+    store: Database,
     parent: Version | None,
-    space: int,
-    next_entry_id: int,
-    next_tag_id: int,
+    version: Version,
+    arrays: Mapping[str, NDArray[Any]],
     embedded: int,
-    dimension: int,
-    live: NDArray[np.uint8],
-    counts: NDArray[np.int32],
 ) -> dict[str, list[Range]]:
-    """The parent's checksums and those of what came since, of a version that is about to be committed.
+    """The checksums of a version that is about to be committed: its parent's, and those of what came since.
 
-    `embedded` is how many tags have an embedding in this space: after a rollback to another encoder fewer than there are, and the rows of
-    the rest will only be written by a later ingest.
+    Args:
+        arrays: of the version, as they are stored.
+        embedded: how many tags have an embedding in its space. After a rollback to another encoder these are
+            not all; a later ingest writes the rest.
     """
-    old = parent.ranges if parent else {}
-    same_space = parent is not None and parent.space == space
-    found: dict[str, list[Range]] = {}
-    ends = {"entries": next_entry_id, "vectors": next_entry_id, "tags": next_tag_id, "embeddings": embedded}
+    known = parent.ranges if parent else {}
+    same_space = parent is not None and parent.space == version.space
+    result: dict[str, list[Range]] = {}
+    ends = {
+        "entries": version.next_entry_id,
+        "vectors": version.next_entry_id,
+        "tags": version.next_tag_id,
+        "embeddings": embedded,
+    }
     for name, end in ends.items():
-        ranges = list(old.get(name, [])) if same_space or name in ("entries", "tags") else []
+        ranges = list(known.get(name, [])) if same_space or name in ("entries", "tags") else []
         first = ranges[-1].end if ranges else 0
         if first < end:
-            # as a binary counter carries, so that a version's record stays short however many commits there were
-            while ranges and ranges[-1].end - ranges[-1].first <= MERGE * (end - first):
+            # like the carry of a binary counter, which keeps the record of a version short
+            while ranges and ranges[-1].end - ranges[-1].first <= MERGE_SIZE_RATIO * (end - first):
                 last = ranges.pop()
-                if checksum(store, name, space, last.first, last.end, dimension) != last.sha256:
+                if _checksum(store, name, version, last.first, last.end) != last.sha256:
                     raise Damaged(
-                        f"{name} {last.first} to {last.end - 1} of store '{store.name}' are not what was committed: nothing is built on "
-                        "them. Run `tagstore verify`, restore the store from a copy"
+                        f"{name} {last.first} to {last.end - 1} of store '{store.name}' are not what was "
+                        "committed: nothing is built on them. Run `tagstore verify`, restore the store from "
+                        "a copy"
                     )
                 first = last.first
-            ranges.append(Range(first, end, checksum(store, name, space, first, end, dimension)))
-        found[name] = ranges
-    found["live"] = [Range(0, next_entry_id, sha256(live.tobytes()).hexdigest())]
-    found["counts"] = [Range(0, next_tag_id, sha256(counts.tobytes()).hexdigest())]
-    return found
+            ranges.append(Range(first, end, _checksum(store, name, version, first, end)))
+        result[name] = ranges
+    for name, array in arrays.items():
+        end = version.next_entry_id if name == "live" else version.next_tag_id
+        result[name] = [Range(0, end, sha256(array.tobytes()).hexdigest())]
+    return result
 
 
 def broken(snapshot: Snapshot, seen: set[object]) -> Iterator[tuple[str, Range]]:
-    """The parts of a version that are not what was committed. `seen` holds the ranges that were looked at before: versions share them."""
+    """The parts of a version that are not what was committed.
+
+    `seen` holds the ranges that were compared before, since versions share them.
+    """
     version = snapshot.version
     for name, ranges in version.ranges.items():
-        for r in ranges:
-            if name in ("live", "counts"):
-                found = sha256(snapshot.array(name, np.uint8).tobytes()).hexdigest()
-            elif (mark := (name, version.space if name in ("vectors", "embeddings") else None, r)) in seen:
+        for span in ranges:
+            if name in ARRAYS:
+                digest = sha256(snapshot.array(name, np.uint8).tobytes()).hexdigest()
+            elif (mark := (name, version.space if name in ("vectors", "embeddings") else None, span)) in seen:
                 continue
             else:
                 seen.add(mark)
-                found = checksum(snapshot.store, name, version.space, r.first, r.end, snapshot.dimension)
-            if found != r.sha256:
-                yield name, r
+                digest = _checksum(snapshot.store, name, version, span.first, span.end)
+            if digest != span.sha256:
+                yield name, span
 
 
-def checksum(store: Store, name: str, space: int, first: int, end: int, dimension: int) -> str:
-    """sha256 over the records of a range, as they stand: id and bytes of entries and tags, rows of vectors and embeddings."""
+def check_sound(snapshot: Snapshot, seen: set[object], advice: str) -> None:
+    """Raises `Damaged` with an advice unless a version is what was committed; `seen` as for `broken`."""
+    for name, span in broken(snapshot, seen):
+        raise Damaged(
+            f"{name} {span.first} to {span.end - 1} of store '{snapshot.store.name}' are not what version "
+            f"{snapshot.version.number} committed: {advice}"
+        )
+
+
+def _checksum(store: Database, name: str, version: Version, first: int, end: int) -> str:
+    """sha256 of a range: of ids and records for entries and tags, of rows for vectors and embeddings."""
     digest = sha256()
-    with store.env.begin(buffers=True) as txn, txn.cursor(store.db[name]) as cursor:
+    with store.env.begin(buffers=True) as txn:
         if name in ("entries", "tags"):
-            found = cursor.set_range(U64.pack(first))
-            for n, (key, value) in enumerate(cursor if found else ()):
-                if U64.unpack(key)[0] >= end:
-                    break
-                digest.update(key)
-                digest.update(value)
-                if n % 65536 == 0:
-                    trim(store.env)
+            with txn.cursor(store.db[name]) as cursor:
+                for n, (key, value) in enumerate(cursor if cursor.set_range(U64.pack(first)) else ()):
+                    if U64.unpack(key)[0] >= end:
+                        break
+                    digest.update(key)
+                    digest.update(value)
+                    if n % 65536 == 0:
+                        trim(store.env)
         else:
-            width = dimension * 2
-            for block in range(first // ROWS, -(-end // ROWS)):
-                data = txn.get(block_key(space, block), db=store.db[name]) or b""
-                start, stop = max(0, first - block * ROWS), min(ROWS, end - block * ROWS)
-                # rows that this space never had read as zeros, as they will when a later row of the block is written
-                digest.update(bytes(data[start * width : stop * width]).ljust((stop - start) * width, b"\0"))
+            width = version.fingerprint.dimension * 2
+            for block in range(first // BLOCK_ROWS, -(-end // BLOCK_ROWS)):
+                base = block * BLOCK_ROWS
+                start, stop = max(0, first - base), min(BLOCK_ROWS, end - base)
+                rows = read_block(txn, store.db[name], version.space, block, width // 2)[start:stop]
+                # a row that was never written becomes zeros when a later row of its block is written
+                digest.update(rows.tobytes().ljust((stop - start) * width, b"\0"))
                 if block % 256 == 0:
                     trim(store.env)
     return digest.hexdigest()

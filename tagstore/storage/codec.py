@@ -6,7 +6,7 @@ Integers are LEB128 varints unless said otherwise; strings are UTF-8 behind thei
     sha256 (32 bytes) · perceptual hash (8, big endian)
     n captions · captions
     for each tag: score (1 byte, 0..255) · n mentions · for each: caption + 1, start, end - start
-    metadata (JSON, empty if there is none) · origin, with a NUL where the key stands in it
+    metadata (JSON, empty if there is none) · origin, with a NUL in place of the key
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tagstore.types import KINDS, Entry, EntryTag, Kind
 
 
 def encode_entry(entry: Entry) -> bytes:
-    """Bytes of an entry; its id is not among them, it is the key under which they stand."""
+    """Encode an entry without its id, which is the key of the record."""
     out = bytearray()
     _put_text(out, entry.key)
     _put_int(out, len(entry.tags))
@@ -46,34 +46,34 @@ def encode_entry(entry: Entry) -> bytes:
 
 
 def decode_entry(entry_id: int, data: bytes) -> Entry:
-    """The entry that `encode_entry` wrote."""
-    key, at = _get_text(data, 0)
-    tag_ids, at = _get_ints(data, at)
-    sha256, at = data[at : at + 32], at + 32
-    perceptual_hash, at = int.from_bytes(data[at : at + 8], "big"), at + 8
-    n, at = _get_int(data, at)
+    """Decode a record of `encode_entry`."""
+    key, offset = _get_text(data, 0)
+    tag_ids, offset = _get_ints(data, offset)
+    digest, offset = data[offset : offset + 32], offset + 32
+    perceptual_hash, offset = int.from_bytes(data[offset : offset + 8], "big"), offset + 8
+    n, offset = _get_int(data, offset)
     captions = []
     for _ in range(n):
-        caption, at = _get_text(data, at)
+        caption, offset = _get_text(data, offset)
         captions.append(caption)
     tags = []
     for tag_id in tag_ids:
-        score, at = data[at] / 255, at + 1
-        n, at = _get_int(data, at)
+        score, offset = data[offset] / 255, offset + 1
+        n, offset = _get_int(data, offset)
         mentions = []
         for _ in range(n):
-            caption_index, at = _get_int(data, at)
-            start, at = _get_int(data, at)
-            length, at = _get_int(data, at)
+            caption_index, offset = _get_int(data, offset)
+            start, offset = _get_int(data, offset)
+            length, offset = _get_int(data, offset)
             mentions.append((caption_index - 1, start, start + length))
         tags.append(EntryTag(tag_id, score, tuple(mentions)))
-    metadata, at = _get_text(data, at)
-    origin, at = _get_text(data, at)
+    metadata, offset = _get_text(data, offset)
+    origin, offset = _get_text(data, offset)
     origin = origin.replace("\0", key) if "\0" not in key else origin
     return Entry(
         entry_id,
         key,
-        bytes(sha256),
+        bytes(digest),
         perceptual_hash,
         tuple(captions),
         tuple(tags),
@@ -83,56 +83,66 @@ def decode_entry(entry_id: int, data: bytes) -> Entry:
 
 
 def decode_hot(data: bytes) -> tuple[str, list[int]]:
-    """Only the key and the tag ids of an entry: what a query needs."""
-    n, at = (data[0], 1) if data[0] < 128 else _get_int(data, 0)
-    end = at + n
-    key = str(data[at:end], "utf-8")
-    n, at = (data[end], end + 1) if data[end] < 128 else _get_int(data, end)
+    """Decode only the key and the tag ids of an entry: what a query needs."""
+    n, offset = (data[0], 1) if data[0] < 128 else _get_int(data, 0)
+    end = offset + n
+    key = str(data[offset:end], "utf-8")
+    n, offset = (data[end], end + 1) if data[end] < 128 else _get_int(data, end)
     tag_ids = []
     for _ in range(n):
-        # this runs five times a neighbour, and nearly all of them take one byte or two
-        value = data[at]
+        # this runs about five times a neighbour; nearly all ids take one byte or two
+        value = data[offset]
         if value < 128:
-            at += 1
-        elif (high := data[at + 1]) < 128:
-            value, at = value & 127 | high << 7, at + 2
+            offset += 1
+        elif (high := data[offset + 1]) < 128:
+            value, offset = value & 127 | high << 7, offset + 2
         else:
-            value, at = _get_int(data, at)
+            value, offset = _get_int(data, offset)
         tag_ids.append(value)
     return key, tag_ids
 
 
 def decode_hashes(data: bytes) -> tuple[bytes, bytes]:
-    """Only the sha256 (32 bytes) and the perceptual hash (8 bytes, big endian) of an entry."""
-    n, at = _get_int(data, 0)
-    n, at = _get_int(data, at + n)
+    """Decode only the sha256 (32 bytes) and the perceptual hash (8 bytes, big endian) of an entry."""
+    n, offset = _get_int(data, 0)
+    n, offset = _get_int(data, offset + n)
     for _ in range(n):
-        while data[at] > 127:
-            at += 1
-        at += 1
-    return bytes(data[at : at + 32]), bytes(data[at + 32 : at + 40])
+        while data[offset] > 127:
+            offset += 1
+        offset += 1
+    return bytes(data[offset : offset + 32]), bytes(data[offset + 32 : offset + 40])
 
 
 def decode_metadata(data: bytes) -> dict[str, Any]:
-    """Only the metadata of an entry."""
-    n, at = _get_int(data, 0)
-    tags, at = _get_ints(data, at + n)
-    captions, at = _get_int(data, at + 40)
+    """Decode only the metadata of an entry."""
+    n, offset = _get_int(data, 0)
+    tags, offset = _get_ints(data, offset + n)
+    captions, offset = _get_int(data, offset + 40)
     for _ in range(captions):
-        n, at = _get_int(data, at)
-        at += n
+        n, offset = _get_int(data, offset)
+        offset += n
     for _ in tags:
-        n, at = _get_int(data, at + 1)
+        n, offset = _get_int(data, offset + 1)
         for _ in range(3 * n):
-            while data[at] > 127:
-                at += 1
-            at += 1
-    metadata, _ = _get_text(data, at)
+            while data[offset] > 127:
+                offset += 1
+            offset += 1
+    metadata, _ = _get_text(data, offset)
     return dict(json.loads(metadata)) if metadata else {}
 
 
+def metadata_needle(value: str) -> bytes:
+    """Bytes that the record of an entry with this metadata value must hold.
+
+    Empty where Python's text of a value is not its JSON.
+    """
+    if value in ("True", "False", "None", "nan", "inf", "-inf") or value.startswith(("[", "{")):
+        return b""
+    return json.dumps(value, ensure_ascii=False)[1:-1].encode("utf-8", "replace")
+
+
 def encode_tag(text: str, kind: Kind, canonical: str) -> bytes:
-    """Bytes of a tag of the vocabulary: kind (1 byte), text, canonical form if it differs."""
+    """Encode a tag of the vocabulary: kind (1 byte), text, canonical form if it differs."""
     out = bytearray([KINDS.index(kind)])
     _put_text(out, text)
     _put_text(out, "" if canonical == text else canonical)
@@ -140,24 +150,25 @@ def encode_tag(text: str, kind: Kind, canonical: str) -> bytes:
 
 
 def decode_tag(data: bytes) -> tuple[str, Kind, str]:
-    """Text, kind and canonical form."""
-    text, at = _get_text(data, 1)
-    canonical, _ = _get_text(data, at)
+    """Decode a tag: text, kind and canonical form."""
+    text, offset = _get_text(data, 1)
+    canonical, _ = _get_text(data, offset)
     return text, KINDS[data[0]], canonical or text
 
 
 def seal(key: bytes, value: Mapping[str, Any]) -> bytes:
-    """A record that is JSON, for a key: sha256 (64 hexadecimal digits) over key and JSON, a space, the JSON."""
+    """Encode a JSON record under a key: sha256 of key and JSON (64 hexadecimal digits), a space, the JSON."""
     body = json.dumps(value, ensure_ascii=False, sort_keys=True).encode("utf-8", "replace")
     return sha256(key + body).hexdigest().encode() + b" " + body
 
 
 def unseal(key: bytes, data: bytes) -> dict[str, Any]:
-    """What was sealed. Raises `Damaged` if the record, or the key it stands under, is not what was written."""
+    """Decode a record of `seal`. Raises `Damaged` if it or its key is not what was written."""
     digest, _, body = data.partition(b" ")
     if sha256(key + body).hexdigest().encode() != digest:
         raise Damaged(
-            f"the record under {key!r} does not fit its checksum: run `tagstore verify`, restore the store from a copy"
+            f"the record under {key!r} does not fit its checksum: run `tagstore verify`, restore the store "
+            "from a copy"
         )
     return dict(json.loads(body))
 
@@ -169,37 +180,35 @@ def _put_int(out: bytearray, value: int) -> None:
     out.append(value)
 
 
-def _get_int(data: bytes, at: int) -> tuple[int, int]:
+def _get_int(data: bytes, offset: int) -> tuple[int, int]:
     value = shift = 0
     while True:
-        byte = data[at]
-        at += 1
+        byte = data[offset]
+        offset += 1
         value |= (byte & 127) << shift
         if byte < 128:
-            return value, at
+            return value, offset
         shift += 7
 
 
-def _get_ints(data: bytes, at: int) -> tuple[list[int], int]:
-    n, at = _get_int(data, at)
+def _get_ints(data: bytes, offset: int) -> tuple[list[int], int]:
+    n, offset = _get_int(data, offset)
     values = []
     for _ in range(n):
-        value, at = _get_int(data, at)
+        value, offset = _get_int(data, offset)
         values.append(value)
-    return values, at
+    return values, offset
 
 
 def _put_text(out: bytearray, text: str) -> None:
-    data = text.encode(
-        "utf-8", "replace"
-    )  # a lone surrogate, from a broken escape, is no text: it becomes "?"
+    data = text.encode("utf-8", "replace")  # a lone surrogate, from a broken escape, becomes "?"
     _put_int(out, len(data))
     out += data
 
 
-def _get_text(data: bytes, at: int) -> tuple[str, int]:
-    n, at = _get_int(data, at)
-    return str(data[at : at + n], "utf-8"), at + n
+def _get_text(data: bytes, offset: int) -> tuple[str, int]:
+    n, offset = _get_int(data, offset)
+    return str(data[offset : offset + n], "utf-8"), offset + n
 
 
 def _compact_json(value: Mapping[str, Any]) -> str:

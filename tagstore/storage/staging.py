@@ -1,18 +1,22 @@
-"""What stands behind the last version: drafts on their way in, how far their ingest got, and what an interrupted one left."""
+"""What is appended behind the last version: drafts, an ingest's progress, and sweeping of leftovers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from tagstore.mining import MergedTag
-from tagstore.storage.codec import decode_entry, decode_tag
-from tagstore.storage.store import SPACE, U64, Store, key_of, tag_key, unpack_ids
-from tagstore.types import KINDS
+from tagstore.storage.database import Database
+from tagstore.storage.rows import SPACE_SHIFT
+from tagstore.storage.tables import U64, TableWriter, records_from
+from tagstore.types import Entry, EntryTag
 
 Sync = Literal["full", "batch"]
-"""When appends reach the disk: `full`, each before it returns; `batch`, all of them at the commit. A commit is durable either way."""
+"""When appends reach the disk: `full`, each before it returns; `batch`, all of them at the commit.
+
+A commit is durable either way.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +31,23 @@ class Draft:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     origin: str = ""
 
+    def entry(self, entry_id: int, tags: tuple[EntryTag, ...]) -> Entry:
+        """The entry that the draft becomes under an id, with tags of the vocabulary."""
+        return Entry(
+            entry_id,
+            self.key,
+            self.sha256,
+            self.perceptual_hash,
+            self.captions,
+            tags,
+            self.metadata,
+            self.origin,
+        )
+
 
 @dataclass(slots=True)
 class Progress:
-    """How far an unfinished ingest got: written with every append, read by the ingest that takes it up again."""
+    """How far an unfinished ingest got: written with every append, read by the ingest that resumes it."""
 
     identity: str
     """What makes two ingests the same: source, miner, encoder, options."""
@@ -46,39 +63,24 @@ class Progress:
 
 
 def sweep_staged(
-    store: Store,
-    keep: Progress | None,
-    next_entry_id: int,
-    next_tag_id: int,
-    next_page: int,
-    next_space: int,
-    number: int,
+    store: Database, tables: TableWriter, keep: Progress | None, state: Mapping[str, Any], number: int
 ) -> None:
-    """Remove what was appended behind the last version, all of it or what lies beyond the progress to keep, and index files of no version.
+    """Remove what was appended behind the last version, and index files of no version.
 
     Args:
-        next_entry_id, next_tag_id, next_page, next_space: where the last version ends.
+        keep: progress of an ingest to resume: only what lies beyond it is removed.
+        state: state of the store, which tells where the last version ends.
         number: of the version that comes next.
     """
     db = store.db
-    first_entry = keep.next_entry_id if keep else next_entry_id
-    first_tag = keep.next_tag_id if keep else next_tag_id
+    first_entry = keep.next_entry_id if keep else state["next_entry_id"]
+    first_tag = keep.next_tag_id if keep else state["next_tag_id"]
     with store.env.begin(write=True) as txn:
-        for entry_id, data in _beyond(txn, db["entries"], first_entry):
-            key = key_of(decode_entry(entry_id, data).key)
-            kept = b"".join(
-                U64.pack(i) for i in unpack_ids(txn.get(key, db=db["keys"]) or b"") if i < first_entry
-            )
-            if kept:
-                txn.put(key, kept, db=db["keys"])
-            else:
-                txn.delete(key, db=db["keys"])
-            txn.delete(U64.pack(entry_id), db=db["entries"])
-        for tag_id, data in _beyond(txn, db["tags"], first_tag):
-            _, kind, canonical = decode_tag(data)
-            txn.delete(tag_key(KINDS.index(kind), canonical), db=db["tag_ids"])
-            txn.delete(U64.pack(tag_id), db=db["tags"])
-        for page_id, _ in _beyond(txn, db["pages"], next_page):
+        for entry_id, record in records_from(txn, db["entries"], first_entry):
+            tables.delete_entry(txn, entry_id, record)
+        for tag_id, record in records_from(txn, db["tags"], first_tag):
+            tables.delete_tag(txn, tag_id, record)
+        for page_id, _ in records_from(txn, db["pages"], tables.next_page):
             txn.delete(U64.pack(page_id), db=db["pages"])
         with txn.cursor(db["quarantine"]) as cursor:
             if cursor.set_range(U64.pack(number) + U64.pack(keep.rejected if keep else 0)):
@@ -86,22 +88,14 @@ def sweep_staged(
                     pass
         if not keep:
             txn.delete(b"ingest", db=db["meta"])
-            for name in (
-                "vectors",
-                "embeddings",
-            ):  # of a reembedding that was cut off: the next one may have another dimension
-                for block, _ in _beyond(txn, db[name], next_space << SPACE):
+            # of a reembedding that was cut off: the next one may have another dimension
+            next_space = max(tables.spaces, default=-1) + 1
+            for name in ("vectors", "embeddings"):
+                for block, _ in records_from(txn, db[name], next_space << SPACE_SHIFT):
                     txn.delete(U64.pack(block), db=db[name])
     for path in store.index_directory.glob("*"):
-        # by the number of the version that a file was made for: to read what all versions name would take longer with every commit
+        # judged by the number of the version a file was made for: reading the records of all versions would
+        # take longer with every commit
         made_for = path.name.partition("-")[0]
         if path.suffix == ".tmp" or not made_for.isdigit() or int(made_for) >= number:
             path.unlink()
-
-
-def _beyond(txn: Any, db: Any, first: int) -> Iterator[tuple[int, bytes]]:
-    """Records from an id on, each looked up anew, so that they can be deleted on the way."""
-    with txn.cursor(db) as cursor:
-        while cursor.set_range(U64.pack(first)):
-            key, value = cursor.item()
-            yield U64.unpack(key)[0], value

@@ -1,7 +1,8 @@
-"""An index for a budget: kinds and numbers are tried in turn, measured on queries that none of them has seen, until one holds it.
+"""Tuning of an index to a budget: kinds and parameters are tried in turn until one holds it.
 
-Recall is measured against exact search. Queries come from a file, or are made of stored vectors: each is moved so far from its own
-entry as entries are from their nearest neighbours, and what lists and codes are learned from leaves these entries out.
+Recall is measured against exact search, with queries that no index has learned from. They come from a file,
+or from stored vectors that are moved as far from their own entry as entries are from their nearest
+neighbours; lists and codes are learned without these entries.
 """
 
 from __future__ import annotations
@@ -21,17 +22,19 @@ from tagstore.indexing.gpu import device_number
 from tagstore.indexing.plans import INDEX_KINDS, Advance, IndexKind, Plan
 from tagstore.indexing.protocol import Allowed
 from tagstore.retrieval.engine import Engine
-from tagstore.storage.store import Snapshot, Version
+from tagstore.storage.snapshot import Snapshot
+from tagstore.storage.version import Version
 from tagstore.storage.writer import Writer
 from tagstore.types import Search, Vectors
-from tagstore.upkeep.edits import embed_rest
+from tagstore.upkeep.reprocessing import embed_rest
 
-QUERIES = 1000
-TIMED = 200
+MAX_QUERIES = 1000
+"""Queries made of stored vectors at most."""
+TIMED_QUERIES = 200
 """Queries that are timed, one at a time."""
 ADDED_PER_SECOND = {"flat": 200_000, "flat32": 200_000, "hnsw": 1500, "ivf": 20_000, "ivfpq": 10_000}
-"""Of 512 dimensions on one core, roughly: for the time that is said before a build."""
-LADDER = {
+"""Vectors of 512 dimensions that one core adds to an index, roughly: to announce how long a build takes."""
+SEARCH_STEPS = {
     "hnsw": ("ef_search", (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)),
     "ivf": ("nprobe", (1, 2, 4, 8, 16, 32, 64, 128, 256)),
 }
@@ -39,15 +42,15 @@ LADDER = {
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What an index has to keep to."""
+    """What an index must achieve."""
 
     recall: float = 0.95
-    """Share of the true `k` nearest entries that it must find."""
+    """Share of the true `k` nearest entries that it must find at least."""
     k: int = 5
     memory: int | None = None
-    """Bytes of the index, which a busy server has in memory."""
+    """Bytes of the index at most, which a busy server has in memory."""
     latency: float | None = None
-    """Seconds, median, of one query by itself: search, and similarities from the stored vectors."""
+    """Seconds at most, median, of one query by itself: search, and similarities from the stored vectors."""
 
     def __post_init__(self) -> None:
         if not 0 < self.recall <= 1:
@@ -55,22 +58,32 @@ class Budget:
         if not 1 <= self.k <= 100:
             raise InvalidInput(f"k is {self.k}: 1 to 100")
         if (self.memory is not None and self.memory <= 0) or (self.latency is not None and self.latency <= 0):
-            raise InvalidInput("memory and latency are more than nothing")
+            raise InvalidInput("memory and latency must be more than 0")
+
+    def verdict(self, trial: Trial) -> str:
+        """Return "chosen" if a trial holds the budget, else why it does not."""
+        if trial.recall < self.recall:
+            return f"recall {trial.recall:.3f} is less than {self.recall:g}"
+        if self.latency is not None and trial.latency > self.latency:
+            return f"{trial.latency * 1e3:.2f} ms are more than {self.latency * 1e3:g}"
+        if self.memory is not None and trial.bytes > self.memory:
+            return f"{trial.bytes:,} bytes are more than {self.memory:,}"
+        return "chosen"
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One alternative that was tried, or why it was not."""
+    """One kind of index that was tried, or why it was not."""
 
     plan: Plan
     bytes: int
     recall: float = 0.0
     latency: float = 0.0
-    """Seconds."""
+    """Seconds, median."""
     seconds: float = 0.0
-    """What building it took."""
+    """Seconds that building it took."""
     verdict: str = ""
-    """"chosen", or what it fails by."""
+    """"chosen", or why it was not."""
 
     def as_json(self) -> dict[str, Any]:
         return {**asdict(self), "plan": self.plan.as_json()}
@@ -78,7 +91,7 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of it."""
+    """The result of tuning."""
 
     version: Version
     trials: Sequence[Trial]
@@ -87,7 +100,7 @@ class Outcome:
     """Where the queries came from."""
 
     def report(self) -> dict[str, Any]:
-        """As JSON: version, kind with its numbers, measured recall, and what else was tried."""
+        """As JSON: version, kind with its parameters, measured recall, and what else was tried."""
         index = {name: value for name, value in self.version.index.items() if name != "files"}
         return {
             "version": self.version.number,
@@ -97,7 +110,7 @@ class Outcome:
 
 
 class OverBudget(InvalidInput):
-    """No kind of index holds the budget; `trials` says how near each came."""
+    """No kind of index holds the budget; `trials` has what each achieved."""
 
     def __init__(self, message: str, trials: Sequence[Trial]) -> None:
         super().__init__(message)
@@ -115,18 +128,21 @@ def build_index(
     advance: Advance = lambda *_: None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Outcome:
-    """Commit a version with the content of the current one and the first index that holds a budget. The same store gives the same bytes.
+    """Commit a version with the content of the current one and the first index that holds a budget.
+
+    The same store gives the same bytes.
 
     Args:
-        kind: one of `INDEX_KINDS`; "auto" tries flat, hnsw, ivf and ivfpq, in this order: from exact and simple to small.
-        queries: .npy file of vectors `[N, D]` of the store's encoder, as real queries are; made of stored vectors if None.
+        kind: one of `INDEX_KINDS`; "auto" tries flat, hnsw, ivf and ivfpq, in this order.
+        queries: .npy file of vectors `[N, D]` of the store's encoder, like real queries; by default made of
+            stored vectors.
         device: "cpu", "cuda", "cuda:N" or "auto": where lists are learned and searches measured.
-        advance: progress, as (stage, rows).
-        say: what is about to be done and how long it may take.
+        advance: called with (stage, rows) as work is done.
+        say: called with what is about to be done and how long it may take.
 
     Raises:
         OverBudget: nothing holds the budget; the store is as it was.
-        InvalidInput, BadVector: a budget, kind or file that makes no sense.
+        InvalidInput, BadVector: an impossible budget, kind or file.
         MissingExtra: a GPU is asked for that FAISS cannot use.
     """
     gpu = device_number(device)
@@ -139,34 +155,35 @@ def build_index(
         live = current.live()
         if not len(live):
             raise InvalidInput(f"store '{store}' has no entries to index")
-        held_out, asked, source = _queries(current, live, queries)
-        say(f"exact search for {len(asked)} queries ({source}) ...")
+        held_out, vectors, source = _queries(current, live, queries)
+        say(f"exact search for {len(vectors)} queries ({source}) ...")
         allowed = Allowed(current.array("live", np.uint8), len(live))
-        truth = exact.search(current, asked, min(budget.k, len(live)), allowed)[0]
-        bench = _Bench(writer, current, live, held_out, asked, truth, budget, gpu, advance, say)
-        tried: Sequence[IndexKind | str] = ("flat", "hnsw", "ivf", "ivfpq") if kind == "auto" else (kind,)
+        truth = exact.search(current, vectors, min(budget.k, len(live)), allowed)[0]
+        bench = _Bench(writer, current, live, held_out, vectors, truth, budget, gpu, advance, say)
+        kinds: Sequence[IndexKind | str] = ("flat", "hnsw", "ivf", "ivfpq") if kind == "auto" else (kind,)
         trials: list[Trial] = []
-        for name in tried:
-            files, trial = bench.tried(name)
+        for name in kinds:
+            files, trial = bench.try_kind(name)
             trials.append(trial)
             if trial.verdict == "chosen":
-                about = _about(trial, budget, len(asked), source, writer.parent.number + 1)
+                about = _index_record(trial, budget, len(vectors), source, writer.parent.number + 1)
                 index = faiss_index.record(about, files, live)
                 version = writer.commit(operation="build-index", indexer=lambda *_, index=index: index)
                 return Outcome(version, trials, trial, source)
         best = max(trials, key=lambda t: (t.recall, -t.latency))
-        wanted = f"recall@{budget.k} {budget.recall:g}" + (
-            f", {budget.memory:,} bytes" if budget.memory else ""
-        )
-        wanted += f", {budget.latency * 1e3:g} ms" if budget.latency else ""
+        limits = f"recall@{budget.k} {budget.recall:g}"
+        limits += f", {budget.memory:,} bytes" if budget.memory else ""
+        limits += f", {budget.latency * 1e3:g} ms" if budget.latency else ""
         raise OverBudget(
-            f"no index of store '{store}' holds the budget ({wanted}); nothing was changed. The best found is {_named(best.plan)}: "
-            f"recall {best.recall:.3f}, {best.latency * 1e3:.2f} ms, {best.bytes:,} bytes. Allow more, or take another kind",
+            f"no index of store '{store}' holds the budget ({limits}); nothing was changed. The best found "
+            f"is {_describe(best.plan)}: recall {best.recall:.3f}, {best.latency * 1e3:.2f} ms, "
+            f"{best.bytes:,} bytes. Allow more, or take another kind",
             trials,
         )
 
 
-def _about(trial: Trial, budget: Budget, queries: int, source: str, version: int) -> dict[str, Any]:
+def _index_record(trial: Trial, budget: Budget, queries: int, source: str, version: int) -> dict[str, Any]:
+    """What a version says of an index that was tuned."""
     codes = {"flat32": "float32", "ivfpq": "one byte for eight dimensions"}.get(trial.plan.kind, "float16")
     return {
         "kind": trial.plan.kind,
@@ -184,114 +201,99 @@ def _about(trial: Trial, budget: Budget, queries: int, source: str, version: int
     }
 
 
+@dataclass(frozen=True, slots=True)
 class _Bench:
-    """Builds alternatives beside the committed index and measures them; what is not chosen is removed again."""
+    """Builds indexes beside the committed one and measures them; those that are not chosen are removed."""
 
-    def __init__(
-        self,
-        writer: Writer,
-        current: Snapshot,
-        live: NDArray[np.int64],
-        held_out: NDArray[np.int64],
-        queries: Vectors,
-        truth: NDArray[np.float32],
-        budget: Budget,
-        gpu: int | None,
-        advance: Advance,
-        say: Callable[[str], None],
-    ) -> None:
-        self._gpu = gpu
-        self._writer, self._current, self._live, self._held_out = writer, current, live, held_out
-        self._queries, self._truth, self._budget, self._advance, self._say = (
-            queries,
-            truth,
-            budget,
-            advance,
-            say,
-        )
+    writer: Writer
+    current: Snapshot
+    live: NDArray[np.int64]
+    """Ids of the entries to index."""
+    held_out: NDArray[np.int64]
+    """Ids that nothing is learned from."""
+    queries: Vectors
+    truth: NDArray[np.float32]
+    """Similarities of the true neighbours of each query, best first."""
+    budget: Budget
+    gpu: int | None
+    advance: Advance
+    say: Callable[[str], None]
 
-    def tried(self, name: IndexKind | str) -> tuple[list[dict[str, Any]], Trial]:
-        """Build a kind and find the least that it must do for the recall."""
-        rows, d, budget = len(self._live), self._current.dimension, self._budget
+    def try_kind(self, name: IndexKind | str) -> tuple[list[dict[str, Any]], Trial]:
+        """Build a kind and find the least search effort that reaches the recall; returns its files."""
+        rows, d, budget = len(self.live), self.current.dimension, self.budget
         try:
             plan = plans.plan_for(name, rows, d)  # type: ignore[arg-type]
         except InvalidInput as error:
             return [], Trial(Plan(name), 0, verdict=str(error))  # type: ignore[arg-type]
-        size = plans.weight(plan, rows, d)
+        size = plans.file_bytes(plan, rows, d)
         if budget.memory is not None and size > budget.memory:
             return [], Trial(plan, size, verdict=f"not built: {size:,} bytes are more than {budget.memory:,}")
         seconds = rows / ADDED_PER_SECOND[plan.kind] * d / 512
-        self._say(f"{_named(plan)}: building for {rows:,} entries takes about {_spell(seconds)} ...")
+        self.say(f"{_describe(plan)}: building for {rows:,} entries takes about {_spell(seconds)} ...")
         start = time.perf_counter()
-        made_for = replace(self._current.version, number=self._current.version.number + 1, index={})
-        snapshot, directory = Snapshot(self._writer.store, made_for), self._writer.store.index_directory
-        if plan == Plan("flat"):
-            files = list(
-                faiss_index.extend(snapshot, None, directory, whole=True, advance=self._advance)["files"]
-            )
-        else:
-            end, suffix = self._writer.next_entry_id, f"-{plan.kind}"
-            files = [
-                faiss_index.write(
-                    snapshot,
-                    plan,
-                    self._live,
-                    0,
-                    end,
-                    directory,
-                    advance=self._advance,
-                    held_out=self._held_out,
-                    name=suffix,
-                    gpu=self._gpu,
-                )
-            ]
-        seconds = time.perf_counter() - start
-        trial = Trial(plan, sum(file["bytes"] for file in files), seconds=seconds)
-        for searched in _ladder(plan):
+        version = replace(self.current.version, number=self.current.version.number + 1, index={})
+        snapshot = Snapshot(self.writer.store, version)
+        files = self._build(snapshot, plan)
+        trial = Trial(plan, sum(f["bytes"] for f in files), seconds=time.perf_counter() - start)
+        for step in _search_steps(plan):
             if plan != Plan("flat"):
-                files[0] = {**files[0], "plan": searched.as_json()}
-            trial = self._measured(snapshot, replace(trial, plan=searched), files)
+                files[0] = {**files[0], "plan": step.as_json()}
+            trial = self._measure(snapshot, replace(trial, plan=step), files)
             late = budget.latency is not None and trial.latency > budget.latency
             if trial.recall >= budget.recall or late:
                 break
-        verdict = "chosen"
-        if trial.recall < budget.recall:
-            verdict = f"recall {trial.recall:.3f} is less than {budget.recall:g}"
-        elif budget.latency is not None and trial.latency > budget.latency:
-            verdict = f"{trial.latency * 1e3:.2f} ms are more than {budget.latency * 1e3:g}"
-        elif budget.memory is not None and trial.bytes > budget.memory:
-            verdict = f"{trial.bytes:,} bytes are more than {budget.memory:,}"
-        if verdict != "chosen":
+        trial = replace(trial, verdict=budget.verdict(trial))
+        if trial.verdict != "chosen":
             for file in files:
-                (directory / file["file"]).unlink()
-        return files, replace(trial, verdict=verdict)
+                (self.writer.store.index_directory / file["file"]).unlink()
+        return files, trial
 
-    def _measured(self, snapshot: Snapshot, trial: Trial, files: Sequence[Mapping[str, Any]]) -> Trial:
-        index = {**_about(trial, self._budget, 0, "", 0), "files": files}
-        device = "cpu" if self._gpu is None else f"cuda:{self._gpu}"
+    def _build(self, snapshot: Snapshot, plan: Plan) -> list[dict[str, Any]]:
+        directory = self.writer.store.index_directory
+        if plan == Plan("flat"):
+            index = faiss_index.extend(snapshot, None, directory, whole=True, advance=self.advance)
+            return list(index["files"])
+        file = faiss_index.write(
+            snapshot,
+            plan,
+            self.live,
+            0,
+            self.writer.next_entry_id,
+            directory,
+            advance=self.advance,
+            held_out=self.held_out,
+            name=f"-{plan.kind}",
+            gpu=self.gpu,
+        )
+        return [file]
+
+    def _measure(self, snapshot: Snapshot, trial: Trial, files: Sequence[Mapping[str, Any]]) -> Trial:
+        index = {**_index_record(trial, self.budget, 0, "", 0), "files": files}
+        device = "cpu" if self.gpu is None else f"cuda:{self.gpu}"
         engine = Engine(Snapshot(snapshot.store, replace(snapshot.version, index=index)), device=device)
-        search = Search(k=self._truth.shape[1])
-        found = [engine.nearest(query[None], search)[0] for query in self._queries]
-        # equal similarities are as good as each other; ours are summed otherwise than those of the exact search
+        search = Search(k=self.truth.shape[1])
+        neighbours = [engine.nearest(query[None], search)[0] for query in self.queries]
+        # entries of equal similarity count alike; the tolerance is for exact search's other order of summing
         hits = [
-            np.count_nonzero(np.array(s) >= true[-1] - 1e-5)
-            for (_, s, _), true in zip(found, self._truth, strict=True)
+            np.count_nonzero(np.array(similarities) >= true[-1] - 1e-5)
+            for (_, similarities, _), true in zip(neighbours, self.truth, strict=True)
         ]
-        recall = float(np.minimum(hits, self._truth.shape[1]).sum() / self._truth.size)
+        recall = float(np.minimum(hits, self.truth.shape[1]).sum() / self.truth.size)
         times = []
-        for query in self._queries[:TIMED]:
+        for query in self.queries[:TIMED_QUERIES]:
             start = time.perf_counter()
             engine.nearest(query[None], search)
             times.append(time.perf_counter() - start)
         return replace(trial, recall=recall, latency=float(np.median(times)))
 
 
-def _ladder(plan: Plan) -> Iterator[Plan]:
-    """The plan with more and more work a search."""
+def _search_steps(plan: Plan) -> Iterator[Plan]:
+    """Yield the plan with more and more search effort."""
     if plan.exact:
         yield plan
         return
-    name, steps = LADDER["hnsw" if plan.kind == "hnsw" else "ivf"]
+    name, steps = SEARCH_STEPS["hnsw" if plan.kind == "hnsw" else "ivf"]
     for step in steps:
         if name == "nprobe" and step > plan.build["lists"]:
             return
@@ -304,7 +306,7 @@ def _ladder(plan: Plan) -> Iterator[Plan]:
 def _queries(
     snapshot: Snapshot, live: NDArray[np.int64], path: str | Path | None
 ) -> tuple[NDArray[np.int64], Vectors, str]:
-    """(entries held out, unit queries, where they come from)."""
+    """The entries to hold out, unit queries, and where these come from."""
     d = snapshot.dimension
     if path is not None:
         try:
@@ -321,8 +323,8 @@ def _queries(
             raise BadVector(f"{path} holds a vector without a direction: NaN, infinite or only zeros")
         return np.zeros(0, np.int64), rows / norms, f"{len(rows)} of {Path(path).name}"
     rng = np.random.default_rng(plans.SEED)
-    # at most a tenth of the entries, the rest is left to learn from
-    chosen = np.sort(rng.choice(live, min(-(-len(live) // 10), QUERIES), replace=False))
+    # at most a tenth of the entries: the rest is there to learn from
+    chosen = np.sort(rng.choice(live, min(-(-len(live) // 10), MAX_QUERIES), replace=False))
     stored = snapshot.vectors(chosen)
     allowed = Allowed(snapshot.array("live", np.uint8), len(live))
     probe = stored[:: max(1, len(stored) // 100)]
@@ -336,7 +338,7 @@ def _queries(
     return chosen, moved, f"{len(chosen)} stored vectors, moved to cosine {cosine:.2f} of themselves"
 
 
-def _named(plan: Plan) -> str:
+def _describe(plan: Plan) -> str:
     numbers = ", ".join(f"{name} {value}" for name, value in {**plan.build, **plan.search}.items())
     return f"{plan.kind} ({numbers})" if numbers else plan.kind
 

@@ -1,6 +1,6 @@
-"""Whether a store is what it was when it was committed, and the making anew of all that is derived.
+"""Checks that a store is what was committed, and repair of what can be derived from the rest.
 
-`verify` reads in a process of its own: a database file that was tampered with can bring down whoever maps it.
+`verify` reads in a process of its own: a damaged database file can crash the process that maps it.
 """
 
 from __future__ import annotations
@@ -10,41 +10,43 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from lmdb.verify import VerifyError
-from lmdb.verify import verify as verify_pages
 
 from tagstore.errors import Damaged, TagstoreError
 from tagstore.indexing import faiss_index, plans
+from tagstore.indexing.protocol import Allowed
 from tagstore.storage.checksums import broken
-from tagstore.storage.codec import decode_hot, decode_tag, unseal
-from tagstore.storage.lmdb_files import generation
-from tagstore.storage.store import U64, Snapshot, Store, key_of, tag_key, unpack_ids
+from tagstore.storage.consistency import json_faults, lookup_faults, page_faults, rebuild_lookups
+from tagstore.storage.generations import generation
+from tagstore.storage.snapshot import Snapshot
+from tagstore.storage.store import Store
 from tagstore.storage.writer import Writer
-from tagstore.types import KINDS
 
-SAMPLE = 1000
-END = "{}"
+SAMPLE_SIZE = 1000
+"""Entries of an index file whose vectors are compared with the store's, unless all are."""
+END_LINE = "{}"
+"""Last line that the reading process prints: without it, the process crashed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Something that is not as it was committed."""
+    """Something in a store that is not what was committed."""
 
     file: str
     what: str
     derived: bool
-    """Whether `repair` can make it anew."""
+    """Whether `repair` can rebuild it."""
 
 
 def verify(root: str | Path, store: str, *, full: bool = False) -> list[Problem]:
-    """Everything wrong with a store, nothing if it is sound.
+    """List everything that is wrong with a store; nothing if it is sound.
 
-    Checks every checksum of every version, that look-up tables and records agree, that counts are what the entries say, and that the index
-    holds the stored vectors: of a sample of `SAMPLE` entries a version, or of all if `full`.
+    Compares every checksum of every version, the lookup tables and the tag counts with the records, and the
+    vectors in the index with the stored ones: those of `SAMPLE_SIZE` entries of each index file, or of all if
+    `full`.
 
     Raises `NotFound` if there is no such store.
     """
@@ -56,7 +58,7 @@ def verify(root: str | Path, store: str, *, full: bool = False) -> list[Problem]
     child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     lines = [json.loads(line) for line in child.stdout.splitlines() if line.endswith("}")]
     problems = [Problem(**line) for line in lines if line]
-    if not child.stdout.endswith(f"{END}\n"):
+    if not child.stdout.endswith(f"{END_LINE}\n"):
         problems.append(
             Problem(database, f"reading it brought the reader down (exit code {child.returncode})", False)
         )
@@ -64,10 +66,9 @@ def verify(root: str | Path, store: str, *, full: bool = False) -> list[Problem]
 
 
 def repair(root: str | Path, store: str) -> list[str]:
-    """Make anew what is derived and wrong: look-up tables and index files. Returns what was done.
+    """Rebuild lookup tables and index files that are wrong; returns what was done.
 
-    Raises:
-        Damaged: something that is not derived is wrong; nothing was changed.
+    Raises `Damaged`, and changes nothing, if something else is wrong.
     """
     problems = verify(root, store)
     fatal = [p for p in problems if not p.derived]
@@ -79,22 +80,17 @@ def repair(root: str | Path, store: str) -> list[str]:
     done: list[str] = []
     if any("data.mdb" in p.file for p in problems):
         with Writer(root, store) as writer:
-            _rebuild_lookups(writer)
+            rebuild_lookups(writer)
         done.append("rebuilt the look-up tables of keys and tags")
     if any(p.file.endswith(".faiss") for p in problems):
         with Writer(root, store) as writer:
-            bad = {Path(p.file).name for p in problems}
+            bad_files = {Path(p.file).name for p in problems}
             for version in writer.store.versions():
-                if bad & {f["file"] for f in version.index.get("files", [])}:
+                if bad_files & {f["file"] for f in version.index.get("files", [])}:
                     snapshot = Snapshot(writer.store, version)
                     with writer.step():
                         index = faiss_index.extend(snapshot, None, writer.store.index_directory, whole=True)
-                    with writer.transaction() as txn:
-                        txn.put(
-                            U64.pack(version.number),
-                            replace(version, index=index).to_json().encode(),
-                            db=writer.db["versions"],
-                        )
+                    writer.replace_index(version, index)
                     done.append(f"rebuilt the index of version {version.number}")
             with writer.step():
                 _sweep_index(writer.store)
@@ -102,45 +98,30 @@ def repair(root: str | Path, store: str) -> list[str]:
 
 
 def _sweep_index(store: Store) -> None:
-    """Remove index files that no version names. No writer would know those of an older version for leftovers."""
+    """Remove index files that no version names: a writer does not recognise leftovers of older versions."""
     named = {about["file"] for version in store.versions() for about in version.index["files"]}
     for path in store.index_directory.iterdir():
         if path.name not in named:
             path.unlink()
 
 
-def _rebuild_lookups(writer: Writer) -> None:
-    with writer.transaction() as txn:
-        for name in ("keys", "tag_ids"):
-            txn.drop(writer.db[name], delete=False)
-        with txn.cursor(writer.db["entries"]) as cursor:
-            for entry_id, data in cursor:
-                key = key_of(decode_hot(data)[0])
-                txn.put(key, (txn.get(key, db=writer.db["keys"]) or b"") + entry_id, db=writer.db["keys"])
-        with txn.cursor(writer.db["tags"]) as cursor:
-            for tag_id, data in cursor:
-                _, kind, canonical = decode_tag(data)
-                txn.put(tag_key(KINDS.index(kind), canonical), tag_id, db=writer.db["tag_ids"])
-
-
 def _print_problems(root: str, name: str, full: bool) -> None:
-    """What the child does: a line of JSON for every problem, and a last one that says that it got to the end."""
+    """Print each problem as a line of JSON, then `END_LINE`; this is what the reading process does."""
     try:
         for problem in _problems(root, name, full):
             print(json.dumps(asdict(problem)), flush=True)
     except TagstoreError as error:
         print(json.dumps(asdict(Problem(str(generation(Path(root) / name) / "data.mdb"), str(error), False))))
-    except Exception as error:  # noqa: BLE001  whatever damage does to the reader is the finding
+    except Exception as error:  # noqa: BLE001  any error that damage causes is a problem to report
         what = f"cannot be read: {type(error).__name__}: {error}"
         print(json.dumps(asdict(Problem(str(generation(Path(root) / name) / "data.mdb"), what, False))))
-    print(END)
+    print(END_LINE)
 
 
 def _problems(root: str, name: str, full: bool) -> Iterator[Problem]:
     store = Store(root, name)
     database = str(store.generation / "data.mdb")
-    with store.env.begin():  # as long as this reads, no writer takes again the pages that are walked
-        yield from _pages(database)
+    yield from (Problem(database, what, False) for what in page_faults(store))
     state, versions = store.state(), store.versions()
     numbers = [v.number for v in versions]
     if state["current"] not in (numbers or [0]):
@@ -148,31 +129,21 @@ def _problems(root: str, name: str, full: bool) -> Iterator[Problem]:
             database, f"its state names version {state['current']}, its versions are {numbers}", False
         )
     bad_files: dict[str, bool] = {}
-    seen_ranges: set[object] = set()
+    compared: set[object] = set()
     for version in versions:
         snapshot = Snapshot(store, version)
-        yield from _ranges(snapshot, database, seen_ranges)
+        yield from _ranges(snapshot, database, compared)
         yield from _counts(snapshot, database)
         yield from _files(snapshot, bad_files)
         yield from _agreement(snapshot, full, bad_files)
-    yield from _lookups(store, database)
-    yield from _lines(store, database)
+    yield from (Problem(database, what, True) for what in lookup_faults(store))
+    yield from (Problem(database, what, False) for what in json_faults(store))
     read = Snapshot(store, versions[-1]).sources() if versions else []
     for version in versions:
         if version.source and version.source not in read:
             yield Problem(
                 database, f"the source of version {version.number} is not among those of the store", False
             )
-
-
-def _pages(database: str) -> Iterator[Problem]:
-    """What LMDB's own pages contradict: structure, order of keys, and that every page is either in use or free."""
-    try:
-        # a second look, because a commit between its two reads of the file's end and head would mislead it
-        found = verify_pages(database) and verify_pages(database)
-    except VerifyError as error:
-        found = [str(error)]
-    yield from (Problem(database, what, False) for what in found)
 
 
 def _ranges(snapshot: Snapshot, database: str, seen: set[object]) -> Iterator[Problem]:
@@ -188,12 +159,13 @@ def _counts(snapshot: Snapshot, database: str) -> Iterator[Problem]:
     version, counts = snapshot.version, np.zeros(snapshot.version.next_tag_id, np.int32)
     live = snapshot.live()
     for start in range(0, len(live), 1024):
-        some = live[start : start + 1024].tolist()
-        for entry_id, (_, ids) in zip(some, snapshot.keys_and_tags(some), strict=True):
+        batch = live[start : start + 1024].tolist()
+        for entry_id, (_, ids) in zip(batch, snapshot.keys_and_tags(batch), strict=True):
             if ids and max(ids) >= len(counts):
                 yield Problem(
                     database,
-                    f"entry {entry_id} of version {version.number} carries tag {max(ids)}, which is not there",
+                    f"entry {entry_id} of version {version.number} carries tag {max(ids)}, which is not "
+                    "there",
                     False,
                 )
                 return
@@ -213,98 +185,53 @@ def _counts(snapshot: Snapshot, database: str) -> Iterator[Problem]:
 
 
 def _files(snapshot: Snapshot, bad: dict[str, bool]) -> Iterator[Problem]:
-    """Problems of files that were not looked at before; `bad` is told of every one."""
+    """Check the index files that are not in `bad` yet, and enter there whether each is bad."""
     for about in snapshot.version.index["files"]:
         if about["file"] in bad:
             continue
         path = snapshot.store.index_directory / about["file"]
-        what = _wrong_with(path, about["bytes"], about["sha256"])
-        bad[about["file"]] = what is not None
-        if what:
-            yield Problem(str(path), what, True)
+        fault = _file_fault(path, about["bytes"], about["sha256"])
+        bad[about["file"]] = fault is not None
+        if fault:
+            yield Problem(str(path), fault, True)
 
 
-def _wrong_with(path: Path, size: int, digest: str) -> str | None:
+def _file_fault(path: Path, size: int, digest: str) -> str | None:
     try:
         with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+            actual = hashlib.file_digest(file, "sha256").hexdigest()
             length = file.tell()
     except OSError as error:
         return f"cannot be read: {error.strerror}"
     if length != size:
         return f"is {length} bytes long instead of {size}"
-    return None if found == digest else "does not fit its checksum"
+    return None if actual == digest else "does not fit its checksum"
 
 
 def _agreement(snapshot: Snapshot, full: bool, bad: dict[str, bool]) -> Iterator[Problem]:
-    """The index holds, under every id, the stored vector."""
+    """Check that the index holds, under every id, the stored vector."""
     live = snapshot.live()
+    allowed = Allowed(snapshot.array("live", np.uint8), len(live))
     for about in snapshot.version.index["files"]:
         if bad[about["file"]]:
             continue
         path = snapshot.store.index_directory / about["file"]
-        index = faiss_index.open_file(path, about["rows"], snapshot.dimension)
-        plan = faiss_index.plan_of(about["plan"]) if "plan" in about else plans.Plan("flat")
-        ids = plans.ids_of(plan, index)
+        part = faiss_index.Part(path, about, allowed, snapshot.dimension)
+        ids = plans.ids_of(part.plan, part.index)
         rows = (
-            np.arange(len(ids)) if full else np.unique(np.linspace(0, len(ids) - 1, SAMPLE).astype(np.int64))
+            np.arange(len(ids)) if full else np.unique(np.linspace(0, len(ids) - 1, SAMPLE_SIZE).astype(int))
         )
-        rows = rows[np.isin(ids[rows], live)]
-        # of lists, the ids: their codes are no stored numbers, and the checksum has looked at them
-        for start in range(0, len(rows) if plans.holds_vectors(plan) else 0, 1 << 15):
-            some = rows[start : start + (1 << 15)]
-            held = np.stack([plans.vector_at(plan, index, int(row)) for row in some])
-            wrong = np.flatnonzero((held != snapshot.vectors(ids[some])).any(axis=1))
+        checked = ids[rows][np.isin(ids[rows], live)]
+        # of lists only the ids: their codes are not the stored numbers, and the checksum covers them
+        for start in range(0, len(checked) if part.holds_vectors else 0, 1 << 15):
+            batch = checked[start : start + (1 << 15)]
+            wrong = batch[(part.vectors(batch) != snapshot.vectors(batch)).any(axis=1)]
             if len(wrong):
-                yield Problem(
-                    str(path),
-                    f"holds another vector for entry {ids[some[wrong[0]]]} than the store ({len(wrong)} such)",
-                    True,
-                )
+                fault = f"holds another vector for entry {wrong[0]} than the store ({len(wrong)} such)"
+                yield Problem(str(path), fault, True)
                 break
         if not np.isin(live[(live >= about["first"]) & (live < about["end"])], ids).all():
             yield Problem(str(path), "lacks entries of its run", True)
-
-
-def _lookups(store: Store, database: str) -> Iterator[Problem]:
-    """The tables of keys and of tags lead to every entry and tag, and to nothing else."""
-    with store.env.begin() as txn:
-        entries = found = 0
-        with txn.cursor(store.db["entries"]) as cursor:
-            for entry_id, data in cursor:
-                number, (key, _) = U64.unpack(entry_id)[0], decode_hot(data)
-                entries += 1
-                if number not in unpack_ids(txn.get(key_of(key), db=store.db["keys"]) or b""):
-                    yield Problem(
-                        database, f"the table of keys does not lead to entry {number} ({key})", True
-                    )
-                    return
-        with txn.cursor(store.db["keys"]) as cursor:
-            found = sum(len(ids) // U64.size for _, ids in cursor)
-        if found != entries:
-            yield Problem(database, f"the table of keys leads to {found} entries, there are {entries}", True)
-        with txn.cursor(store.db["tags"]) as cursor:
-            for tag_id, data in cursor:
-                _, kind, canonical = decode_tag(data)
-                if txn.get(tag_key(KINDS.index(kind), canonical), db=store.db["tag_ids"]) != tag_id:
-                    yield Problem(
-                        database, f"the table of tags does not lead to tag {U64.unpack(tag_id)[0]}", True
-                    )
-                    return
-        if txn.stat(store.db["tags"])["entries"] != txn.stat(store.db["tag_ids"])["entries"]:
-            yield Problem(database, "the table of tags leads to tags that are not there", True)
-
-
-def _lines(store: Store, database: str) -> Iterator[Problem]:
-    """Records that are JSON with a checksum."""
-    with store.env.begin() as txn:
-        for name in ("quarantine", "sources", "takedowns", "meta"):
-            with txn.cursor(store.db[name]) as cursor:
-                for key, value in cursor:
-                    try:
-                        unseal(key, value)
-                    except Damaged as error:
-                        yield Problem(database, f"{name}: {error}", False)
 
 
 if __name__ == "__main__":

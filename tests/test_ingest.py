@@ -1,7 +1,8 @@
-"""Ingest: every good pair gets in, every bad one is quarantined with its reason, and the same source twice is the same store."""
+"""Ingest: good pairs get in, bad ones are quarantined with a reason, the same source changes nothing."""
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,9 @@ from pictures import picture, write_shapes
 from tagstore.client import connect
 from tagstore.errors import FingerprintMismatch, InvalidInput, NotFound
 from tagstore.ingest import ingest
+from tagstore.storage.generations import writer_lock
 from tagstore.storage.store import Store, store_names
+from tagstore.storage.writer import Writer
 
 
 @pytest.fixture
@@ -190,6 +193,35 @@ def test_an_ingest_that_dies_leaves_the_version_before_and_can_be_run_again(
     assert Store(tmp_path, "s").snapshot().version.number == 1
     report = ingest(str(source), root=tmp_path, store="s", encoder=mini)
     assert (report.version, report.added, report.entries) == (2, 1, 19)
+
+
+@pytest.mark.parametrize("cut_off", [False, True])
+def test_no_other_writer_gets_in_between_the_steps_of_an_ingest(
+    source: Path, tmp_path: Path, mini, monkeypatch, cut_off: bool
+) -> None:
+    if cut_off:
+        with monkeypatch.context() as patch:
+            patch.setattr("tagstore.indexing.faiss_index.extend", None)
+            with pytest.raises(TypeError):
+                ingest(str(source), root=tmp_path, store="s", encoder=mini)
+        (source / "red-circle.txt").write_text("A tomato.")  # what was staged is of no use now
+    leave = Writer.__exit__
+    with ExitStack() as other:
+
+        def leave_to_another(writer: Writer, *error: object) -> None:
+            leave(writer, *error)  # whoever waited for the lock has it from here on
+            other.enter_context(writer_lock(writer.directory))
+
+        monkeypatch.setattr(Writer, "__exit__", leave_to_another)
+        report = ingest(str(source), root=tmp_path, store="s", encoder=mini)
+    assert (report.version, report.added, report.resumed) == (1, 18, 0)
+
+
+def test_an_ingest_reads_the_version_before_once(source: Path, tmp_path: Path, mini, monkeypatch) -> None:
+    begin, begun = Writer._begin, []
+    monkeypatch.setattr(Writer, "_begin", lambda writer: begun.append(begin(writer)))
+    ingest(str(source), root=tmp_path, store="s", encoder=mini)
+    assert len(begun) == 1
 
 
 def _image(data: bytes):

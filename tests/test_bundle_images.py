@@ -1,4 +1,4 @@
-"""Images go into a bundle when asked for, are those that were ingested, and come out under names that nobody chose."""
+"""A bundle holds images on demand: those that were ingested, unpacked under names that nobody chose."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from tagstore.errors import AlreadyExists, Damaged, InvalidInput, NotFound, Tags
 from tagstore.ingest import ingest
 from tagstore.storage.store import Store, store_names
 from tagstore.upkeep.compact import compact
-from tagstore.upkeep.edits import Selection, delete, reembed
+from tagstore.upkeep.edits import Selection, delete
+from tagstore.upkeep.reprocessing import reembed
 from tagstore.upkeep.verify import verify
 from test_bundles import unpacked
 
@@ -32,7 +33,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory, source: Path) -> Path:
-    """198 entries less three, of which the version that read them is gone."""
+    """A store of 195 entries; the version that read them is gone."""
     root = tmp_path_factory.mktemp("root")
     ingest(str(source), root=root, store="s", encoder=ToyEncoder(), miner="keywords")
     delete(root, "s", Selection(keys=["3", "4", "17"]))

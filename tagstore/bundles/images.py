@@ -1,7 +1,7 @@
-"""The images of a bundle, for those who ask for them: from where they were ingested into it, and out of it into a folder.
+"""The images of a bundle, on demand: gathered from where they were ingested, and unpacked into a folder.
 
-A store keeps no images, only their sha256; nothing goes in or out that does not fit it. In a bundle an image is called by its entry's
-id, and so it is in the folder: no name that somebody chose becomes a path.
+A store keeps no images, only their sha256; an image that does not fit it goes neither in nor out. In a bundle
+and in a folder an image is named by its entry's id: no name that somebody chose becomes a path.
 """
 
 from __future__ import annotations
@@ -25,16 +25,18 @@ from tagstore.bundles.manifest import BundleInfo
 from tagstore.encoding.images import suffix_of
 from tagstore.errors import AlreadyExists, Damaged, InvalidInput, NotFound
 from tagstore.readers import MAX_IMAGE_BYTES, Columns
-from tagstore.storage.store import Snapshot
+from tagstore.storage.snapshot import Snapshot
 from tagstore.types import Entry
-from tagstore.upkeep.edits import originals
+from tagstore.upkeep.reprocessing import originals
 
 PAIRS = "pairs.jsonl"
 COLUMNS = Columns(image="image", caption="caption", key="key")
 
 
-class Pictures:
-    """The images of a version, as a context manager: gathered in a file without a name, since sources have an order of their own."""
+class GatheredImages:
+    """The images of a version, as a context manager: gathered in an unnamed file, in the order of the
+    sources.
+    """
 
     def __init__(self, snapshot: Snapshot, sources: Sequence[str], directory: Path) -> None:
         self._ids = snapshot.live()
@@ -46,7 +48,7 @@ class Pictures:
                 self._file.write(image)
             stack.pop_all()
 
-    def __enter__(self) -> Pictures:
+    def __enter__(self) -> GatheredImages:
         return self
 
     def __exit__(
@@ -56,23 +58,23 @@ class Pictures:
 
     @property
     def size(self) -> int:
-        """Bytes of all of them."""
+        """Bytes of all images."""
         return int(self._places[:, 1].sum())
 
     def __iter__(self) -> Iterator[tuple[str, bytes]]:
-        """Name in the archive and bytes of each, ids ascending."""
-        for entry_id, (at, size) in zip(self._ids.tolist(), self._places.tolist(), strict=True):
-            self._file.seek(at)
+        """Yield the name in the archive and the bytes of each image, ids ascending."""
+        for entry_id, (offset, size) in zip(self._ids.tolist(), self._places.tolist(), strict=True):
+            self._file.seek(offset)
             yield member_name(entry_id), self._file.read(size)
 
 
 def member_name(entry_id: int) -> str:
-    """What the image of an entry is called in an archive."""
+    """The name of an entry's image in an archive."""
     return f"images/{entry_id}"
 
 
-class Folder:
-    """A folder in the making: `DIR/ID.jpg` and so on, and `DIR/pairs.jsonl`, which `ingest` and `reembed --source` read."""
+class ImageFolder:
+    """Writes a folder of `ID.jpg` and so on, and `pairs.jsonl`, which `ingest` and `reembed` read."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -87,15 +89,15 @@ class Folder:
         self._pairs.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def finish(self) -> None:
-        """Make it durable and give it its name."""
+        """Make the folder durable and give it its name."""
         self._pairs.close()
-        os.sync()  # one call, where syncing files one by one would take longer than everything else
+        os.sync()  # one call: syncing files one by one would take longer than everything else
         if self.path.exists():
             self.path.rmdir()  # it is empty
         self.partial.rename(self.path)
 
     def source(self) -> dict[str, Any]:
-        """How a store says that it can be read."""
+        """The folder as the source that a store records."""
         return {
             "path": os.path.abspath(self.path / PAIRS),
             "format": "jsonl",
@@ -104,16 +106,17 @@ class Folder:
         }
 
     def close(self) -> None:
-        """Remove what was not finished."""
+        """Remove the folder if it was not finished."""
         self._pairs.close()
         shutil.rmtree(self.partial, ignore_errors=True)
 
 
 @contextmanager
-def folder(path: str | Path | None, info: BundleInfo) -> Iterator[Folder | None]:
-    """The folder to unpack images to, or None if they are not asked for; what is not finished is removed at the end.
+def image_folder(path: str | Path | None, info: BundleInfo) -> Iterator[ImageFolder | None]:
+    """The folder to unpack images to, or None without a path; an unfinished one is removed at the end.
 
-    Raises `InvalidInput` if the bundle has none, `AlreadyExists` if something is there, `NotFound` if nothing can be made there.
+    Raises `InvalidInput` if the bundle has no images, `AlreadyExists` if something is in the folder,
+    `NotFound` if its parent is not there.
     """
     if path is None:
         yield None
@@ -121,7 +124,8 @@ def folder(path: str | Path | None, info: BundleInfo) -> Iterator[Folder | None]
     path = Path(path)
     if not info.images:
         raise InvalidInput(
-            "the bundle holds no images: import it without asking for them, or get one that was exported with images"
+            "the bundle holds no images: import it without asking for them, or get one that was exported "
+            "with images"
         )
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise AlreadyExists(f"{path} is there already: name a new or an empty folder for the images")
@@ -130,26 +134,30 @@ def folder(path: str | Path | None, info: BundleInfo) -> Iterator[Folder | None]
         raise NotFound(f"there is no folder {path.parent} to make {path.name} in")
     shutil.rmtree(partial, ignore_errors=True)  # of an import that was cut off
     partial.mkdir()
-    made = Folder(path)
+    folder = ImageFolder(path)
     try:
-        yield made
+        yield folder
     finally:
-        made.close()
+        folder.close()
 
 
-def unpack(archive: ArchiveReader, info: BundleInfo, entries: Iterator[Entry], to: Folder | None) -> None:
-    """Read and check the images of a bundle, and write them to a folder if there is one."""
-    left = info.image_bytes
+def unpack(
+    archive: ArchiveReader, info: BundleInfo, entries: Iterator[Entry], folder: ImageFolder | None
+) -> None:
+    """Read and check the images of a bundle; write them to the folder, if any."""
+    remaining = info.image_bytes
     for entry in entries if info.images else ():
-        image = archive.small(member_name(entry.entry_id), min(left, MAX_IMAGE_BYTES))
-        left -= len(image)
+        image = archive.small(member_name(entry.entry_id), min(remaining, MAX_IMAGE_BYTES))
+        remaining -= len(image)
         if sha256(image).digest() != entry.sha256:
             raise Damaged(
-                f"the image of entry {entry.entry_id} ({entry.key[:100]}) is not the one that was ingested: get the bundle again"
+                f"the image of entry {entry.entry_id} ({entry.key[:100]}) is not the one that was ingested: "
+                "get the bundle again"
             )
-        if to:
-            to.put(entry, image)
-    if left:
+        if folder:
+            folder.put(entry, image)
+    if remaining:
         raise InvalidInput(
-            f"the images have {info.image_bytes - left} bytes in all, the manifest says {info.image_bytes}"
+            f"the images have {info.image_bytes - remaining} bytes in all, the manifest says "
+            f"{info.image_bytes}"
         )
