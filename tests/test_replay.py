@@ -14,9 +14,9 @@ from pictures import COLOURS, picture
 from tagstore import errors
 from tagstore.cli import cli
 from tagstore.client import connect
-from tagstore.client.datasets import samples
 from tagstore.client.mapfile import Map
 from tagstore.client.recording import record
+from tagstore.readers.samples import samples
 from tagstore.types import Exclude, Pair, Rejected
 
 QUERIES = {
@@ -187,7 +187,7 @@ def test_what_is_no_map_and_a_map_with_other_meta_are_refused(the_map: Path, tmp
 
 
 def test_llava_style_json_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tagstore.client.datasets._CHUNK", 7)
+    monkeypatch.setattr("tagstore.readers.samples._CHUNK", 7)
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.png").write_bytes(QUERIES["red-circle"])
     records = [

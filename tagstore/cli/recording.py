@@ -56,7 +56,7 @@ def record(
     "grpc://localhost:50051/flickr8k@7?k=10&exclude=self". A recording that was cut off goes on where it stopped when it is run again.
     """
     from tagstore.client import connect
-    from tagstore.client.datasets import samples
+    from tagstore.readers.samples import samples
     from tagstore.client.recording import record as run
 
     found = samples(dataset, images=images, format=format_, key=key_column, image=image_column)
