@@ -12,8 +12,9 @@ import torch
 from captioned import write_llava, write_shard
 from tagstore.client import connect
 from tagstore.errors import FingerprintMismatch, InvalidInput, NotFound
+from tagstore.readers.samples import Turn, read_samples
 from tuna_model import presets
-from tuna_model.processing.data import Turn, batches, read_samples
+from tuna_model.processing.data import batches, conversation
 from tuna_model.processing.tags import ImageTags, TagLookup
 from tuna_model.training.collator import IGNORED, Collator
 from tuna_model.training.features import CachedFeatures, LiveFeatures, make_cache
@@ -58,7 +59,7 @@ def test_a_shard_is_read_in_place(tmp_path: Path):
 
 def test_a_caption_is_drawn_by_the_generator(tmp_path: Path):
     sample = read_samples(write_shard(tmp_path / "a.tar"))[0]
-    said = {sample.conversation(np.random.default_rng(i), "What?")[1].text for i in range(20)}
+    said = {conversation(sample, np.random.default_rng(i), "What?")[1].text for i in range(20)}
     assert said == set(sample.captions)
 
 

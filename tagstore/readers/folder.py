@@ -7,17 +7,9 @@ from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 
-from tagstore.readers.records import (
-    IMAGE_SUFFIXES,
-    MAX_TEXT_BYTES,
-    Options,
-    RecordError,
-    caption_lines,
-    caption_texts,
-    fetch,
-    key_of_path,
-    rejected,
-)
+from tagstore.readers.image_files import IMAGE_SUFFIXES, fetch, key_of_path
+from tagstore.readers.records import Options
+from tagstore.readers.values import MAX_TEXT_BYTES, RecordError, caption_lines, caption_texts, rejected
 from tagstore.types import Pair, Rejected
 
 

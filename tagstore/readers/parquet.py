@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tagstore.errors import InvalidInput, MissingExtra
-from tagstore.readers.records import Options, choose, rejected, row_to_pair
+from tagstore.readers.records import Options, choose_columns, row_to_pair
+from tagstore.readers.values import rejected
 from tagstore.types import Pair, Rejected
 
 _BATCH_ROWS = 32
@@ -25,7 +26,7 @@ def read_parquet(file: Path, options: Options) -> Iterator[Pair | Rejected]:
     except (pa.ArrowException, OSError) as error:
         raise InvalidInput(f"{file}: not a Parquet file, or cut off ({error})") from None
     with table:
-        chosen = choose(options.columns, table.schema_arrow.names, str(file))
+        chosen = choose_columns(options.columns, table.schema_arrow.names, str(file))
         number = 0
         try:
             for batch in table.iter_batches(batch_size=_BATCH_ROWS):

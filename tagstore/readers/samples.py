@@ -1,116 +1,390 @@
-"""Data sets to record: whatever `tagstore ingest` reads, and the JSON that LLaVA trains on. Images with keys; captions don't matter."""
+"""Samples of a data set: what a model is trained and tested on, and the images for which a map is recorded.
+
+    data.json           LLaVA's list: [{"id", "image", "conversations": [{"from": "human", "value": "<image>\\n..."}, ...]}, ...]
+    data.jsonl          the same, a record a line
+    DIR of .tar, X.tar  WebDataset shards: KEY.jpg with KEY.json or KEY.txt
+
+`images` (a list) may stand for `image`, and `captions` (a list) or `caption` for `conversations`. Types are checked
+strictly. The key of a record is its `key` or `id`, else the path of its (first) image without extension, as in
+`tagstore.readers.read`; in a shard it is KEY. So a store, a recorded map and a training run name an image alike.
+
+Data sets are read as streams. Of an image only the place is kept (file, offset, length), so an epoch may be walked in
+any order at the cost of one read an image, also inside a tar.
+"""
 
 from __future__ import annotations
 
-import json
-import os
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tagstore.errors import InvalidInput, MissingExtra, NotFound
+from tagstore.readers import read, read_files
+from tagstore.readers.image_files import (
+    MAX_IMAGE_BYTES,
+    Embedded,
+    Place,
+    decoded,
+    image_value,
+    is_base64,
+    key_of_path,
+    path_inside,
+)
+from tagstore.readers.records import IMAGE_NAMES, KEY_NAMES, Columns, usual_column
+from tagstore.readers.sources import SUFFIXES, locate
+from tagstore.readers.tables import Lines, json_objects, open_text
+from tagstore.readers.values import RecordError, key_in, kind_of, rejected, strict_texts
+from tagstore.readers.webdataset import read_groups
 from tagstore.types import Pair, Rejected
 
-_CHUNK = 1 << 20
-_BETWEEN = re.compile(r"[ \t\r\n,]*")
+__all__ = ["Place", "Role", "Sample", "Turn", "image_place", "read_images", "read_lines", "read_samples"]
+
+Role = Literal["system", "user", "assistant"]
+_ROLES: dict[str, Role] = {
+    "human": "user",
+    "gpt": "assistant",
+    "user": "user",
+    "assistant": "assistant",
+    "system": "system",
+}
+_CONTENT_FIELDS = ("conversations", "captions", "caption", "image", "images")
+"""Fields that are not metadata."""
+_JSON_BUFFER = 1 << 16
+"""Bytes of a JSON list that are parsed at a time."""
 
 
-def samples(
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """The text of one side, without markers for the image: images come first in the first turn of the user."""
+
+    role: Role
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Images with a conversation, or with captions from which a conversation is made."""
+
+    key: str
+    images: tuple[Place, ...]
+    turns: tuple[Turn, ...] = ()
+    captions: tuple[str, ...] = ()
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    """The other fields of the record."""
+
+    @property
+    def image_keys(self) -> tuple[str, ...]:
+        """The key that each image has in a recorded map: the sample's, then KEY#2, KEY#3 ..."""
+        return tuple(self.key if i == 0 else f"{self.key}#{i + 1}" for i in range(len(self.images)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Record:
+    """A sample, or why it cannot be read, with its place in the data set."""
+
+    sample: Sample | Rejected
+    where: str
+    """For messages: "data.json, record 3"."""
+    origin: str
+    """As `Pair.origin`: "data.json#3"."""
+    has_text: bool = True
+    """False for files of a shard that come without a json or txt."""
+
+
+def read_samples(
+    path: str | Path,
+    *,
+    images: str | Path | None = None,
+    split: str = "",
+    limit: int = 0,
+    allow_outside: bool = False,
+) -> list[Sample]:
+    """Read the samples that a model is trained or tested on, in the order of the data set.
+
+    Args:
+        path: see the module.
+        images: directory that image paths of a JSON file are relative to; by default that of the file.
+        split: keep only samples whose field `split` is this.
+        limit: keep only so many samples, the first; 0 for all.
+        allow_outside: allow image paths, and links, that lead out of `images`.
+
+    Raises:
+        NotFound: there is no data set at `path`.
+        InvalidInput: a record is no sample (the message has file and number), or there is no sample at all.
+    """
+    path = Path(path)
+    if path.is_dir():
+        shards = sorted(path.glob("*.tar"))
+        if not shards:
+            raise NotFound(
+                f"{path} holds no .tar: give a directory of WebDataset shards, or a .json or .jsonl file"
+            )
+    elif not path.exists():
+        raise NotFound(f"there is no data set at {path}")
+    else:
+        shards = [path] if path.name.lower().endswith(SUFFIXES["webdataset"]) else []
+    records: Iterator[_Record]
+    if shards:
+        records = (record for shard in shards for record in _read_shard(shard, Columns()))
+    else:
+        records = _read_json(path, Path(images or path.parent), Columns(), allow_outside)
+    samples: list[Sample] = []
+    for record in records:
+        if not record.has_text:
+            continue
+        sample = _trainable(record)
+        if split and _split(sample, record.where) != split:
+            continue
+        samples.append(sample)
+        if len(samples) == limit:
+            break
+    if not samples:
+        raise InvalidInput(f"{path} has no sample" + (f" of split '{split}'" if split else ""))
+    return samples
+
+
+def read_images(
     dataset: str,
     *,
     images: str | None = None,
     format: str | None = None,
-    key: str | None = None,
-    image: str | None = None,
+    columns: Columns = Columns(),  # noqa: B008  frozen
+    allow_outside: bool = False,
 ) -> Iterator[Pair | Rejected]:
-    """The samples of a data set, in an order that stays.
+    """Read the images of a data set with their keys, to record a map: those of `read_samples` and of `read`.
 
     Args:
-        dataset: what `tagstore.readers.read` takes; or, with `images`, a JSON list or JSON Lines of objects.
-        images: the directory that image paths of LLaVA-style JSON are relative to.
-        format: of the former, if it isn't to be found by looking.
-        key: field or column with the unique key; of LLaVA-style JSON `id`.
-        image: field or column with the image's path; of LLaVA-style JSON `image`.
+        dataset: JSON, JSON Lines or shards as in the module, or any other source of `tagstore.readers.read`.
+        images: directory that image paths of JSON are relative to; by default that of the file.
+        format: one of `tagstore.readers.FORMATS`; JSON Lines are then read as `tagstore ingest` reads them.
+        columns: fields or columns that hold the key and the image, if they don't have the usual names.
+        allow_outside: allow image paths, and links, that lead out of `images`.
+
+    An image that cannot be used is yielded as `Rejected` and the rest goes on. Raises as `read_samples` does; text-only
+    samples are passed over.
     """
-    if images is not None:
-        return _llava(Path(dataset), Path(images), key or "id", image or "image")
+    path = Path(dataset)
+    is_json = path.name.lower().endswith((".json", *SUFFIXES["jsonl"])) and path.is_file()
+    if images is not None or (is_json and format is None):
+        folder = Path(images or path.parent)
+        if not folder.is_dir():
+            raise NotFound(f"no directory {folder}: it is what image paths in {path} are relative to")
+        return _at_least_one(_images_of(_read_json(path, folder, columns, allow_outside)), dataset)
+    located = locate(dataset, format)
+    if located.format != "webdataset":
+        return read(dataset, format=format, columns=columns, allow_outside=allow_outside)
+    return read_files(dataset, located.files, lambda shard: _images_of(_read_shard(shard, columns)))
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a JSON Lines file with the numbers of their lines, from 1.
+
+    Raises `NotFound` if there is no such file, `InvalidInput` for a line that is no JSON object.
+    """
+    if not path.exists():
+        raise NotFound(f"cannot read {path}: no such file")
+    with open_text(path) as text:
+        lines = Lines(text)
+        for number, record in json_objects(path, lines):
+            if isinstance(record, Rejected):
+                raise InvalidInput(f"{path}, line {number}: {record.reason}")
+            yield number, record
+        if lines.trouble:
+            raise InvalidInput(f"{path}, line {lines.number + 1}: {lines.trouble.partition(':')[0]}")
+
+
+def image_place(name: str, folder: Path, where: str) -> Place:
+    """The place of an image that a record names by its path. Raises `InvalidInput` if it leads out of the folder."""
     try:
-        from tagstore.readers import Columns, read
-    except ModuleNotFoundError as error:
-        raise MissingExtra(
-            f"reading {dataset} needs {error.name}: pip install 'tagstore[server]', or pass LLaVA-style JSON"
-        ) from error
-    return read(dataset, format=format, columns=Columns(image=image, key=key))
+        return _place(name, folder, allow_outside=False)
+    except RecordError as error:
+        raise InvalidInput(f"{where}: {error}") from None
 
 
-def _llava(path: Path, images: Path, key: str, image: str) -> Iterator[Pair | Rejected]:
-    """One sample for each object with an image; text-only ones have nothing to look up."""
-    root = images.resolve()
-    if not root.is_dir():
-        raise NotFound(f"no directory {images}: it is what image paths in {path} are relative to")
-    for number, record in enumerate(_objects(path)):
-        origin = f"{path}#{number}"
-        if not isinstance(record, dict):
-            raise InvalidInput(
-                f"{origin} is no object: a list of objects with '{key}' and '{image}' is expected"
-            )
-        name = record.get(image)
-        if not name:
-            continue
-        if key not in record:
-            raise InvalidInput(f"{origin} has no '{key}': name the field that holds the key")
-        own = str(record[key])
-        file = Path(os.path.normpath(root / str(name)))
-        if not file.is_relative_to(root):
-            yield Rejected(own, f"its image {name} leads out of {images}", origin)
-            continue
+def _read_json(path: Path, folder: Path, columns: Columns, allow_outside: bool) -> Iterator[_Record]:
+    """The records of a JSON list or of JSON Lines. A field of a wrong type ends it, an image that is refused does not."""
+    is_lines = path.name.lower().endswith(SUFFIXES["jsonl"])
+    records: Iterator[tuple[int, Any]] = read_lines(path) if is_lines else _read_list(path)
+    for number, record in records:
+        where, origin = (
+            (f"{path}, line {number}", f"{path}:{number}")
+            if is_lines
+            else (f"{path}, record {number}", f"{path}#{number}")
+        )
         try:
-            yield Pair(own, file.read_bytes(), (), origin=origin)
-        except OSError as error:
-            yield Rejected(own, f"cannot read {file}: {error.strerror}", origin)
+            if not isinstance(record, dict):
+                raise RecordError(f"a sample is an object, and this is {kind_of(record)}")
+            names = _image_names(record, columns)
+            key = _key(record, columns)
+            if key is None and names and not is_base64(names[0], folder):
+                key = key_of_path(names[0], folder, folder)
+            if key is None:
+                key = f"{key_of_path(path.name, path.parent, path.parent)}:{number}"
+            turns, captions = _turns(record), _captions(record)
+        except RecordError as error:
+            raise InvalidInput(f"{where}: {error}") from None
+        try:
+            images = tuple(
+                Embedded(path, data=decoded(name, MAX_IMAGE_BYTES))
+                if is_base64(name, folder)
+                else _place(name, folder, allow_outside=allow_outside)
+                for name in names
+            )
+        except RecordError as error:
+            yield _Record(rejected(key, str(error), origin), where, origin)
+            continue
+        yield _Record(Sample(key, images, turns, captions, _metadata(record)), where, origin)
 
 
-def _objects(path: Path) -> Iterator[Any]:
-    """The elements of a JSON list, or the lines of JSON Lines, without holding all of them."""
+def _read_list(path: Path) -> Iterator[tuple[int, Any]]:
+    """The elements of a JSON list, numbered from 0, without holding all of them."""
     try:
-        file = path.open(encoding="utf-8")
+        import ijson  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise MissingExtra("reading a JSON list needs ijson: pip install 'tagstore[server]'") from error
+    try:
+        with path.open("rb") as file:
+            start = file.read(1 << 16)
+            body = start.removeprefix(b"\xef\xbb\xbf")
+            if not body.lstrip().startswith(b"["):
+                raise InvalidInput(
+                    f"{path} is no JSON list: LLaVA's format is a list of records, [{{...}}, ...], "
+                    "or .jsonl with a record a line"
+                )
+            file.seek(len(start) - len(body))
+            yield from enumerate(ijson.items(file, "item", use_float=True, buf_size=_JSON_BUFFER))
     except OSError as error:
         raise NotFound(f"cannot read {path}: {error.strerror}") from error
-    with file:
-        if path.suffix == ".jsonl":
-            for number, line in enumerate(file):
-                if line.strip():
-                    yield _decoded(path, number, line)
-            return
-        decoder = json.JSONDecoder()
-        buffer = file.read(_CHUNK).lstrip("\ufeff \t\r\n")
-        if not buffer.startswith("["):
-            raise InvalidInput(
-                f"{path} is no JSON list: LLaVA-style data is [{{...}}, ...], or .jsonl with an object a line"
-            )
-        at = 1
-        while True:
-            at = _BETWEEN.match(buffer, at).end()  # type: ignore[union-attr]  # it fits nothing as well
-            if buffer.startswith("]", at):
-                return
-            problem: json.JSONDecodeError | None = None
+    except ijson.JSONError as error:
+        problem = " ".join(str(error).split())
+        cut_off = "EOF" in problem or "incomplete" in problem.lower()
+        raise InvalidInput(
+            f"{path} ends before its list does" if cut_off else f"{path} is no JSON: {problem}"
+        ) from error
+
+
+def _read_shard(path: Path, columns: Columns) -> Iterator[_Record]:
+    for group in read_groups(path, MAX_IMAGE_BYTES):
+        if isinstance(group, Rejected):
+            yield _Record(group, group.origin, group.origin)
+            continue
+        origin = f"{path}!{group.key}"
+        sample: Sample | Rejected
+        try:
+            group.check()
+            fields = group.fields()
+            key = (_key(fields, columns) if columns.key else None) or group.key
+            captions = _captions(fields) or tuple(line.strip() for line in group.lines() if line.strip())
+            sample = Sample(key, tuple(group.images), _turns(fields), captions, _metadata(fields))
+        except RecordError as error:
+            sample = rejected(group.key, str(error), origin)
+        has_text = not {"json", "txt"}.isdisjoint(group.suffixes)
+        yield _Record(sample, origin, origin, has_text)
+
+
+def _image_names(record: Mapping[str, Any], columns: Columns) -> tuple[str, ...]:
+    """The paths of a record's images, which may also be base64."""
+    if columns.image is None and "images" in record:
+        if "image" in record:
+            raise RecordError("both 'image' and 'images' are given: leave one out")
+        return strict_texts(record, "images", list_only=True)
+    # A conversation may be about anything: only a captioned picture has its path under other names.
+    usual = ("image",) if "conversations" in record else IMAGE_NAMES
+    name = columns.image or usual_column(record, usual)
+    return strict_texts(record, name, list_only=False) if name is not None and name in record else ()
+
+
+def _place(name: str, folder: Path, *, allow_outside: bool) -> Place:
+    path = path_inside(str(image_value(name)), folder, allow_outside=allow_outside)
+    return Place(path, folder=None if allow_outside else folder)
+
+
+def _key(record: Mapping[str, Any], columns: Columns) -> str | None:
+    """The key that a record gives; None if it gives none."""
+    name = columns.key or usual_column(record, KEY_NAMES)
+    if name is None:
+        return None
+    if name not in record:
+        raise RecordError(f"no '{name}': name the field that holds the key")
+    return key_in(record[name], name)
+
+
+def _captions(record: Mapping[str, Any]) -> tuple[str, ...]:
+    captions = strict_texts(record, "captions", list_only=True) if "captions" in record else ()
+    if not captions and "caption" in record:
+        return strict_texts(record, "caption", list_only=False)
+    return captions
+
+
+def _turns(record: Mapping[str, Any]) -> tuple[Turn, ...]:
+    turns = record.get("conversations", [])
+    if not isinstance(turns, list):
+        raise RecordError(f"'conversations' is {kind_of(turns)}: a list of turns is expected")
+    return tuple(map(_turn, turns))
+
+
+def _turn(turn: Any) -> Turn:
+    expected = "a turn is {'from': 'human' or 'gpt', 'value': text}"
+    if not isinstance(turn, dict):
+        raise RecordError(f"{expected}, and this is {kind_of(turn)}")
+    speaker, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
+    if not isinstance(speaker, str) or speaker not in _ROLES:
+        raise RecordError(f"{expected}, not {turn!r:.200}")
+    if not isinstance(text, str) or not text.strip():
+        raise RecordError(f"the text of a turn is {kind_of(text)}: {expected}")
+    return Turn(_ROLES[speaker], text.replace("<image>", "").strip())
+
+
+def _metadata(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if name not in _CONTENT_FIELDS}
+
+
+def _trainable(record: _Record) -> Sample:
+    """The sample of a record. Raises `InvalidInput` if nothing can be learnt from it."""
+    sample = record.sample
+    if isinstance(sample, Rejected):
+        raise InvalidInput(f"{record.where}: {sample.reason}")
+    if sample.turns and not any(turn.role == "assistant" for turn in sample.turns):
+        raise InvalidInput(
+            f"{record.where}: the conversation has no answer ('from': 'gpt'), "
+            "so there is nothing to learn from it"
+        )
+    if not sample.turns and not sample.captions:
+        raise InvalidInput(f"{record.where}: neither conversations nor captions")
+    if any(isinstance(image, Embedded) for image in sample.images):
+        raise InvalidInput(
+            f"{record.where}: the image stands in the record or in a compressed shard, and images are read "
+            "from their place in a file: write it to a file, or decompress the shard"
+        )
+    return sample
+
+
+def _split(sample: Sample, where: str) -> str | None:
+    """The split that a sample says it belongs to."""
+    split = sample.metadata.get("split")
+    if "split" in sample.metadata and not isinstance(split, str):
+        raise InvalidInput(f"{where}: 'split' is {kind_of(split)}: a text is expected")
+    return split
+
+
+def _images_of(records: Iterator[_Record]) -> Iterator[Pair | Rejected]:
+    for record in records:
+        if isinstance(record.sample, Rejected):
+            yield record.sample
+            continue
+        for key, image in zip(record.sample.image_keys, record.sample.images, strict=True):
+            item: Pair | Rejected
             try:
-                value, end = decoder.raw_decode(buffer, at)
-            except json.JSONDecodeError as error:
-                problem, end = error, len(buffer)
-            if end < len(buffer):  # a number at the end of the buffer may go on
-                yield value
-                at = end
-                continue
-            more = file.read(max(_CHUNK, len(buffer) - at))
-            if not more:
-                raise InvalidInput(f"{path} ends before its list does: {problem or 'no ]'}")
-            buffer, at = buffer[at:] + more, 0
+                item = Pair(key, image.read(), (), origin=record.origin)
+            except (NotFound, InvalidInput) as error:
+                item = rejected(key, str(error), record.origin)
+            yield item
 
 
-def _decoded(path: Path, number: int, line: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InvalidInput(f"{path}, line {number + 1} is no JSON: {error}") from error
+def _at_least_one(items: Iterator[Pair | Rejected], dataset: str) -> Iterator[Pair | Rejected]:
+    count = 0
+    for count, item in enumerate(items, 1):
+        yield item
+    if not count:
+        raise InvalidInput(f"{dataset}: no sample in it has an image")

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from tagstore.errors import InvalidInput, NotFound
 from tagstore.readers.folder import has_images
-from tagstore.readers.records import IMAGE_SUFFIXES
+from tagstore.readers.image_files import IMAGE_SUFFIXES
 
 FORMATS = ("folder", "csv", "tsv", "jsonl", "parquet", "webdataset")
 
-_SUFFIXES = {
+SUFFIXES = {
     "csv": (".csv", ".csv.gz"),
     "tsv": (".tsv", ".tsv.gz"),
     "jsonl": (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz"),
@@ -76,13 +76,13 @@ def _locate_folder(folder: Path, format: str | None) -> Located:
         raise InvalidInput(f"{folder}: the folder cannot be read ({error.strerror})") from None
     tables = {
         kind: [folder / name for name in names if name.lower().endswith(suffixes)]
-        for kind, suffixes in _SUFFIXES.items()
+        for kind, suffixes in SUFFIXES.items()
         if format in (None, kind)
     }
     found = {kind: files for kind, files in tables.items() if files}
     if format is not None and format != "folder":
         if not found:
-            raise NotFound(f"{folder}: no file of format {format} ({', '.join(_SUFFIXES[format])}) in it")
+            raise NotFound(f"{folder}: no file of format {format} ({', '.join(SUFFIXES[format])}) in it")
         return Located(format, folder, tuple(found[format]))
     if format == "folder":
         return Located(format, folder, (folder,))
@@ -121,7 +121,7 @@ def _is_image(name: str) -> bool:
 def _format_of(files: list[Path]) -> str:
     formats = {
         next(
-            (kind for kind, suffixes in _SUFFIXES.items() if file.name.lower().endswith(suffixes)), None
+            (kind for kind, suffixes in SUFFIXES.items() if file.name.lower().endswith(suffixes)), None
         ): file
         for file in reversed(files)
     }
