@@ -296,7 +296,7 @@ def test_a_json_list_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.Monke
     for text, message in (
         ('{"id": 1}', "no JSON list"),
         ('[{"id": 1', "ends before"),
-        ('[{"image": "a.png"}, 3 x]', "is no JSON"),
+        ('[{"image": "a.png"} x]', "is no JSON"),
     ):
         path.write_text(text)
         with pytest.raises(InvalidInput, match=message):

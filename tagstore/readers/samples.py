@@ -50,6 +50,7 @@ _ROLES: dict[str, Role] = {
 }
 _CONTENT_FIELDS = ("conversations", "captions", "caption", "image", "images")
 """Fields that are not metadata."""
+_TURN_FORMAT = "a turn is {'from': 'human' or 'gpt', 'value': text}"
 _JSON_BUFFER = 1 << 16
 """Bytes of a JSON list that are parsed at a time."""
 
@@ -325,14 +326,13 @@ def _turns(record: Mapping[str, Any]) -> tuple[Turn, ...]:
 
 
 def _turn(turn: Any) -> Turn:
-    expected = "a turn is {'from': 'human' or 'gpt', 'value': text}"
     if not isinstance(turn, dict):
-        raise RecordError(f"{expected}, and this is {kind_of(turn)}")
+        raise RecordError(f"{_TURN_FORMAT}, and this is {kind_of(turn)}")
     speaker, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
     if not isinstance(speaker, str) or speaker not in _ROLES:
-        raise RecordError(f"{expected}, not {turn!r:.200}")
+        raise RecordError(f"{_TURN_FORMAT}, not {turn!r:.200}")
     if not isinstance(text, str) or not text.strip():
-        raise RecordError(f"the text of a turn is {kind_of(text)}: {expected}")
+        raise RecordError(f"the text of a turn is {kind_of(text)}: {_TURN_FORMAT}")
     return Turn(_ROLES[speaker], text.replace("<image>", "").strip())
 
 
