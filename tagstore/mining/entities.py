@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from tagstore.mining import lexicon as lx
+from tagstore.mining.noun_phrases import CONFIDENCE
 from tagstore.mining.nouns import singular
 from tagstore.mining.parse import Parse
-from tagstore.mining.things import CONFIDENCE
 
 LABELS = frozenset({"PERSON", "FAC", "ORG", "GPE", "LOC", "PRODUCT", "EVENT", "WORK_OF_ART", "NORP"})
 _TRIM = frozenset({"the", "a", "an", "'s", "'", '"', "no", "his", "her", "its", "this", "that"})

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tagstore.mining import lexicon as lx
+from tagstore.mining.noun_phrases import CONFIDENCE, Found, acts, is_head, negated, thing_at, visible
 from tagstore.mining.parse import Parse
-from tagstore.mining.things import CONFIDENCE, Found, acts, is_head, negated, thing_at, visible
 
 _PLACES = frozenset(
     [

@@ -13,12 +13,12 @@ from typing import Any
 
 from tagstore.errors import InvalidInput
 from tagstore.mining import lexicon
+from tagstore.mining.attributes import phrases
 from tagstore.mining.entities import names
+from tagstore.mining.noun_phrases import Found
 from tagstore.mining.parse import Parse, common_nouns, load_pipeline, model_name
-from tagstore.mining.phrases import phrases
 from tagstore.mining.relations import relations
 from tagstore.mining.text import Clean, clean
-from tagstore.mining.things import Found
 from tagstore.mining.titles import Title, title_phrases
 from tagstore.types import Pair, Tag
 

@@ -9,8 +9,8 @@ import re
 from collections.abc import Iterator
 
 from tagstore.mining import lexicon as lx
+from tagstore.mining.noun_phrases import CONFIDENCE, Found
 from tagstore.mining.nouns import singular
-from tagstore.mining.things import CONFIDENCE, Found
 
 SOURCE = 0.9  # a title says less surely than a sentence what belongs to what
 

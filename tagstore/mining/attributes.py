@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tagstore.mining import lexicon as lx
-from tagstore.mining.parse import NOUNS, Parse
-from tagstore.mining.things import (
+from tagstore.mining.noun_phrases import (
     CONFIDENCE,
     Found,
     Thing,
@@ -18,6 +17,7 @@ from tagstore.mining.things import (
     thing_at,
     visible,
 )
+from tagstore.mining.parse import NOUNS, Parse
 
 _DIGITS = {
     "2": "two",
