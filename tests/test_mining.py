@@ -11,7 +11,7 @@ import pytest
 
 from tagstore.errors import InvalidInput
 from tagstore.mining import Miner, load_miner, merge, mine, refuse
-from tagstore.mining.rules import BLOCK
+from tagstore.mining.rules import BLOCK_CAPTIONS
 from tagstore.types import Pair, Tag
 
 STREET = "A narrow street with colorful facades under the blue sky in Montepulciano, Italy"
@@ -192,13 +192,13 @@ def test_the_look_ahead_is_bounded_and_order_is_kept(miner: Miner) -> None:
 
     def pairs() -> Iterator[Pair]:
         nonlocal taken
-        for n in range(3 * BLOCK):
+        for n in range(3 * BLOCK_CAPTIONS):
             taken += 1
             yield Pair(str(n), b"", (["a dog", "a cat", "a bird"][n % 3],))
 
     mined = miner.mine(pairs())
     first = next(mined)
-    assert taken <= BLOCK
+    assert taken <= BLOCK_CAPTIONS
     assert [first[0].text, *(next(mined)[0].text for _ in range(5))] == ["dog", "cat", "bird"] * 2
 
 

@@ -1,4 +1,4 @@
-"""Miners by name: shipped ones, those of other packages, and compositions."""
+"""Load miners by name: the shipped ones, those of other packages, and compositions."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SHIPPED = {
 
 
 def load_miner(spec: str = "rules", **settings: Any) -> Miner:
-    """The miner of that name: a shipped one, an entry point of `tagstore.miners`, or several joined by `+` (`rules+metadata`).
+    """Load a miner: a shipped one, an entry point of `tagstore.miners`, or several joined by `+` (`rules+metadata`).
 
     Settings go to the miner; in a composition, to every part that knows them. Raises `InvalidInput` for an unknown miner or setting.
     """
@@ -45,7 +45,7 @@ def load_miner(spec: str = "rules", **settings: Any) -> Miner:
 
 
 def mine(captions: Iterable[str], spec: str = "rules", **settings: Any) -> Iterator[tuple[Tag, ...]]:
-    """Tags of plain captions, one tuple a caption, in order: `load_miner(spec)` for text that has no image."""
+    """Mine the tags of captions that have no image, one tuple a caption, in order."""
     miner = load_miner(spec, **settings)
     return miner.mine(
         Pair(key=str(number), image=b"", captions=(caption,)) for number, caption in enumerate(captions)

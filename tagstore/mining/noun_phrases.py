@@ -1,15 +1,15 @@
-"""What a caption says is there: the noun heads of a parse, each with the words that belong to its name."""
+"""The nouns of a parse that name something in the picture, each with the words that belong to its name."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from tagstore.mining import lexicon as lx
+from tagstore.mining import lexicon
 from tagstore.mining.nouns import singular
 from tagstore.mining.parse import Parse
 from tagstore.types import Kind
 
-# How sure a pattern is: a judgement, not a probability; the order is that of how often a pattern misleads on captions.
+# Score of the tags of each pattern: a judgement, not a probability. Patterns that mislead more often have less.
 CONFIDENCE = {
     "object": 0.95,
     "phrase": 0.9,
@@ -24,19 +24,19 @@ CONFIDENCE = {
 }
 
 _NEGATIONS = frozenset({"no", "not", "n't", "without", "never", "neither", "nor", "zero"})
-_LACK = frozenset(
+_PRIVATIVES = frozenset(
     {"without", "minus", "sans", "except", "lacking", "lack", "lacks", "absence", "unlike", "free"}
 )
-_ONE = frozenset({"a", "an", "another", "this", "that", "each", "one"})
-_TAKING = frozenset(
+_SINGULAR_DETERMINERS = frozenset({"a", "an", "another", "this", "that", "each", "one"})
+_PHOTOGRAPHING_VERBS = frozenset(
     {"take", "taking", "takes", "taken", "took", "get", "getting", "pose", "posing", "snapping"}
 )
 
-_SHOWING = frozenset({"shows", "show", "showing", "depicts", "depicting", "features", "captures"})
+_DEPICTING_VERBS = frozenset({"shows", "show", "showing", "depicts", "depicting", "features", "captures"})
 
 
-class Found(NamedTuple):
-    """A tag before it is one: offsets are those of the cleaned caption."""
+class Phrase(NamedTuple):
+    """A tag with offsets in the cleaned caption."""
 
     text: str
     kind: Kind
@@ -47,145 +47,149 @@ class Found(NamedTuple):
     label: str = ""
 
 
-class Thing(NamedTuple):
-    """A noun with the words that belong to its name: words `first` to `head`, both included."""
+class NounPhrase(NamedTuple):
+    """A noun with the words that belong to its name ("hot dog stand"): words `first` to `head`, both included."""
 
     first: int
     head: int
     text: str
-    folded: str
+    lemma: str
+    """The text in the singular."""
 
 
 def is_head(p: Parse, i: int) -> bool:
     """Whether word `i` is a noun that is not the first part of another noun's name."""
-    if not p.is_noun(i) or len(p.low[i]) < 2 or not p.low[i][0].isalpha() or acts(p, i):
+    if not p.is_noun(i) or len(p.lower[i]) < 2 or not p.lower[i][0].isalpha() or is_verb(p, i):
         return False
     if i + 1 < len(p) and p.is_noun(i + 1):
-        pair = f"{p.low[i]} {p.low[i + 1]}" in lx.LEXICAL or p.low[i] in lx.ADJECTIVES
-        if pair or (
-            i > 0 and p.head[i] == i + 1 and f"{p.low[i - 1]} {p.low[i]}" in lx.LEXICAL
-        ):  # "hot dog stand"
+        pair = f"{p.lower[i]} {p.lower[i + 1]}" in lexicon.LEXICAL or p.lower[i] in lexicon.ADJECTIVES
+        # "hot dog stand"
+        if pair or (i > 0 and p.head[i] == i + 1 and f"{p.lower[i - 1]} {p.lower[i]}" in lexicon.LEXICAL):
             return False
     head, dep = p.head[i], p.dep[i]
     if (
         dep in ("compound", "nmod", "amod")
         and head > i
         and p.is_noun(head)
-        and not (head == i + 1 and acts(p, head))
+        and not (head == i + 1 and is_verb(p, head))
     ):
         return False
-    if p.low[i] in lx.COLOURS:  # "dressed in red" names no thing, "an orange" does
-        return p.low[i] == "orange" and any(p.dep[k] in ("det", "amod", "compound") for k in p.kids[i])
+    if p.lower[i] in lexicon.COLOURS:  # "dressed in red" names no object, "an orange" does
+        return p.lower[i] == "orange" and any(p.dep[k] in ("det", "amod", "compound") for k in p.children[i])
     return not (dep == "npadvmod" and head > i)
 
 
-def acts(p: Parse, i: int) -> bool:
-    """Whether the "noun" at word `i` is a verb: "a woman in a scarf smiles", "his singing"."""
-    low = p.low[i]
-    if low.endswith("ing"):
-        return singular(low) not in lx.THINGS_ING
-    if "ing-" in low:
+def is_verb(p: Parse, i: int) -> bool:
+    """Whether word `i`, tagged as a noun, is a verb: "a woman in a scarf smiles", "his singing"."""
+    word = p.lower[i]
+    if word.endswith("ing"):
+        return singular(word) not in lexicon.THINGS_ING
+    if "ing-" in word:
         return True
-    if p.tag[i] != "NNS" or not (low in lx.VERBS_S or low in lx.VERBS_AFTER_A):
+    if p.tag[i] != "NNS" or not (word in lexicon.VERBS_S or word in lexicon.VERBS_AFTER_A):
         return False
-    if any(p.low[k] in _ONE and p.dep[k] == "det" for k in p.kids[i]):  # "a ... smiles" is no plural
+    if any(
+        p.lower[k] in _SINGULAR_DETERMINERS and p.dep[k] == "det" for k in p.children[i]
+    ):  # "a ... smiles" is no plural
         return True
-    if low not in lx.VERBS_S:
+    if word not in lexicon.VERBS_S:
         return False
-    compound = any(p.dep[k] == "compound" and k == i - 1 for k in p.kids[i])
+    compound = any(p.dep[k] == "compound" and k == i - 1 for k in p.children[i])
     if (
         compound
-        and low in lx.VERBS_ONLY
+        and word in lexicon.VERBS_ONLY
         and i + 1 < len(p)
         and p.tag[i + 1] in ("IN", "DT", "RP", "PRP$", "RB")
     ):
         return True
     return p.dep[i] not in ("pobj", "dobj") and not any(
-        p.dep[k] in ("amod", "nummod", "compound", "det", "poss") for k in p.kids[i]
+        p.dep[k] in ("amod", "nummod", "compound", "det", "poss") for k in p.children[i]
     )
 
 
-def thing_at(p: Parse, i: int, named: frozenset[int] = frozenset()) -> Thing:
-    """The noun at word `i` with its name: "hot dog stand" from "stand"."""
+def noun_phrase_at(p: Parse, i: int, named: frozenset[int] = frozenset()) -> NounPhrase:
+    """The noun at word `i` with the words before it that belong to its name."""
     first = i
     while first > 0 and first - 1 not in named and _belongs(p, first - 1, first, i):
         first -= 1
-    text = " ".join(p.low[first : i + 1])
-    plural = p.tag[i] in ("NNS", "NNPS") or p.low[i].endswith(("people", "men"))
-    return Thing(first, i, text, singular(text) if plural else text)
+    text = " ".join(p.lower[first : i + 1])
+    plural = p.tag[i] in ("NNS", "NNPS") or p.lower[i].endswith(("people", "men"))
+    return NounPhrase(first, i, text, singular(text) if plural else text)
 
 
 def _belongs(p: Parse, j: int, after: int, head: int) -> bool:
     """Whether word `j`, just before `after`, is part of the name that ends at `head`."""
-    low = p.low[j]
-    if f"{low} {p.low[after]}" in lx.LEXICAL:
+    word = p.lower[j]
+    if f"{word} {p.lower[after]}" in lexicon.LEXICAL:
         return True
     if not j < p.head[j] <= head:
         return False
-    if j > 0 and f"{p.low[j - 1]} {low}" in lx.LEXICAL:  # "german shepherd dog"
+    if j > 0 and f"{p.lower[j - 1]} {word}" in lexicon.LEXICAL:  # "german shepherd dog"
         return True
-    if low in lx.COLOURS or low in lx.ADJECTIVES or not low[0].isalnum():
+    if word in lexicon.COLOURS or word in lexicon.ADJECTIVES or not word[0].isalnum():
         return False
-    named = low in lx.GERUNDS or singular(low) in lx.THINGS_ING
-    if (
-        low.endswith("ing") and not named and j > 0 and p.is_noun(j - 1)
-    ):  # "soldiers in uniform holding rifles"
+    is_name = word in lexicon.GERUNDS or singular(word) in lexicon.THINGS_ING
+    # "soldiers in uniform holding rifles"
+    if word.endswith("ing") and not is_name and j > 0 and p.is_noun(j - 1):
         return False
     if p.dep[j] in ("compound", "nmod") and (p.is_noun(j) or p.tag[j] == "VBG"):
-        return not (p.tag[j] == "VBG" and singular(p.low[head]) in lx.ANIMATE)
+        return not (p.tag[j] == "VBG" and singular(p.lower[head]) in lexicon.ANIMATE)
     if p.dep[j] == "amod" and p.tag[j] == "VBG":
-        return low in lx.GERUNDS and singular(p.low[head]) not in lx.ANIMATE
+        return word in lexicon.GERUNDS and singular(p.lower[head]) not in lexicon.ANIMATE
     return (
         p.dep[j] == "amod"
         and p.tag[j] in ("NN", "NNP")
-        and low.isalpha()
-        and (named or not low.endswith("ing"))
+        and word.isalpha()
+        and (is_name or not word.endswith("ing"))
     )
 
 
-def content(p: Parse, i: int) -> int:
-    """The word Y of "X of Y" for X at word `i`, or -1."""
-    for k in p.kids[i]:
-        if p.low[k] == "of" and k > i:
+def of_object(p: Parse, i: int) -> int:
+    """The noun Y of "X of Y" for X at word `i`, or -1."""
+    for k in p.children[i]:
+        if p.lower[k] == "of" and k > i:
             inner = p.child(k, "pobj")
             if inner >= 0 and p.is_noun(inner):
                 return inner
     return -1
 
 
-def measures(p: Parse, i: int) -> list[int]:
-    """Words X of "X of Y" for Y at word `i`, where X only says how much of it there is."""
+def measure_nouns(p: Parse, i: int) -> list[int]:
+    """The measure noun X of "X of Y" ("a pair of scissors") for Y at word `i`, as a list of one or none."""
     of = p.head[i]
     return (
-        [p.head[of]] if p.dep[i] == "pobj" and p.low[of] == "of" and p.low[p.head[of]] in lx.MEASURES else []
+        [p.head[of]]
+        if p.dep[i] == "pobj" and p.lower[of] == "of" and p.lower[p.head[of]] in lexicon.MEASURES
+        else []
     )
 
 
-def visible(p: Parse, thing: Thing) -> bool:
-    """Not a position, an abstraction, or the picture itself."""
-    i = thing.head
-    low = p.low[i]
-    if thing.text in lx.LEXICAL:
+def is_visible(p: Parse, noun: NounPhrase) -> bool:
+    """Whether the noun names something in the picture: no position, no abstraction, not the picture itself."""
+    i = noun.head
+    word = p.lower[i]
+    if noun.text in lexicon.LEXICAL:
         return True
-    if low in lx.ABSTRACT:
+    if word in lexicon.ABSTRACT:
         return False
-    if low in lx.POSITIONS:
-        return thing.first < i
-    if low in lx.PICTURES:
-        taken = p.dep[i] == "dobj" and p.low[p.head[i]] in _TAKING
-        shows = p.dep[i] == "nsubj" and (content(p, i) >= 0 or p.low[p.head[i]] in _SHOWING)
-        pointed = p.dep[i] == "pobj" and any(p.low[k] in ("this", "the") for k in p.kids[i])
-        return not (taken or pointed or shows or p.dep[i] in ("ROOT", "attr"))
+    if word in lexicon.POSITIONS:
+        return noun.first < i
+    if word in lexicon.PICTURES:
+        photographed = p.dep[i] == "dobj" and p.lower[p.head[i]] in _PHOTOGRAPHING_VERBS
+        depicts = p.dep[i] == "nsubj" and (of_object(p, i) >= 0 or p.lower[p.head[i]] in _DEPICTING_VERBS)
+        definite = p.dep[i] == "pobj" and any(p.lower[k] in ("this", "the") for k in p.children[i])
+        return not (photographed or definite or depicts or p.dep[i] in ("ROOT", "attr"))
     return True
 
 
-def negated(p: Parse, i: int) -> bool:
-    """Whether the caption says that the thing at word `i` is not there."""
-    own = False  # "no cars and a bench": a determiner of its own ends the reach of "no", though not of "without"
+def is_negated(p: Parse, i: int) -> bool:
+    """Whether the caption says that the noun at word `i` is absent."""
+    # "no cars and a bench": a determiner ends the scope of "no", though not that of "without"
+    has_determiner = False
     for _ in range(4):
-        if not own and any(
-            p.low[k] in _NEGATIONS
-            for k in p.kids[i]
+        if not has_determiner and any(
+            p.lower[k] in _NEGATIONS
+            for k in p.children[i]
             if k < i and p.dep[k] in ("det", "neg", "preconj", "advmod", "cc")
         ):
             return True
@@ -193,18 +197,20 @@ def negated(p: Parse, i: int) -> bool:
         if head == i:
             return False
         if dep == "conj":
-            own = own or any(p.dep[k] in ("det", "nummod", "poss") for k in p.kids[i])
+            has_determiner = has_determiner or any(
+                p.dep[k] in ("det", "nummod", "poss") for k in p.children[i]
+            )
             i = head
             continue
-        if p.low[head] in _LACK:
+        if p.lower[head] in _PRIVATIVES:
             return True
-        if dep == "pobj" and p.low[head] == "of":
-            return p.low[p.head[head]] in _LACK
-        if dep in ("dobj", "attr", "oprd") and any(p.dep[k] == "neg" for k in p.kids[head]):
+        if dep == "pobj" and p.lower[head] == "of":
+            return p.lower[p.head[head]] in _PRIVATIVES
+        if dep in ("dobj", "attr", "oprd") and any(p.dep[k] == "neg" for k in p.children[head]):
             return True
         return (
             dep == "nsubj"
-            and any(p.low[k] == "any" for k in p.kids[i])
-            and any(p.dep[k] == "neg" for k in p.kids[head])
+            and any(p.lower[k] == "any" for k in p.children[i])
+            and any(p.dep[k] == "neg" for k in p.children[head])
         )
     return False

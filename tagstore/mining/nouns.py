@@ -1,4 +1,4 @@
-"""Singular and plural of English nouns, by rule and by a short list: enough to see that "two dogs" and "a dog" are the same tag."""
+"""The singular of English nouns, by rules and a short list, so that "dogs" and "a dog" become the same tag."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _NO_MEN = frozenset({"specimen", "regimen", "abdomen", "ramen", "stamen", "acume
 def singular(word: str) -> str:
     """The singular of a lower-case noun: "facades" -> "facade", "women" -> "woman"; "glasses", "sheep" and singulars stay.
 
-    Of a phrase or a hyphenated word, its last part is turned.
+    In a phrase or a hyphenated word only the last part changes.
     """
     cut = max(word.rfind(" "), word.rfind("-")) + 1
     if cut:
