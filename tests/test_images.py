@@ -1,4 +1,4 @@
-"""What claims to be an image: every mode comes out as upright RGB, everything else as one clear error."""
+"""Every image comes out as upright RGB, everything else as one clear error."""
 
 from __future__ import annotations
 

@@ -61,7 +61,8 @@ def sample(key: str, caption: str = "a cat", **fields: Any) -> list[tuple[str, b
     ]
 
 
-# --- folder -------------------------------------------------------------------------------------------------------------------------------
+# folder
+# ------------------------------
 
 
 def test_folder(tmp_path: Path) -> None:
@@ -158,7 +159,8 @@ def test_a_file_name_that_is_no_text(tmp_path: Path) -> None:
     "".join((rejection.key, rejection.reason, rejection.origin)).encode()
 
 
-# --- tables as text -----------------------------------------------------------------------------------------------------------------------
+# tables as text
+# ------------------------------
 
 
 @pytest.mark.parametrize("suffix", ["csv", "csv.gz", "tsv", "tsv.gz"])
@@ -196,7 +198,10 @@ def test_csv_quoting(tmp_path: Path) -> None:
 
 
 def test_tsv_keeps_quotation_marks(tmp_path: Path) -> None:
-    table = 'image\tcaption\n1.jpg\t" the best day " , she said\n1.jpg\t"as pandas quotes ""this"""\n1.jpg\t"open\n1.jpg\tlast\n'
+    table = (
+        'image\tcaption\n1.jpg\t" the best day " , she said\n'
+        '1.jpg\t"as pandas quotes ""this"""\n1.jpg\t"open\n1.jpg\tlast\n'
+    )
     write(tmp_path, {"1.jpg": JPEG, "t.tsv": table})
     captions = [captions for _, captions in pairs(read(str(tmp_path)))]
     assert captions == [('" the best day " , she said',), ('as pandas quotes "this"',), ('"open',), ("last",)]
@@ -366,7 +371,8 @@ def test_a_file_that_cannot_be_used_at_all(tmp_path: Path, name: str, content: b
         list(read(str(tmp_path / name)))
 
 
-# --- columns ------------------------------------------------------------------------------------------------------------------------------
+# columns
+# ------------------------------
 
 
 def test_columns_by_option(tmp_path: Path) -> None:
@@ -437,7 +443,8 @@ def test_a_folder_has_no_columns(tmp_path: Path) -> None:
         read(str(tmp_path), columns=Columns(caption="text"))
 
 
-# --- parquet ------------------------------------------------------------------------------------------------------------------------------
+# parquet
+# ------------------------------
 
 
 def test_parquet(tmp_path: Path) -> None:
@@ -505,7 +512,8 @@ def test_parquet_damaged_in_the_middle_gives_what_came_before(tmp_path: Path) ->
     assert "damaged or cut off: what came before row" in list(reasons(items).values())[-1]
 
 
-# --- webdataset ---------------------------------------------------------------------------------------------------------------------------
+# webdataset
+# ------------------------------
 
 
 def test_webdataset(tmp_path: Path) -> None:
@@ -626,7 +634,8 @@ def test_a_damaged_shard_and_a_damaged_gzip(tmp_path: Path) -> None:
     assert len(reasons(items)) == 1
 
 
-# --- sources ------------------------------------------------------------------------------------------------------------------------------
+# sources
+# ------------------------------
 
 
 @pytest.mark.parametrize(
@@ -762,7 +771,8 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
         read("x" * 5000)
 
 
-# --- memory -------------------------------------------------------------------------------------------------------------------------------
+# memory
+# ------------------------------
 
 
 def peak(source: Path) -> int:

@@ -1,4 +1,4 @@
-"""Recorded maps: the same answers as live, for what was recorded and nothing else; finished or not there; damage is noticed."""
+"""Recorded maps give the same answers as live, and no others; an unfinished or damaged one is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From files to the batches of a run: samples, length grouping, features, the leak guard, noise, labels, recipes."""
+"""From files to batches: samples, length grouping, features, the leak guard, noise, labels, recipes."""
 
 from __future__ import annotations
 

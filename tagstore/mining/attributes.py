@@ -59,7 +59,7 @@ _MODIFIER_DEPS = frozenset({"amod", "compound", "nmod", "nummod", "det", "dep", 
 
 
 def object_phrases(p: Parse, named: frozenset[int]) -> Iterator[Phrase]:
-    """Objects and attributes of a caption; `named` are the words of its proper names, which are no objects."""
+    """The objects and attributes of a caption; the words of its proper names, `named`, are no objects."""
     for i, tag in enumerate(p.tag):
         if tag not in NOUNS or i in named or not is_head(p, i) or is_negated(p, i):
             continue
@@ -178,7 +178,7 @@ def _is_attributive(p: Parse, a: int) -> bool:
 
 
 def _is_adjacent(p: Parse, a: int, before: int) -> bool:
-    """Whether no other noun or verb stands between the attribute at word `a` and the noun phrase at `before`."""
+    """Whether no other noun or verb stands between the attribute `a` and the noun phrase at `before`."""
     if p.tag[a] == "VBG" and a > 0 and p.is_noun(a - 1):  # "a man in uniform holding rifles"
         return False
     return p.lower[p.head[a]] in lexicon.MEASURES or not any(
@@ -198,7 +198,10 @@ def _conjuncts(p: Parse, a: int, before: int) -> Iterator[int]:
 
 
 def _prefix(p: Parse, a: int) -> int:
-    """Where the attribute that ends at word `a` begins ("light blue", "snow covered"), or -1 if it says nothing alone or is an age."""
+    """The first word of the attribute that ends at word `a` ("light blue", "snow covered").
+
+    -1 if it is an age, or means nothing without more words.
+    """
     first = a
     while first > 0:
         j = first - 1
@@ -226,7 +229,10 @@ def _prefix(p: Parse, a: int) -> int:
 
 
 def _participles(p: Parse, noun: NounPhrase) -> Iterator[tuple[int, int, str]]:
-    """States that the parser takes for verbs: "snow covered mountain", "a sign and parked motorcycles"; and "cars parked on the street"."""
+    """Participles after the noun ("cars parked on the street"), and those that the parser takes for verbs.
+
+    Such as "snow covered mountain", "a sign and parked motorcycles".
+    """
     for k in p.children[noun.head]:
         if p.dep[k] == "acl" and p.tag[k] == "VBN" and p.lower[k] in lexicon.STATES and k == noun.head + 1:
             yield k, k, "participle"

@@ -1,4 +1,4 @@
-"""Proper names in a caption: spaCy's named entities without articles, and capitalised names that it misses."""
+"""Proper names in a caption: spaCy's named entities, and capitalised names that it misses."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Name:
 
 
 def proper_names(p: Parse, doc: Any, common: frozenset[str]) -> list[Name]:
-    """Proper names in the order of the caption, no two over the same word; `common` holds lower-case nouns."""
+    """The proper names of a caption in order, no two over the same word; `common` holds lower-case nouns."""
     names: list[Name] = []
     for entity in doc.ents:
         if entity.label_ in LABELS:

@@ -1,6 +1,9 @@
-"""The FACTUAL scene graph parser (Li et al., Findings of ACL 2023) as a miner: a Flan-T5 that writes a caption's scene graph.
+"""The FACTUAL scene graph parser (Li et al., Findings of ACL 2023) as a miner.
 
-    "2 beautiful pigs are flying on the sky" -> "( pigs , is , 2 ) , ( pigs , is , beautiful ) , ( pigs , fly on , sky )"
+A Flan-T5 writes the scene graph of a caption:
+
+    "2 beautiful pigs are flying on the sky" -> "( pigs , is , 2 ) , ( pigs , is , beautiful ) , ( pigs , fly
+    on , sky )"
 
 The model is loaded from a hub or from a local directory; it runs on a GPU if there is one.
 """
@@ -42,9 +45,9 @@ _log = logging.getLogger(__name__)
 class FactualMiner:
     """Objects, attributes and (if asked for) relations from a generated scene graph.
 
-    `model`: name on a hub or a local directory. `device`: "auto", "cpu", "cuda". `batch_size`: captions generated together.
-    `beams`: width of the beam search. `max_chars`: characters read of a caption; `max_tokens`: tokens written for it.
-    Raises `NotFound` if the model cannot be loaded.
+    `model`: name on a hub or a local directory. `device`: "auto", "cpu", "cuda". `batch_size`: captions
+    generated together. `beams`: width of the beam search. `max_chars`: characters read of a caption;
+    `max_tokens`: tokens written for it. Raises `NotFound` if the model cannot be loaded.
     """
 
     name = "factual"
@@ -149,7 +152,7 @@ class FactualMiner:
             except (OSError, ValueError) as error:
                 raise NotFound(
                     f"cannot load the scene graph model '{self._model_name}': {str(error).splitlines()[0]}. "
-                    "Give model= a directory with config, weights and tokenizer, or a name on a hub that can be reached"
+                    "Give model= a directory with config, weights and tokenizer, or a name on a reachable hub"
                 ) from error
             self._loaded = tokenizer, model.to(device).eval(), device
             _log.info("scene graph model %s on %s", self._model_name, device)

@@ -15,9 +15,8 @@ MAX_TAG_CHARS = 80
 class KeywordMiner:
     """Custom tags from keywords: "beach, sunset, palm tree".
 
-    `column`: the metadata column with the keywords, a list or a text; without one, the captions are the lists.
-    `separator`: the text between two keywords.
-    `max_chars`: characters of a caption that are read.
+    `column`: the metadata column with the keywords, a list or a text; without one, the captions are the
+    lists. `separator`: the text between two keywords. `max_chars`: characters of a caption that are read.
     """
 
     name = "keywords"

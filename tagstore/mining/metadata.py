@@ -38,10 +38,10 @@ _MISSING_VALUES = frozenset(
 class MetadataMiner:
     """Custom tags from metadata: the values of columns, and templates over several columns.
 
-    `columns`: names, as a list or joined by commas; without, every column whose value is a short text or a list of them.
-    `templates`: like `{baseColour} {subCategory}`, one or a list; a template with a missing value gives nothing.
-    `separator`: splits a value into several ("red|blue"); none unless given.
-    A column that none of the first 1,000 pairs has is refused with `InvalidInput`: it is a typing mistake.
+    `columns`: names, as a list or joined by commas; without, every column whose value is a short text or a
+    list of them. `templates`: like `{baseColour} {subCategory}`, one or a list; a template with a missing
+    value gives nothing. `separator`: splits a value into several ("red|blue"); none unless given. A column
+    that none of the first 1,000 pairs has is refused with `InvalidInput`: it is a typing mistake.
     """
 
     name = "metadata"

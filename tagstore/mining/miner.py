@@ -35,7 +35,7 @@ def identity(miner: Miner, rules: Rules) -> dict[str, Any]:
 
 
 def refuse(pair: Pair) -> Rejected | None:
-    """Reject a pair without captions, with one that is no text, or without any letter or digit; else return None."""
+    """Reject a pair without captions, with one that is no text, or without any letter or digit."""
     for number, caption in enumerate(pair.captions):
         if not isinstance(caption, str):
             return Rejected(pair.key, f"caption {number} is {type(caption).__name__}, not text", pair.origin)

@@ -9,7 +9,8 @@ from tagstore.mining.nouns import singular
 from tagstore.mining.parse import Parse
 from tagstore.types import Kind
 
-# Score of the tags of each pattern: a judgement, not a probability. Patterns that mislead more often have less.
+# Score of the tags of each pattern: a judgement, not a probability. Patterns that mislead more often have
+# less.
 CONFIDENCE = {
     "object": 0.95,
     "phrase": 0.9,
@@ -48,7 +49,7 @@ class Phrase(NamedTuple):
 
 
 class NounPhrase(NamedTuple):
-    """A noun with the words that belong to its name ("hot dog stand"): words `first` to `head`, both included."""
+    """A noun with the words that belong to its name ("hot dog stand"): words `first` to `head`, inclusive."""
 
     first: int
     head: int
@@ -165,7 +166,7 @@ def measure_nouns(p: Parse, i: int) -> list[int]:
 
 
 def is_visible(p: Parse, noun: NounPhrase) -> bool:
-    """Whether the noun names something in the picture: no position, no abstraction, not the picture itself."""
+    """Whether the noun names something in the picture, not a position, an abstraction or the picture."""
     i = noun.head
     word = p.lower[i]
     if noun.text in lexicon.LEXICAL:

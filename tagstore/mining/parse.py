@@ -1,4 +1,4 @@
-"""A parsed caption as plain lists, with hyphenated words joined: the rules read it in place of spaCy's tokens."""
+"""A parsed caption as plain lists, with hyphenated words joined, for the rules to read."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ _HALF = 2**63  # spaCy gives heads as signed distances in unsigned numbers
 class Parse:
     """The words of a caption in order, a list for each property.
 
-    Of word `i`: its `text` and `lower` case, `tag` (part of speech), `dep` (relation to the word `head`), `children` (words
-    that depend on it), `start` and `end` (characters of the caption). `word_of` maps spaCy's tokens to words.
+    Of word `i`: its `text` and `lower` case, `tag` (part of speech), `dep` (relation to the word `head`),
+    `children` (words that depend on it), `start` and `end` (characters of the caption). `word_of` maps
+    spaCy's tokens to words.
     """
 
     __slots__ = ("children", "dep", "end", "head", "lower", "source", "start", "tag", "text", "word_of")
@@ -77,7 +78,7 @@ class Parse:
 
 
 def _joined(texts: list[str], idx: list[int], ends: list[int]) -> list[int]:
-    """The first token of each token's word: spaCy splits "blue-illuminated" into three tokens, and it is one word."""
+    """The first token of each token's word: "blue-illuminated" is one word of three tokens."""
     first = list(range(len(texts)))
     for i in range(1, len(texts) - 1):
         close = idx[i] == ends[i - 1] and idx[i + 1] == ends[i]

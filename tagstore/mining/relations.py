@@ -108,7 +108,7 @@ def _objects(p: Parse, i: int, dep: str) -> Iterator[int]:
 
 
 def progressive(verb: str, tag: str) -> str:
-    """The -ing form of a verb in the present tense, which most captions use: "rides" -> "riding"; other forms stay."""
+    """The -ing form of a verb in the present tense: "rides" -> "riding"; other forms stay."""
     base = verb
     if tag == "VBZ" and verb.endswith("ies") and len(verb) > 4:
         base = verb[:-3] + "y"

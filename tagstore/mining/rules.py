@@ -33,10 +33,10 @@ CACHED_CAPTIONS = 4096
 class RuleMiner:
     """Objects, attributes, entities and (if asked for) relations, from the dependency parse.
 
-    `max_chars`: characters of a caption that are read, which bounds the time spent on it.
-    `entities`: whether to look for proper names; without them, mining is nearly twice as fast.
-    `relations`: whether to tag "man riding horse" too.
-    Captions in other than Latin letters give no tags, nor does one that is no text (`tagstore.mining.refuse` says why).
+    `max_chars`: characters of a caption that are read, which bounds the time spent on it. `entities`: whether
+    to look for proper names; without them, mining is nearly twice as fast. `relations`: whether to tag "man
+    riding horse" too. Captions in other than Latin letters give no tags, nor does one that is no text
+    (`tagstore.mining.refuse` says why).
     """
 
     name = "rules"
@@ -104,8 +104,9 @@ class RuleMiner:
                 tags[caption] = ()
         if texts:
             nlp, common = self._pipeline()
-            # The zone frees the words that spaCy learns from these captions; without it memory would grow with each
-            # new word. The first words are kept: they are the common ones, and learning them anew costs a tenth of the speed.
+            # The zone frees the words that spaCy learns from these captions; without it memory would grow
+            # with each new word. The first words are kept: they are the common ones, and learning them anew
+            # costs a tenth of the speed.
             with nlp.memory_zone() if len(nlp.vocab) > MAX_SPACY_WORDS else nullcontext():
                 for doc, (c, caption) in nlp.pipe(texts, as_tuples=True):
                     tags[caption] = tuple(self._tags(doc, c, common))
@@ -128,7 +129,8 @@ class RuleMiner:
 
     def _pipeline(self) -> tuple[Any, frozenset[str]]:
         if self._spacy is not None and self._parsed >= CAPTIONS_PER_PIPELINE:
-            # a zone frees words, but not their slots in spaCy's hash tables, which double whenever used slots fill them
+            # a zone frees words, but not their slots in spaCy's hash tables, which double whenever used slots
+            # fill them
             self._spacy = None
             gc.collect()
         if self._spacy is None:

@@ -13,10 +13,11 @@ _UNCLEAN = re.compile(
 )
 _BOILERPLATE_WORDS = frozenset(
     {
-        "stock", "royalty", "copyright", "credit", "courtesy", "photo", "photos", "photograph", "photographs", "photographed",
-        "picture", "pictures", "pic", "pics", "image", "images", "shot", "shots", "taken", "view", "views", "close", "close-up",
-        "closeup", "snapshot", "snapshots", "photography", "illustration", "illustrations", "drawing", "drawings", "painting",
-        "paintings", "portrait", "portraits", "getty", "shutterstock", "istock", "istockphoto", "alamy", "dreamstime", "adobe", "iso",
+        "stock", "royalty", "copyright", "credit", "courtesy", "photo", "photos", "photograph", "photographs",
+        "photographed", "picture", "pictures", "pic", "pics", "image", "images", "shot", "shots", "taken",
+        "view", "views", "close", "close-up", "closeup", "snapshot", "snapshots", "photography",
+        "illustration", "illustrations", "drawing", "drawings", "painting", "paintings", "portrait",
+        "portraits", "getty", "shutterstock", "istock", "istockphoto", "alamy", "dreamstime", "adobe", "iso",
         "canon", "nikon", "(c)", "royalty-free", "stock-photo", "rights-managed",
     }
 )  # fmt: skip
@@ -36,13 +37,16 @@ _ASCII_EQUIVALENTS = {
 }
 
 _PICTURE = (
-    r"(?:pictures?|pics?|photos?|photographs?|photography|images?|snapshots?|shots?|views?|close[- ]?ups?|portraits?|illustrations?|"
+    r"(?:pictures?|pics?|photos?|photographs?|photography|images?|snapshots?|shots?|views?|close[- ]?ups?|"
+    r"portraits?|illustrations?|"
     r"drawings?|paintings?)"
 )
 _KIND_OF = (
-    r"(?:black[- ]and[- ]white|b&w|colou?r(?:ed|ful)?|sepia|close[- ]?up|up[- ]close|aerial|overhead|blurry|blurred|beautiful|great|nice|"
+    r"(?:black[- ]and[- ]white|b&w|colou?r(?:ed|ful)?|sepia|close[- ]?up|up[- ]close|aerial|overhead|"
+    r"blurry|blurred|beautiful|great|nice|"
     r"good|pretty|cute|old|vintage|antique|digital|wide|panoramic|side|front|rear|top|low|high|angle|night|candid|professional|dark|"
-    r"small|large|big|interesting|strange|artistic|partial|full|clear|detailed|single|couple|set|series|of|group|an?|time[- ]lapse|stock)"
+    r"small|large|big|interesting|strange|artistic|partial|full|clear|detailed|single|couple|set|"
+    r"series|of|group|an?|time[- ]lapse|stock)"
 )
 _BOILERPLATE = re.compile(
     "|".join(
@@ -94,10 +98,10 @@ class Clean:
 
 
 def clean(caption: str, max_chars: int) -> Clean:
-    """Strip the first `max_chars` characters of a caption of markup, links, hashtags, camera and agency boilerplate.
+    """Strip a caption's first `max_chars` characters of markup, links, hashtags and photo boilerplate.
 
-    HTML entities are resolved, Unicode compatibility forms folded (NFKC), control characters and emoji dropped, runs of
-    spaces reduced to one, and a caption in capitals is written in lower case.
+    HTML entities are resolved, Unicode compatibility forms folded (NFKC), control characters and emoji
+    dropped, runs of spaces reduced to one, and a caption in capitals is written in lower case.
     """
     caption = caption[:max_chars]
     if not _UNCLEAN.search(caption) and _BOILERPLATE_WORDS.isdisjoint(

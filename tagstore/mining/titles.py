@@ -1,4 +1,4 @@
-"""Product titles ("Puma Men White T-shirt"): they are no sentences, so they have a small grammar of their own.
+"""Product titles ("Puma Men White T-shirt"), which are no sentences and have a small grammar of their own.
 
 BRAND (LINE) GENDER (LINE) COLOUR DESCRIPTOR ... PRODUCT CODE
 """
@@ -101,7 +101,7 @@ class Title:
         )
 
     def brand(self) -> int:
-        """The number of words at the beginning that are the brand; 0 if the title begins with a description."""
+        """The number of words of the brand at the beginning; 0 if the title begins with a description."""
         marker = next(
             (
                 i

@@ -1,6 +1,7 @@
 """A store's vocabulary: stop list, synonyms, minimum count, idf, and the difference of two versions.
 
-All of it works on tags and counts alone, so a change makes a new version of a store without embedding anything again.
+All of it works on tags and counts alone, so a change makes a new version of a store without embedding
+anything again.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from tagstore.mining.merging import MergedTag
 from tagstore.types import KINDS, Kind
 
 _SCRIPTS = {
-    "CJK": "Hani", "HIRAGANA": "Jpan", "KATAKANA": "Jpan", "HANGUL": "Kore", "CYRILLIC": "Cyrl", "ARABIC": "Arab", "GREEK": "Grek",
-    "HEBREW": "Hebr", "DEVANAGARI": "Deva", "THAI": "Thai", "BENGALI": "Beng", "TAMIL": "Taml", "ARMENIAN": "Armn", "GEORGIAN": "Geor",
+    "CJK": "Hani", "HIRAGANA": "Jpan", "KATAKANA": "Jpan", "HANGUL": "Kore", "CYRILLIC": "Cyrl",
+    "ARABIC": "Arab", "GREEK": "Grek", "HEBREW": "Hebr", "DEVANAGARI": "Deva", "THAI": "Thai",
+    "BENGALI": "Beng", "TAMIL": "Taml", "ARMENIAN": "Armn", "GEORGIAN": "Geor",
 }  # fmt: skip
 
 
@@ -64,7 +66,7 @@ class Rules:
         return ("", canonical) in self.stop or (kind, canonical) in self.stop
 
     def preferred(self, kind: str, canonical: str) -> str:
-        """The canonical form under which a store keeps a tag; within objects and attributes, parts are replaced too."""
+        """The canonical form under which a store keeps a tag; synonyms are replaced within phrases too."""
         if kind not in ("object", "attribute", "relation"):
             return self.synonyms.get(canonical, canonical)
         words, out, i = canonical.split(), [], 0
@@ -131,7 +133,7 @@ def idf(count: int, entries: int) -> float:
 
 
 def language(text: str) -> str:
-    """The BCP 47 tag of a text's script: "en" for Latin letters (the miners read English), "und-Cyrl", or "zxx" for none."""
+    """The BCP 47 tag of a text's script: "en" for Latin, "und-Cyrl" and the like, "zxx" without letters."""
     scripts: Counter[str] = Counter()
     for c in text:
         if c.isalpha():

@@ -1,4 +1,7 @@
-"""Images that records name: a file, a member of a tar, or base64. Every path that a record gives passes one guard."""
+"""Images that records name: a file, a member of a tar, or base64.
+
+Every path that a record gives passes one guard.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,10 @@ class Place:
     """Folder that the file must lie in after links are followed; None for anywhere."""
 
     def read(self) -> bytes:
-        """Read the bytes. Raises `NotFound` if they are not there, `InvalidInput` if a link leads out of `folder`."""
+        """Read the bytes.
+
+        Raises `NotFound` if they are not there, `InvalidInput` if a link leads out of `folder`.
+        """
         try:
             if self.folder is not None:
                 check_links(self.path, self.folder)
@@ -50,7 +56,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Embedded(Place):
-    """An image that stands in a record, or compressed in a shard, of the file `path`: it has been read already."""
+    """An image that stands in a record, or in a compressed shard, of the file `path`; its bytes are here."""
 
     data: bytes = b""
 
@@ -90,8 +96,8 @@ def _real(path: str | Path) -> str:
 
 def _leads_out(path: str) -> RecordError:
     return RecordError(
-        f"the image's path leads out of the folder of the images: {path[-80:]}, allow it with --allow-outside "
-        "(in a recipe data.allow_outside) if you trust it"
+        f"the image's path leads out of the folder of the images: {path[-80:]}, allow it with "
+        "--allow-outside (in a recipe data.allow_outside) if you trust it"
     )
 
 
@@ -149,7 +155,8 @@ def image_value(image: Any) -> str | bytes:
 
 def is_base64(text: str, folder: Path) -> bool:
     """Whether an image column's text is the image itself and not a path."""
-    # A path has a dot before its extension, base64 has none; a file named by its hash has none either, but exists.
+    # A path has a dot before its extension, base64 has none; a file named by its hash has none either, but
+    # exists.
     if text.startswith("data:"):
         return True
     if len(text) < 64 or re.fullmatch(r"[A-Za-z0-9+/\s]+={0,2}\s*", text) is None:

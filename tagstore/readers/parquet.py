@@ -1,4 +1,7 @@
-"""Parquet files, read a few rows at a time. Images are bytes, `{"bytes", "path"}` (as Hugging Face's datasets write them) or paths."""
+"""Parquet files, read a few rows at a time.
+
+Images are bytes, `{"bytes", "path"}` (as Hugging Face's datasets write them) or paths.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,8 @@ def read_parquet(file: Path, options: Options) -> Iterator[Pair | Rejected]:
     except ImportError as error:
         raise MissingExtra("reading Parquet needs pyarrow: pip install 'tagstore[server]'") from error
     try:
-        # A buffer makes it read pages as they are needed; without one a whole row group of images is in memory.
+        # A buffer makes it read pages as they are needed; without one a whole row group of images is in
+        # memory.
         table = parquet.ParquetFile(file, buffer_size=2**20, pre_buffer=False)
     except (pa.ArrowException, OSError) as error:
         raise InvalidInput(f"{file}: not a Parquet file, or cut off ({error})") from None

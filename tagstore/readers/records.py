@@ -19,7 +19,8 @@ from tagstore.readers.image_files import (
 from tagstore.readers.values import RecordError, caption_texts, key_in, metadata_of, rejected
 from tagstore.types import Pair, Rejected
 
-# Tried in this order, in upper or lower case. Of the captions, all names of the first group that is there are used.
+# Tried in this order, in upper or lower case. Of the captions, all names of the first group that is there are
+# used.
 KEY_NAMES = ("key", "id")
 IMAGE_NAMES = ("image", "image_path", "file", "filename", "file_name", "filepath", "file_path", "path", "img")
 _CAPTION_NAMES = (
@@ -33,7 +34,7 @@ _CAPTION_NAMES = (
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """Which columns (fields) of a source hold what; one that is not named here is found by the usual names."""
+    """The columns (fields) of a source; one that is not given is found by the usual names."""
 
     image: str | None = None
     """A path relative to the source's file, encoded bytes, `{"bytes", "path"}` or base64."""

@@ -1,15 +1,16 @@
 """Samples of a data set: what a model is trained and tested on, and the images for which a map is recorded.
 
-    data.json           LLaVA's list: [{"id", "image", "conversations": [{"from": "human", "value": "<image>\\n..."}, ...]}, ...]
+    data.json           LLaVA's list of {"id", "image", "conversations": [{"from": "human", "value"}, ...]}
     data.jsonl          the same, a record a line
     DIR of .tar, X.tar  WebDataset shards: KEY.jpg with KEY.json or KEY.txt
 
-`images` (a list) may stand for `image`, and `captions` (a list) or `caption` for `conversations`. Types are checked
-strictly. The key of a record is its `key` or `id`, else the path of its (first) image without extension, as in
-`tagstore.readers.read`; in a shard it is KEY. So a store, a recorded map and a training run name an image alike.
+`images` (a list) may stand for `image`, and `captions` (a list) or `caption` for `conversations`. Types are
+checked strictly. The key of a record is its `key` or `id`, else the path of its (first) image without
+extension, as in `tagstore.readers.read`; in a shard it is KEY. So a store, a recorded map and a training run
+name an image alike.
 
-Data sets are read as streams. Of an image only the place is kept (file, offset, length), so an epoch may be walked in
-any order at the cost of one read an image, also inside a tar.
+Data sets are read as streams. Of an image only the place is kept (file, offset, length), so an epoch may be
+walked in any order at the cost of one read an image, also inside a tar.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ _JSON_BUFFER = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """The text of one side, without markers for the image: images come first in the first turn of the user."""
+    """The text of one side, without markers of images: they come first in the first turn of the user."""
 
     role: Role
     text: str
@@ -162,8 +163,8 @@ def read_images(
         columns: fields or columns that hold the key and the image, if they don't have the usual names.
         allow_outside: allow image paths, and links, that lead out of `images`.
 
-    An image that cannot be used is yielded as `Rejected` and the rest goes on. Raises as `read_samples` does; text-only
-    samples are passed over.
+    An image that cannot be used is yielded as `Rejected` and the rest goes on. Raises as `read_samples` does;
+    text-only samples are passed over.
     """
     path = Path(dataset)
     is_json = path.name.lower().endswith((".json", *SUFFIXES["jsonl"])) and path.is_file()
@@ -196,7 +197,10 @@ def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def image_place(name: str, folder: Path, where: str) -> Place:
-    """The place of an image that a record names by its path. Raises `InvalidInput` if it leads out of the folder."""
+    """The place of an image that a record names by its path.
+
+    Raises `InvalidInput` if it leads out of the folder.
+    """
     try:
         return _place(name, folder, allow_outside=False)
     except RecordError as error:
@@ -204,7 +208,10 @@ def image_place(name: str, folder: Path, where: str) -> Place:
 
 
 def _read_json(path: Path, folder: Path, columns: Columns, allow_outside: bool) -> Iterator[_Record]:
-    """The records of a JSON list or of JSON Lines. A field of a wrong type ends it, an image that is refused does not."""
+    """The records of a JSON list or of JSON Lines.
+
+    A field of a wrong type ends it, an image that is refused does not.
+    """
     is_lines = path.name.lower().endswith(SUFFIXES["jsonl"])
     records: Iterator[tuple[int, Any]] = read_lines(path) if is_lines else _read_list(path)
     for number, record in records:
@@ -383,8 +390,9 @@ def _images_of(records: Iterator[_Record]) -> Iterator[Pair | Rejected]:
 
 
 def _at_least_one(items: Iterator[Pair | Rejected], dataset: str) -> Iterator[Pair | Rejected]:
-    count = 0
-    for count, item in enumerate(items, 1):
+    empty = True
+    for item in items:
+        empty = False
         yield item
-    if not count:
+    if empty:
         raise InvalidInput(f"{dataset}: no sample in it has an image")

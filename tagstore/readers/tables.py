@@ -1,4 +1,7 @@
-"""Tables as text: CSV, TSV and JSON Lines, also gzipped, always UTF-8. A bad row is rejected, the rest goes on."""
+"""Tables as text: CSV, TSV and JSON Lines, also gzipped, always UTF-8.
+
+A bad row is rejected, the rest goes on.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,8 @@ _ENCODING = "not UTF-8: convert the file, with iconv -f latin1 -t utf-8 for exam
 def read_csv(file: Path, options: Options) -> Iterator[Pair | Rejected]:
     """A table whose first line names the columns; fields may be quoted and hold line breaks."""
     csv.field_size_limit(2 * options.max_image_bytes)  # a field may hold an image in base64
-    # strict, for otherwise a quote left open in the last column swallows the rows after it as one long caption
+    # strict, for otherwise a quote left open in the last column swallows the rows after it as one long
+    # caption
     return _read_rows(file, options, lambda lines: csv.reader(lines, strict=True))
 
 
@@ -70,7 +74,7 @@ def read_jsonl(file: Path, options: Options) -> Iterator[Pair | Rejected]:
 
 
 def json_objects(file: Path, lines: Lines) -> Iterator[tuple[int, dict[str, Any] | Rejected]]:
-    """The objects of a JSON Lines file with the numbers of their lines, from 1; blank lines are passed over."""
+    """The objects of a JSON Lines file with the numbers of their lines, from 1; blank lines are skipped."""
     for line in lines:
         number = lines.number
         if number == 1 and line.lstrip().startswith("["):
@@ -121,8 +125,8 @@ class Lines:
                 return
             if len(line) == self._limit:
                 self.trouble = (
-                    f"larger than the limit: line {self.number + 1} has more than {self._limit:,} characters, "
-                    "what came before is used"
+                    f"larger than the limit: line {self.number + 1} has more than {self._limit:,} "
+                    "characters, what came before is used"
                 )
                 return
             if not line:
@@ -133,7 +137,10 @@ class Lines:
 
 
 def open_text(file: Path) -> IO[str]:
-    """Open a text file, gzipped if its name says so. Raises `InvalidInput` if it cannot be read or is not UTF-8."""
+    """Open a text file, gzipped if its name says so.
+
+    Raises `InvalidInput` if it cannot be read or is not UTF-8.
+    """
     opener: Any = gzip.open if file.name.endswith(".gz") else open
     try:
         with opener(file, "rb") as raw:
@@ -145,7 +152,8 @@ def open_text(file: Path) -> IO[str]:
             f"{file}: UTF-16 or UTF-32, and UTF-8 is expected: convert it, "
             "with iconv -f utf-16 -t utf-8 for example"
         )
-    # Bytes that are no UTF-8 become lone surrogates, so that the row they stand in is rejected and not the file.
+    # Bytes that are no UTF-8 become lone surrogates, so that the row they stand in is rejected and not the
+    # file.
     return cast("IO[str]", opener(file, "rt", encoding="utf-8-sig", errors="surrogateescape", newline=""))
 
 
@@ -164,7 +172,8 @@ def _read_rows(
             except StopIteration:
                 break
             except csv.Error as error:
-                reason = f"not CSV: {error} in lines {number} to {lines.number}, is a quote left open or not doubled?"
+                where = f"lines {number} to {lines.number}"
+                reason = f"not CSV: {error} in {where}, is a quote left open or not doubled?"
                 yield _rejected(file, number, reason)
                 continue
             if not any(row):

@@ -1,4 +1,7 @@
-"""Values of a record's fields: checked, and made fit for JSON and UTF-8. A value that is not fit is a `RecordError`."""
+"""Values of a record's fields: checked, and made fit for JSON and UTF-8.
+
+A value that is not fit is a `RecordError`.
+"""
 
 from __future__ import annotations
 
@@ -115,7 +118,7 @@ def metadata_of(row: Mapping[str, Any], without: Iterable[str | None] = ()) -> d
 
 
 def json_value(value: Any, depth: int = 0) -> Any:
-    """A value that JSON and UTF-8 can hold: NaN and infinity become null, dates and other types their text."""
+    """A value fit for JSON and UTF-8: NaN and infinity become null, dates and other types their text."""
     if depth > _MAX_DEPTH:
         raise RecordError(f"nested too deeply: metadata of more than {_MAX_DEPTH} levels")
     match value:

@@ -1,6 +1,7 @@
 """WebDataset shards, as img2dataset writes them.
 
-Files of a tar that follow one another and share a name up to its first dot are a group: KEY.jpg, KEY.txt, KEY.json.
+Files of a tar that follow one another and share a name up to its first dot are a group: KEY.jpg, KEY.txt,
+KEY.json.
 """
 
 from __future__ import annotations
@@ -135,7 +136,10 @@ def read_groups(file: Path, max_image_bytes: int) -> Iterator[Group | Rejected]:
 
 
 class _Shard:
-    """A tar, read forwards. A plain one is a regular file with random access; a compressed one is a stream."""
+    """A tar, read forwards.
+
+    A plain one is a regular file with random access; a compressed one is a stream.
+    """
 
     def __init__(self, file: Path) -> None:
         self._path = file
@@ -179,7 +183,10 @@ class _Member(tarfile.TarInfo):
 
 
 def _pair(group: Group, file: Path, options: Options, first: bool) -> Pair | Rejected:
-    """The pair that the files make. A column that isn't even in the `first` group is a mistake in the options."""
+    """The pair that the files make.
+
+    A column that isn't even in the `first` group is a mistake in the options.
+    """
     origin, key, columns = f"{file}!{group.key}", group.key, options.columns
     try:
         group.check()

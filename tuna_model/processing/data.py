@@ -30,9 +30,9 @@ def text_length(sample: Sample) -> int:
 def batches(lengths: Sequence[int], size: int, *, seed: int, epoch: int, group: int = 50) -> list[list[int]]:
     """The batches of an epoch as indices: a permutation that depends on `seed` and `epoch` alone.
 
-    Batches of `group` x `size` shuffled samples are sorted by length before they are cut, so that little is padded; then
-    the batches are shuffled. The last samples that make no full batch are left out: they come in other epochs. `group` 0
-    keeps no lengths together.
+    Batches of `group` x `size` shuffled samples are sorted by length before they are cut, so that little is
+    padded; then the batches are shuffled. The last samples that make no full batch are left out: they come in
+    other epochs. `group` 0 keeps no lengths together.
     """
     if len(lengths) < size:
         raise InvalidInput(f"a batch of {size} needs at least as many samples, there are {len(lengths)}")
