@@ -212,8 +212,8 @@ def test_threads_share_an_encoder(mini: Encoder) -> None:
     images = pictures(8, [(30 + i, 80 - i) for i in range(16)])
     one_by_one = [mini.prepare(image) for image in images]
     with ThreadPoolExecutor(4) as pool:
-        for expected, found in zip(one_by_one, pool.map(mini.prepare, images), strict=True):
-            np.testing.assert_array_equal(found, expected)
+        for expected, prepared in zip(one_by_one, pool.map(mini.prepare, images), strict=True):
+            np.testing.assert_array_equal(prepared, expected)
         vectors = list(pool.map(lambda image: mini.encode_images([image])[0], images))
     np.testing.assert_allclose(np.stack(vectors), mini.encode_images(images), atol=1e-5)
 

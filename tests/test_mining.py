@@ -33,15 +33,15 @@ def texts(tags: Callable[[str], list[Tag]]) -> Callable[[str], set[str]]:
 
 
 def test_the_street_of_the_paper(tags: Callable[[str], list[Tag]]) -> None:
-    found = tags(STREET)
+    mined = tags(STREET)
     assert {"narrow street", "colorful facades", "blue sky", "Montepulciano", "Italy"} <= {
-        tag.text for tag in found
+        tag.text for tag in mined
     }
-    by_text = {tag.text: tag for tag in found}
+    by_text = {tag.text: tag for tag in mined}
     assert by_text["colorful facades"].canonical == "colorful facade"
     assert by_text["Italy"].kind == "entity"
     assert by_text["Italy"].label == "GPE"
-    assert all(0 < tag.score <= 1 and tag.caption == 0 for tag in found)
+    assert all(0 < tag.score <= 1 and tag.caption == 0 for tag in mined)
     for text in ("narrow street", "facades", "blue sky", "Italy"):
         assert STREET[slice(*by_text[text].span)] == text
 
@@ -89,9 +89,9 @@ def test_the_street_of_the_paper(tags: Callable[[str], list[Tag]]) -> None:
 def test_what_a_caption_gives(
     caption: str, wanted: set[str], unwanted: set[str], texts: Callable[[str], set[str]]
 ) -> None:
-    found = texts(caption)
-    assert wanted <= found
-    assert not unwanted & found
+    mined = texts(caption)
+    assert wanted <= mined
+    assert not unwanted & mined
 
 
 @pytest.mark.parametrize(
@@ -122,14 +122,14 @@ def test_a_place_in_title_case_is_no_product(texts: Callable[[str], set[str]]) -
 
 def test_relations_are_an_option() -> None:
     (without,) = mine(["a man is riding a horse"])
-    (found,) = mine(
+    (mined,) = mine(
         [
             "a man is riding a horse",
         ],
         relations=True,
     )
     assert not any(tag.kind == "relation" for tag in without)
-    assert "man riding horse" in {tag.text for tag in found if tag.kind == "relation"}
+    assert "man riding horse" in {tag.text for tag in mined if tag.kind == "relation"}
 
 
 def test_noise_of_the_web_is_stripped_and_spans_point_into_the_original(
@@ -139,9 +139,9 @@ def test_noise_of_the_web_is_stripped_and_spans_point_into_the_original(
         "Stock photo of a  blue&nbsp;sky &amp; a “red” car #sunset @me http://x.y/z?q=1 "
         "IMG_1234.jpg © Getty Images"
     )
-    found = tags(caption)
-    assert {tag.text for tag in found} == {"sky", "blue sky", "car", "red car"}
-    spans = {tag.text: caption[slice(*tag.span)] for tag in found}
+    mined = tags(caption)
+    assert {tag.text for tag in mined} == {"sky", "blue sky", "car", "red car"}
+    spans = {tag.text: caption[slice(*tag.span)] for tag in mined}
     assert spans["blue sky"] == "blue&nbsp;sky"
     assert spans["car"] == "car"
 
@@ -181,10 +181,10 @@ def test_a_caption_of_ten_thousand_words_takes_bounded_time(
 ) -> None:
     tags("warm up")
     start = time.perf_counter()
-    found = tags("A dog chases a red ball on the wet grass. " * 1000)
+    mined = tags("A dog chases a red ball on the wet grass. " * 1000)
     assert time.perf_counter() - start < 20  # 2,000 characters are read; the margin is for slow machines
-    assert found
-    assert max(tag.span[1] for tag in found) <= 2000
+    assert mined
+    assert max(tag.span[1] for tag in mined) <= 2000
 
 
 def test_fifty_captions_and_captions_that_are_no_text(miner: Miner) -> None:

@@ -118,7 +118,7 @@ def test_folder_rejects_and_goes_on(tmp_path: Path) -> None:
     (tmp_path / "pipe.txt").write_text("a pipe that nobody writes to")
     items = list(read(str(tmp_path), max_image_bytes=100))
     assert [key for key, _ in pairs(items)] == ["empty", "twice", "zz"]
-    got = reasons(items)
+    rejections = reasons(items)
     for key, reason in {
         "alone": "no caption file: ",
         "blank": "no caption",
@@ -130,8 +130,8 @@ def test_folder_rejects_and_goes_on(tmp_path: Path) -> None:
         "loop": "leads back",
         "pipe": "not a regular file",
     }.items():
-        assert reason in got.pop(key)
-    assert not got
+        assert reason in rejections.pop(key)
+    assert not rejections
 
 
 def test_an_unreadable_file(tmp_path: Path) -> None:
@@ -231,7 +231,9 @@ def test_csv_rejects_and_goes_on(tmp_path: Path) -> None:
     (tmp_path / "t/in.jpg").symlink_to("1.jpg")
     items = list(read(str(tmp_path / "t")))
     assert [captions for _, captions in pairs(items)] == [("good",), ("a link that stays inside",), ("last",)]
-    got = [(int(item.origin.rpartition(":")[2]), item.reason) for item in items if isinstance(item, Rejected)]
+    rejections = [
+        (int(item.origin.rpartition(":")[2]), item.reason) for item in items if isinstance(item, Rejected)
+    ]
     expected = {
         3: "a file is missing: gone.jpg",
         4: "no caption",
@@ -246,8 +248,8 @@ def test_csv_rejects_and_goes_on(tmp_path: Path) -> None:
         13: "not a regular file",
         14: "null",
     }
-    assert [line for line, _ in got] == list(expected)
-    for (_, reason), part in zip(got, expected.values(), strict=True):
+    assert [line for line, _ in rejections] == list(expected)
+    for (_, reason), part in zip(rejections, expected.values(), strict=True):
         assert part in reason
     allowed = pairs(read(str(tmp_path / "t"), allow_outside=True))
     assert ("../1", ("escapes",)) in allowed
@@ -310,7 +312,7 @@ def test_jsonl_rejects_and_goes_on(tmp_path: Path) -> None:
     write(tmp_path, {"1.jpg": JPEG, "t.jsonl": b"\r\n".join(lines)})
     items = list(read(str(tmp_path)))
     assert [captions for _, captions in pairs(items)] == [("good",), ("last",)]
-    got = {int(item.origin.rpartition(":")[2]): item for item in items if isinstance(item, Rejected)}
+    rejections = {int(item.origin.rpartition(":")[2]): item for item in items if isinstance(item, Rejected)}
     expected = [
         "not JSON",
         "not a JSON object",
@@ -323,9 +325,9 @@ def test_jsonl_rejects_and_goes_on(tmp_path: Path) -> None:
         "UTF-8",
     ]
     for line, part in enumerate([*expected, "base64", "not JSON"], 2):
-        assert part in got[line].reason
-        "".join((got[line].key, got[line].reason)).encode()
-    assert len(got) == 11
+        assert part in rejections[line].reason
+        "".join((rejections[line].key, rejections[line].reason)).encode()
+    assert len(rejections) == 11
 
 
 def test_a_gzipped_table_that_is_cut_off_gives_what_came_before(tmp_path: Path) -> None:
@@ -561,7 +563,7 @@ def test_webdataset_rejects_and_goes_on(tmp_path: Path) -> None:
     ]
     items = list(read(str(write_tar(tmp_path / "t.tar", members)), max_image_bytes=100))
     assert [key for key, _ in pairs(items)] == ["good", "last"]
-    got = reasons(items)
+    rejections = reasons(items)
     expected = [
         "no image: its files are txt",
         "no caption",
@@ -572,8 +574,8 @@ def test_webdataset_rejects_and_goes_on(tmp_path: Path) -> None:
         "not a JSON object",
     ]
     for key, part in zip("abcdefg", expected, strict=True):
-        assert part in got.pop(key)
-    assert not got
+        assert part in rejections.pop(key)
+    assert not rejections
 
 
 def test_webdataset_columns(tmp_path: Path) -> None:
@@ -606,9 +608,9 @@ def test_a_shard_cut_off_anywhere_gives_what_came_before_and_one_rejection(tmp_p
             continue
         # Whether a shard's very first sample is whole shows only when the second begins.
         complete = cut // (6 * 512) if cut >= 7 * 512 else 0
-        got = [key for key, _ in pairs(items)]
-        assert got == [str(i) for i in range(len(got))]
-        assert len(got) == complete or (len(got) == complete + 1 and cut % 3072 > 2560)
+        keys = [key for key, _ in pairs(items)]
+        assert keys == [str(i) for i in range(len(keys))]
+        assert len(keys) == complete or (len(keys) == complete + 1 and cut % 3072 > 2560)
         assert len(items) == len(pairs(items)) + 1
         assert isinstance(items[-1], Rejected)
         assert "damaged or cut off" in items[-1].reason

@@ -272,7 +272,7 @@ def test_an_absolute_path_and_a_link_inside_the_folder_are_read(tmp_path: Path) 
 
 
 def test_a_json_list_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tagstore.readers.samples._JSON_BUFFER", 7)
+    monkeypatch.setattr("tagstore.readers.json_records._JSON_BUFFER", 7)
     records = [
         {
             "id": 1,

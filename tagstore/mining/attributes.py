@@ -239,8 +239,8 @@ def _participles(p: Parse, noun: NounPhrase) -> Iterator[tuple[int, int, str]]:
     v = p.head[noun.head]
     if p.dep[noun.head] != "dobj" or p.tag[v] not in ("VBD", "VBN"):
         return
-    left = min([noun.first, *(k for k in p.children[noun.head] if k < noun.first)])
-    if v + 1 == left and p.dep[left] not in ("det", "poss") and v > 0:
+    start = min([noun.first, *(k for k in p.children[noun.head] if k < noun.first)])
+    if v + 1 == start and p.dep[start] not in ("det", "poss") and v > 0:
         if p.lower[v] in lexicon.AFFIXED and p.is_noun(v - 1):
             yield v - 1, v, "participle"
         elif p.lower[v] in lexicon.STATES and (

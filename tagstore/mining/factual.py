@@ -182,8 +182,8 @@ def graph_tags(graph: str, c: Clean, caption: int, relations: bool) -> list[Tag]
 
     for fact in facts(graph):
         subject = fact[0].lower()
-        here = _place(subject, c)
-        add(subject, "object", singular(subject), [here])
+        source = _place(subject, c)
+        add(subject, "object", singular(subject), [source])
         if len(fact) == 1:
             continue
         verb, other = fact[1].lower(), fact[2].lower()
@@ -194,17 +194,17 @@ def graph_tags(graph: str, c: Clean, caption: int, relations: bool) -> list[Tag]
                     f"{other} {subject}",
                     "attribute",
                     f"{attribute} {singular(subject)}",
-                    [_place(other, c), here],
+                    [_place(other, c), source],
                 )
         else:
-            there = _place(other, c)
-            add(other, "object", singular(other), [there])
+            target = _place(other, c)
+            add(other, "object", singular(other), [target])
             if relations:
                 add(
                     f"{subject} {verb} {other}",
                     "relation",
                     f"{singular(subject)} {verb} {singular(other)}",
-                    [here, there],
+                    [source, target],
                 )
     return list(tags.values())
 

@@ -39,12 +39,9 @@ def read_parquet(file: Path, options: Options) -> Iterator[Pair | Rejected]:
                     try:
                         row = batch.slice(index, 1).to_pylist()[0]
                     except (ValueError, OverflowError) as error:
-                        what = (
-                            "not UTF-8"
-                            if isinstance(error, UnicodeDecodeError)
-                            else "a value that Python cannot hold"
-                        )
-                        yield rejected(f"{file.name}:{number}", f"{what}: {error}", f"{file}:{number}")
+                        is_text = isinstance(error, UnicodeDecodeError)
+                        trouble = "not UTF-8" if is_text else "a value that Python cannot hold"
+                        yield rejected(f"{file.name}:{number}", f"{trouble}: {error}", f"{file}:{number}")
                         continue
                     yield row_to_pair(row, chosen, file, number, options)
         except (pa.ArrowException, OSError) as error:

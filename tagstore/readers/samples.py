@@ -18,9 +18,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from tagstore.errors import InvalidInput, MissingExtra, NotFound
+from tagstore.errors import InvalidInput, NotFound
 from tagstore.readers import read, read_files
 from tagstore.readers.image_files import (
     MAX_IMAGE_BYTES,
@@ -32,36 +32,23 @@ from tagstore.readers.image_files import (
     key_of_path,
     path_inside,
 )
-from tagstore.readers.records import IMAGE_NAMES, KEY_NAMES, Columns, usual_column
+from tagstore.readers.json_records import read_lines, read_list
+from tagstore.readers.records import Columns
+from tagstore.readers.sample_fields import (
+    Role,
+    Turn,
+    image_names,
+    sample_captions,
+    sample_key,
+    sample_metadata,
+    sample_turns,
+)
 from tagstore.readers.sources import SUFFIXES, locate
-from tagstore.readers.tables import Lines, json_objects, open_text
-from tagstore.readers.values import RecordError, key_in, kind_of, rejected, strict_texts
+from tagstore.readers.values import RecordError, kind_of, rejected
 from tagstore.readers.webdataset import read_groups
 from tagstore.types import Pair, Rejected
 
 __all__ = ["Place", "Role", "Sample", "Turn", "image_place", "read_images", "read_lines", "read_samples"]
-
-Role = Literal["system", "user", "assistant"]
-_ROLES: dict[str, Role] = {
-    "human": "user",
-    "gpt": "assistant",
-    "user": "user",
-    "assistant": "assistant",
-    "system": "system",
-}
-_CONTENT_FIELDS = ("conversations", "captions", "caption", "image", "images")
-"""Fields that are not metadata."""
-_TURN_FORMAT = "a turn is {'from': 'human' or 'gpt', 'value': text}"
-_JSON_BUFFER = 1 << 16
-"""Bytes of a JSON list that are parsed at a time."""
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """The text of one side, without markers of images: they come first in the first turn of the user."""
-
-    role: Role
-    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,23 +166,6 @@ def read_images(
     return read_files(dataset, located.files, lambda shard: _images_of(_read_shard(shard, columns)))
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of a JSON Lines file with the numbers of their lines, from 1.
-
-    Raises `NotFound` if there is no such file, `InvalidInput` for a line that is no JSON object.
-    """
-    if not path.exists():
-        raise NotFound(f"cannot read {path}: no such file")
-    with open_text(path) as text:
-        lines = Lines(text)
-        for number, record in json_objects(path, lines):
-            if isinstance(record, Rejected):
-                raise InvalidInput(f"{path}, line {number}: {record.reason}")
-            yield number, record
-        if lines.trouble:
-            raise InvalidInput(f"{path}, line {lines.number + 1}: {lines.trouble.partition(':')[0]}")
-
-
 def image_place(name: str, folder: Path, where: str) -> Place:
     """The place of an image that a record names by its path.
 
@@ -213,7 +183,7 @@ def _read_json(path: Path, folder: Path, columns: Columns, allow_outside: bool) 
     A field of a wrong type ends it, an image that is refused does not.
     """
     is_lines = path.name.lower().endswith(SUFFIXES["jsonl"])
-    records: Iterator[tuple[int, Any]] = read_lines(path) if is_lines else _read_list(path)
+    records: Iterator[tuple[int, Any]] = read_lines(path) if is_lines else read_list(path)
     for number, record in records:
         where, origin = (
             (f"{path}, line {number}", f"{path}:{number}")
@@ -223,13 +193,13 @@ def _read_json(path: Path, folder: Path, columns: Columns, allow_outside: bool) 
         try:
             if not isinstance(record, dict):
                 raise RecordError(f"a sample is an object, and this is {kind_of(record)}")
-            names = _image_names(record, columns)
-            key = _key(record, columns)
+            names = image_names(record, columns)
+            key = sample_key(record, columns)
             if key is None and names and not is_base64(names[0], folder):
                 key = key_of_path(names[0], folder, folder)
             if key is None:
                 key = f"{key_of_path(path.name, path.parent, path.parent)}:{number}"
-            turns, captions = _turns(record), _captions(record)
+            turns, captions = sample_turns(record), sample_captions(record)
         except RecordError as error:
             raise InvalidInput(f"{where}: {error}") from None
         try:
@@ -242,34 +212,7 @@ def _read_json(path: Path, folder: Path, columns: Columns, allow_outside: bool) 
         except RecordError as error:
             yield _Record(rejected(key, str(error), origin), where, origin)
             continue
-        yield _Record(Sample(key, images, turns, captions, _metadata(record)), where, origin)
-
-
-def _read_list(path: Path) -> Iterator[tuple[int, Any]]:
-    """The elements of a JSON list, numbered from 0, without holding all of them."""
-    try:
-        import ijson  # type: ignore[import-untyped]
-    except ImportError as error:
-        raise MissingExtra("reading a JSON list needs ijson: pip install 'tagstore[server]'") from error
-    try:
-        with path.open("rb") as file:
-            start = file.read(1 << 16)
-            body = start.removeprefix(b"\xef\xbb\xbf")
-            if not body.lstrip().startswith(b"["):
-                raise InvalidInput(
-                    f"{path} is no JSON list: LLaVA's format is a list of records, [{{...}}, ...], "
-                    "or .jsonl with a record a line"
-                )
-            file.seek(len(start) - len(body))
-            yield from enumerate(ijson.items(file, "item", use_float=True, buf_size=_JSON_BUFFER))
-    except OSError as error:
-        raise NotFound(f"cannot read {path}: {error.strerror}") from error
-    except ijson.JSONError as error:
-        problem = " ".join(str(error).split())
-        cut_off = "EOF" in problem or "incomplete" in problem.lower()
-        raise InvalidInput(
-            f"{path} ends before its list does" if cut_off else f"{path} is no JSON: {problem}"
-        ) from error
+        yield _Record(Sample(key, images, turns, captions, sample_metadata(record)), where, origin)
 
 
 def _read_shard(path: Path, columns: Columns) -> Iterator[_Record]:
@@ -282,69 +225,20 @@ def _read_shard(path: Path, columns: Columns) -> Iterator[_Record]:
         try:
             group.check()
             fields = group.fields()
-            key = (_key(fields, columns) if columns.key else None) or group.key
-            captions = _captions(fields) or tuple(line.strip() for line in group.lines() if line.strip())
-            sample = Sample(key, tuple(group.images), _turns(fields), captions, _metadata(fields))
+            key = (sample_key(fields, columns) if columns.key else None) or group.key
+            captions = sample_captions(fields) or tuple(
+                line.strip() for line in group.lines() if line.strip()
+            )
+            sample = Sample(key, tuple(group.images), sample_turns(fields), captions, sample_metadata(fields))
         except RecordError as error:
             sample = rejected(group.key, str(error), origin)
         has_text = not {"json", "txt"}.isdisjoint(group.suffixes)
         yield _Record(sample, origin, origin, has_text)
 
 
-def _image_names(record: Mapping[str, Any], columns: Columns) -> tuple[str, ...]:
-    """The paths of a record's images, which may also be base64."""
-    if columns.image is None and "images" in record:
-        if "image" in record:
-            raise RecordError("both 'image' and 'images' are given: leave one out")
-        return strict_texts(record, "images", list_only=True)
-    # A conversation may be about anything: only a captioned picture has its path under other names.
-    usual = ("image",) if "conversations" in record else IMAGE_NAMES
-    name = columns.image or usual_column(record, usual)
-    return strict_texts(record, name, list_only=False) if name is not None and name in record else ()
-
-
 def _place(name: str, folder: Path, *, allow_outside: bool) -> Place:
     path = path_inside(str(image_value(name)), folder, allow_outside=allow_outside)
     return Place(path, folder=None if allow_outside else folder)
-
-
-def _key(record: Mapping[str, Any], columns: Columns) -> str | None:
-    """The key that a record gives; None if it gives none."""
-    name = columns.key or usual_column(record, KEY_NAMES)
-    if name is None:
-        return None
-    if name not in record:
-        raise RecordError(f"no '{name}': name the field that holds the key")
-    return key_in(record[name], name)
-
-
-def _captions(record: Mapping[str, Any]) -> tuple[str, ...]:
-    captions = strict_texts(record, "captions", list_only=True) if "captions" in record else ()
-    if not captions and "caption" in record:
-        return strict_texts(record, "caption", list_only=False)
-    return captions
-
-
-def _turns(record: Mapping[str, Any]) -> tuple[Turn, ...]:
-    turns = record.get("conversations", [])
-    if not isinstance(turns, list):
-        raise RecordError(f"'conversations' is {kind_of(turns)}: a list of turns is expected")
-    return tuple(map(_turn, turns))
-
-
-def _turn(turn: Any) -> Turn:
-    if not isinstance(turn, dict):
-        raise RecordError(f"{_TURN_FORMAT}, and this is {kind_of(turn)}")
-    speaker, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
-    if not isinstance(speaker, str) or speaker not in _ROLES:
-        raise RecordError(f"{_TURN_FORMAT}, not {turn!r:.200}")
-    if not isinstance(text, str) or not text.strip():
-        raise RecordError(f"the text of a turn is {kind_of(text)}: {_TURN_FORMAT}")
-    return Turn(_ROLES[speaker], text.replace("<image>", "").strip())
-
-
-def _metadata(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in record.items() if name not in _CONTENT_FIELDS}
 
 
 def _trainable(record: _Record) -> Sample:

@@ -50,22 +50,6 @@ def kind_of(value: Any) -> str:
     return f"of type {type(value).__name__}"
 
 
-def strict_texts(record: Mapping[str, Any], name: str, *, list_only: bool) -> tuple[str, ...]:
-    """The texts of a field as they are written: a list of texts or, unless `list_only`, a single text."""
-    value = record[name]
-    texts = [value] if isinstance(value, str) and not list_only else value
-    expected = "a list of texts" if list_only else "a text or a list of texts"
-    if not isinstance(texts, list):
-        raise RecordError(f"'{name}' is {kind_of(value)}: {expected} is expected")
-    for text in texts:
-        if not isinstance(text, str) or not text.strip():
-            verb = "is" if texts is not value else "holds"
-            raise RecordError(f"'{name}' {verb} {kind_of(text)}: {expected} is expected")
-        if not is_unicode(text):
-            raise RecordError(f"not UTF-8: '{name}' holds half a surrogate pair, which is no character")
-    return tuple(texts)
-
-
 def caption_texts(values: Iterable[Any]) -> tuple[str, ...]:
     """All captions in texts and lists of texts, stripped, each once, in order. At least one must be left."""
     captions: dict[str, None] = {}
