@@ -17,39 +17,13 @@ from tagstore.mining.noun_phrases import (
     noun_phrase_at,
     of_object,
 )
+from tagstore.mining.nouns import NUMERALS
 from tagstore.mining.parse import NOUNS, Parse
 
-_DIGITS = {
-    "2": "two",
-    "3": "three",
-    "4": "four",
-    "5": "five",
-    "6": "six",
-    "7": "seven",
-    "8": "eight",
-    "9": "nine",
-    "10": "ten",
-}
-_COPULAS = frozenset(
-    {
-        "is",
-        "are",
-        "was",
-        "were",
-        "be",
-        "being",
-        "been",
-        "'s",
-        "'re",
-        "looks",
-        "look",
-        "looking",
-        "seems",
-        "seem",
-        "appears",
-        "appear",
-    }
-)
+_COPULAS = frozenset({
+    "is", "are", "was", "were", "be", "being", "been", "'s", "'re", "looks", "look", "looking", "seems",
+    "seem", "appears", "appear",
+})  # fmt: skip
 _AGE_UNITS = frozenset({"year", "years", "month", "months"})
 _CONTAINER_NOUNS = lexicon.CONTAINERS | lexicon.PARTITIVES
 _VISUAL_ADJECTIVES = lexicon.COLOURS | lexicon.ADJECTIVES
@@ -81,7 +55,7 @@ def _described(p: Parse, noun: NounPhrase, named: frozenset[int]) -> Iterator[Ph
     yield Phrase(text, "object", p.start[noun.first], p.end[noun.head], CONFIDENCE["object"], noun.lemma)
     if number >= 0:
         yield _attribute_phrase(
-            p, noun, number, number, "count", _DIGITS.get(p.lower[number], p.lower[number])
+            p, noun, number, number, "count", NUMERALS.get(p.lower[number], p.lower[number])
         )
     for first, last, pattern in _attributes(p, noun):
         if last in named:

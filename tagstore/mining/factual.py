@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from tagstore.errors import InvalidInput, MissingExtra, NotFound
-from tagstore.mining.nouns import singular
+from tagstore.mining.nouns import NUMERALS, singular
 from tagstore.mining.text import Clean, clean
 from tagstore.types import Pair, Tag
 
@@ -28,17 +28,6 @@ UNPLACED = 0.5
 
 _FACT = re.compile(r"\(([^()]*)\)")
 _MARKS = re.compile(r"\b(?:p?v:|:\d+)|:\d+")  # verb, passive and node marks of the model's longer output form
-_NUMBERS = {
-    "2": "two",
-    "3": "three",
-    "4": "four",
-    "5": "five",
-    "6": "six",
-    "7": "seven",
-    "8": "eight",
-    "9": "nine",
-    "10": "ten",
-}
 _log = logging.getLogger(__name__)
 
 
@@ -188,7 +177,7 @@ def graph_tags(graph: str, c: Clean, caption: int, relations: bool) -> list[Tag]
             continue
         verb, other = fact[1].lower(), fact[2].lower()
         if verb == "is":
-            attribute = _NUMBERS.get(other, other)
+            attribute = NUMERALS.get(other, other)
             if attribute not in ("1", "one"):
                 add(
                     f"{other} {subject}",

@@ -14,25 +14,10 @@ MAX_TAG_CHARS = 80
 COLUMN_SEARCH_PAIRS = 1000
 """Pairs in which a named column must appear at least once, or it is unknown."""
 
-_MISSING_VALUES = frozenset(
-    {
-        "",
-        "na",
-        "n/a",
-        "nan",
-        "none",
-        "null",
-        "nil",
-        "-",
-        "--",
-        "?",
-        "unknown",
-        "other",
-        "others",
-        "undefined",
-        "misc",
-    }
-)
+_MISSING_VALUES = frozenset({
+    "", "na", "n/a", "nan", "none", "null", "nil", "-", "--", "?", "unknown", "other", "others", "undefined",
+    "misc",
+})  # fmt: skip
 
 
 class MetadataMiner:

@@ -25,13 +25,13 @@ CONFIDENCE = {
 }
 
 _NEGATIONS = frozenset({"no", "not", "n't", "without", "never", "neither", "nor", "zero"})
-_PRIVATIVES = frozenset(
-    {"without", "minus", "sans", "except", "lacking", "lack", "lacks", "absence", "unlike", "free"}
-)
+_PRIVATIVES = frozenset({
+    "without", "minus", "sans", "except", "lacking", "lack", "lacks", "absence", "unlike", "free",
+})  # fmt: skip
 _SINGULAR_DETERMINERS = frozenset({"a", "an", "another", "this", "that", "each", "one"})
-_PHOTOGRAPHING_VERBS = frozenset(
-    {"take", "taking", "takes", "taken", "took", "get", "getting", "pose", "posing", "snapping"}
-)
+_PHOTOGRAPHING_VERBS = frozenset({
+    "take", "taking", "takes", "taken", "took", "get", "getting", "pose", "posing", "snapping",
+})  # fmt: skip
 
 _DEPICTING_VERBS = frozenset({"shows", "show", "showing", "depicts", "depicting", "features", "captures"})
 

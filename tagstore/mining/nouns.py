@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+NUMERALS = {
+    "2": "two", "3": "three", "4": "four", "5": "five", "6": "six", "7": "seven", "8": "eight", "9": "nine",
+    "10": "ten",
+}  # fmt: skip
 _IRREGULAR = {
     "men": "man", "children": "child", "feet": "foot", "teeth": "tooth", "geese": "goose", "mice": "mouse",
     "oxen": "ox", "lice": "louse", "dice": "die", "cacti": "cactus", "wolves": "wolf", "knives": "knife",

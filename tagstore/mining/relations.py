@@ -18,31 +18,10 @@ from tagstore.mining.noun_phrases import (
 )
 from tagstore.mining.parse import Parse
 
-_PREPOSITIONS = frozenset(
-    [
-        "in",
-        "on",
-        "under",
-        "over",
-        "above",
-        "below",
-        "behind",
-        "beside",
-        "near",
-        "by",
-        "inside",
-        "outside",
-        "with",
-        "at",
-        "through",
-        "across",
-        "against",
-        "along",
-        "around",
-        "into",
-        "onto",
-    ]
-)
+_PREPOSITIONS = frozenset({
+    "in", "on", "under", "over", "above", "below", "behind", "beside", "near", "by", "inside", "outside",
+    "with", "at", "through", "across", "against", "along", "around", "into", "onto",
+})  # fmt: skip
 
 
 def relation_phrases(p: Parse, named: frozenset[int]) -> Iterator[Phrase]:

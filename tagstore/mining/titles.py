@@ -17,19 +17,13 @@ SOURCE = 0.9  # factor on the score: a title says less surely than a sentence wh
 _WORD = re.compile(r"&|[^\W_](?:[\w.'’/-]*[\w'’.])?")
 _CONNECTORS = frozenset({"and", "&", "of", "by", "the", "de", "la"})
 _POSTMODIFIERS = frozenset({"with", "for", "from", "in", "on", "pack", "set", "combo"})
-_SENTENCE_WORDS = frozenset(
-    {"a", "an", "is", "are", "was", "at", "to", "his", "her", "their", "its", "while", "near", "into"}
-)
+_SENTENCE_WORDS = frozenset({
+    "a", "an", "is", "are", "was", "at", "to", "his", "her", "their", "its", "while", "near", "into",
+})  # fmt: skip
 _GENDER_FORMS = {
-    "man": "men",
-    "mens": "men",
-    "woman": "women",
-    "womens": "women",
-    "boy": "boys",
-    "girl": "girls",
-    "kid": "kids",
-    "infants": "infant",
-}
+    "man": "men", "mens": "men", "woman": "women", "womens": "women", "boy": "boys", "girl": "girls",
+    "kid": "kids", "infants": "infant",
+}  # fmt: skip
 _CODE = re.compile(r".*\d.*|[IVX]+|[A-Z]{1,2}\d*")
 
 

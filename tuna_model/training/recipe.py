@@ -24,7 +24,7 @@ class DataRecipe:
     """What is learnt from."""
 
     path: str = ""
-    """LLaVA JSON, JSON lines, a WebDataset shard or a directory of them (see `data`)."""
+    """LLaVA JSON, JSON lines, a WebDataset shard or a directory of them (see `tagstore.readers.samples`)."""
     images: str = ""
     """Directory that image paths of a JSON file are relative to; the file's own if empty."""
     allow_outside: bool = False
