@@ -59,9 +59,9 @@ MIXED = [
 ]
 
 
-@pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
+@pytest.mark.parametrize(("name", "leak_guard"), [("data.json", True), ("data.jsonl", False)])
 def test_a_recorded_map_holds_every_sample_that_training_asks_for(
-    shapes_root: Path, tmp_path: Path, name: str
+    shapes_root: Path, tmp_path: Path, name: str, leak_guard: bool
 ) -> None:
     data = write_records(tmp_path / "data", MIXED, name)
     samples = read_samples(data)
@@ -76,8 +76,9 @@ def test_a_recorded_map_holds_every_sample_that_training_asks_for(
     make_cache(tmp_path / "features", features, samples, encoder="abc", layer=-1)
     cached = CachedFeatures(tmp_path / "features", samples, encoder="abc", layer=-1)
     rows = [i for i, sample in enumerate(samples) for _ in sample.images]
-    recipe = TagRecipe()
-    options = {"k": 3, "exclude": "self", "exclude_distance": recipe.leak_bits}
+    recipe = TagRecipe(leak_guard=leak_guard)
+    guard = {"exclude": "self", "exclude_distance": recipe.leak_bits} if leak_guard else {}
+    options = {"k": 3, **guard}
     with connect(f"file://{shapes_root}/shapes", **options) as source:
         assert record(source, read_images(str(data)), tmp_path / "map", batch=2).refused == 0
 
