@@ -102,7 +102,7 @@ def embed(recipe: Any) -> None:
     from accelerate import Accelerator
     from rich.progress import track
 
-    from tuna_model.processing.data import read_samples
+    from tagstore.readers.samples import read_samples
     from tuna_model.training.runs import build_model
     from tuna_model.training.train import image_features
 

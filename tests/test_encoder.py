@@ -147,7 +147,7 @@ def test_grid_comes_with_the_same_vectors(
 
 
 def test_grid_of_mini_is_what_its_vector_is_made_of(mini: Encoder) -> None:
-    """Its head is linear: the projected patches' mean is the image's vector, so a patch can be compared with a tag."""
+    """The head is linear: the mean of the projected patches is the image's vector, comparable with tags."""
     grid, vectors = mini.encode_grid(pictures(5, [(300, 200)]))
     head = mini._model.visual.head.proj
     mean = (grid @ head.weight.numpy().T + head.bias.numpy()).mean(axis=1)
@@ -212,8 +212,8 @@ def test_threads_share_an_encoder(mini: Encoder) -> None:
     images = pictures(8, [(30 + i, 80 - i) for i in range(16)])
     one_by_one = [mini.prepare(image) for image in images]
     with ThreadPoolExecutor(4) as pool:
-        for expected, found in zip(one_by_one, pool.map(mini.prepare, images), strict=True):
-            np.testing.assert_array_equal(found, expected)
+        for expected, prepared in zip(one_by_one, pool.map(mini.prepare, images), strict=True):
+            np.testing.assert_array_equal(prepared, expected)
         vectors = list(pool.map(lambda image: mini.encode_images([image])[0], images))
     np.testing.assert_allclose(np.stack(vectors), mini.encode_images(images), atol=1e-5)
 
@@ -265,7 +265,10 @@ def test_mini_needs_no_network(monkeypatch: pytest.MonkeyPatch, mini: Encoder) -
 
 
 def test_canonical_vectors_of_mini(mini: Encoder) -> None:
-    """Stores on disk hold such vectors: a library that computes others may not slip in. Retraining changes them, and the fingerprint."""
+    """Stores on disk hold such vectors: a library that computes others may not slip in.
+
+    Retraining changes them, and the fingerprint.
+    """
     ramp = np.broadcast_to(np.arange(224, dtype=np.uint8)[None, None, :, None], (1, 224, 224, 3))
     image, text = mini.encode_images(ramp)[0], mini.encode_texts(["blue sky"])[0]
     np.testing.assert_allclose(image[:4], [0.05789, -0.03751, 0.02854, -0.00650], atol=1e-3)
@@ -387,7 +390,7 @@ def test_a_model_gets_tensors_of_the_same_numbers(mini: Encoder, local: dict[str
 
 
 def test_a_clip_of_transformers(tmp_path: Path) -> None:
-    """What CLIPModel itself says, its layers as LLaVA reads them, and a fingerprint that knows its activation."""
+    """The vectors of CLIPModel itself, its layers as LLaVA reads them, its activation in the fingerprint."""
     import torch
     from transformers import AutoTokenizer, CLIPModel
 

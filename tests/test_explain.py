@@ -10,9 +10,9 @@ import pytest
 
 from pictures import picture
 from tagstore.errors import InvalidInput
+from tagstore.readers.samples import Place, Sample
 from tuna_model.evaluation.explain import examine, explain
 from tuna_model.inference.pipeline import Pipeline
-from tuna_model.processing.data import Place, Sample
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""What claims to be an image: every mode comes out as upright RGB, everything else as one clear error."""
+"""Every image comes out as upright RGB, everything else as one clear error."""
 
 from __future__ import annotations
 
@@ -63,9 +63,9 @@ def png_header(width: int, height: int) -> bytes:
 )
 def test_formats(format: str, options: dict[str, Any], tolerance: int) -> None:
     image = photograph()
-    got = decode(encoded(image, format, **options))
-    assert (got.mode, got.size) == ("RGB", image.size)
-    assert worst(got, image) <= tolerance
+    decoded = decode(encoded(image, format, **options))
+    assert (decoded.mode, decoded.size) == ("RGB", image.size)
+    assert worst(decoded, image) <= tolerance
 
 
 @pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", "TIFF"])
@@ -86,8 +86,8 @@ def test_palette_and_one_bit() -> None:
     assert decode(encoded(image.quantize(4), "PNG")).getpixel((0, 0)) == (10, 200, 30)
     bits = Image.new("1", (8, 6), 1)
     bits.putpixel((2, 1), 0)
-    got = decode(encoded(bits, "PNG"))
-    assert (got.getpixel((2, 1)), got.getpixel((0, 0))) == ((0, 0, 0), (255, 255, 255))
+    decoded = decode(encoded(bits, "PNG"))
+    assert (decoded.getpixel((2, 1)), decoded.getpixel((0, 0))) == ((0, 0, 0), (255, 255, 255))
 
 
 def test_transparency_becomes_white() -> None:
@@ -95,12 +95,12 @@ def test_transparency_becomes_white() -> None:
     rgba.putpixel((1, 0), (200, 0, 0, 255))
     rgba.putpixel((2, 0), (0, 0, 0, 128))
     for data in (encoded(rgba, "PNG"), encoded(rgba, "WEBP", lossless=True)):
-        got = decode(data)
-        assert [got.getpixel((x, 0)) for x in range(3)] == [(255, 255, 255), (200, 0, 0), (127, 127, 127)]
+        decoded = decode(data)
+        assert [decoded.getpixel((x, 0)) for x in range(3)] == [(255, 255, 255), (200, 0, 0), (127, 127, 127)]
     grey = Image.new("LA", (2, 1), (0, 0))
     grey.putpixel((1, 0), (90, 255))
-    got = decode(encoded(grey, "PNG"))
-    assert [got.getpixel((x, 0)) for x in range(2)] == [(255, 255, 255), (90, 90, 90)]
+    decoded = decode(encoded(grey, "PNG"))
+    assert [decoded.getpixel((x, 0)) for x in range(2)] == [(255, 255, 255), (90, 90, 90)]
 
 
 @pytest.mark.parametrize("mode", ["P", "RGB", "L"])
@@ -109,16 +109,16 @@ def test_a_transparent_colour_becomes_white(mode: str) -> None:
     image.putpixel((1, 0), (200, 200, 200))
     image = image.quantize(2) if mode == "P" else image.convert(mode)
     transparent = image.getpixel((0, 0))
-    got = decode(encoded(image, "PNG", transparency=transparent))
-    assert (got.getpixel((0, 0)), got.getpixel((1, 0))) == ((255, 255, 255), (200, 200, 200))
+    decoded = decode(encoded(image, "PNG", transparency=transparent))
+    assert (decoded.getpixel((0, 0)), decoded.getpixel((1, 0))) == ((255, 255, 255), (200, 200, 200))
 
 
 @pytest.mark.parametrize("format", ["PNG", "TIFF"])
 def test_16_bit_grey_is_scaled_and_not_clipped(format: str) -> None:
     values = np.array([[0, 257, 12_850, 32_896, 65_535]], dtype=np.uint16)
-    got = np.asarray(decode(encoded(Image.fromarray(values), format)))
-    assert got[0, :, 0].tolist() == [0, 1, 50, 128, 255]
-    assert (got[..., 0] == got[..., 2]).all()
+    decoded = np.asarray(decode(encoded(Image.fromarray(values), format)))
+    assert decoded[0, :, 0].tolist() == [0, 1, 50, 128, 255]
+    assert (decoded[..., 0] == decoded[..., 2]).all()
 
 
 def test_16_bit_grey_big_endian() -> None:
@@ -160,9 +160,12 @@ def test_exif_rotation_is_applied(format: str, orientation: int) -> None:
     stored = upright.transpose(Image.Transpose(undo[orientation])) if orientation > 1 else upright
     exif = Image.Exif()
     exif[0x0112] = orientation
-    got = decode(encoded(stored, format, exif=exif, **({"lossless": True} if format == "WEBP" else {})))
-    assert got.size == (32, 16)
-    assert worst(got.resize((4, 2), Image.Resampling.BOX), upright.resize((4, 2), Image.Resampling.BOX)) <= 20
+    decoded = decode(encoded(stored, format, exif=exif, **({"lossless": True} if format == "WEBP" else {})))
+    assert decoded.size == (32, 16)
+    assert (
+        worst(decoded.resize((4, 2), Image.Resampling.BOX), upright.resize((4, 2), Image.Resampling.BOX))
+        <= 20
+    )
 
 
 @pytest.mark.parametrize("orientation", [0, 9, 65_535])

@@ -1,4 +1,4 @@
-"""Other miners behind the same seam: columns, keywords, FACTUAL, compositions, and those that others install."""
+"""The other miners: columns, keywords, FACTUAL, compositions, and those of other packages."""
 
 from __future__ import annotations
 
@@ -115,7 +115,10 @@ def test_miners_that_others_install_are_found_by_entry_point(
 
 
 # what the published model answers, from its README and its repository; the parsing must read all of them
-PIGS = "( pigs , is , 2 ) , ( pigs , is , beautiful ) , ( bags , on back of , pigs ) , ( pigs , fly on , sky ) , ( bags , is , 2 )"
+PIGS = (
+    "( pigs , is , 2 ) , ( pigs , is , beautiful ) , ( bags , on back of , pigs ) , "
+    "( pigs , fly on , sky ) , ( bags , is , 2 )"
+)
 
 
 def test_a_recorded_scene_graph_becomes_tags_with_places() -> None:

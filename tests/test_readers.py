@@ -61,7 +61,8 @@ def sample(key: str, caption: str = "a cat", **fields: Any) -> list[tuple[str, b
     ]
 
 
-# --- folder -------------------------------------------------------------------------------------------------------------------------------
+# folder
+# ------------------------------
 
 
 def test_folder(tmp_path: Path) -> None:
@@ -117,7 +118,7 @@ def test_folder_rejects_and_goes_on(tmp_path: Path) -> None:
     (tmp_path / "pipe.txt").write_text("a pipe that nobody writes to")
     items = list(read(str(tmp_path), max_image_bytes=100))
     assert [key for key, _ in pairs(items)] == ["empty", "twice", "zz"]
-    got = reasons(items)
+    rejections = reasons(items)
     for key, reason in {
         "alone": "no caption file: ",
         "blank": "no caption",
@@ -129,8 +130,8 @@ def test_folder_rejects_and_goes_on(tmp_path: Path) -> None:
         "loop": "leads back",
         "pipe": "not a regular file",
     }.items():
-        assert reason in got.pop(key)
-    assert not got
+        assert reason in rejections.pop(key)
+    assert not rejections
 
 
 def test_an_unreadable_file(tmp_path: Path) -> None:
@@ -158,7 +159,8 @@ def test_a_file_name_that_is_no_text(tmp_path: Path) -> None:
     "".join((rejection.key, rejection.reason, rejection.origin)).encode()
 
 
-# --- tables as text -----------------------------------------------------------------------------------------------------------------------
+# tables as text
+# ------------------------------
 
 
 @pytest.mark.parametrize("suffix", ["csv", "csv.gz", "tsv", "tsv.gz"])
@@ -196,7 +198,10 @@ def test_csv_quoting(tmp_path: Path) -> None:
 
 
 def test_tsv_keeps_quotation_marks(tmp_path: Path) -> None:
-    table = 'image\tcaption\n1.jpg\t" the best day " , she said\n1.jpg\t"as pandas quotes ""this"""\n1.jpg\t"open\n1.jpg\tlast\n'
+    table = (
+        'image\tcaption\n1.jpg\t" the best day " , she said\n'
+        '1.jpg\t"as pandas quotes ""this"""\n1.jpg\t"open\n1.jpg\tlast\n'
+    )
     write(tmp_path, {"1.jpg": JPEG, "t.tsv": table})
     captions = [captions for _, captions in pairs(read(str(tmp_path)))]
     assert captions == [('" the best day " , she said',), ('as pandas quotes "this"',), ('"open',), ("last",)]
@@ -226,7 +231,9 @@ def test_csv_rejects_and_goes_on(tmp_path: Path) -> None:
     (tmp_path / "t/in.jpg").symlink_to("1.jpg")
     items = list(read(str(tmp_path / "t")))
     assert [captions for _, captions in pairs(items)] == [("good",), ("a link that stays inside",), ("last",)]
-    got = [(int(item.origin.rpartition(":")[2]), item.reason) for item in items if isinstance(item, Rejected)]
+    rejections = [
+        (int(item.origin.rpartition(":")[2]), item.reason) for item in items if isinstance(item, Rejected)
+    ]
     expected = {
         3: "a file is missing: gone.jpg",
         4: "no caption",
@@ -241,8 +248,8 @@ def test_csv_rejects_and_goes_on(tmp_path: Path) -> None:
         13: "not a regular file",
         14: "null",
     }
-    assert [line for line, _ in got] == list(expected)
-    for (_, reason), part in zip(got, expected.values(), strict=True):
+    assert [line for line, _ in rejections] == list(expected)
+    for (_, reason), part in zip(rejections, expected.values(), strict=True):
         assert part in reason
     allowed = pairs(read(str(tmp_path / "t"), allow_outside=True))
     assert ("../1", ("escapes",)) in allowed
@@ -305,7 +312,7 @@ def test_jsonl_rejects_and_goes_on(tmp_path: Path) -> None:
     write(tmp_path, {"1.jpg": JPEG, "t.jsonl": b"\r\n".join(lines)})
     items = list(read(str(tmp_path)))
     assert [captions for _, captions in pairs(items)] == [("good",), ("last",)]
-    got = {int(item.origin.rpartition(":")[2]): item for item in items if isinstance(item, Rejected)}
+    rejections = {int(item.origin.rpartition(":")[2]): item for item in items if isinstance(item, Rejected)}
     expected = [
         "not JSON",
         "not a JSON object",
@@ -318,9 +325,9 @@ def test_jsonl_rejects_and_goes_on(tmp_path: Path) -> None:
         "UTF-8",
     ]
     for line, part in enumerate([*expected, "base64", "not JSON"], 2):
-        assert part in got[line].reason
-        "".join((got[line].key, got[line].reason)).encode()
-    assert len(got) == 11
+        assert part in rejections[line].reason
+        "".join((rejections[line].key, rejections[line].reason)).encode()
+    assert len(rejections) == 11
 
 
 def test_a_gzipped_table_that_is_cut_off_gives_what_came_before(tmp_path: Path) -> None:
@@ -366,7 +373,8 @@ def test_a_file_that_cannot_be_used_at_all(tmp_path: Path, name: str, content: b
         list(read(str(tmp_path / name)))
 
 
-# --- columns ------------------------------------------------------------------------------------------------------------------------------
+# columns
+# ------------------------------
 
 
 def test_columns_by_option(tmp_path: Path) -> None:
@@ -437,7 +445,8 @@ def test_a_folder_has_no_columns(tmp_path: Path) -> None:
         read(str(tmp_path), columns=Columns(caption="text"))
 
 
-# --- parquet ------------------------------------------------------------------------------------------------------------------------------
+# parquet
+# ------------------------------
 
 
 def test_parquet(tmp_path: Path) -> None:
@@ -505,7 +514,8 @@ def test_parquet_damaged_in_the_middle_gives_what_came_before(tmp_path: Path) ->
     assert "damaged or cut off: what came before row" in list(reasons(items).values())[-1]
 
 
-# --- webdataset ---------------------------------------------------------------------------------------------------------------------------
+# webdataset
+# ------------------------------
 
 
 def test_webdataset(tmp_path: Path) -> None:
@@ -553,7 +563,7 @@ def test_webdataset_rejects_and_goes_on(tmp_path: Path) -> None:
     ]
     items = list(read(str(write_tar(tmp_path / "t.tar", members)), max_image_bytes=100))
     assert [key for key, _ in pairs(items)] == ["good", "last"]
-    got = reasons(items)
+    rejections = reasons(items)
     expected = [
         "no image: its files are txt",
         "no caption",
@@ -564,8 +574,8 @@ def test_webdataset_rejects_and_goes_on(tmp_path: Path) -> None:
         "not a JSON object",
     ]
     for key, part in zip("abcdefg", expected, strict=True):
-        assert part in got.pop(key)
-    assert not got
+        assert part in rejections.pop(key)
+    assert not rejections
 
 
 def test_webdataset_columns(tmp_path: Path) -> None:
@@ -598,9 +608,9 @@ def test_a_shard_cut_off_anywhere_gives_what_came_before_and_one_rejection(tmp_p
             continue
         # Whether a shard's very first sample is whole shows only when the second begins.
         complete = cut // (6 * 512) if cut >= 7 * 512 else 0
-        got = [key for key, _ in pairs(items)]
-        assert got == [str(i) for i in range(len(got))]
-        assert len(got) == complete or (len(got) == complete + 1 and cut % 3072 > 2560)
+        keys = [key for key, _ in pairs(items)]
+        assert keys == [str(i) for i in range(len(keys))]
+        assert len(keys) == complete or (len(keys) == complete + 1 and cut % 3072 > 2560)
         assert len(items) == len(pairs(items)) + 1
         assert isinstance(items[-1], Rejected)
         assert "damaged or cut off" in items[-1].reason
@@ -626,7 +636,8 @@ def test_a_damaged_shard_and_a_damaged_gzip(tmp_path: Path) -> None:
     assert len(reasons(items)) == 1
 
 
-# --- sources ------------------------------------------------------------------------------------------------------------------------------
+# sources
+# ------------------------------
 
 
 @pytest.mark.parametrize(
@@ -762,7 +773,8 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
         read("x" * 5000)
 
 
-# --- memory -------------------------------------------------------------------------------------------------------------------------------
+# memory
+# ------------------------------
 
 
 def peak(source: Path) -> int:

@@ -1,4 +1,4 @@
-"""Recorded maps: the same answers as live, for what was recorded and nothing else; finished or not there; damage is noticed."""
+"""Recorded maps give the same answers as live, and no others; an unfinished or damaged one is refused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from pictures import COLOURS, picture
 from tagstore import errors
 from tagstore.cli import cli
 from tagstore.client import connect
-from tagstore.client.datasets import samples
 from tagstore.client.mapfile import Map
 from tagstore.client.recording import record
 from tagstore.types import Exclude, Pair, Rejected
@@ -184,39 +183,6 @@ def test_what_is_no_map_and_a_map_with_other_meta_are_refused(the_map: Path, tmp
         db.execute("UPDATE meta SET value = '2' WHERE name = 'version'")
     with pytest.raises(errors.Damaged, match="meta does not fit"):
         connect(f"replay://{path}")
-
-
-def test_llava_style_json_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tagstore.client.datasets._CHUNK", 7)
-    (tmp_path / "images").mkdir()
-    (tmp_path / "images" / "a.png").write_bytes(QUERIES["red-circle"])
-    records = [
-        {
-            "id": 1,
-            "image": "a.png",
-            "conversations": [{"from": "human", "value": "<image>\nWhat, is ]this}?"}],
-        },
-        {"id": "text only", "conversations": []},
-        {"id": "3", "image": "missing.png"},
-        {"id": "4", "image": "../a.png"},
-    ]
-    path = tmp_path / "data.json"
-    path.write_text(json.dumps(records, indent=1))
-    found = list(samples(str(path), images=str(tmp_path / "images")))
-    assert found[0] == Pair("1", QUERIES["red-circle"], (), origin=f"{path}#0")
-    assert [type(f) for f in found[1:]] == [Rejected, Rejected]
-    assert "leads out" in found[2].reason
-    lines = tmp_path / "data.jsonl"
-    lines.write_text("".join(json.dumps(r) + "\n" for r in records))
-    assert [f.key for f in samples(str(lines), images=str(tmp_path / "images"))] == ["1", "3", "4"]
-    for text, message in (
-        ('{"id": 1}', "no JSON list"),
-        ('[{"id": 1', "ends before"),
-        ('[{"image": "a.png"}]', "has no 'id'"),
-    ):
-        path.write_text(text)
-        with pytest.raises(errors.InvalidInput, match=message):
-            list(samples(str(path), images=str(tmp_path / "images")))
 
 
 def test_the_command_records_a_folder(server_address: str, tmp_path: Path) -> None:

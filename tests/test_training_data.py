@@ -1,4 +1,4 @@
-"""From files to the batches of a run: samples, length grouping, features, the leak guard, noise, labels, recipes."""
+"""From files to batches: samples, length grouping, features, the leak guard, noise, labels, recipes."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import torch
 from captioned import write_llava, write_shard
 from tagstore.client import connect
 from tagstore.errors import FingerprintMismatch, InvalidInput, NotFound
+from tagstore.readers.samples import Turn, read_samples
 from tuna_model import presets
-from tuna_model.processing.data import Turn, batches, read_samples
+from tuna_model.processing.data import batches, conversation
 from tuna_model.processing.tags import ImageTags, TagLookup
 from tuna_model.training.collator import IGNORED, Collator
 from tuna_model.training.features import CachedFeatures, LiveFeatures, make_cache
@@ -58,7 +59,7 @@ def test_a_shard_is_read_in_place(tmp_path: Path):
 
 def test_a_caption_is_drawn_by_the_generator(tmp_path: Path):
     sample = read_samples(write_shard(tmp_path / "a.tar"))[0]
-    said = {sample.conversation(np.random.default_rng(i), "What?")[1].text for i in range(20)}
+    said = {conversation(sample, np.random.default_rng(i), "What?")[1].text for i in range(20)}
     assert said == set(sample.captions)
 
 
@@ -122,10 +123,10 @@ def test_cached_features_are_the_live_ones_in_float16(tmp_path: Path, llava: Pat
     live = LiveFeatures(model, processor.image_processor, samples)
     make_cache(tmp_path / "f", live, samples, encoder="abc", layer=-1)
     cached = CachedFeatures(tmp_path / "f", samples, encoder="abc", layer=-1)
-    one, two = live([3, 11]), cached([3, 11])
-    assert torch.equal(one.grid.half(), two.grid)
-    assert torch.allclose(one.vectors, two.vectors, atol=1e-6)
-    assert one.identities == two.identities
+    from_images, from_cache = live([3, 11]), cached([3, 11])
+    assert torch.equal(from_images.grid.half(), from_cache.grid)
+    assert torch.allclose(from_images.vectors, from_cache.vectors, atol=1e-6)
+    assert from_images.identities == from_cache.identities
     with pytest.raises(FingerprintMismatch, match="of encoder abc"):
         CachedFeatures(tmp_path / "f", samples, encoder="other", layer=-1)
     with pytest.raises(InvalidInput, match="of other images"):
@@ -161,8 +162,8 @@ def test_the_leak_guard_is_on_unless_told(shapes_root: Path, tiny, shapes_featur
     rows = range(18)
     source, guarded = feed_of(shapes_root, tiny)
     with source:
-        own = [answer.neighbours[0].similarity for _, answer in guarded._answers(features, rows, 0)]
-        assert max(own) < 0.9999
+        nearest = [answer.neighbours[0].similarity for _, answer in guarded._answers(features, rows, 0)]
+        assert max(nearest) < 0.9999
         source, leaky = feed_of(shapes_root, tiny, leak_guard=False)
         assert min(answer.neighbours[0].similarity for _, answer in leaky._answers(features, rows, 0)) > 0.999
 
@@ -205,9 +206,9 @@ def test_noise_rates_are_what_they_say(rng):
 
 def test_changing_one_rate_leaves_the_other_draws_alone(rng):
     tags, vector = some_tags(rng), np.eye(8, dtype=np.float32)[0]
-    one = spoil(tags, NoiseRecipe(drop=0.5), np.random.default_rng(1), None, vector)
-    two = spoil(tags, NoiseRecipe(drop=0.5, shuffle=1.0), np.random.default_rng(1), None, vector)
-    assert one.texts == two.texts
+    dropped = spoil(tags, NoiseRecipe(drop=0.5), np.random.default_rng(1), None, vector)
+    shuffled = spoil(tags, NoiseRecipe(drop=0.5, shuffle=1.0), np.random.default_rng(1), None, vector)
+    assert dropped.texts == shuffled.texts
 
 
 def test_wrong_tags_are_drawn_from_the_whole_vocabulary(shapes_root: Path):
@@ -280,9 +281,9 @@ def test_a_loss_of_the_last_logits_is_that_of_all(tiny):
         ["a"], [[Turn("assistant", "a dog")]], [[ImageTags.none(512)]]
     )
     grid, vectors = torch.randn(1, 49, 1280), torch.nn.functional.normalize(torch.randn(1, 512), dim=-1)
-    some = model(**batch, grid=grid, image_vectors=vectors).loss
+    last = model(**batch, grid=grid, image_vectors=vectors).loss
     every = model(**{**batch, "logits_to_keep": 0}, grid=grid, image_vectors=vectors).loss
-    assert torch.allclose(some, every, rtol=1e-6)
+    assert torch.allclose(last, every, rtol=1e-6)
 
 
 def test_a_sample_too_long_to_learn_from_is_named(tiny):

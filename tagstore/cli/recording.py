@@ -23,7 +23,7 @@ from tagstore.cli import options, output
 @click.option(
     "--images",
     metavar="DIR",
-    help="DATASET is LLaVA-style JSON or JSON Lines, its image paths relative to DIR.",
+    help="Image paths of DATASET, LLaVA-style JSON or JSON Lines, are relative to DIR; by default to its folder.",
 )
 @click.option(
     "--format",
@@ -33,6 +33,11 @@ from tagstore.cli import options, output
 )
 @click.option("--key-column", metavar="C", help="Column or field with the unique key.")
 @click.option("--image-column", metavar="C", help="Column or field with the image or its path.")
+@click.option(
+    "--allow-outside",
+    is_flag=True,
+    help="Read images whose path leads out of DATASET's folder, or of --images.",
+)
 @click.option(
     "--workers", type=click.IntRange(1, 64), default=4, show_default=True, help="Requests at a time."
 )
@@ -46,22 +51,32 @@ def record(
     format_: str | None,
     key_column: str | None,
     image_column: str | None,
+    allow_outside: bool,
     workers: int,
     batch: int,
     as_json: bool,
 ) -> None:
     """Ask URL once for every image of DATASET and keep the answers in a file.
 
-    DATASET is anything that `tagstore ingest` reads, or LLaVA-style JSON with --images. Options of the answers stand in the URL, as in
-    "grpc://localhost:50051/flickr8k@7?k=10&exclude=self". A recording that was cut off goes on where it stopped when it is run again.
+    DATASET is whatever `tuna train` reads, under the same keys (LLaVA-style JSON, JSON Lines, WebDataset shards), or
+    anything that `tagstore ingest` reads. Options of the answers stand in the URL, as in
+    "grpc://localhost:50051/flickr8k@7?k=10&exclude=self". A recording that was cut off goes on where it stopped when
+    it is run again.
     """
     from tagstore.client import connect
-    from tagstore.client.datasets import samples
     from tagstore.client.recording import record as run
+    from tagstore.readers import Columns
+    from tagstore.readers.samples import read_images
 
-    found = samples(dataset, images=images, format=format_, key=key_column, image=image_column)
+    samples = read_images(
+        dataset,
+        images=images,
+        format=format_,
+        columns=Columns(image=image_column, key=key_column),
+        allow_outside=allow_outside,
+    )
     with output.progress() as progress, connect(url, retries=20) as source:
-        recorded = run(source, found, out, workers=workers, batch=batch, progress=progress)
+        recorded = run(source, samples, out, workers=workers, batch=batch, progress=progress)
     if as_json:
         click.echo(json.dumps(asdict(recorded)))
         return

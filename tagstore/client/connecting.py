@@ -7,7 +7,7 @@ from contextlib import closing
 from typing import Any, Unpack
 
 from tagstore.client import stats
-from tagstore.client.mapfile import Map, options_of
+from tagstore.client.mapfile import Map, connect_options
 from tagstore.client.options import ConnectOptions, Options
 from tagstore.client.source import Backend, Source
 from tagstore.client.sources.controls import NullBackend, RandomBackend, of_file
@@ -48,7 +48,7 @@ def _source(url: str, location: Location, options: Options, counted: Counters) -
 def _recorded(path: str) -> dict[str, Any]:
     """The options that a map was recorded with are those it is asked with."""
     with closing(Map(path)) as map_:
-        return options_of(map_.options)
+        return connect_options(map_.options)
 
 
 def _backend(location: Location, options: Options, counted: Counters) -> Backend:

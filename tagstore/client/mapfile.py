@@ -1,6 +1,7 @@
-"""A map: the answers to all samples of a data set, in one file that needs no server. Its format is in docs/client.md.
+"""A map: the answers to all samples of a data set, in one file that needs no server.
 
-SQLite, since it is in Python's standard library, finds one row of millions without reading the others, and can be read by anything.
+It is an SQLite database: Python's standard library reads it, and finds one row of millions without reading
+the others. docs/client.md describes its tables.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Row:
     answer: bytes | None
     """A `tagstore.v1.Retrieval`, or None for a sample that was refused."""
     refused: str | None
-    """Why."""
+    """Why it was refused, or None."""
 
     @property
     def seal(self) -> bytes:
@@ -62,7 +63,7 @@ class Row:
 
 
 def seal(*fields: Any) -> bytes:
-    """sha256 over the fields of a row: of each its length and its bytes (text in UTF-8, numbers in decimal; none is length -1)."""
+    """sha256 over length and bytes of each field (text in UTF-8, numbers in decimal; None has length -1)."""
     digest = hashlib.sha256()
     for field in fields:
         data = field if isinstance(field, bytes | None) else str(field).encode()
@@ -71,13 +72,13 @@ def seal(*fields: Any) -> bytes:
 
 
 def tag_fields(tag: TagInfo) -> tuple[Any, ...]:
-    """A tag as a row without its seal; the embedding as float16, little endian, which is how stores keep them."""
+    """A tag as a row without its seal; the embedding is float16, little endian, as in stores."""
     embedding = None if tag.embedding is None else tag.embedding.astype("<f2").tobytes()
     return tag.tag_id, tag.text, tag.kind, tag.count, embedding
 
 
-def asked(options: Options) -> dict[str, Any]:
-    """What decides an answer, beside the query and the version, as JSON values."""
+def recorded_options(options: Options) -> dict[str, Any]:
+    """The options that decide an answer, besides the query and the version, as JSON values."""
     search = {**asdict(options.search), "where": dict(sorted(options.search.where.items()))}
     del search["exclude"]
     exclude = options.exclude
@@ -89,8 +90,8 @@ def asked(options: Options) -> dict[str, Any]:
     }
 
 
-def options_of(values: dict[str, Any]) -> dict[str, Any]:
-    """`asked`, as options that `connect` takes."""
+def connect_options(values: dict[str, Any]) -> dict[str, Any]:
+    """`recorded_options` as options that `connect` takes."""
     exclude = values["exclude"]
     if isinstance(exclude, dict):
         exclude = Exclude(
@@ -100,9 +101,10 @@ def options_of(values: dict[str, Any]) -> dict[str, Any]:
 
 
 class Map:
-    """A finished map, opened to read. Of one process and thread.
+    """A finished map, opened to read, for one process and thread.
 
-    Raises `NotFound` if there is none, `Damaged` if what stands there is not one or contradicts its checksums.
+    Raises `NotFound` if there is none, `Damaged` if what stands there is not one or contradicts its
+    checksums.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -143,13 +145,13 @@ class Map:
         return {row.key: row for row in self._rows("key", keys)}
 
     def by_sha256(self, digests: Sequence[bytes]) -> dict[bytes, list[Row]]:
-        found: dict[bytes, list[Row]] = {}
+        rows: dict[bytes, list[Row]] = {}
         for row in self._rows("sha256", digests):
-            found.setdefault(row.sha256, []).append(row)
-        return found
+            rows.setdefault(row.sha256, []).append(row)
+        return rows
 
     def tags(self, tag_ids: Iterable[int] | None = None, *, embeddings: bool = False) -> Iterator[TagInfo]:
-        """Tags by id in no order, or all in order of their ids."""
+        """The tags with these ids, in no order; without ids all tags, in order of their ids."""
         if tag_ids is None:
             rows = self._run("SELECT * FROM tags ORDER BY tag_id")
         else:
@@ -165,7 +167,7 @@ class Map:
             yield TagInfo(tag_id, text, cast(Kind, kind), count, vector)
 
     def answer(self, row: Row) -> Retrieval:
-        """What was recorded of a sample that was answered."""
+        """The recorded answer of a sample that was not refused."""
         from tagstore.wire import convert
         from tagstore_proto.v1 import tagstore_pb2 as pb
 
@@ -176,7 +178,7 @@ class Map:
         return convert.retrievals_from_proto(response)[0]
 
     def verify(self) -> None:
-        """Read all of it and compare it with its checksum. Raises `Damaged`."""
+        """Read the whole map and compare it with its checksums. Raises `Damaged`."""
         try:
             if checksum(self._db) != self.meta["checksum"]:
                 raise Damaged(f"{self.path} does not fit its checksum: record it again")
@@ -197,10 +199,12 @@ class Map:
 
     def _rows(self, column: str, values: Sequence[Any]) -> Iterator[Row]:
         for start in range(0, len(values), 500):
-            some = values[start : start + 500]
-            marks = ",".join("?" * len(some))
-            query = f"SELECT position, key, sha256, answer, refused, seal FROM samples WHERE {column} IN ({marks}) ORDER BY position"
-            for *fields, sealed in self._run(query, some):
+            batch = values[start : start + 500]
+            query = (
+                "SELECT position, key, sha256, answer, refused, seal FROM samples "
+                f"WHERE {column} IN ({','.join('?' * len(batch))}) ORDER BY position"
+            )
+            for *fields, sealed in self._run(query, batch):
                 row = Row(*fields)
                 if row.seal != sealed:
                     raise Damaged(
@@ -225,5 +229,5 @@ def checksum(db: sqlite3.Connection) -> str:
 
 
 def meta_seal(meta: dict[str, str]) -> str:
-    """The seal of a map's meta: over all names and values but its own, in order of name."""
+    """The seal of a map's meta: over all names and values except its own, in order of name."""
     return seal(*(field for name in sorted(meta) if name != "seal" for field in (name, meta[name]))).hex()

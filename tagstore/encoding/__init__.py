@@ -1,4 +1,4 @@
-"""Pictures and words to unit vectors; shared by the store and the model, so that both mean the same vector."""
+"""Images and texts to unit vectors. Store and model share this room, so that both mean the same vector."""
 
 from tagstore.encoding.encoder import Encoder, load_encoder
 

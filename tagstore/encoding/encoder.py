@@ -1,14 +1,14 @@
-"""Images and texts to unit vectors: the one module that store and model share, so that both mean the same vector.
+"""Images and texts to unit vectors, for the store and the model alike.
 
-    encoder = load_encoder("mini")                    # or "ViT-L-14/openai", "local-dir:PATH", "hf:openai/clip-vit-large-patch14"
+    encoder = load_encoder("mini")                    # or "ViT-L-14/openai", "local-dir:PATH", "hf:NAME"
     vectors = encoder.encode_images(images)           # [N, D] float32, unit rows
-    grid, vectors = encoder.encode_grid(images)       # [N, P, C] patch features and the same vectors, in one forward
+    grid, vectors = encoder.encode_grid(images)       # [N, P, C] patch features, and the vectors
     grid, vectors = encoder.forward_grid(pixels)      # the same from and to tensors, for a model
     vectors = encoder.encode_texts(["blue sky"])      # [N, D]
     encoder.fingerprint                               # what a vector of this encoder means
 
-`prepare` (any thread) and the batch calls (one forward at a time) are separate, so that decoding can run beside the model. Importing
-this module is cheap: torch, open_clip and timm are imported by `load_encoder`.
+`prepare` (any thread) and the batch calls (one forward at a time) are separate, so that decoding can run
+beside the model. Importing this module is cheap: torch, open_clip and timm are imported by `load_encoder`.
 """
 
 from __future__ import annotations
@@ -39,20 +39,23 @@ log = logging.getLogger(__name__)
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 
-# Larger batches are cut: beyond these a forward gains no speed and only takes memory.
-# on a CPU few: activations of more fall out of the caches, and their memory is mapped anew for every layer
 _IMAGES_A_FORWARD = {"cpu": 4, "cuda": 256}
+"""Images in one forward; more gain no speed. On a CPU the activations of more do not fit its caches."""
 _TEXTS_SORTED_TOGETHER = 16_384
+"""Texts that are sorted by length before they are cut into batches."""
 
 
 class Encoder:
-    """An image tower and a text tower with one space of unit vectors. Made by `load_encoder`; safe to share between threads."""
+    """An image tower and a text tower with one space of unit vectors.
+
+    Made by `load_encoder`; safe to share between threads.
+    """
 
     fingerprint: Fingerprint
     dimension: int
     """D, the length of a vector."""
     image_size: tuple[int, int]
-    """(height, width) of what the image tower sees."""
+    """(height, width) of the image tower's input."""
     device: str
     precision: str
 
@@ -72,8 +75,8 @@ class Encoder:
             model: an open_clip model in fp32 on the CPU.
             tokenizer: texts to token ids `[N, L]`.
             name: becomes `fingerprint.model`.
-            weights: the named tensors that decide its vectors. They are hashed before any cast, so that the same encoder on another
-                device or in another precision has the same fingerprint.
+            weights: the named tensors that decide its vectors. They are hashed before any cast, so that the
+                same encoder on another device or in another precision has the same fingerprint.
             quick_gelu: whether it uses QuickGELU; None to look for open_clip's module of that name.
         """
         import torch
@@ -127,7 +130,7 @@ class Encoder:
         return f"Encoder({self.fingerprint}, device={self.device!r}, precision={self.precision!r})"
 
     def describe(self) -> dict[str, Any]:
-        """What is in use, as JSON values: model, digest, dimension, image size, device, precision, threads, library versions."""
+        """The model, its digest and sizes, device, precision, threads and library versions, for JSON."""
         import open_clip
         import torch
 
@@ -146,10 +149,11 @@ class Encoder:
         }
 
     def prepare(self, image: Image) -> NDArray[np.uint8]:
-        """Resize and crop one image to what the tower sees, `[H, W, 3]` uint8.
+        """Resize and crop one image to the input of the tower, `[H, W, 3]` uint8.
 
-        This and the batch calls together are open_clip's own evaluation transform, to the last bit for RGB images. Other modes are
-        converted to RGB first (open_clip converts last, after resizing a palette by nearest neighbour). Safe in any thread.
+        This and the batch calls together are open_clip's own evaluation transform, to the last bit for RGB
+        images. Other modes are converted to RGB first (open_clip converts last, after resizing a palette by
+        nearest neighbour). Safe in any thread.
         """
         value: Any = image if image.mode == "RGB" else image.convert("RGB")
         for step in self._resize:
@@ -172,8 +176,9 @@ class Encoder:
 
         Args:
             images: as for `encode_images`.
-            layer: which block's output the grid is, counted from the end. -1 is what the tower itself pools into the vector (after its last
-                norm), -2 the block before the last as LLaVA reads it. For convolutional towers blocks are stages.
+            layer: which block's output the grid is, counted from the end. -1 is what the tower itself pools
+                into the vector (after its last norm), -2 the block before the last as LLaVA reads it. For
+                convolutional towers blocks are stages.
 
         Raises:
             InvalidInput: an array of another shape or dtype, or no such layer.
@@ -189,7 +194,7 @@ class Encoder:
         return np.concatenate([grid for grid, _ in parts]), np.concatenate([vectors for _, vectors in parts])
 
     def forward_grid(self, pixels: torch.Tensor, *, layer: int = -1) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `encode_grid`, of pixels that are normalised already, and as tensors on the encoder's device, without gradient.
+        """As `encode_grid`, but from normalised pixels to tensors on the encoder's device, without gradient.
 
         Args:
             pixels: `[N, 3, H, W]` float.
@@ -230,7 +235,7 @@ class Encoder:
         )
 
     def grid_projection(self) -> torch.Tensor:
-        """`[C, D]` float32 on the CPU: leads from a point of the last grid into the space of the vectors (biases left out).
+        """The matrix `[C, D]` (float32) from a point of the last grid to the vectors' space, without biases.
 
         Raises:
             InvalidInput: a tower that pools by attention has no such matrix.
@@ -238,22 +243,24 @@ class Encoder:
         return open_clip_models.grid_projection(self._model.visual).detach().float().cpu()
 
     def same_tower(self, tower: Any) -> bool:
-        """Whether a CLIPVisionModel of transformers (fp32, fp16 or bf16) holds the weights of this encoder's tower."""
-        own = getattr(self._model.visual, "tower", None)
-        if own is None:
+        """Whether transformers' CLIPVisionModel has the weights of this encoder's tower, in any precision."""
+        tower_of_encoder = getattr(self._model.visual, "tower", None)
+        if tower_of_encoder is None:
             return False
-        theirs, mine = tower.state_dict(), own.state_dict()
-        return mine.keys() == theirs.keys() and all(
-            bool((mine[name].to(tensor.device, tensor.dtype) == tensor).all())
-            for name, tensor in theirs.items()
+        weights, other = tower_of_encoder.state_dict(), tower.state_dict()
+        return weights.keys() == other.keys() and all(
+            bool((weights[name].to(tensor.device, tensor.dtype) == tensor).all())
+            for name, tensor in other.items()
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Encoder:
-        # it never changes: a copied model may share it
+        # an encoder never changes, so a copied model may share it
         return self
 
     def encode_texts(self, texts: Sequence[str], batch_size: int = 256) -> Vectors:
-        """Unit vectors `[N, D]` float32 of texts, in their order. Texts beyond the tower's context are cut at its end.
+        """Unit vectors `[N, D]` float32 of texts, in their order.
+
+        Texts beyond the tower's context are cut at its end.
 
         Raises:
             InvalidInput: a single string, or something that is no string.
@@ -266,7 +273,8 @@ class Encoder:
         vectors = np.empty((len(texts), self.dimension), np.float32)
         for start in range(0, len(texts), _TEXTS_SORTED_TOGETHER):
             tokens = self._tokenizer(list(texts[start : start + _TEXTS_SORTED_TOGETHER]))
-            # Equal lengths go together, so that a short tag is not computed at the length of the longest caption.
+            # Equal lengths go together, so that a short tag is not computed at the length of the longest
+            # caption.
             lengths = self._lengths(tokens)
             order = np.argsort(lengths, kind="stable")
             for i in range(0, len(order), batch_size):
@@ -317,7 +325,7 @@ class Encoder:
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
-        """One forward at a time: two would fight for the same cores, and double the memory."""
+        """Allow one forward at a time: two would compete for the cores, and take twice the memory."""
         import torch
 
         with self._lock, torch.inference_mode():
@@ -328,16 +336,18 @@ def load_encoder(spec: str = "mini", *, device: str = "auto", precision: str = "
     """Load an encoder.
 
     Args:
-        spec: `mini` (works offline), `NAME/TAG` (an open_clip model and one of its pretrained tags, fetched from a hub once),
-            `local-dir:PATH` (a directory in open_clip's layout: `open_clip_config.json`, weights, tokenizer), `hf:NAME-or-PATH`
-            (transformers' CLIPModel, from a hub or a directory in its layout), or `NAME/random` (that open_clip model with random
-            weights: for tests).
+        spec: `mini` (works offline), `NAME/TAG` (an open_clip model and one of its pretrained tags, fetched
+            from a hub once), `local-dir:PATH` (a directory in open_clip's layout: `open_clip_config.json`,
+            weights, tokenizer), `hf:NAME-or-PATH` (transformers' CLIPModel, from a hub or a directory in its
+            layout), or `NAME/random` (that open_clip model with random weights: for tests).
         device: `auto` (CUDA where there is one, else CPU), `cpu`, `cuda`, `cuda:1`.
-        precision: `fp32`, `fp16` or `bf16`. Storage of vectors is another matter; the fingerprint is the same in all three.
+        precision: `fp32`, `fp16` or `bf16`. The fingerprint, and the format of stored vectors, are
+            the same in all three.
 
     Raises:
         NotFound: no such model, tag or directory.
-        InvalidInput: a spec, device or precision that means nothing, or a directory whose weights don't fit its config.
+        InvalidInput: a spec, device or precision that means nothing, or a directory whose weights don't fit
+            its config.
         Unavailable: the weights have to be fetched and the hub cannot be reached.
         MissingExtra: torch or open_clip, or the packages that `mini` lives on, are not installed.
     """
@@ -346,7 +356,8 @@ def load_encoder(spec: str = "mini", *, device: str = "auto", precision: str = "
     for package in ("torch", "open_clip"):
         if find_spec(package) is None:
             raise MissingExtra(
-                f"the encoder needs the package {package}: pip install 'tagstore[server]' (or 'tagstore[model]')"
+                f"the encoder needs the package {package}: "
+                "pip install 'tagstore[server]' (or 'tagstore[model]')"
             )
     prepare_torchvision()
     device = _device(device)
@@ -367,13 +378,15 @@ def load_encoder(spec: str = "mini", *, device: str = "auto", precision: str = "
 def load_encoder_of(fingerprint: Fingerprint, *, device: str = "auto") -> Encoder:
     """Load the encoder that made the vectors of a store.
 
-    Raises what `load_encoder` does, and `FingerprintMismatch`, naming both, if what its name loads today is another one.
+    Raises what `load_encoder` does, and `FingerprintMismatch`, naming both, if what its name loads today is
+    another one.
     """
     encoder = load_encoder(fingerprint.model, device=device)
     if encoder.fingerprint.digest != fingerprint.digest:
         raise FingerprintMismatch(
-            f"the store was made with encoder {fingerprint}, but '{fingerprint.model}' loads as {encoder.fingerprint} here: "
-            "install the weights it was made with, or make the store anew (`tagstore reembed`, `tagstore ingest`)"
+            f"the store was made with encoder {fingerprint}, but '{fingerprint.model}' loads as "
+            f"{encoder.fingerprint} here: install the weights it was made with, or make the store anew "
+            "(`tagstore reembed`, `tagstore ingest`)"
         )
     return encoder
 
@@ -395,7 +408,8 @@ def _device(name: str) -> str:
         not torch.cuda.is_available() or (torch.device(name).index or 0) >= torch.cuda.device_count()
     ):
         raise InvalidInput(
-            f"device '{name}' is not there: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices"
+            f"device '{name}' is not there: torch {torch.__version__} sees "
+            f"{torch.cuda.device_count()} CUDA devices"
         )
     return name
 

@@ -1,4 +1,4 @@
-"""CLIP as transformers publishes it (`hf:NAME-or-directory`), with the face of an open_clip model.
+"""CLIP models of transformers (`hf:NAME-or-directory`), with the interface of an open_clip model.
 
 LLaVA's weights were trained on the tower of such a checkpoint: store and model take it from the same place.
 """
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _FILTERS = {0: "nearest", 2: "bilinear", 3: "bicubic"}
-"""PIL's numbers of the filters that open_clip has names for."""
+"""Numbers in PIL of the filters that open_clip has names for."""
 
 
 class ClipModel(nn.Module):
@@ -39,7 +39,7 @@ class ClipModel(nn.Module):
 
 
 class ClipVisual(nn.Module):
-    """Its image tower."""
+    """The image tower of a CLIPModel."""
 
     def __init__(self, clip: Any, preprocess: Mapping[str, Any]) -> None:
         super().__init__()
@@ -53,12 +53,13 @@ class ClipVisual(nn.Module):
 
 
 def clip_grid(tower: Any, pixels: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-    """One forward of a CLIPVisionModel: patches of a block `[N, P, C]`, without the class token, and what it pools `[N, C]`.
+    """Run a CLIPVisionModel: patches `[N, P, C]` of a block, without the class token, and pooled `[N, C]`.
 
     Args:
         tower: transformers' CLIPVisionModel.
         pixels: `[N, 3, H, W]`, normalised.
-        layer: from the end; -1 is the last block behind the tower's last norm, -2 the one before it as it is (LLaVA's).
+        layer: from the end; -1 is the last block behind the tower's last norm, -2 the one before it as it is
+            (LLaVA's).
 
     Raises:
         InvalidInput: no such layer.
@@ -78,7 +79,8 @@ def load_clip(place: str) -> tuple[ClipModel, Callable[[list[str]], Tensor], boo
 
     Raises:
         NotFound: a directory that is not there or lacks a file.
-        InvalidInput: it holds something else than CLIP, or images prepared in a way that open_clip does not know.
+        InvalidInput: it holds something else than CLIP, or images prepared in a way that open_clip does not
+            know.
         Unavailable: the hub cannot be reached.
     """
     from transformers import AutoTokenizer, CLIPConfig, CLIPModel
@@ -88,8 +90,8 @@ def load_clip(place: str) -> tuple[ClipModel, Callable[[list[str]], Tensor], boo
     local = directory.is_dir()
     if not local and (place.startswith((".", "/", "~")) or place.count("/") > 1 or not place):
         raise NotFound(
-            f"no directory {directory.absolute()}: 'hf:PLACE' takes a directory in the hub's layout, or a name such as "
-            "openai/clip-vit-large-patch14"
+            f"no directory {directory.absolute()}: 'hf:PLACE' takes a directory in the hub's layout, "
+            "or a name such as openai/clip-vit-large-patch14"
         )
     try:
         config = CLIPConfig.from_pretrained(place)
@@ -103,8 +105,8 @@ def load_clip(place: str) -> tuple[ClipModel, Callable[[list[str]], Tensor], boo
         if local:
             raise InvalidInput(f"{directory} is no CLIPModel that transformers can load: {first}") from error
         raise Unavailable(
-            f"'hf:{place}' could not be fetched: {first}. Check the name and the network, or fetch it where there is one, copy the "
-            "directory here and pass 'hf:DIRECTORY'"
+            f"'hf:{place}' could not be fetched: {first}. Check the name and the network, or fetch it "
+            "elsewhere, copy the directory here and pass 'hf:DIRECTORY'"
         ) from error
     if notes["missing_keys"]:
         raise InvalidInput(f"hf:{place} lacks weights: {', '.join(sorted(notes['missing_keys'])[:3])}")
@@ -112,10 +114,10 @@ def load_clip(place: str) -> tuple[ClipModel, Callable[[list[str]], Tensor], boo
     length = config.text_config.max_position_embeddings
 
     def tokenize(texts: list[str]) -> Tensor:
-        found = tokenizer(
+        tokens = tokenizer(
             texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
         )
-        return found["input_ids"]  # type: ignore[no-any-return]
+        return tokens["input_ids"]  # type: ignore[no-any-return]
 
     quick = "quick_gelu" in (config.vision_config.hidden_act, config.text_config.hidden_act)
     return ClipModel(clip, preprocess), tokenize, quick
@@ -139,8 +141,9 @@ def clip_preprocess(stored: Mapping[str, Any]) -> dict[str, Any]:
     known = None not in target and stored.get("resample", 3) in _FILTERS
     if not known or (cropped and size.get("shortest_edge") != min(target)):
         raise InvalidInput(
-            f"images are prepared with size {stored.get('size')}, crop {stored.get('crop_size')}, filter {stored.get('resample')}: "
-            "the shorter side to the size of a centre crop, or a fixed size without crop, is what can be done here"
+            f"images are prepared with size {stored.get('size')}, crop {stored.get('crop_size')}, filter "
+            f"{stored.get('resample')}: only the shorter side to the size of a centre crop, or a fixed size "
+            "without crop, can be done here"
         )
     return {
         "size": tuple(int(value) for value in target),

@@ -1,9 +1,9 @@
-"""Bytes that claim to be an image -> pixels. The only place where foreign image bytes are decoded, so all the distrust is here.
+"""Decode untrusted image bytes. Nothing else in the project decodes them.
 
-    bytes ──signature──▶ Pillow plugin ──header: size within the limit?──▶ pixels ──mode, rotation──▶ RGB, 8 bits, upright
+    bytes ──signature──▶ Pillow plugin ──size in the header──▶ pixels ──mode, rotation──▶ upright RGB, 8 bits
 
-Only decoders that run inside this process are used (no EPS, which starts Ghostscript). Colour profiles are ignored, as open_clip's own
-preprocessing does.
+Only decoders that run inside this process are used (no EPS, which starts Ghostscript). Colour profiles are
+ignored, as open_clip's own preprocessing does.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from tagstore.errors import BadImage
 MAX_PIXELS = 100_000_000
 FORMATS = "JPEG, PNG, WebP, GIF, BMP or TIFF"
 
-# The signature decides, never the file's name. Calling a plugin directly leaves out what `Image.open` would add: a guess over all plugins,
-# and a bomb check against a process-wide limit that is not ours to set.
+# The signature decides, never the file's name. Calling a plugin directly leaves out what `Image.open` would
+# add: a guess over all plugins, and a bomb check against a process-wide limit that is not ours to set.
 _PLUGINS: tuple[tuple[re.Pattern[bytes], Any], ...] = (
     (re.compile(rb"\xff\xd8\xff"), JpegImagePlugin.JpegImageFile),
     (re.compile(rb"\x89PNG\r\n\x1a\n"), PngImagePlugin.PngImageFile),
@@ -45,7 +45,7 @@ _PLUGINS: tuple[tuple[re.Pattern[bytes], Any], ...] = (
     (re.compile(rb"II[*+]\0|MM\0[*+]"), TiffImagePlugin.TiffImageFile),
 )
 
-# EXIF orientation (CIPA DC-008, tag 0x0112) -> what turns the picture upright.
+# EXIF orientation (CIPA DC-008, tag 0x0112) -> the transpose that turns the picture upright.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -58,21 +58,24 @@ _UPRIGHT = {
 
 
 MAX_ASPECT = 100
-"""Encoders scale the shorter side to theirs: a strip of a few pixels would become a picture of gigabytes."""
+"""Longest side over shortest: encoders scale the shortest up, and a strip would become gigabytes."""
 _LARGE_PIXELS = 16_000_000
 _large = Lock()
-"""Held while a large image is decoded: one at a time, or as many threads as cores would hold a gigabyte each."""
+"""Held while a large image is decoded: several at a time would take a gigabyte each."""
 
 
 def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode the first frame of an encoded image to upright RGB with 8 bits a channel. Safe to call from many threads.
+    """Decode the first frame of an encoded image to upright RGB with 8 bits a channel.
 
-    Transparent parts become white: the colour stored under full transparency is arbitrary (mostly black) and would otherwise decide the
-    vector, and pictures with alpha (products, clip art) are made for white pages. 16-bit grey is scaled by its full range; 32-bit and
-    float grey, which have no agreed range, from their own minimum and maximum.
+    Safe to call from many threads.
 
-    Raises `BadImage` for anything that is no image, is cut off or damaged, or has more than `max_pixels` pixels; the size is read from the
-    header before any pixel is decoded.
+    Transparent parts become white: the colour stored under full transparency is arbitrary (mostly black) and
+    would otherwise decide the vector, and pictures with alpha (products, clip art) are made for white pages.
+    16-bit grey is scaled by its full range; 32-bit and float grey, which have no agreed range, from their own
+    minimum and maximum.
+
+    Raises `BadImage` for anything that is no image, is cut off or damaged, or has more than `max_pixels`
+    pixels; the size is read from the header before any pixel is decoded.
     """
     if not data:
         raise BadImage("the image is empty: 0 bytes, fetch or export it again")
@@ -95,7 +98,7 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
             raise BadImage(f"the image is too large: {error}; shrink it") from error
         except MemoryError as error:
             raise BadImage(
-                "the image is too large: not enough memory to decode it; lower max_pixels, or shrink the image"
+                "the image is too large: not enough memory to decode it; shrink it, or lower max_pixels"
             ) from error
         except (
             Exception
@@ -107,14 +110,18 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def suffix_of(data: bytes) -> str:
-    """What the file of an encoded image is called at its end: `jpg`, `png` ..., `bin` if it is of no known format."""
+    """The file suffix of an encoded image: `jpg`, `png` ..., or `bin` for an unknown format."""
     plugin = next((plugin for signature, plugin in _PLUGINS if signature.match(data)), None)
     return {"JPEG": "jpg"}.get(plugin.format, plugin.format.lower()) if plugin else "bin"
 
 
 def perceptual_hash(image: Image.Image) -> int:
-    """64-bit perceptual hash (DCT of a 32 x 32 grey reduction): near-duplicates differ in few bits. Unsigned."""
-    # Box reduction to 64..127 pixels a side first: the hash only looks at 32 x 32, and converting and resizing all pixels costs more.
+    """64-bit perceptual hash (DCT of a 32 x 32 grey reduction): near-duplicates differ in few bits.
+
+    Unsigned.
+    """
+    # Box reduction to 64..127 pixels a side first: the hash only looks at 32 x 32, and converting and
+    # resizing all pixels costs more.
     image = image.reduce((max(1, image.width // 64), max(1, image.height // 64)))
     return int(str(imagehash.phash(image)), 16)
 
@@ -124,12 +131,13 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
         raise BadImage(f"the image is empty: its header says {width} x {height} pixels")
     if width * height > max_pixels:
         raise BadImage(
-            f"the image is too large: its header says {width} x {height} pixels, more than the limit of {max_pixels:,} in all; "
-            "shrink it, or raise max_pixels if you trust it"
+            f"the image is too large: its header says {width} x {height} pixels, more than the limit of "
+            f"{max_pixels:,} in all; shrink it, or raise max_pixels if you trust it"
         )
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise BadImage(
-            f"the image is {width} x {height} pixels: a strip of more than {MAX_ASPECT} to 1 shows nothing; crop it"
+            f"the image is {width} x {height} pixels: a strip of more than {MAX_ASPECT} to 1 shows nothing; "
+            "crop it"
         )
 
 
@@ -179,7 +187,8 @@ _IGNORE_PILLOW = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 def _quiet() -> Iterator[None]:
     """Without Pillow's warnings (about damaged EXIF, mostly), which nobody can act on among a million images.
 
-    `warnings.catch_warnings` swaps the whole list of filters and so isn't safe among threads; one entry in and the same entry out is.
+    `warnings.catch_warnings` swaps the whole list of filters and so isn't safe among threads; one entry in
+    and the same entry out is.
     """
     filters = cast("list[Any]", warnings.filters)
     filters.insert(0, _IGNORE_PILLOW)

@@ -1,7 +1,8 @@
-"""Where an encoder's model comes from: `mini` from packages, a directory, or a name with weights from a hub.
+"""Load the model of an encoder: `mini` from packages, one from a directory, or a named one from a hub.
 
-Each loader gives the model in fp32 on the CPU, its tokenizer, and the named tensors that its fingerprint hashes. Nothing here
-chooses weights on its own: a model that would come out random is refused, unless `NAME/random` asks for it.
+Each loader gives the model in fp32 on the CPU, its tokenizer, and the named tensors that its fingerprint
+hashes. Nothing here chooses weights on its own: a model that would come out random is refused, unless
+`NAME/random` asks for it.
 """
 
 from __future__ import annotations
@@ -21,14 +22,17 @@ LOCAL = "local-dir:"
 HF = "hf:"
 RANDOM = "random"
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pth")
-_USAGE = f"an encoder is 'mini', an open_clip model NAME/TAG such as ViT-L-14/openai, {LOCAL}PATH, or {HF}NAME-or-PATH"
+_USAGE = (
+    "an encoder is 'mini', an open_clip model NAME/TAG such as ViT-L-14/openai, "
+    f"{LOCAL}PATH, or {HF}NAME-or-PATH"
+)
 
 
 class Source(NamedTuple):
-    """A model as loaded."""
+    """A loaded model."""
 
     model: Any
-    """An `open_clip` model, or one with its face (`hf_models.ClipModel`); fp32, on the CPU."""
+    """An `open_clip` model, or `hf_models.ClipModel`; fp32, on the CPU."""
     tokenizer: Callable[[list[str]], Any]
     """Texts to token ids `[N, L]`."""
     weights: Iterable[tuple[str, Any]]
@@ -38,7 +42,7 @@ class Source(NamedTuple):
 
 
 def load(spec: str) -> Source:
-    """Load what `spec` names (see `tagstore.encoding.encoder.load_encoder`). torchvision must be importable by now."""
+    """Load the model that `spec` names, as `load_encoder` explains. torchvision must be importable by now."""
     if spec == "mini":
         return _mini()
     if spec.startswith(LOCAL):
@@ -71,7 +75,8 @@ def _local(spec: str) -> Source:
     config = directory / "open_clip_config.json"
     if not config.is_file():
         raise NotFound(
-            f"no open_clip_config.json in {directory.absolute()}: '{LOCAL}PATH' takes a directory in open_clip's layout"
+            f"no open_clip_config.json in {directory.absolute()}: "
+            f"'{LOCAL}PATH' takes a directory in open_clip's layout"
         )
     # open_clip would go on with random weights here
     if not any(path for pattern in _WEIGHTS for path in directory.glob(pattern)):
@@ -103,7 +108,9 @@ def _named(spec: str) -> Source:
 
     name, _, tag = spec.partition("/")
     if name not in open_clip.list_models():
-        raise NotFound(f"no encoder '{spec}'{_near(name, ['mini', *open_clip.list_models()])}: {_USAGE}")
+        raise NotFound(
+            f"no encoder '{spec}'{_suggestion(name, ['mini', *open_clip.list_models()])}: {_USAGE}"
+        )
     tags = open_clip.list_pretrained_tags_by_model(name)
     if not tag:
         known = (
@@ -112,7 +119,8 @@ def _named(spec: str) -> Source:
             else "open_clip knows no pretrained weights of it"
         )
         raise InvalidInput(
-            f"'{spec}' names an architecture without weights: {known}. Pass {name}/TAG (or {name}/{RANDOM} for random weights)"
+            f"'{spec}' names an architecture without weights: {known}. "
+            f"Pass {name}/TAG (or {name}/{RANDOM} for random weights)"
         )
     if tag == RANDOM:
         with torch.random.fork_rng(devices=[]):
@@ -121,17 +129,20 @@ def _named(spec: str) -> Source:
         return Source(model, open_clip.get_tokenizer(name), model.state_dict().items())
     if not open_clip.get_pretrained_cfg(name, tag):
         raise NotFound(
-            f"'{name}' has no pretrained tag '{tag}'{_near(tag, tags)}: it has {', '.join(tags) or 'none'}"
+            f"'{name}' has no pretrained tag '{tag}'{_suggestion(tag, tags)}: "
+            f"it has {', '.join(tags) or 'none'}"
         )
-    # open_clip only warns when a tag was trained with QuickGELU and the plain name is asked for, and then computes other vectors
+    # open_clip only warns when a tag was trained with QuickGELU and the plain name is asked for, and then
+    # computes other vectors
     quick_gelu = bool(open_clip.get_pretrained_cfg(name, tag).get("quick_gelu", False))
     try:
         model = open_clip.create_model(name, tag, require_pretrained=True, force_quick_gelu=quick_gelu)
         tokenizer = open_clip.get_tokenizer(name)
     except (OSError, RuntimeError) as error:
         raise Unavailable(
-            f"the weights of '{spec}' could not be fetched: {_first_line(error)}. Check the network, or fetch them where there is one, "
-            f"copy the directory here and pass '{LOCAL}PATH'. The encoder 'mini' needs no network"
+            f"the weights of '{spec}' could not be fetched: {_first_line(error)}. "
+            f"Check the network, or fetch them elsewhere, copy the directory here and "
+            f"pass '{LOCAL}PATH'. The encoder 'mini' needs no network"
         ) from error
     return Source(model, tokenizer, model.state_dict().items())
 
@@ -151,16 +162,16 @@ def grid_and_vectors(visual: Any, pixels: torch.Tensor, layer: int) -> tuple[tor
         last = getattr(visual.trunk, "output_fmt", "NCHW") == "NHWC"
         return features.flatten(1, 2) if last else features.flatten(2).transpose(1, 2), vectors
     try:
-        found = visual.forward_intermediates(
+        output = visual.forward_intermediates(
             pixels, indices=[layer], normalize_intermediates=layer == -1, output_fmt="NCHW"
         )
     except (AssertionError, IndexError) as error:
         raise InvalidInput(f"the image tower has no layer {layer}") from error
-    return found["image_intermediates"][0].flatten(2).transpose(1, 2), found["image_features"]
+    return output["image_intermediates"][0].flatten(2).transpose(1, 2), output["image_features"]
 
 
 def grid_projection(visual: Any) -> torch.Tensor:
-    """`[C, D]`: what leads from a point of the tower's last grid into the space of its vectors, biases left out.
+    """The matrix `[C, D]` from a point of the tower's last grid to the space of its vectors, without biases.
 
     Raises:
         InvalidInput: a tower that pools by attention has no such matrix.
@@ -179,10 +190,10 @@ def grid_projection(visual: Any) -> torch.Tensor:
     )
 
 
-def _near(word: str, known: list[str]) -> str:
+def _suggestion(word: str, known: list[str]) -> str:
     by_folded = {name.lower(): name for name in known}
-    found = [by_folded[match] for match in get_close_matches(word.lower(), by_folded, n=3)]
-    return f" (did you mean {' or '.join(found)}?)" if found else ""
+    matches = [by_folded[match] for match in get_close_matches(word.lower(), by_folded, n=3)]
+    return f" (did you mean {' or '.join(matches)}?)" if matches else ""
 
 
 def _first_line(error: BaseException) -> str:

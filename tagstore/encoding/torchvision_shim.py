@@ -1,12 +1,14 @@
 """Lets torchvision's registry wheel be imported beside a CPU build of torch.
 
-The wheel on the registry is linked against CUDA torch. Beside a CPU torch its extension cannot be loaded, and `import torchvision`
-dies on `operator torchvision::nms does not exist`, because it describes that operator's shapes on import without asking whether
-the extension is there; open_clip, timm and transformers die with it. We only use torchvision's transforms, which need no operator of the
-extension: declaring the two schemas is enough.
+The wheel on the registry is linked against CUDA torch. Beside a CPU torch its extension cannot be loaded, and
+`import torchvision` dies on `operator torchvision::nms does not exist`, because it describes that operator's
+shapes on import without asking whether the extension is there; open_clip, timm and transformers die with it.
+We only use torchvision's transforms, which need no operator of the extension: declaring the two schemas is
+enough.
 
-Call `prepare_torchvision()` before the first import of open_clip, timm or transformers in a process, or `prepare_when_imported()`, which
-imports nothing itself. Where the extension loads (a CUDA build, or a torchvision built for this torch) it declares nothing.
+Call `prepare_torchvision()` before the first import of open_clip, timm or transformers in a process, or
+`prepare_when_imported()`, which imports nothing itself. Where the extension loads (a CUDA build, or a
+torchvision built for this torch) it declares nothing.
 """
 
 from __future__ import annotations
@@ -31,8 +33,8 @@ def prepare_torchvision() -> bool:
     """Make `import torchvision` work beside the torch that is installed.
 
     Returns:
-        True if its operators are there, False if only their schemas could be declared, or torchvision is not installed. Calling a declared
-        operator raises NotImplementedError: nothing is computed wrongly.
+        True if its operators are there, False if only their schemas could be declared, or torchvision is not
+        installed. Calling a declared operator raises NotImplementedError: nothing is computed wrongly.
     """
     global _library
     with _lock:
@@ -70,7 +72,7 @@ def prepare_when_imported() -> None:
 
 
 class _BeforeTorchvision(MetaPathFinder):
-    """Finds nothing; is asked first."""
+    """An import hook that is asked first and finds nothing."""
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> None:
         if fullname == "torchvision":

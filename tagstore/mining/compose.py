@@ -1,9 +1,9 @@
-"""Miners made of miners."""
+"""The miner that mines nothing, and several miners as one."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import tee
+from itertools import chain, tee
 from typing import Any
 
 from tagstore.mining.miner import Miner
@@ -11,7 +11,7 @@ from tagstore.types import Pair, Tag
 
 
 class NoMiner:
-    """Mines nothing: for stores whose neighbours are wanted without tags."""
+    """Mines nothing, for stores that are searched for neighbours only."""
 
     name = "none"
     version = "1"
@@ -34,8 +34,8 @@ class Composed:
         self.settings: Mapping[str, Any] = {part.name: dict(part.settings) for part in parts}
 
     def mine(self, pairs: Iterable[Pair]) -> Iterator[tuple[Tag, ...]]:
-        """Each part's look-ahead is bounded, so what `tee` holds back for the others is bounded too."""
+        """The look-ahead of each part is bounded, and so is what `tee` holds for the others."""
         streams = tee(pairs, len(self.parts))
         mined = [part.mine(stream) for part, stream in zip(self.parts, streams, strict=True)]
         for tags in zip(*mined, strict=True):
-            yield tuple(tag for some in tags for tag in some)
+            yield tuple(chain.from_iterable(tags))

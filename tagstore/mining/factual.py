@@ -1,6 +1,9 @@
-"""The FACTUAL scene graph parser (Li et al., Findings of ACL 2023) as a miner: a Flan-T5 that writes a caption's scene graph.
+"""The FACTUAL scene graph parser (Li et al., Findings of ACL 2023) as a miner.
 
-    "2 beautiful pigs are flying on the sky" -> "( pigs , is , 2 ) , ( pigs , is , beautiful ) , ( pigs , fly on , sky )"
+A Flan-T5 writes the scene graph of a caption:
+
+    "2 beautiful pigs are flying on the sky" -> "( pigs , is , 2 ) , ( pigs , is , beautiful ) , ( pigs , fly
+    on , sky )"
 
 The model is loaded from a hub or from a local directory; it runs on a GPU if there is one.
 """
@@ -13,36 +16,27 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from tagstore.errors import InvalidInput, MissingExtra, NotFound
-from tagstore.mining.nouns import singular
+from tagstore.mining.nouns import NUMERALS, singular
 from tagstore.mining.text import Clean, clean
 from tagstore.types import Pair, Tag
 
 PROMPT = "Generate Scene Graph: "
-SOURCE = 0.9  # a generated graph may name what the caption does not
-UNPLACED = 0.5  # ... and one that cannot be found in the caption probably does
+SOURCE = 0.9
+"""Score of a tag whose words stand in the caption."""
+UNPLACED = 0.5
+"""Score of a tag whose words don't: the model probably made it up."""
 
 _FACT = re.compile(r"\(([^()]*)\)")
 _MARKS = re.compile(r"\b(?:p?v:|:\d+)|:\d+")  # verb, passive and node marks of the model's longer output form
-_NUMBERS = {
-    "2": "two",
-    "3": "three",
-    "4": "four",
-    "5": "five",
-    "6": "six",
-    "7": "seven",
-    "8": "eight",
-    "9": "nine",
-    "10": "ten",
-}
 _log = logging.getLogger(__name__)
 
 
 class FactualMiner:
     """Objects, attributes and (if asked for) relations from a generated scene graph.
 
-    `model`: name on a hub or a local directory. `device`: "auto", "cpu", "cuda". `batch_size`: captions generated together.
-    `beams`: width of the search. `max_chars`, `max_tokens`: how much is read and written of a caption, which bounds the time.
-    Raises `NotFound` if the model cannot be loaded.
+    `model`: name on a hub or a local directory. `device`: "auto", "cpu", "cuda". `batch_size`: captions
+    generated together. `beams`: width of the beam search. `max_chars`: characters read of a caption;
+    `max_tokens`: tokens written for it. Raises `NotFound` if the model cannot be loaded.
     """
 
     name = "factual"
@@ -91,10 +85,10 @@ class FactualMiner:
 
     def _block(self, block: list[Pair]) -> Iterator[tuple[Tag, ...]]:
         texts = {c: clean(c, self._max_chars) for pair in block for c in pair.captions if isinstance(c, str)}
-        asked = [c for c, cleaned in texts.items() if any(x.isalpha() for x in cleaned.text)]
+        parsable = [c for c, cleaned in texts.items() if any(x.isalpha() for x in cleaned.text)]
         graphs: dict[str, str] = {}
-        for i in range(0, len(asked), self._batch):
-            part = asked[i : i + self._batch]
+        for i in range(0, len(parsable), self._batch):
+            part = parsable[i : i + self._batch]
             graphs.update(zip(part, self._generate([texts[c].text for c in part]), strict=True))
         for pair in block:
             yield tuple(
@@ -147,7 +141,7 @@ class FactualMiner:
             except (OSError, ValueError) as error:
                 raise NotFound(
                     f"cannot load the scene graph model '{self._model_name}': {str(error).splitlines()[0]}. "
-                    "Give model= a directory with config, weights and tokenizer, or a name on a hub that can be reached"
+                    "Give model= a directory with config, weights and tokenizer, or a name on a reachable hub"
                 ) from error
             self._loaded = tokenizer, model.to(device).eval(), device
             _log.info("scene graph model %s on %s", self._model_name, device)
@@ -155,16 +149,16 @@ class FactualMiner:
 
 
 def facts(graph: str) -> list[tuple[str, ...]]:
-    """The facts of a generated graph, each once; one that was cut off at the end or has no sense is left out."""
-    found = (
+    """The facts of a generated graph, each once; one that is cut off or malformed is left out."""
+    facts = (
         tuple(" ".join(_MARKS.sub("", part).split()) for part in fact.split(","))
         for fact in _FACT.findall(graph)
     )
-    return list(dict.fromkeys(fact for fact in found if len(fact) in (1, 3) and all(fact)))
+    return list(dict.fromkeys(fact for fact in facts if len(fact) in (1, 3) and all(fact)))
 
 
 def graph_tags(graph: str, c: Clean, caption: int, relations: bool) -> list[Tag]:
-    """Tags of a scene graph, with the place of each thing in the caption where its words are found there."""
+    """Tags of a scene graph, each with its place in the caption if its words stand there."""
     tags: dict[tuple[str, str], Tag] = {}
 
     def add(text: str, kind: Any, canonical: str, spans: list[tuple[int, int]]) -> None:
@@ -177,32 +171,35 @@ def graph_tags(graph: str, c: Clean, caption: int, relations: bool) -> list[Tag]
 
     for fact in facts(graph):
         subject = fact[0].lower()
-        here = _place(subject, c)
-        add(subject, "object", singular(subject), [here])
+        source = _place(subject, c)
+        add(subject, "object", singular(subject), [source])
         if len(fact) == 1:
             continue
         verb, other = fact[1].lower(), fact[2].lower()
         if verb == "is":
-            said = _NUMBERS.get(other, other)
-            if said not in ("1", "one"):
+            attribute = NUMERALS.get(other, other)
+            if attribute not in ("1", "one"):
                 add(
-                    f"{other} {subject}", "attribute", f"{said} {singular(subject)}", [_place(other, c), here]
+                    f"{other} {subject}",
+                    "attribute",
+                    f"{attribute} {singular(subject)}",
+                    [_place(other, c), source],
                 )
         else:
-            there = _place(other, c)
-            add(other, "object", singular(other), [there])
+            target = _place(other, c)
+            add(other, "object", singular(other), [target])
             if relations:
                 add(
                     f"{subject} {verb} {other}",
                     "relation",
                     f"{singular(subject)} {verb} {singular(other)}",
-                    [here, there],
+                    [source, target],
                 )
     return list(tags.values())
 
 
 def _place(words: str, c: Clean) -> tuple[int, int]:
-    """Where the words stand in the caption, in singular or plural; `(0, 0)` if they don't."""
+    """Offsets of the words in the caption, in singular or plural; `(0, 0)` if they are not in it."""
     match = re.search(rf"\b{re.escape(words)}\b", c.text, re.IGNORECASE)
     if not match:
         match = re.search(rf"\b{re.escape(singular(words))}(?:s|es)?\b", c.text, re.IGNORECASE)

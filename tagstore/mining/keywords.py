@@ -1,4 +1,4 @@
-"""Tags that are given: lists of keywords, in the captions or in a column."""
+"""Tags from lists of keywords, in the captions or in a column."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 from tagstore.errors import InvalidInput
 from tagstore.types import Pair, Tag
 
-LONGEST = 80  # characters
+MAX_TAG_CHARS = 80
+"""Characters of a keyword; a longer one gives no tag."""
 
 
 class KeywordMiner:
-    """Custom tags from keywords that someone wrote: "beach, sunset, palm tree".
+    """Custom tags from keywords: "beach, sunset, palm tree".
 
-    `column`: the metadata column that holds them (a list, or a text); without, the captions are the lists.
-    `separator`: what stands between two of them.
-    `max_chars`: only so many characters of a caption are read.
+    `column`: the metadata column with the keywords, a list or a text; without one, the captions are the
+    lists. `separator`: the text between two keywords. `max_chars`: characters of a caption that are read.
     """
 
     name = "keywords"
@@ -39,7 +39,7 @@ class KeywordMiner:
         value = pair.metadata.get(self._column, "")
         parts = value if isinstance(value, (list, tuple)) else str(value).split(self._separator)
         for text in dict.fromkeys(" ".join(str(part).split()).lstrip("#") for part in parts):
-            if _worth(text):
+            if _is_tag(text):
                 yield Tag(text, "custom", (0, 0), -1, 1.0, text.casefold(), self._column)
 
     def _of_captions(self, pair: Pair) -> Iterator[Tag]:
@@ -49,13 +49,12 @@ class KeywordMiner:
             start = 0
             for part in caption[: self._max_chars].split(self._separator):
                 text = part.strip().lstrip("#").strip()
-                if _worth(text):
-                    at = start + part.index(text)
-                    yield Tag(
-                        text, "custom", (at, at + len(text)), number, 1.0, " ".join(text.casefold().split())
-                    )
+                if _is_tag(text):
+                    first = start + part.index(text)
+                    span = first, first + len(text)
+                    yield Tag(text, "custom", span, number, 1.0, " ".join(text.casefold().split()))
                 start += len(part) + len(self._separator)
 
 
-def _worth(text: str) -> bool:
-    return 0 < len(text) <= LONGEST and any(c.isalnum() for c in text)
+def _is_tag(text: str) -> bool:
+    return 0 < len(text) <= MAX_TAG_CHARS and any(c.isalnum() for c in text)

@@ -1,4 +1,4 @@
-"""The words that the rules know, read from `data/lexicon.txt`."""
+"""Word lists of the mining rules, read from `data/lexicon.txt`."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from importlib.resources import files
 
 def sections(text: str) -> dict[str, frozenset[str]]:
     """Read sections of comma-separated entries: `[name]`, then entries; `#` begins a comment."""
-    found: dict[str, set[str]] = {}
+    lists: dict[str, set[str]] = {}
     current: set[str] = set()
     for line in text.splitlines():
         line = line.split("#", 1)[0].strip()
         if line.startswith("["):
-            current = found.setdefault(line.strip("[]"), set())
+            current = lists.setdefault(line.strip("[]"), set())
         else:
             current.update(entry.strip() for entry in line.split(",") if entry.strip())
-    return {name: frozenset(entries) for name, entries in found.items()}
+    return {name: frozenset(entries) for name, entries in lists.items()}
 
 
 _TEXT = files("tagstore.mining").joinpath("data/lexicon.txt").read_text(encoding="utf-8")
 DIGEST = sha256(_TEXT.encode()).hexdigest()[:12]
-"""Part of a miner's settings: another lexicon is another miner."""
+"""12 hex digits of the file's sha256. They are in the miner's settings: another lexicon is another miner."""
 
 _WORDS = sections(_TEXT)
 COLOURS = _WORDS["colours"]

@@ -1,4 +1,4 @@
-"""Miners by name: shipped ones, those of other packages, and compositions."""
+"""Load miners by name: the shipped ones, those of other packages, and compositions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tagstore.mining.miner import Miner
 from tagstore.types import Pair, Tag
 
 GROUP = "tagstore.miners"
-"""Entry points of this group are further miners: callables that take their settings by keyword and return a `Miner`."""
+"""Entry point group of further miners: callables that take settings by keyword and return a `Miner`."""
 
 SHIPPED = {
     "rules": "tagstore.mining.rules:RuleMiner",
@@ -26,9 +26,10 @@ SHIPPED = {
 
 
 def load_miner(spec: str = "rules", **settings: Any) -> Miner:
-    """The miner of that name: a shipped one, an entry point of `tagstore.miners`, or several joined by `+` (`rules+metadata`).
+    """Load a miner: a shipped one, an entry point of `tagstore.miners`, or several joined by `+`.
 
-    Settings go to the miner; in a composition, to every part that knows them. Raises `InvalidInput` for an unknown miner or setting.
+    Settings go to the miner; in a composition, to every part that knows them. Raises `InvalidInput` for an
+    unknown miner or setting.
     """
     names = [part.strip() for part in spec.split("+")]
     makers = [_maker(name) for name in names]
@@ -45,7 +46,7 @@ def load_miner(spec: str = "rules", **settings: Any) -> Miner:
 
 
 def mine(captions: Iterable[str], spec: str = "rules", **settings: Any) -> Iterator[tuple[Tag, ...]]:
-    """Tags of plain captions, one tuple a caption, in order: `load_miner(spec)` for text that has no image."""
+    """Mine the tags of captions that have no image, one tuple a caption, in order."""
     miner = load_miner(spec, **settings)
     return miner.mine(
         Pair(key=str(number), image=b"", captions=(caption,)) for number, caption in enumerate(captions)

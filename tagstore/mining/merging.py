@@ -1,4 +1,4 @@
-"""Several captions of one image say the same thing: equal tags become one, with a count and every place it was read from."""
+"""Merge equal tags of an image's captions into one, with a count and every place that it was read from."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class MergedTag:
     """All tags of one image that share kind and canonical form."""
 
     text: str
-    """The surface form seen most often; the first of those when several tie."""
+    """The most frequent surface form; the first of several."""
     kind: Kind
     canonical: str
     score: float

@@ -1,4 +1,4 @@
-"""Columns of a source become tags: brand, colour, category."""
+"""Tags from the columns of a source: brand, colour, category."""
 
 from __future__ import annotations
 
@@ -9,37 +9,24 @@ from typing import Any
 from tagstore.errors import InvalidInput
 from tagstore.types import Pair, Tag
 
-LONGEST = 80  # characters; longer values are texts, not tags
-PATIENCE = 1000  # pairs without a column that was asked for, before it is called unknown
+MAX_TAG_CHARS = 80
+"""Characters of a tag; a longer value is a text and gives no tag."""
+COLUMN_SEARCH_PAIRS = 1000
+"""Pairs in which a named column must appear at least once, or it is unknown."""
 
-_NOTHING = frozenset(
-    {
-        "",
-        "na",
-        "n/a",
-        "nan",
-        "none",
-        "null",
-        "nil",
-        "-",
-        "--",
-        "?",
-        "unknown",
-        "other",
-        "others",
-        "undefined",
-        "misc",
-    }
-)
+_MISSING_VALUES = frozenset({
+    "", "na", "n/a", "nan", "none", "null", "nil", "-", "--", "?", "unknown", "other", "others", "undefined",
+    "misc",
+})  # fmt: skip
 
 
 class MetadataMiner:
     """Custom tags from metadata: the values of columns, and templates over several columns.
 
-    `columns`: names, as a list or joined by commas; without, every column whose value is a short text or a list of them.
-    `templates`: like `{baseColour} {subCategory}`, one or a list; a template with a missing value gives nothing.
-    `separator`: splits a value into several ("red|blue"); none unless given.
-    A column that none of the first 1,000 pairs has is refused with `InvalidInput`: it is a typing mistake.
+    `columns`: names, as a list or joined by commas; without, every column whose value is a short text or a
+    list of them. `templates`: like `{baseColour} {subCategory}`, one or a list; a template with a missing
+    value gives nothing. `separator`: splits a value into several ("red|blue"); none unless given. A column
+    that none of the first 1,000 pairs has is refused with `InvalidInput`: it is a typing mistake.
     """
 
     name = "metadata"
@@ -70,14 +57,14 @@ class MetadataMiner:
             if missing:
                 seen.update(dict.fromkeys(pair.metadata))
                 missing = {name: None for name in missing if name not in pair.metadata}
-                if missing and pairs_read == PATIENCE:
+                if missing and pairs_read == COLUMN_SEARCH_PAIRS:
                     raise _unknown(missing, seen)
             yield tuple(self._tags(pair))
         if missing and pairs_read:
             raise _unknown(missing, seen)
 
     def _tags(self, pair: Pair) -> Iterator[Tag]:
-        found: dict[str, Tag] = {}
+        tags: dict[str, Tag] = {}
         for column in self._columns or ([] if self._templates else pair.metadata):
             value = pair.metadata.get(column)
             if value is True:
@@ -85,13 +72,13 @@ class MetadataMiner:
             elif not self._columns and not _is_text(value):
                 continue
             for text in self._values(value):
-                found.setdefault(text.casefold(), _tag(text, column))
+                tags.setdefault(text.casefold(), _tag(text, column))
         for template, names in self._fields.items():
             values = {name: next(iter(self._values(pair.metadata.get(name))), "") for name in names}
             if all(values.values()):
                 text = " ".join(template.format_map(values).split())
-                found.setdefault(text.casefold(), _tag(text, template))
-        yield from found.values()
+                tags.setdefault(text.casefold(), _tag(text, template))
+        yield from tags.values()
 
     def _values(self, value: Any) -> Iterator[str]:
         parts = value if isinstance(value, (list, tuple)) else [value]
@@ -101,8 +88,8 @@ class MetadataMiner:
             for text in str(part).split(self._separator) if self._separator else [str(part)]:
                 text = " ".join(text.split())
                 if (
-                    text.casefold() not in _NOTHING
-                    and len(text) <= LONGEST
+                    text.casefold() not in _MISSING_VALUES
+                    and len(text) <= MAX_TAG_CHARS
                     and not text.startswith(("http://", "https://", "www."))
                 ):
                     yield text

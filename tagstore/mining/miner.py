@@ -1,4 +1,4 @@
-"""What a miner is, what a version records of it, and which pairs it cannot read."""
+"""The protocol of miners, their identity in a version's record, and the pairs that no miner can read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tagstore.types import Pair, Rejected, Tag
 
 @runtime_checkable
 class Miner(Protocol):
-    """Reads pairs, writes tags. `name`, `version` and `settings` identify it: they are stored with every version of a store."""
+    """Turns pairs into tags. `name`, `version` and `settings` identify it in every version of a store."""
 
     name: str
     version: str
@@ -25,7 +25,7 @@ class Miner(Protocol):
 
 
 def identity(miner: Miner, rules: Rules) -> dict[str, Any]:
-    """What a version records of how its tags came about: two that are equal give the same tags for the same captions."""
+    """What a version records of its miner: equal identities give the same tags for the same captions."""
     return {
         "name": miner.name,
         "version": miner.version,
@@ -35,7 +35,7 @@ def identity(miner: Miner, rules: Rules) -> dict[str, Any]:
 
 
 def refuse(pair: Pair) -> Rejected | None:
-    """Why a pair has nothing to mine, or None if it has: no captions, a caption that is no text, or none with a letter or digit in it."""
+    """Reject a pair without captions, with one that is no text, or without any letter or digit."""
     for number, caption in enumerate(pair.captions):
         if not isinstance(caption, str):
             return Rejected(pair.key, f"caption {number} is {type(caption).__name__}, not text", pair.origin)

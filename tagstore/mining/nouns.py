@@ -1,31 +1,39 @@
-"""Singular and plural of English nouns, by rule and by a short list: enough to see that "two dogs" and "a dog" are the same tag."""
+"""The singular of English nouns, by rules and a short list, so that "dogs" and "dog" become one tag."""
 
 from __future__ import annotations
 
 from functools import lru_cache
 
+NUMERALS = {
+    "2": "two", "3": "three", "4": "four", "5": "five", "6": "six", "7": "seven", "8": "eight", "9": "nine",
+    "10": "ten",
+}  # fmt: skip
 _IRREGULAR = {
-    "men": "man", "children": "child", "feet": "foot", "teeth": "tooth", "geese": "goose", "mice": "mouse", "oxen": "ox",
-    "lice": "louse", "dice": "die", "cacti": "cactus", "wolves": "wolf", "knives": "knife", "wives": "wife", "lives": "life",
-    "leaves": "leaf", "loaves": "loaf", "shelves": "shelf", "scarves": "scarf", "halves": "half", "calves": "calf", "hooves": "hoof",
-    "thieves": "thief", "elves": "elf", "selves": "self", "movies": "movie", "cookies": "cookie", "hoodies": "hoodie",
-    "brownies": "brownie", "zombies": "zombie", "selfies": "selfie", "smoothies": "smoothie", "pies": "pie", "ties": "tie",
-    "neckties": "necktie", "bowties": "bowtie", "toes": "toe", "shoes": "shoe", "canoes": "canoe", "horseshoes": "horseshoe",
-    "hoes": "hoe", "does": "doe", "foes": "foe", "tiptoes": "tiptoe", "gases": "gas", "buses": "bus", "busses": "bus", "axes": "axe",
-    "caches": "cache", "aches": "ache", "mustaches": "mustache", "moustaches": "moustache", "headaches": "headache",
-    "quiches": "quiche", "avalanches": "avalanche", "veggies": "veggie", "rookies": "rookie", "calories": "calorie",
-    "prairies": "prairie", "genies": "genie", "birdies": "birdie", "collies": "collie", "groupies": "groupie", "foodies": "foodie",
-    "onesies": "onesie", "undies": "undies",
+    "men": "man", "children": "child", "feet": "foot", "teeth": "tooth", "geese": "goose", "mice": "mouse",
+    "oxen": "ox", "lice": "louse", "dice": "die", "cacti": "cactus", "wolves": "wolf", "knives": "knife",
+    "wives": "wife", "lives": "life", "leaves": "leaf", "loaves": "loaf", "shelves": "shelf",
+    "scarves": "scarf", "halves": "half", "calves": "calf", "hooves": "hoof", "thieves": "thief",
+    "elves": "elf", "selves": "self", "movies": "movie", "cookies": "cookie", "hoodies": "hoodie",
+    "brownies": "brownie", "zombies": "zombie", "selfies": "selfie", "smoothies": "smoothie", "pies": "pie",
+    "ties": "tie", "neckties": "necktie", "bowties": "bowtie", "toes": "toe", "shoes": "shoe",
+    "canoes": "canoe", "horseshoes": "horseshoe", "hoes": "hoe", "does": "doe", "foes": "foe",
+    "tiptoes": "tiptoe", "gases": "gas", "buses": "bus", "busses": "bus", "axes": "axe", "caches": "cache",
+    "aches": "ache", "mustaches": "mustache", "moustaches": "moustache", "headaches": "headache",
+    "quiches": "quiche", "avalanches": "avalanche", "veggies": "veggie", "rookies": "rookie",
+    "calories": "calorie", "prairies": "prairie", "genies": "genie", "birdies": "birdie", "collies": "collie",
+    "groupies": "groupie", "foodies": "foodie", "onesies": "onesie", "undies": "undies",
 }  # fmt: skip
 # Plural in form only, or the same in both numbers: they stay as they are.
 _UNCHANGED = frozenset(
     {
-        "abacus", "always", "apparatus", "asparagus", "athletics", "binoculars", "boxers", "briefs", "cactus", "campus", "canvas",
-        "capris", "chopsticks", "christmas", "circus", "citrus", "clothes", "colossus", "corps", "earphones", "electronics",
-        "eyeglasses", "glasses", "goggles", "graphics", "greens", "gymnastics", "headphones", "hibiscus", "indoors", "iris", "jeans",
-        "jeggings", "leggings", "lens", "news", "octopus", "outdoors", "overalls", "pajamas", "panties", "pants", "papyrus", "pelvis",
-        "pliers", "plus", "pyjamas", "scissors", "series", "shorts", "species", "stairs", "status", "sunglasses", "surroundings",
-        "tennis", "this", "thus", "tights", "tongs", "trousers", "trunks", "tweezers", "virus", "walrus",
+        "abacus", "always", "apparatus", "asparagus", "athletics", "binoculars", "boxers", "briefs", "cactus",
+        "campus", "canvas", "capris", "chopsticks", "christmas", "circus", "citrus", "clothes", "colossus",
+        "corps", "earphones", "electronics", "eyeglasses", "glasses", "goggles", "graphics", "greens",
+        "gymnastics", "headphones", "hibiscus", "indoors", "iris", "jeans", "jeggings", "leggings", "lens",
+        "news", "octopus", "outdoors", "overalls", "pajamas", "panties", "pants", "papyrus", "pelvis",
+        "pliers", "plus", "pyjamas", "scissors", "series", "shorts", "species", "stairs", "status",
+        "sunglasses", "surroundings", "tennis", "this", "thus", "tights", "tongs", "trousers", "trunks",
+        "tweezers", "virus", "walrus",
     }
 )  # fmt: skip
 
@@ -34,9 +42,9 @@ _NO_MEN = frozenset({"specimen", "regimen", "abdomen", "ramen", "stamen", "acume
 
 @lru_cache(maxsize=8192)
 def singular(word: str) -> str:
-    """The singular of a lower-case noun: "facades" -> "facade", "women" -> "woman"; "glasses", "sheep" and singulars stay.
+    """The singular of a lower-case noun: "women" -> "woman"; "glasses", "sheep" and singulars stay.
 
-    Of a phrase or a hyphenated word, its last part is turned.
+    In a phrase or a hyphenated word only the last part changes.
     """
     cut = max(word.rfind(" "), word.rfind("-")) + 1
     if cut:

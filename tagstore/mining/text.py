@@ -1,4 +1,4 @@
-"""Captions as they come from the web, made fit for a parser, with the way back to where each character stood."""
+"""Captions from the web made fit for a parser; each character keeps its offset in the original."""
 
 from __future__ import annotations
 
@@ -7,19 +7,22 @@ import unicodedata
 from dataclasses import dataclass
 from html import unescape
 
-# What makes a caption more than plain words; only then the slow way is taken.
-_ODD = re.compile(r"[^\x20-\x7e]|[&#@_<>|\\*~`]|  |^ | $|://|www\.|\.[jpgtwb]\w{2,3}\b|\d(?:mm|s)\b|\b[fF]/")
-_ODD_WORDS = frozenset(
+# A caption without any of these is plain words, and cleaning it is skipped.
+_UNCLEAN = re.compile(
+    r"[^\x20-\x7e]|[&#@_<>|\\*~`]|  |^ | $|://|www\.|\.[jpgtwb]\w{2,3}\b|\d(?:mm|s)\b|\b[fF]/"
+)
+_BOILERPLATE_WORDS = frozenset(
     {
-        "stock", "royalty", "copyright", "credit", "courtesy", "photo", "photos", "photograph", "photographs", "photographed",
-        "picture", "pictures", "pic", "pics", "image", "images", "shot", "shots", "taken", "view", "views", "close", "close-up",
-        "closeup", "snapshot", "snapshots", "photography", "illustration", "illustrations", "drawing", "drawings", "painting",
-        "paintings", "portrait", "portraits", "getty", "shutterstock", "istock", "istockphoto", "alamy", "dreamstime", "adobe", "iso",
+        "stock", "royalty", "copyright", "credit", "courtesy", "photo", "photos", "photograph", "photographs",
+        "photographed", "picture", "pictures", "pic", "pics", "image", "images", "shot", "shots", "taken",
+        "view", "views", "close", "close-up", "closeup", "snapshot", "snapshots", "photography",
+        "illustration", "illustrations", "drawing", "drawings", "painting", "paintings", "portrait",
+        "portraits", "getty", "shutterstock", "istock", "istockphoto", "alamy", "dreamstime", "adobe", "iso",
         "canon", "nikon", "(c)", "royalty-free", "stock-photo", "rights-managed",
     }
 )  # fmt: skip
 _ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")
-_PLAIN = {
+_ASCII_EQUIVALENTS = {
     "‘": "'",
     "’": "'",
     "‛": "'",
@@ -34,13 +37,16 @@ _PLAIN = {
 }
 
 _PICTURE = (
-    r"(?:pictures?|pics?|photos?|photographs?|photography|images?|snapshots?|shots?|views?|close[- ]?ups?|portraits?|illustrations?|"
+    r"(?:pictures?|pics?|photos?|photographs?|photography|images?|snapshots?|shots?|views?|close[- ]?ups?|"
+    r"portraits?|illustrations?|"
     r"drawings?|paintings?)"
 )
 _KIND_OF = (
-    r"(?:black[- ]and[- ]white|b&w|colou?r(?:ed|ful)?|sepia|close[- ]?up|up[- ]close|aerial|overhead|blurry|blurred|beautiful|great|nice|"
+    r"(?:black[- ]and[- ]white|b&w|colou?r(?:ed|ful)?|sepia|close[- ]?up|up[- ]close|aerial|overhead|"
+    r"blurry|blurred|beautiful|great|nice|"
     r"good|pretty|cute|old|vintage|antique|digital|wide|panoramic|side|front|rear|top|low|high|angle|night|candid|professional|dark|"
-    r"small|large|big|interesting|strange|artistic|partial|full|clear|detailed|single|couple|set|series|of|group|an?|time[- ]lapse|stock)"
+    r"small|large|big|interesting|strange|artistic|partial|full|clear|detailed|single|couple|set|"
+    r"series|of|group|an?|time[- ]lapse|stock)"
 )
 _BOILERPLATE = re.compile(
     "|".join(
@@ -78,28 +84,30 @@ _LEAD = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Clean:
-    """A cleaned caption; `starts[i]` and `ends[i]` say where its character i stood in the original (None: unchanged)."""
+    """A cleaned caption; character i stood at `starts[i]` to `ends[i]` of the original (None: unchanged)."""
 
     text: str
     starts: tuple[int, ...] | None = None
     ends: tuple[int, ...] | None = None
 
     def span(self, start: int, end: int) -> tuple[int, int]:
-        """Offsets in the original of `text[start:end]`."""
+        """The offsets of `text[start:end]` in the original."""
         if self.starts is None or self.ends is None:
             return start, end
         return (self.starts[start], self.ends[end - 1]) if start < end else (0, 0)
 
 
 def clean(caption: str, max_chars: int) -> Clean:
-    """The part of a caption worth parsing: its first `max_chars` characters without markup, links, hashtags, camera and agency boilerplate.
+    """Strip a caption's first `max_chars` characters of markup, links, hashtags and photo boilerplate.
 
-    HTML entities are resolved, Unicode compatibility forms folded (NFKC), control characters and emoji dropped, runs of space made
-    one, and a caption that shouts is lowered.
+    HTML entities are resolved, Unicode compatibility forms folded (NFKC), control characters and emoji
+    dropped, runs of spaces reduced to one, and a caption in capitals is written in lower case.
     """
     caption = caption[:max_chars]
-    if not _ODD.search(caption) and _ODD_WORDS.isdisjoint(caption.lower().replace(":", " ").split()):
-        return Clean(_unshouted(caption))
+    if not _UNCLEAN.search(caption) and _BOILERPLATE_WORDS.isdisjoint(
+        caption.lower().replace(":", " ").split()
+    ):
+        return Clean(_lower_if_all_capitals(caption))
     chars, starts, ends = _characters(caption)
     text = "".join(chars)
     text = _BOILERPLATE.sub(lambda match: " " * len(match.group()), text)
@@ -111,33 +119,34 @@ def clean(caption: str, max_chars: int) -> Clean:
     if keep and text[keep[0]] == " ":
         keep.pop(0)
     text = "".join(text[i] for i in keep)
-    return Clean(_unshouted(text), tuple(starts[i] for i in keep), tuple(ends[i] for i in keep))
+    return Clean(_lower_if_all_capitals(text), tuple(starts[i] for i in keep), tuple(ends[i] for i in keep))
 
 
 def _characters(caption: str) -> tuple[list[str], list[int], list[int]]:
-    """Each character that stays, with the stretch of the original that it stands for."""
+    """The characters that are kept, each with its start and end in the original."""
     chars: list[str] = []
     starts: list[int] = []
     ends: list[int] = []
-    at = 0
-    while at < len(caption):
-        match = _ENTITY.match(caption, at) if caption[at] == "&" else None
-        end = match.end() if match else at + 1
-        raw = unescape(caption[at:end]) if match else caption[at]
+    start = 0
+    while start < len(caption):
+        match = _ENTITY.match(caption, start) if caption[start] == "&" else None
+        end = match.end() if match else start + 1
+        raw = unescape(caption[start:end]) if match else caption[start]
         for c in raw:
-            for plain in _plain(c):
+            for plain in _printable(c):
                 chars.append(plain)
-                starts.append(at)
+                starts.append(start)
                 ends.append(end)
-        at = end
+        start = end
     return chars, starts, ends
 
 
-def _plain(c: str) -> str:
+def _printable(c: str) -> str:
+    """The printable text for a character: itself, its plain equivalent, a space, or nothing."""
     if "\x20" <= c <= "\x7e":
         return c
-    if c in _PLAIN:
-        return _PLAIN[c]
+    if c in _ASCII_EQUIVALENTS:
+        return _ASCII_EQUIVALENTS[c]
     folded = unicodedata.normalize("NFKC", c)
     category = unicodedata.category(folded[0]) if folded else "Cn"
     if category in ("Cf", "Mn", "Me") and c != "\u00ad":
@@ -148,7 +157,7 @@ def _plain(c: str) -> str:
     return folded
 
 
-def _unshouted(text: str) -> str:
+def _lower_if_all_capitals(text: str) -> str:
     if (
         text.isupper()
         and text.count(" ") >= 3

@@ -1,6 +1,7 @@
-"""What a store does with its tags once they are mined: stop list, synonyms, minimum count, idf, and how two versions differ.
+"""A store's vocabulary: stop list, synonyms, minimum count, idf, and the difference of two versions.
 
-All of it works on tags and counts alone, so a change here makes a new version of a store and embeds nothing again.
+All of it works on tags and counts alone, so a change makes a new version of a store without embedding
+anything again.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from tagstore.mining.merging import MergedTag
 from tagstore.types import KINDS, Kind
 
 _SCRIPTS = {
-    "CJK": "Hani", "HIRAGANA": "Jpan", "KATAKANA": "Jpan", "HANGUL": "Kore", "CYRILLIC": "Cyrl", "ARABIC": "Arab", "GREEK": "Grek",
-    "HEBREW": "Hebr", "DEVANAGARI": "Deva", "THAI": "Thai", "BENGALI": "Beng", "TAMIL": "Taml", "ARMENIAN": "Armn", "GEORGIAN": "Geor",
+    "CJK": "Hani", "HIRAGANA": "Jpan", "KATAKANA": "Jpan", "HANGUL": "Kore", "CYRILLIC": "Cyrl",
+    "ARABIC": "Arab", "GREEK": "Grek", "HEBREW": "Hebr", "DEVANAGARI": "Deva", "THAI": "Thai",
+    "BENGALI": "Beng", "TAMIL": "Taml", "ARMENIAN": "Armn", "GEORGIAN": "Geor",
 }  # fmt: skip
 
 
@@ -36,7 +38,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Rules:
-    """What a store leaves out and how it names things. Two stores with equal `digest` treat their tags alike."""
+    """Which tags a store leaves out, and how it names the others. Equal `digest`s mean equal treatment."""
 
     stop: frozenset[tuple[str, str]] = frozenset()
     """`(kind, canonical)`; kind "" is every kind."""
@@ -47,7 +49,7 @@ class Rules:
 
     @property
     def digest(self) -> str:
-        """12 hex digits that stand for all of it."""
+        """12 hex digits of a sha256 over all fields."""
         lines = [
             f"minimum {self.minimum}",
             *(f"stop {k}:{t}" for k, t in sorted(self.stop)),
@@ -64,7 +66,7 @@ class Rules:
         return ("", canonical) in self.stop or (kind, canonical) in self.stop
 
     def preferred(self, kind: str, canonical: str) -> str:
-        """The canonical form under which a store keeps a tag; within objects and attributes, parts are replaced too."""
+        """The canonical form under which a store keeps a tag; synonyms are replaced within phrases too."""
         if kind not in ("object", "attribute", "relation"):
             return self.synonyms.get(canonical, canonical)
         words, out, i = canonical.split(), [], 0
@@ -81,7 +83,10 @@ class Rules:
         return " ".join(out)
 
     def apply(self, tags: Iterable[MergedTag]) -> tuple[MergedTag, ...]:
-        """The tags of one entry after synonyms and stop list; those that become equal are merged. The minimum count is for `rare`."""
+        """Apply synonyms and stop list to the tags of an entry, and merge those that become equal.
+
+        The minimum count is not applied here: see `rare`.
+        """
         kept: dict[tuple[str, str], MergedTag] = {}
         for tag in tags:
             canonical = self.preferred(tag.kind, tag.canonical)
@@ -94,10 +99,10 @@ class Rules:
                     text, tag.kind, canonical, tag.score, tag.count, tag.provenance
                 )
             else:
-                shown = text if tag.count > same.count else same.text
+                surface = text if tag.count > same.count else same.text
                 score, count = max(tag.score, same.score), tag.count + same.count
                 kept[tag.kind, canonical] = MergedTag(
-                    shown, tag.kind, canonical, score, count, same.provenance + tag.provenance
+                    surface, tag.kind, canonical, score, count, same.provenance + tag.provenance
                 )
         return tuple(kept.values())
 
@@ -128,7 +133,7 @@ def idf(count: int, entries: int) -> float:
 
 
 def language(text: str) -> str:
-    """A BCP 47 tag from the script: "en" for Latin letters (the miners read English), "und-Cyrl" and the like, "zxx" without letters."""
+    """The BCP 47 tag of a text's script: "en" for Latin, "und-Cyrl" and the like, "zxx" without letters."""
     scripts: Counter[str] = Counter()
     for c in text:
         if c.isalpha():
@@ -144,7 +149,7 @@ def language(text: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """A vocabulary at a glance."""
+    """The size of a vocabulary, with its most and least frequent tags."""
 
     unique: int
     total: int
@@ -231,19 +236,21 @@ def _stoplist(name: str, lines: Sequence[tuple[int, str]]) -> frozenset[tuple[st
 
 
 def _synonyms(name: str, lines: Sequence[tuple[int, str]]) -> dict[str, str]:
-    said: dict[str, str] = {}
+    preferred: dict[str, str] = {}
     for number, line in lines:
         parts = [" ".join(part.casefold().split()) for part in line.split("\t")]
         if len(parts) != 2 or not all(parts):
             raise InvalidInput(
                 f"{name}, line {number}: expected a variant, one TAB and the preferred form, got {line!r}"
             )
-        if said.setdefault(parts[0], parts[1]) != parts[1]:
-            raise InvalidInput(f"{name}, line {number}: '{parts[0]}' already stands for '{said[parts[0]]}'")
+        if preferred.setdefault(parts[0], parts[1]) != parts[1]:
+            raise InvalidInput(
+                f"{name}, line {number}: '{parts[0]}' already stands for '{preferred[parts[0]]}'"
+            )
     resolved = {}
-    for variant in said:
+    for variant in preferred:
         end, path = variant, [variant]
-        while (following := said.get(end)) is not None and following != end:
+        while (following := preferred.get(end)) is not None and following != end:
             if following in path:
                 raise InvalidInput(f"{name}: synonyms run in a circle: {' -> '.join([*path, following])}")
             path.append(end := following)

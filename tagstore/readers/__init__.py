@@ -1,23 +1,27 @@
 """Sources of pairs: folders, tables and shards, read as streams. Images are fetched here and decoded later.
 
 source ──sources──▶ format and files ──folder | tables | parquet | webdataset──▶ records ──▶ Pair or Rejected
+
+`tagstore.readers.samples` reads what a model is trained on. Importing either loads neither torch nor pyarrow.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from tagstore.errors import InvalidInput
 from tagstore.readers.folder import read_folder
+from tagstore.readers.image_files import MAX_IMAGE_BYTES
 from tagstore.readers.parquet import read_parquet
-from tagstore.readers.records import MAX_IMAGE_BYTES, Columns, Options, UnknownColumn, rejected
-from tagstore.readers.sources import FORMATS, Located, detect_format, locate
+from tagstore.readers.records import Columns, Options, UnknownColumn
+from tagstore.readers.sources import FORMATS, detect_format, locate
 from tagstore.readers.tables import read_csv, read_jsonl, read_tsv
+from tagstore.readers.values import rejected
 from tagstore.readers.webdataset import read_webdataset
 from tagstore.types import Pair, Rejected
 
-__all__ = ["FORMATS", "MAX_IMAGE_BYTES", "Columns", "detect_format", "read"]
+__all__ = ["FORMATS", "MAX_IMAGE_BYTES", "Columns", "detect_format", "read", "read_files"]
 
 _READERS: dict[str, Callable[[Path, Options], Iterator[Pair | Rejected]]] = {
     "folder": read_folder,
@@ -39,33 +43,38 @@ def read(
 ) -> Iterator[Pair | Rejected]:
     """Read the pairs of a source, always in the same order, with memory that does not grow with the source.
 
-    `source` is a folder, a file or a pattern (`train-{000..005}.tar`, `data/*.parquet`). A key is what the `key` or `id` column says, else
-    the image's path without extension relative to the source, the shard member's stem, or `FILE:ROW` for embedded images; keys are not
-    compared here, for that would take memory for all of them. Image paths in tables are relative to the table's folder and may leave it
-    only with `allow_outside`.
+    `source` is a folder, a file or a pattern (`train-{000..005}.tar`, `data/*.parquet`). A key is what the
+    `key` or `id` column says, else the image's path without extension relative to the source, the shard
+    member's stem, or `FILE:ROW` for embedded images; keys are not compared here, for that would take memory
+    for all of them. Image paths in tables are relative to the table's folder and may leave it only with
+    `allow_outside`.
 
-    A record that cannot be used is yielded as `Rejected` and the rest goes on. Raises `NotFound` or `InvalidInput`, at the call where
-    possible, if the source as a whole cannot be used: nothing there, no known format, an unknown column, not one readable file.
+    A record that cannot be used is yielded as `Rejected` and the rest goes on. Raises `NotFound` or
+    `InvalidInput`, at the call where possible, if the source as a whole cannot be used: nothing there, no
+    known format, an unknown column, not one readable file.
     """
     located = locate(source, format)
     if located.format == "folder" and columns != Columns():
         raise InvalidInput(f"{source}: a folder of images has no columns to name")
     options = Options(located.root, columns, max_image_bytes, allow_outside)
-    return _read(source, located, options)
-
-
-def _read(source: str, located: Located, options: Options) -> Iterator[Pair | Rejected]:
     read_file = _READERS[located.format]
+    return read_files(source, located.files, lambda file: read_file(file, options))
+
+
+def read_files(
+    source: str, files: Sequence[Path], read_file: Callable[[Path], Iterator[Pair | Rejected]]
+) -> Iterator[Pair | Rejected]:
+    """Read the files of a source in turn; one that cannot be used, among others that can, is a `Rejected`."""
     count = failed = 0
-    for file in located.files:
+    for file in files:
         try:
-            for item in read_file(file, options):
+            for item in read_file(file):
                 count += 1
                 yield item
         except InvalidInput as error:
             failed += 1
-            # One bad shard among good ones is a rejection; no good file, or a column that the first good file lacks, is an error.
-            if failed == len(located.files) or (isinstance(error, UnknownColumn) and not count):
+            # If no file is good, or the first good one lacks a column, the source or the options are wrong.
+            if failed == len(files) or (isinstance(error, UnknownColumn) and not count):
                 raise
             yield rejected(file.name, str(error).removeprefix(f"{file}: "), str(file))
     if not count:

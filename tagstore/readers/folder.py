@@ -7,30 +7,22 @@ from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 
-from tagstore.readers.records import (
-    IMAGE_SUFFIXES,
-    MAX_TEXT_BYTES,
-    Options,
-    RecordError,
-    caption_lines,
-    caption_texts,
-    fetch,
-    key_of_path,
-    rejected,
-)
+from tagstore.readers.image_files import IMAGE_SUFFIXES, fetch, key_of_path
+from tagstore.readers.records import Options
+from tagstore.readers.values import MAX_TEXT_BYTES, RecordError, caption_lines, caption_texts, rejected
 from tagstore.types import Pair, Rejected
 
 
 def read_folder(folder: Path, options: Options) -> Iterator[Pair | Rejected]:
-    """Walk the folder and all within, in the order of names; only the names of the folders on the way are held.
+    """Read the folder and all folders within, in the order of names, holding one folder's names at a time.
 
     Links are followed, except one that leads back to a folder it lies in.
     """
-    for inner, found in _walk(folder, (os.path.realpath(folder),)):
-        if isinstance(found, str):
-            yield rejected(os.path.relpath(inner, options.root).replace(os.sep, "/"), found, str(inner))
+    for inner, entries in _walk(folder, (os.path.realpath(folder),)):
+        if isinstance(entries, str):
+            yield rejected(os.path.relpath(inner, options.root).replace(os.sep, "/"), entries, str(inner))
             continue
-        for stem, group in groupby(sorted(map(os.path.splitext, found)), lambda split: split[0]):
+        for stem, group in groupby(sorted(map(os.path.splitext, entries)), lambda split: split[0]):
             names = [stem + suffix for _, suffix in group]
             yield from _pairs_of(
                 inner, [name for name in names if _suffix(name) in IMAGE_SUFFIXES], names, options
@@ -39,12 +31,17 @@ def read_folder(folder: Path, options: Options) -> Iterator[Pair | Rejected]:
 
 def has_images(folder: Path) -> bool:
     """Whether there is an image in the folder or anywhere within."""
-    found = (names for _, names in _walk(folder, (os.path.realpath(folder),)) if not isinstance(names, str))
-    return any(_suffix(name) in IMAGE_SUFFIXES for names in found for name in names)
+    listings = (
+        names for _, names in _walk(folder, (os.path.realpath(folder),)) if not isinstance(names, str)
+    )
+    return any(_suffix(name) in IMAGE_SUFFIXES for names in listings for name in names)
 
 
 def _walk(folder: Path, above: tuple[str, ...]) -> Iterator[tuple[Path, list[str] | str]]:
-    """Every folder with the names of its files, or with the reason why it isn't entered. Hidden ones are left out."""
+    """Every folder with the names of its files, or with the reason why it isn't entered.
+
+    Hidden ones are left out.
+    """
     files: list[str] = []
     folders: list[str] = []
     try:
@@ -67,7 +64,7 @@ def _walk(folder: Path, above: tuple[str, ...]) -> Iterator[tuple[Path, list[str
 def _pairs_of(
     folder: Path, images: list[str], names: list[str], options: Options
 ) -> Iterator[Pair | Rejected]:
-    """What becomes of the files that share a stem."""
+    """The pairs, and rejections, of the files that share a stem."""
     captions = next((name for name in names if _suffix(name) == "txt"), None)
     if not images and captions is not None:
         path = folder / captions

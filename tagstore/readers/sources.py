@@ -1,4 +1,4 @@
-"""What a user writes as source -> which files, in which format. Nothing is guessed: what is ambiguous is an error that lists it."""
+"""Find the files and the format of a source. An ambiguous one is an error that lists what it matches."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 
 from tagstore.errors import InvalidInput, NotFound
 from tagstore.readers.folder import has_images
-from tagstore.readers.records import IMAGE_SUFFIXES
+from tagstore.readers.image_files import IMAGE_SUFFIXES
 
 FORMATS = ("folder", "csv", "tsv", "jsonl", "parquet", "webdataset")
 
-_SUFFIXES = {
+SUFFIXES = {
     "csv": (".csv", ".csv.gz"),
     "tsv": (".tsv", ".tsv.gz"),
     "jsonl": (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz"),
@@ -31,18 +31,24 @@ class Located:
 
     format: str
     root: Path
-    """What keys are relative to: the folder given, the folder of the file, or the part of a pattern before its first wildcard."""
+    """The folder that keys are relative to.
+
+    The folder given, the folder of the file, or the part of a pattern before its first wildcard.
+    """
     files: tuple[Path, ...]
     """For format `folder` the folder itself."""
 
 
 def detect_format(source: str) -> str:
-    """The format of a source, one of `FORMATS`, found by looking. Raises `NotFound` or `InvalidInput` with what is there."""
+    """The format of a source, one of `FORMATS`, found by looking.
+
+    Raises `NotFound` or `InvalidInput` with what is there.
+    """
     return locate(source).format
 
 
 def locate(source: str, format: str | None = None) -> Located:
-    """Find the files of a source: a folder, a file, or a pattern with `*`, `?`, `[...]`, `**`, `{000..005}` or `{a,b}`."""
+    """Find the files of a source: a folder, a file, or a pattern as a shell expands it, also `**`."""
     if format is not None and format not in FORMATS:
         raise InvalidInput(f"no format '{format}'; there are: {', '.join(FORMATS)}")
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", source):
@@ -60,7 +66,8 @@ def locate(source: str, format: str | None = None) -> Located:
     folders = [str(file) for file in files if file.is_dir()]
     if folders:
         raise InvalidInput(
-            f"{source}: the pattern matches folders ({', '.join(folders[:3])}): give one folder, or a pattern of files"
+            f"{source}: the pattern matches folders ({', '.join(folders[:3])}): "
+            "give one folder, or a pattern of files"
         )
     return Located(format or _format_of(files), _fixed_part(source), tuple(files))
 
@@ -76,34 +83,35 @@ def _locate_folder(folder: Path, format: str | None) -> Located:
         raise InvalidInput(f"{folder}: the folder cannot be read ({error.strerror})") from None
     tables = {
         kind: [folder / name for name in names if name.lower().endswith(suffixes)]
-        for kind, suffixes in _SUFFIXES.items()
+        for kind, suffixes in SUFFIXES.items()
         if format in (None, kind)
     }
-    found = {kind: files for kind, files in tables.items() if files}
+    sources = {kind: files for kind, files in tables.items() if files}
     if format is not None and format != "folder":
-        if not found:
-            raise NotFound(f"{folder}: no file of format {format} ({', '.join(_SUFFIXES[format])}) in it")
-        return Located(format, folder, tuple(found[format]))
+        if not sources:
+            raise NotFound(f"{folder}: no file of format {format} ({', '.join(SUFFIXES[format])}) in it")
+        return Located(format, folder, tuple(sources[format]))
     if format == "folder":
         return Located(format, folder, (folder,))
-    if "webdataset" in found and "parquet" in found:
+    if "webdataset" in sources and "parquet" in sources:
         # img2dataset writes a table of the same name beside each shard.
-        shards = {file.name.split(".")[0] for file in found["webdataset"]}
-        if all(file.name.split(".")[0] in shards for file in found["parquet"]):
-            del found["parquet"]
+        shards = {file.name.split(".")[0] for file in sources["webdataset"]}
+        if all(file.name.split(".")[0] in shards for file in sources["parquet"]):
+            del sources["parquet"]
     captioned = _captioned(names)
-    if not found and (captioned or has_images(folder)):
+    if not sources and (captioned or has_images(folder)):
         return Located("folder", folder, (folder,))
-    if not found:
+    if not sources:
         raise NotFound(f"{folder}: no images, no tables ({', '.join(FORMATS[1:5])}) and no .tar shards in it")
-    kind, files = next(iter(found.items()))
+    kind, files = next(iter(sources.items()))
     # Shards come in numbers; two tables of text are two different things until somebody says otherwise.
-    if len(found) > 1 or captioned or (len(files) > 1 and kind not in ("webdataset", "parquet")):
-        listed = [file.name for files in found.values() for file in files]
+    if len(sources) > 1 or captioned or (len(files) > 1 and kind not in ("webdataset", "parquet")):
+        listed = [file.name for files in sources.values() for file in files]
         also = [f"images with caption files such as {captioned}"] if captioned else []
-        what = ", ".join([*listed[:10], *(["…"] if len(listed) > 10 else []), *also])
+        listing = ", ".join([*listed[:10], *(["…"] if len(listed) > 10 else []), *also])
         raise InvalidInput(
-            f"{folder}: there is more than one source in it ({what}): give the file itself, or name one with --format"
+            f"{folder}: there is more than one source in it ({listing}): "
+            "give the file itself, or name one with --format"
         )
     return Located(kind, folder, tuple(files))
 
@@ -121,13 +129,14 @@ def _is_image(name: str) -> bool:
 def _format_of(files: list[Path]) -> str:
     formats = {
         next(
-            (kind for kind, suffixes in _SUFFIXES.items() if file.name.lower().endswith(suffixes)), None
+            (kind for kind, suffixes in SUFFIXES.items() if file.name.lower().endswith(suffixes)), None
         ): file
         for file in reversed(files)
     }
     if len(formats) > 1:
         raise InvalidInput(
-            f"files of different formats ({', '.join(file.name for file in formats.values())}): name one with --format"
+            f"files of different formats ({', '.join(file.name for file in formats.values())}): "
+            "name one with --format"
         )
     ((kind, file),) = formats.items()
     if kind is None:
@@ -146,9 +155,9 @@ def _expand(source: str) -> list[Path]:
     for count, pattern in enumerate(_braces(source)):
         if count == _MAX_EXPANDED:
             raise InvalidInput(f"{source}: the braces stand for more than {_MAX_EXPANDED:,} names")
-        found = sorted(glob.glob(pattern, recursive=True))
-        missing += [] if found else [pattern]
-        files += map(Path, found)
+        names = sorted(glob.glob(pattern, recursive=True))
+        missing += [] if names else [pattern]
+        files += map(Path, names)
     if missing:
         raise NotFound(
             f"{source}: nothing there for {', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}"
@@ -157,7 +166,7 @@ def _expand(source: str) -> list[Path]:
 
 
 def _braces(pattern: str) -> Iterator[str]:
-    """`a-{08..10}{x,y}` -> a-08x a-08y a-09x … as a shell does it; braces without a comma or a range stay as they are."""
+    """Expand braces as a shell does: `a-{08..10}{x,y}` -> a-08x a-08y a-09x …; others stay as they are."""
     match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
     if match is None:
         yield pattern

@@ -1,4 +1,7 @@
-"""Tables as text: CSV, TSV and JSON Lines, also gzipped, always UTF-8. A bad row is rejected by its line number, the rest goes on."""
+"""Tables as text: CSV, TSV and JSON Lines, also gzipped, always UTF-8.
+
+A bad row is rejected, the rest goes on.
+"""
 
 from __future__ import annotations
 
@@ -13,24 +16,32 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from tagstore.errors import InvalidInput
-from tagstore.readers.records import Options, choose, rejected, row_to_pair
+from tagstore.readers.image_files import MAX_IMAGE_BYTES
+from tagstore.readers.records import Options, choose_columns, row_to_pair
+from tagstore.readers.values import rejected
 from tagstore.types import Pair, Rejected
 
 _WINDOW = 100
-"""Records of a JSON Lines file that are looked at for the names of its fields."""
+"""Records at the beginning of a JSON Lines file whose fields are taken for those of all."""
 _WINDOW_CHARACTERS = 8_000_000
+"""Characters after which the window ends, if its records are large."""
 _UNREADABLE = (OSError, EOFError, zlib.error)
+_ENCODING = "not UTF-8: convert the file, with iconv -f latin1 -t utf-8 for example"
 
 
 def read_csv(file: Path, options: Options) -> Iterator[Pair | Rejected]:
     """A table whose first line names the columns; fields may be quoted and hold line breaks."""
     csv.field_size_limit(2 * options.max_image_bytes)  # a field may hold an image in base64
-    # strict, for otherwise a quote left open in the last column swallows the rows after it as one long caption
+    # strict, for otherwise a quote left open in the last column swallows the rows after it as one long
+    # caption
     return _read_rows(file, options, lambda lines: csv.reader(lines, strict=True))
 
 
 def read_tsv(file: Path, options: Options) -> Iterator[Pair | Rejected]:
-    """As CSV with tabs, but a line is a row: captions beginning with a quotation mark are common in such files, quoted line breaks not."""
+    """As CSV with tabs, but a line is a row.
+
+    Captions that begin with a quotation mark are common in such files, quoted line breaks are not.
+    """
     return _read_rows(
         file,
         options,
@@ -38,62 +49,11 @@ def read_tsv(file: Path, options: Options) -> Iterator[Pair | Rejected]:
     )
 
 
-def _unquoted(field: str) -> str:
-    """What pandas and spreadsheets wrote, where they quoted the whole field."""
-    return field[1:-1].replace('""', '"') if re.fullmatch(r'"([^"]|"")*"', field) else field
-
-
-def _read_rows(
-    file: Path, options: Options, parse: Callable[[_Lines], Iterator[list[str]]]
-) -> Iterator[Pair | Rejected]:
-    with _open_text(file) as text:
-        lines = _Lines(text, options)
-        rows = parse(lines)
-        try:
-            header = [name.strip() for name in next(rows, [])]
-        except csv.Error as error:
-            raise InvalidInput(f"{file}: not a table ({error})") from None
-        if not any(header) or lines.trouble:
-            raise InvalidInput(
-                f"{file}: {lines.trouble or 'empty, not even a line with the names of the columns'}"
-            )
-        if len(set(header)) < len(header):
-            raise InvalidInput(f"{file}: two columns have the same name ({', '.join(header)}): rename one")
-        chosen = choose(options.columns, header, f"{file} (its first line names the columns)")
-        while True:
-            number = lines.number + 1
-            try:
-                row = next(rows)
-            except StopIteration:
-                break
-            except csv.Error as error:
-                yield _rejected(
-                    file,
-                    number,
-                    f"not CSV: {error} in lines {number} to {lines.number}, is a quote left open or not doubled?",
-                )
-                continue
-            if not any(row):
-                continue
-            if any(map(_not_utf8, row)):
-                yield _rejected(file, number, _ENCODING)
-            elif len(row) != len(header):
-                yield _rejected(
-                    file,
-                    number,
-                    f"wrong number of fields: the row has {len(row)}, the first line names {len(header)}",
-                )
-            else:
-                yield row_to_pair(dict(zip(header, row, strict=True)), chosen, file, number, options)
-        if lines.trouble:
-            yield _rejected(file, lines.number + 1, lines.trouble)
-
-
 def read_jsonl(file: Path, options: Options) -> Iterator[Pair | Rejected]:
     """An object a line. The image is a path relative to the file, or base64."""
-    with _open_text(file) as text:
-        lines = _Lines(text, options)
-        records = _objects(file, lines)
+    with open_text(file) as text:
+        lines = Lines(text, options.max_image_bytes)
+        records = json_objects(file, lines)
         window: list[tuple[int, dict[str, Any] | Rejected]] = []
         for numbered in records:
             window.append(numbered)
@@ -101,25 +61,26 @@ def read_jsonl(file: Path, options: Options) -> Iterator[Pair | Rejected]:
                 break
         names = dict.fromkeys(name for _, record in window if isinstance(record, dict) for name in record)
         if not names:
-            reason = next(
-                (record.reason for _, record in window if isinstance(record, Rejected)), lines.trouble
-            )
-            raise InvalidInput(f"{file}: {reason or 'empty'}")
-        chosen = choose(options.columns, names, str(file))
+            reasons = (record.reason for _, record in window if isinstance(record, Rejected))
+            raise InvalidInput(f"{file}: {next(reasons, lines.trouble) or 'empty'}")
+        chosen = choose_columns(options.columns, names, str(file))
         for number, record in chain(window, records):
-            yield (
-                record if isinstance(record, Rejected) else row_to_pair(record, chosen, file, number, options)
-            )
+            if isinstance(record, Rejected):
+                yield record
+            else:
+                yield row_to_pair(record, chosen, file, number, options)
         if lines.trouble:
             yield _rejected(file, lines.number + 1, lines.trouble)
 
 
-def _objects(file: Path, lines: _Lines) -> Iterator[tuple[int, dict[str, Any] | Rejected]]:
+def json_objects(file: Path, lines: Lines) -> Iterator[tuple[int, dict[str, Any] | Rejected]]:
+    """The objects of a JSON Lines file with the numbers of their lines, from 1; blank lines are skipped."""
     for line in lines:
         number = lines.number
         if number == 1 and line.lstrip().startswith("["):
             raise InvalidInput(
-                f"{file}: a JSON array, not JSON Lines (one object a line): convert it, with jq -c '.[]' for example"
+                f"{file}: a JSON array, not JSON Lines (one object a line): convert it, "
+                "with jq -c '.[]' for example"
             )
         if not line.strip():
             continue
@@ -131,35 +92,42 @@ def _objects(file: Path, lines: _Lines) -> Iterator[tuple[int, dict[str, Any] | 
         except (ValueError, RecursionError) as error:
             yield number, _rejected(file, number, f"not JSON: {error}")
             continue
-        yield (
-            number,
-            value
-            if isinstance(value, dict)
-            else _rejected(file, number, f"not a JSON object: it is of type {type(value).__name__}"),
-        )
+        if isinstance(value, dict):
+            yield number, value
+        else:
+            reason = f"not a JSON object: it is of type {type(value).__name__}"
+            yield number, _rejected(file, number, reason)
 
 
-class _Lines:
-    """The lines of a text, none longer than an image in base64; stops where it cannot be read on and says why in `trouble`."""
+class Lines:
+    """The lines of a text, none longer than an image in base64.
 
-    def __init__(self, text: IO[str], options: Options) -> None:
-        self.text = text
-        self.limit = options.max_image_bytes * 4 // 3 + 2**20
+    Where the text cannot be read on, iteration stops and `trouble` says why.
+    """
+
+    def __init__(self, text: IO[str], max_image_bytes: int = MAX_IMAGE_BYTES) -> None:
+        self._text = text
+        self._limit = max_image_bytes * 4 // 3 + 2**20
         self.number = 0
+        """Lines read so far."""
         self.characters = 0
+        """Characters read so far."""
         self.trouble = ""
 
     def __iter__(self) -> Iterator[str]:
         while True:
             try:
-                line = self.text.readline(self.limit)
+                line = self._text.readline(self._limit)
             except _UNREADABLE as error:
                 self.trouble = (
                     f"damaged or cut off: what came before line {self.number + 1} is used ({error})"
                 )
                 return
-            if len(line) == self.limit:
-                self.trouble = f"larger than the limit: line {self.number + 1} has more than {self.limit:,} characters, what came before is used"
+            if len(line) == self._limit:
+                self.trouble = (
+                    f"larger than the limit: line {self.number + 1} has more than {self._limit:,} "
+                    "characters, what came before is used"
+                )
                 return
             if not line:
                 return
@@ -168,7 +136,11 @@ class _Lines:
             yield line
 
 
-def _open_text(file: Path) -> IO[str]:
+def open_text(file: Path) -> IO[str]:
+    """Open a text file, gzipped if its name says so.
+
+    Raises `InvalidInput` if it cannot be read or is not UTF-8.
+    """
     opener: Any = gzip.open if file.name.endswith(".gz") else open
     try:
         with opener(file, "rb") as raw:
@@ -177,13 +149,64 @@ def _open_text(file: Path) -> IO[str]:
         raise InvalidInput(f"{file}: cannot be read ({error})") from None
     if head.startswith((b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")):
         raise InvalidInput(
-            f"{file}: UTF-16 or UTF-32, and UTF-8 is expected: convert it, with iconv -f utf-16 -t utf-8 for example"
+            f"{file}: UTF-16 or UTF-32, and UTF-8 is expected: convert it, "
+            "with iconv -f utf-16 -t utf-8 for example"
         )
-    # Bytes that are no UTF-8 become lone surrogates, so that the row they stand in is rejected and not the file.
+    # Bytes that are no UTF-8 become lone surrogates, so that the row they stand in is rejected and not the
+    # file.
     return cast("IO[str]", opener(file, "rt", encoding="utf-8-sig", errors="surrogateescape", newline=""))
 
 
-_ENCODING = "not UTF-8: convert the file, with iconv -f latin1 -t utf-8 for example"
+def _read_rows(
+    file: Path, options: Options, parse: Callable[[Lines], Iterator[list[str]]]
+) -> Iterator[Pair | Rejected]:
+    with open_text(file) as text:
+        lines = Lines(text, options.max_image_bytes)
+        rows = parse(lines)
+        header = _header(file, lines, rows)
+        chosen = choose_columns(options.columns, header, f"{file} (its first line names the columns)")
+        while True:
+            number = lines.number + 1
+            try:
+                row = next(rows)
+            except StopIteration:
+                break
+            except csv.Error as error:
+                where = f"lines {number} to {lines.number}"
+                reason = f"not CSV: {error} in {where}, is a quote left open or not doubled?"
+                yield _rejected(file, number, reason)
+                continue
+            if not any(row):
+                continue
+            if any(map(_not_utf8, row)):
+                yield _rejected(file, number, _ENCODING)
+            elif len(row) != len(header):
+                reason = f"wrong number of fields: the row has {len(row)}, the first line names {len(header)}"
+                yield _rejected(file, number, reason)
+            else:
+                yield row_to_pair(dict(zip(header, row, strict=True)), chosen, file, number, options)
+        if lines.trouble:
+            yield _rejected(file, lines.number + 1, lines.trouble)
+
+
+def _header(file: Path, lines: Lines, rows: Iterator[list[str]]) -> list[str]:
+    """The names of the columns, from the first line."""
+    try:
+        header = [name.strip() for name in next(rows, [])]
+    except csv.Error as error:
+        raise InvalidInput(f"{file}: not a table ({error})") from None
+    if not any(header) or lines.trouble:
+        raise InvalidInput(
+            f"{file}: {lines.trouble or 'empty, not even a line with the names of the columns'}"
+        )
+    if len(set(header)) < len(header):
+        raise InvalidInput(f"{file}: two columns have the same name ({', '.join(header)}): rename one")
+    return header
+
+
+def _unquoted(field: str) -> str:
+    """The field without the quotation marks that pandas and spreadsheets put around it as a whole."""
+    return field[1:-1].replace('""', '"') if re.fullmatch(r'"([^"]|"")*"', field) else field
 
 
 def _not_utf8(text: str) -> bool:

@@ -1,4 +1,8 @@
-"""WebDataset shards, as img2dataset writes them: files of a tar that follow one another and share a name up to its first dot are a pair."""
+"""WebDataset shards, as img2dataset writes them.
+
+Files of a tar that follow one another and share a name up to its first dot are a group: KEY.jpg, KEY.txt,
+KEY.json.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +16,14 @@ from pathlib import Path
 from tarfile import HeaderError, ReadError
 from typing import IO, Any, Self, cast
 
-from tagstore.errors import InvalidInput
-from tagstore.readers.records import (
-    IMAGE_SUFFIXES,
+from tagstore.errors import InvalidInput, NotFound
+from tagstore.readers.image_files import IMAGE_SUFFIXES, Embedded, Place, check_size
+from tagstore.readers.records import Options, UnknownColumn, default_captions
+from tagstore.readers.values import (
     MAX_TEXT_BYTES,
-    Options,
     RecordError,
-    UnknownColumn,
     caption_lines,
     caption_texts,
-    check_size,
-    default_captions,
     key_in,
     metadata_of,
     rejected,
@@ -32,51 +33,140 @@ from tagstore.types import Pair, Rejected
 _DAMAGED = (tarfile.TarError, OSError, EOFError, zlib.error, LZMAError)
 
 
+class Group:
+    """The files of one key."""
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+        self.suffixes: list[str] = []
+        self.images: list[Place] = []
+        """Where each image stands in the shard; the bytes themselves if the shard is compressed."""
+        self._text: bytes = b""
+        self._json: bytes | None = None
+        self._problem: RecordError | None = None
+
+    def add(self, member: tarfile.TarInfo, suffix: str, shard: _Shard, max_image_bytes: int) -> None:
+        """Take in the next file. Raises `ReadError` if the shard ends before it does."""
+        is_image = suffix in IMAGE_SUFFIXES
+        if is_image or suffix in ("txt", "json"):
+            try:
+                check_size(member.size, max_image_bytes if is_image else MAX_TEXT_BYTES, member.name)
+                if is_image:
+                    self.images.append(shard.image(member))
+                elif suffix == "txt":
+                    self._text = shard.read(member)
+                else:
+                    self._json = shard.read(member)
+            except RecordError as error:
+                self._problem = error
+        self.suffixes.append(suffix)
+
+    def check(self) -> None:
+        """Raise `RecordError` if one of the files is too large."""
+        if self._problem is not None:
+            raise self._problem
+
+    def lines(self) -> list[str]:
+        """The lines of the `txt`; none without one."""
+        return caption_lines(self._text, f"{self.key}.txt")
+
+    def fields(self) -> dict[str, Any]:
+        """The fields of the `json`; none without one. Raises `RecordError` if it is no JSON object."""
+        if self._json is None:
+            return {}
+        try:
+            value = json.loads(self._json.decode("utf-8-sig"))
+        except UnicodeDecodeError:
+            raise RecordError(f"not UTF-8: {self.key}.json") from None
+        except (ValueError, RecursionError) as error:
+            raise RecordError(f"not JSON: {self.key}.json ({error})") from None
+        if not isinstance(value, dict):
+            raise RecordError(f"not a JSON object: {self.key}.json is of type {type(value).__name__}")
+        return value
+
+
 def read_webdataset(file: Path, options: Options) -> Iterator[Pair | Rejected]:
-    """Captions are the lines of `txt` and the caption fields of `json`; the other fields of `json` are metadata; other files are ignored.
+    """Captions are the lines of `txt` and the caption fields of `json`; its other fields are metadata.
 
     A shard that is cut off gives what came before and one `Rejected` for the rest.
     """
     first = True
-    for sample in _samples(file, options):
-        if isinstance(sample, Rejected):
-            yield sample
+    for group in read_groups(file, options.max_image_bytes):
+        if isinstance(group, Rejected):
+            yield group
         else:
-            yield sample.pair(file, options, first)
+            yield _pair(group, file, options, first)
             first = False
 
 
-def _samples(file: Path, options: Options) -> Iterator[_Sample | Rejected]:
+def read_groups(file: Path, max_image_bytes: int) -> Iterator[Group | Rejected]:
+    """The groups of a shard in their order; the last item is a `Rejected` if the shard is damaged or cut off.
+
+    Images of a plain tar are passed over, not read. Raises `InvalidInput` for a file that is no tar.
+    """
     try:
-        shard = tarfile.open(file, "r|*", tarinfo=_Member)  # noqa: SIM115  closed below; "r|" reads forward only
+        shard = _Shard(file)
     except _DAMAGED as error:
         raise InvalidInput(f"{file}: not a tar file, or cut off ({error})") from None
-    sample, before, reason = _Sample(""), [""], ""
-    with shard:
+    group, previous_suffixes, reason = Group(""), [""], ""
+    with shard.tar:
         while not reason:
             try:
-                member = shard.next()
-                cast(Any, shard).members.clear()  # tarfile remembers every member, and a set has millions
+                member = shard.next_member()
                 if member is None:
                     break
                 key, suffix = _split(member.name)
                 if key is None or not member.isfile():
                     continue
-                if key == sample.key and suffix not in sample.names:
-                    sample.add(member, suffix, shard, options)
+                if key == group.key and suffix not in group.suffixes:
+                    group.add(member, suffix, shard, max_image_bytes)
                     continue
-                complete, sample = sample, _Sample(key)
-                if complete.names:
-                    before = complete.names
+                complete, group = group, Group(key)
+                if complete.suffixes:
+                    previous_suffixes = complete.suffixes
                     yield complete
-                sample.add(member, suffix, shard, options)
+                group.add(member, suffix, shard, max_image_bytes)
             except _DAMAGED as error:
                 reason = f"damaged or cut off: what came before is used ({error})"
-    # At a cut, the last sample counts as whole if it has the files that the one before it had.
-    if sample.names and (not reason or sorted(sample.names) == sorted(before)):
-        yield sample
+    # At a cut, the last group counts as whole if it has the files that the one before it had.
+    if group.suffixes and (not reason or sorted(group.suffixes) == sorted(previous_suffixes)):
+        yield group
     if reason:
-        yield rejected(f"{file.name}:{sample.key}", reason, f"{file}!{sample.key}")
+        yield rejected(f"{file.name}:{group.key}", reason, f"{file}!{group.key}")
+
+
+class _Shard:
+    """A tar, read forwards.
+
+    A plain one is a regular file with random access; a compressed one is a stream.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._path = file
+        self._size = file.stat().st_size
+        self._random_access = file.is_file()
+        if self._random_access:
+            try:
+                self.tar = tarfile.open(file, "r:", tarinfo=_Member)  # noqa: SIM115  the caller closes it
+                return
+            except tarfile.TarError:  # compressed, or no tar: the stream tells
+                self._random_access = False
+        self.tar = tarfile.open(file, "r|*", tarinfo=_Member)  # noqa: SIM115
+
+    def next_member(self) -> tarfile.TarInfo | None:
+        member = self.tar.next()
+        cast(Any, self.tar).members.clear()  # tarfile remembers every member, and a data set has millions
+        return member
+
+    def read(self, member: tarfile.TarInfo) -> bytes:
+        return cast(IO[bytes], self.tar.extractfile(member)).read()
+
+    def image(self, member: tarfile.TarInfo) -> Place:
+        if not self._random_access:
+            return Embedded(self._path, data=self.read(member))
+        if member.offset_data + member.size > self._size:
+            raise ReadError("unexpected end of data")
+        return Place(self._path, member.offset_data, member.size)
 
 
 class _Member(tarfile.TarInfo):
@@ -92,73 +182,33 @@ class _Member(tarfile.TarInfo):
             raise ReadError(str(error)) from None
 
 
-class _Sample:
-    """The files of one pair, as they come."""
+def _pair(group: Group, file: Path, options: Options, first: bool) -> Pair | Rejected:
+    """The pair that the files make.
 
-    def __init__(self, key: str) -> None:
-        self.key = key
-        self.names: list[str] = []
-        self.image: bytes | None = None
-        self.text: bytes = b""
-        self.json: bytes | None = None
-        self.problem = ""
-
-    def add(self, member: tarfile.TarInfo, suffix: str, shard: tarfile.TarFile, options: Options) -> None:
-        is_image = suffix in IMAGE_SUFFIXES and self.image is None
-        if is_image or suffix in ("txt", "json"):
-            try:
-                check_size(member.size, options.max_image_bytes if is_image else MAX_TEXT_BYTES, member.name)
-                data = cast(IO[bytes], shard.extractfile(member)).read()
-            except RecordError as error:
-                self.problem, data = str(error), b""
-            if is_image:
-                self.image = data
-            elif suffix == "txt":
-                self.text = data
-            else:
-                self.json = data
-        self.names.append(suffix)
-
-    def pair(self, file: Path, options: Options, first: bool) -> Pair | Rejected:
-        """The pair that the files make. A column that isn't even in the `first` sample is a mistake in the options."""
-        origin, key = f"{file}!{self.key}", self.key
-        try:
-            if self.problem:
-                raise RecordError(self.problem)
-            if self.image is None:
-                raise RecordError(f"no image: its files are {', '.join(self.names)}")
-            fields = self._fields()
-            asked = options.columns.captions
-            for name in (*asked, *([options.columns.key] if options.columns.key else [])):
-                if name not in fields and name not in self.names:
-                    message = f"no field '{name}': the json of '{key}' has {', '.join(fields) or 'none'}"
-                    raise UnknownColumn(f"{file}: {message}") if first else RecordError(message)
-            # A title is a caption only where nothing calls itself one.
-            captions = asked or default_captions(
-                {"caption", "captions"} & fields.keys() if self.text else fields
-            )
-            lines = caption_lines(self.text, f"{key}.txt") if not asked or "txt" in asked else []
-            texts = caption_texts([lines, *(fields.get(name) for name in captions)])
-            if options.columns.key:
-                key = key_in(fields.get(options.columns.key), options.columns.key)
-            return Pair(
-                key, self.image, texts, metadata_of(fields, {*captions, "key", options.columns.key}), origin
-            )
-        except RecordError as error:
-            return rejected(key, str(error), origin)
-
-    def _fields(self) -> dict[str, Any]:
-        if self.json is None:
-            return {}
-        try:
-            value = json.loads(self.json.decode("utf-8-sig"))
-        except UnicodeDecodeError:
-            raise RecordError(f"not UTF-8: {self.key}.json") from None
-        except (ValueError, RecursionError) as error:
-            raise RecordError(f"not JSON: {self.key}.json ({error})") from None
-        if not isinstance(value, dict):
-            raise RecordError(f"not a JSON object: {self.key}.json is of type {type(value).__name__}")
-        return value
+    A column that isn't even in the `first` group is a mistake in the options.
+    """
+    origin, key, columns = f"{file}!{group.key}", group.key, options.columns
+    try:
+        group.check()
+        if not group.images:
+            raise RecordError(f"no image: its files are {', '.join(group.suffixes)}")
+        fields = group.fields()
+        for name in (*columns.captions, *([columns.key] if columns.key else [])):
+            if name not in fields and name not in group.suffixes:
+                message = f"no field '{name}': the json of '{key}' has {', '.join(fields) or 'none'}"
+                raise UnknownColumn(f"{file}: {message}") if first else RecordError(message)
+        lines = group.lines() if not columns.captions or "txt" in columns.captions else []
+        # A title is a caption only where nothing calls itself one.
+        captions = columns.captions or default_captions(
+            {"caption", "captions"} & fields.keys() if lines else fields
+        )
+        texts = caption_texts([lines, *(fields.get(name) for name in captions)])
+        if columns.key:
+            key = key_in(fields.get(columns.key), columns.key)
+        metadata = metadata_of(fields, {*captions, "key", columns.key})
+        return Pair(key, group.images[0].read(), texts, metadata, origin)
+    except (RecordError, NotFound) as error:
+        return rejected(key, str(error), origin)
 
 
 def _split(name: str) -> tuple[str | None, str]:

@@ -38,9 +38,9 @@ def explain(
     samples: str | None, **options: Any,
 ) -> None:  # fmt: skip
     """Write a page that shows why the model answers QUESTION about IMAGE as it does."""
+    from tagstore.readers.samples import read_samples
     from tuna_model.evaluation.explain import explain as make
     from tuna_model.evaluation.run import write_atomically
-    from tuna_model.processing.data import read_samples
 
     tuna = load(model, store, **options)
     known = read_samples(samples) if samples else ()

@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tagstore.errors import InvalidInput
+from tagstore.readers.samples import Sample
 from tagstore.types import Retrieval
 from tuna_model.inference.pipeline import Pipeline, user_message
-from tuna_model.processing.data import Sample
 from tuna_model.processing.image_processor import upright
 from tuna_model.processing.tags import ImageTags, TagLayout
 

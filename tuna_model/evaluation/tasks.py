@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tagstore.errors import InvalidInput, NotFound
+from tagstore.errors import InvalidInput
+from tagstore.readers.samples import Place, image_place, read_lines, read_samples
 from tuna_model.evaluation.bootstrap import Metric, mean
 from tuna_model.evaluation.captions import Tokeniser, caption_metrics
 from tuna_model.evaluation.chair import Synonyms, chair, present
 from tuna_model.evaluation.judge import Judge
 from tuna_model.evaluation.vqa import SHORT_PROMPT, vqa
 from tuna_model.evaluation.yes_no import YES_NO_PROMPT, mme, pope
-from tuna_model.processing.data import CAPTION_PROMPT, Place, read_samples
+from tuna_model.processing.data import CAPTION_PROMPT
 
 CHAIR_PROMPT = "Please describe this image in detail."
 
@@ -87,7 +87,7 @@ def _pope(o: TaskOptions) -> Task:
     if o.labels is not None:
         corrected = {
             (line["image"], line.get("text", line.get("question"))): line["label"]
-            for line in _lines(o.labels)
+            for _, line in read_lines(o.labels)
         }
         questions = [
             Question(
@@ -177,9 +177,13 @@ def _chair(o: TaskOptions) -> Task:
 def _llava_bench(o: TaskOptions) -> Task:
     questions = _asked(o, "")
     references = (
-        {str(line["question_id"]): str(line["text"]) for line in _lines(o.references)} if o.references else {}
+        {str(line["question_id"]): str(line["text"]) for _, line in read_lines(o.references)}
+        if o.references
+        else {}
     )
-    contexts = {str(line["image"]): str(line["caption"]) for line in _lines(o.contexts)} if o.contexts else {}
+    contexts = (
+        {str(line["image"]): str(line["caption"]) for _, line in read_lines(o.contexts)} if o.contexts else {}
+    )
     judge = o.judge
     if judge is not None and (
         missing := [q.key for q in questions if q.key not in references or q.truth["image"] not in contexts]
@@ -251,18 +255,16 @@ def _task(
 def _asked(o: TaskOptions, suffix: str) -> list[Question]:
     """Questions of a JSON-lines file: image, text (or question), question_id, and whatever the task scores against."""
     folder = o.images or o.data.parent
-    questions = []
-    for number, line in enumerate(_lines(o.data)):
+    questions: list[Question] = []
+    for number, line in read_lines(o.data):
         text = line.get("text", line.get("question"))
+        where = f"{o.data}, line {number}"
         if not isinstance(text, str) or not isinstance(line.get("image"), str):
-            raise InvalidInput(
-                f"{o.data}, line {number + 1}: a question has 'image' and 'text', this has {', '.join(line)}"
-            )
+            raise InvalidInput(f"{where}: a question has 'image' and 'text', this has {', '.join(line)}")
         asked = "\n".join(part for part in (text, o.prompt or suffix) if part)
-        key = str(line.get("question_id", number))
-        questions.append(
-            Question(key, Place(folder / line["image"]), line["image"], asked, {**line, "text": text})
-        )
+        key = str(line.get("question_id", len(questions)))
+        image = image_place(line["image"], folder, where)
+        questions.append(Question(key, image, line["image"], asked, {**line, "text": text}))
         if len(questions) == o.limit:
             break
     if not questions:
@@ -273,22 +275,12 @@ def _asked(o: TaskOptions, suffix: str) -> list[Question]:
 def _captioned(o: TaskOptions, prompt: str) -> list[Question]:
     samples = read_samples(o.data, images=o.images, split=o.split, limit=o.limit)
     questions = []
-    for number, sample in enumerate(samples):
-        key = sample.key if sample.key != str(number) or not sample.images else sample.images[0].path.stem
+    for sample in samples:
         if not sample.captions or not sample.images:
             raise InvalidInput(f"{o.data}, {sample.key}: a captioned picture has an image and captions")
         truth = {"captions": list(sample.captions), "objects": sample.metadata.get("objects")}
-        questions.append(Question(key, sample.images[0], key, prompt, truth))
+        questions.append(Question(sample.key, sample.images[0], sample.key, prompt, truth))
     return questions
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except OSError as error:
-        raise NotFound(f"cannot read {path}: {error.strerror}") from error
-    except json.JSONDecodeError as error:
-        raise InvalidInput(f"{path} is not JSON lines: {error}") from error
 
 
 def _label(question: Question, o: TaskOptions) -> bool:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tagstore.errors import InvalidInput
-from tuna_model.processing.data import Turn
+from tagstore.readers.samples import Turn
 from tuna_model.processing.processor import Encoded, TunaProcessor
 from tuna_model.processing.tags import ImageTags
 

@@ -28,8 +28,8 @@ from torch import Tensor
 
 from tagstore.encoding.images import decode, perceptual_hash
 from tagstore.errors import Damaged, FingerprintMismatch, InvalidInput
+from tagstore.readers.samples import Sample
 from tagstore.types import Identity
-from tuna_model.processing.data import Sample
 
 _AT_ONCE = 16
 
@@ -61,7 +61,11 @@ class LiveFeatures:
         self._model, self._prepare, self._samples = model, image_processor, samples
 
     def __call__(self, samples: Sequence[int]) -> Features:
-        data = [(self._samples[i].key, place.read()) for i in samples for place in self._samples[i].images]
+        data = [
+            (key, place.read())
+            for sample in map(self._samples.__getitem__, samples)
+            for key, place in zip(sample.image_keys, sample.images, strict=True)
+        ]
         pictures = [decode(image) for _, image in data]
         identities = tuple(
             Identity(key, hashlib.sha256(image).digest(), perceptual_hash(picture))
@@ -114,7 +118,7 @@ class CachedFeatures:
 
     def __call__(self, samples: Sequence[int]) -> Features:
         rows = [row for i in samples for row in range(self._first[i], self._first[i + 1])]
-        keys = [self._samples[i].key for i in samples for _ in self._samples[i].images]
+        keys = [key for i in samples for key in self._samples[i].image_keys]
         identities = tuple(self._identity(key, row) for key, row in zip(keys, rows, strict=True))
         return Features(
             torch.from_numpy(self._grid[rows].copy()),

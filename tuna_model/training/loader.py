@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from tagstore.errors import InvalidInput
-from tuna_model.processing.data import Sample, batches
+from tagstore.readers.samples import Sample
+from tuna_model.processing.data import batches, conversation, text_length
 from tuna_model.processing.tags import ImageTags
 from tuna_model.training.collator import IGNORED, Collator
 from tuna_model.training.features import Features, ImageFeatures
@@ -76,7 +77,7 @@ class Loader:
             collator,
         )
         self._rank, self._world = rank, world
-        self._lengths = [sample.length for sample in samples]
+        self._lengths = [text_length(sample) for sample in samples]
         self.steps_an_epoch = len(samples) // recipe.batch_size
         self._epoch = lru_cache(maxsize=2)(self._batches_of)
 
@@ -120,8 +121,8 @@ class Loader:
         rows = [i for i, sample in zip(some, samples, strict=True) for _ in sample.images]
         # the caption is drawn with a generator of its own: noise of tags must not change it
         drawn = [
-            sample.conversation(
-                np.random.default_rng([self.recipe.seed, epoch, i, 2]), self.recipe.data.prompt
+            conversation(
+                sample, np.random.default_rng([self.recipe.seed, epoch, i, 2]), self.recipe.data.prompt
             )
             for i, sample in zip(some, samples, strict=True)
         ]

@@ -24,9 +24,11 @@ class DataRecipe:
     """What is learnt from."""
 
     path: str = ""
-    """LLaVA JSON, JSON lines, a WebDataset shard or a directory of them (see `data`)."""
+    """LLaVA JSON, JSON lines, a WebDataset shard or a directory of them (see `tagstore.readers.samples`)."""
     images: str = ""
     """Directory that image paths of a JSON file are relative to; the file's own if empty."""
+    allow_outside: bool = False
+    """Read images whose path, or a link on it, leads out of `images`."""
     split: str = ""
     limit: int = 0
     """Only the first so many samples; 0 for all."""

@@ -84,7 +84,7 @@ class TagFeed:
 
     def _guard(self, features: Features) -> dict[str, Any]:
         if not self.recipe.leak_guard:
-            return {}
+            return {"identities": features.identities}  # a recorded map knows images by them
         return {
             "exclude": "self",
             "exclude_distance": self.recipe.leak_bits,

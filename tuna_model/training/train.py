@@ -25,8 +25,8 @@ from torch import nn
 
 from tagstore.client import TagSource, connect
 from tagstore.errors import InvalidInput, Unavailable
+from tagstore.readers.samples import Sample, read_samples
 from tuna_model.modeling.model import TunaForConditionalGeneration
-from tuna_model.processing.data import Sample, read_samples
 from tuna_model.processing.processor import TunaProcessor
 from tuna_model.processing.tags import TagLookup
 from tuna_model.training import checkpoint as checkpoints
@@ -72,7 +72,11 @@ def train(
     torch.manual_seed(recipe.seed)
     model, processor = build_model(recipe)
     samples = read_samples(
-        recipe.data.path, images=recipe.data.images or None, split=recipe.data.split, limit=recipe.data.limit
+        recipe.data.path,
+        images=recipe.data.images or None,
+        split=recipe.data.split,
+        limit=recipe.data.limit,
+        allow_outside=recipe.data.allow_outside,
     )
     if recipe.data.first_caption:
         samples = [replace(sample, captions=sample.captions[:1]) for sample in samples]
@@ -287,7 +291,15 @@ def check_same_run(saved: Recipe, now: Recipe, where: Path) -> None:
     """
     free = {"out", "log_every", "save_every", "keep", "ahead", "tensorboard"}
     old, new = flat(saved.to_dict()), flat(now.to_dict())
-    places = {"data.path", "data.images", "data.features", "tags.store", "tags.any_store", "tags.captions"}
+    places = {
+        "data.path",
+        "data.images",
+        "data.allow_outside",
+        "data.features",
+        "tags.store",
+        "tags.any_store",
+        "tags.captions",
+    }
     changed = sorted(
         key for key in old.keys() | new.keys() if old.get(key) != new.get(key) and key not in free | places
     )

