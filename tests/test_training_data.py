@@ -140,7 +140,7 @@ def feed_of(root: Path, tiny, **recipe):
     source = connect(f"file://{root}/shapes")
     tags = TagRecipe(f"file://{root}/shapes", **recipe)
     return source, TagFeed(
-        source, TagLookup(source, k=3, dimension=512), tags, fingerprint=model.config.encoder_digest, seed=0
+        source, TagLookup(source, k=3), tags, fingerprint=model.config.encoder_digest, seed=0
     )
 
 
@@ -231,7 +231,7 @@ def test_captions_in_the_place_of_tags(shapes_root: Path, tiny, shapes_features)
             for s in ("circle", "square", "triangle")
         }
         recipe = TagRecipe(content="captions")
-        lookup = TagLookup(source, k=3, dimension=512)
+        lookup = TagLookup(source, k=3)
         feed = TagFeed(
             source, lookup, recipe, fingerprint=model.config.encoder_digest, seed=0, captions=captions
         )
