@@ -206,7 +206,7 @@ class TunaForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: i
         if config.vision_config is not None:
             if not encoder.same_tower(self.vision_tower):
                 raise FingerprintMismatch(
-                    f"this checkpoint's tower is not that of encoder {encoder.fingerprint}: their vectors differ"
+                    f"this checkpoint's tower is not that of encoder {encoder.fingerprint}: vectors differ"
                 )
             cast(Tensor, self.vision_projection).copy_(encoder.grid_projection().T)
         else:
