@@ -35,27 +35,33 @@ class DataRecipe:
     first_caption: bool = False
     """Always the first caption of a picture, where it has several; else one is drawn in each epoch."""
     template: Literal["chat", "plain"] = "chat"
-    """`chat`: the model's chat template. `plain`: the image and then the answer, nothing else, as LLaVA's first stage does."""
+    """`chat`: the model's chat template. `plain`: the image and then the answer, nothing else, as LLaVA's
+    first stage does."""
     max_length: int = 2048
     """Tokens of a sequence, images and tags counted; what is longer loses its end."""
     group: int = 50
-    """Samples of like length are put in one batch, out of `group` batches of shuffled samples; 0 for no grouping."""
+    """Samples of like length are put in one batch, out of `group` batches of shuffled samples; 0 for no
+    grouping."""
     features: str = ""
-    """Directory for features of the frozen image tower, computed once for each image; empty: computed at every step."""
+    """Directory for features of the frozen image tower, computed once for each image; empty: computed at
+    every step."""
 
 
 @dataclass(frozen=True, slots=True)
 class NoiseRecipe:
-    """How tags are spoilt in training, so that the model learns to doubt them. All rates are probabilities in [0, 1]."""
+    """How tags are spoilt in training, so that the model learns to doubt them. All rates are probabilities in
+    [0, 1]."""
 
     drop: float = 0.0
     """Of each tag: it is left out."""
     wrong: float = 0.0
-    """Of each tag: one drawn from the whole vocabulary takes its place (its relevance is computed for this image)."""
+    """Of each tag: one drawn from the whole vocabulary takes its place (its relevance is computed for this
+    image)."""
     none: float = 0.0
     """Of each image: it gets no tags at all, so that the model stays good without."""
     shuffle: float = 0.0
-    """Of each image: its tags' signals (similarity, votes, relevance) are dealt out anew, so that order and weights say nothing."""
+    """Of each image: its tags' signals (similarity, votes, relevance) are dealt out anew, so that order and
+    weights say nothing."""
     pool: int = 4096
     """How many tags of the vocabulary wrong ones are drawn from."""
 
@@ -67,7 +73,8 @@ class TagRecipe:
     store: str = "null://"
     """URL of a tag source: grpc://, file://, replay://, random+grpc:// ...; null:// for no tags at all."""
     content: Literal["tags", "captions"] = "tags"
-    """`captions`: the neighbours' captions stand in the prompt as text in the tags' stead (the paper's ablation)."""
+    """`captions`: the neighbours' captions stand in the prompt as text in the tags' stead (the paper's
+    ablation)."""
     captions: str = ""
     """Data set that knows the neighbours' captions by key; the training data if empty."""
     leak_guard: bool = True
@@ -97,7 +104,8 @@ class Recipe:
     model: str = "tiny"
     """A preset or a directory."""
     stage: Literal["align", "finetune"] = "align"
-    """`align` trains what is new, `finetune` the decoder too. It is written into the checkpoint; what learns is decided by `rates`."""
+    """`align` trains what is new, `finetune` the decoder too. It is written into the checkpoint; what learns
+    is decided by `rates`."""
     out: str = "runs/tuna"
     seed: int = 0
     steps: int = 100
@@ -109,7 +117,8 @@ class Recipe:
     rates: Mapping[str, float] = field(
         default_factory=lambda: {"connector": 1e-3, "tag_encoder": 1e-3, "weight_tuner": 1e-3}
     )
-    """Learning rate of each part: connector, tag_encoder, weight_tuner, language_model. Parts that are not named are frozen."""
+    """Learning rate of each part: connector, tag_encoder, weight_tuner, language_model. Parts that are not
+    named are frozen."""
     warmup: int = 10
     """Steps until the full rate is reached."""
     floor: float = 0.0
@@ -152,7 +161,8 @@ class Recipe:
 
     @classmethod
     def read(cls, name: str | Path) -> Self:
-        """From a TOML file, or by name from those that come with the package. Raises `NotFound`, `InvalidInput`."""
+        """From a TOML file, or by name from those that come with the package. Raises `NotFound`,
+        `InvalidInput`."""
         path = Path(name)
         if path.suffix != ".toml":
             path = CONFIGS / f"{name}.toml"
@@ -167,12 +177,14 @@ class Recipe:
 
     @classmethod
     def of(cls, values: Mapping[str, Any], where: str = "recipe") -> Self:
-        """From nested mappings. Raises `InvalidInput` for an unknown key or a value of another type, by name."""
+        """From nested mappings. Raises `InvalidInput` for an unknown key or a value of another type, by
+        name."""
         made: Self = _build(cls, values, where, "")
         return made
 
     def with_values(self, settings: Sequence[str]) -> Self:
-        """With values changed as `key=value`: `steps=10`, `tags.noise.drop=0.1`, `rates.connector=1e-3`. Values are JSON, or plain text."""
+        """With values changed as `key=value`: `steps=10`, `tags.noise.drop=0.1`, `rates.connector=1e-3`.
+        Values are JSON, or plain text."""
         values = self.to_dict()
         for setting in settings:
             key, equals, text = setting.partition("=")

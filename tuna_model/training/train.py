@@ -1,9 +1,11 @@
-"""The training loop: one function that reads from top to bottom, for one process or many (DDP, FSDP2) through Accelerate.
+"""The training loop: one function that reads from top to bottom, for one process or many (DDP, FSDP2) through
+Accelerate.
 
     tuna train --config smol-caption
     accelerate launch --config_file fsdp2.yaml -m tuna_model.cli train --config paper-finetune
 
-1. model, data, tags and optimizer from the recipe    2. the newest checkpoint, if there is one    3. step after step
+1. model, data, tags and optimizer from the recipe    2. the newest checkpoint, if there is one    3. step
+after step
 """
 
 from __future__ import annotations
@@ -50,7 +52,8 @@ def train(
     progress: Callable[[Progress], object] = lambda _: None,
     preparing: Callable[[str, int, int], object] = lambda *_: None,
 ) -> Path:
-    """Train as the recipe says; a run that was cut off goes on from its newest checkpoint as if it had not been.
+    """Train as the recipe says; a run that was cut off goes on from its newest checkpoint as if it had not
+    been.
 
     Args:
         resume: False to begin anew in a directory that has checkpoints.
@@ -62,7 +65,8 @@ def train(
 
     Raises:
         InvalidInput: a recipe, sample or combination that means nothing.
-        FingerprintMismatch: the run's checkpoint is of another store or version, and `tags.any_store` is not set.
+        FingerprintMismatch: the run's checkpoint is of another store or version, and `tags.any_store` is not
+            set.
         NotFound, Unavailable, Damaged: as their messages say.
     """
     accelerator = make_accelerator(recipe)
@@ -157,10 +161,11 @@ def train(
 def learn(
     accelerator: Accelerator, model: nn.Module, optimizer: Any, step: Step, clip: float
 ) -> tuple[float, int, float]:
-    """One optimizer step. Returns loss, learnt tokens (both over all processes) and the norm of the gradient before clipping.
+    """One optimizer step. Returns loss, learnt tokens (both over all processes) and the norm of the gradient
+    before clipping.
 
-    Every token counts the same, whichever process and micro-batch it is in: losses are sums, divided by the tokens of the whole step.
-    That is why one process and eight have the same curve.
+    Every token counts the same, whichever process and micro-batch it is in: losses are sums, divided by the
+    tokens of the whole step. That is why one process and eight have the same curve.
     """
     device = accelerator.device
     tokens = accelerator.reduce(torch.tensor(float(step.labels), device=device), "sum")
@@ -194,7 +199,8 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         accelerator.distributed_type is DistributedType.MULTI_CPU
         and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
     ):
-        # Accelerate takes FSDP on a CPU for DDP without a word; torch itself shards there as well, and tests live on it
+        # Accelerate takes FSDP on a CPU for DDP without a word; torch itself shards there as well, and tests
+        # live on it
         state = accelerator.state
         state.fsdp_plugin = FullyShardedDataParallelPlugin()
         state.distributed_type = DistributedType.FSDP
@@ -203,7 +209,8 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
 
 
 def parts_of(model: TunaForConditionalGeneration) -> dict[str, nn.Module]:
-    """The parts that a recipe gives learning rates to. The image tower is never one: its vectors must mean what the store's mean."""
+    """The parts that a recipe gives learning rates to. The image tower is never one: its vectors must mean
+    what the store's mean."""
     parts: dict[str, nn.Module] = {"connector": model.multi_modal_projector}
     if model.config.tags:
         parts |= {"tag_encoder": model.tag_encoder, "weight_tuner": model.weight_tuner}
@@ -212,7 +219,8 @@ def parts_of(model: TunaForConditionalGeneration) -> dict[str, nn.Module]:
 
 
 def pin_of(recipe: Recipe, source: TagSource) -> StorePin:
-    """Which store and version answer now. Raises `Unavailable`: a run begins only with the tags that it is to learn with."""
+    """Which store and version answer now. Raises `Unavailable`: a run begins only with the tags that it is to
+    learn with."""
     if recipe.tags.store.startswith("null:"):
         return StorePin(recipe.tags.store)
     try:
@@ -253,7 +261,8 @@ def image_features(
     accelerator: Accelerator,
     preparing: Callable[[str, int, int], object],
 ) -> ImageFeatures:
-    """Features of the data set's images: from the cache, which the main process makes if it is not there, or live."""
+    """Features of the data set's images: from the cache, which the main process makes if it is not there, or
+    live."""
     live = LiveFeatures(model, processor.image_processor, samples)
     folder, digest, layer = (
         Path(recipe.data.features),
@@ -281,7 +290,8 @@ def image_features(
 
 
 def check_same_run(saved: Recipe, now: Recipe, where: Path) -> None:
-    """A run goes on only with what decides its course unchanged; what may change is how long, how often, and where.
+    """A run goes on only with what decides its course unchanged; what may change is how long, how often, and
+    where.
 
     Raises `InvalidInput` with the fields that differ.
     """
