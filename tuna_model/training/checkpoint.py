@@ -106,7 +106,8 @@ def read(folder: Path) -> Checkpoint:
         raise Damaged(f"{folder / _RECORD} is no JSON: {error}") from error
     if record.get("format") != FORMAT:
         raise InvalidInput(
-            f"{folder} has format {record.get('format')}, and this program reads {FORMAT}: use the one that wrote it"
+            f"{folder} has format {record.get('format')}, and this program reads {FORMAT}: "
+            "use the one that wrote it"
         )
     for name, digest in record["files"].items():
         path = folder / name
@@ -160,8 +161,9 @@ def check_store(pinned: StorePin, now: StorePin, *, allow: bool, where: Path) ->
     """
     if replace(pinned, url="") != replace(now, url="") and not allow:
         raise FingerprintMismatch(
-            f"{where} was trained with {_describe(pinned)}, and {now.url} answers as {_describe(now)}: ask for "
-            f"the same one ({pinned.url.partition('@')[0]}@{pinned.version}), or say --any-store if you mean it"
+            f"{where} was trained with {_describe(pinned)}, and {now.url} answers as {_describe(now)}: "
+            f"ask for the same one ({pinned.url.partition('@')[0]}@{pinned.version}), "
+            "or say --any-store if you mean it"
         )
 
 
@@ -194,7 +196,7 @@ def put_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, state: Map
     for name, parameter in trained_parameters(model):
         if name not in by_parameter:
             raise InvalidInput(
-                f"the checkpoint has no optimizer state of '{name}': the recipe trains more than it did before"
+                f"the checkpoint has no optimizer state of '{name}': the recipe trains more than before"
             )
         values = by_parameter[name]
         optimizer.state[parameter] = {key: _like(value, parameter) for key, value in values.items()}

@@ -1,8 +1,8 @@
 """Samples to tensors: conversations through the chat template, labels on the assistant's words, tags beside
 their image.
 
-    <|im_start|>user\\n <tags> <image> Describe ...<|im_end|>\\n<|im_start|>assistant\\n | A dog runs.<|im_end|>\\n
-    ---------------------------------- no labels -------------------------------------  ------- labels -------
+    <|im_start|>user\\n <tags> <image> Describe ...<|im_end|>\\n<|im_start|>assistant\\n A dog.<|im_end|>\\n
+    ---------------------------------- no labels ------------------------------------ ----- labels -----
 
 Sequences are padded on the left, so that labels stand at the end: then the decoder's head, a third of all
 work on a small model, is computed for the last positions only.

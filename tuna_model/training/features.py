@@ -93,7 +93,8 @@ class CachedFeatures:
         if (meta["encoder"], meta["layer"]) != (encoder, layer):
             raise FingerprintMismatch(
                 f"the features in {folder} are of encoder {meta['encoder']}, layer {meta['layer']}, and the "
-                f"model reads {encoder}, layer {layer}: give another directory (data.features), or delete this one"
+                f"model reads {encoder}, layer {layer}: give another directory (data.features), "
+                "or delete this one"
             )
         if meta["images"] != _digest(samples):
             raise InvalidInput(

@@ -68,7 +68,8 @@ class Loader:
             )
         if len(samples) < recipe.batch_size:
             raise InvalidInput(
-                f"a batch of {recipe.batch_size} needs at least as many samples, the data set has {len(samples)}"
+                f"a batch of {recipe.batch_size} needs at least as many samples, "
+                f"the data set has {len(samples)}"
             )
         self.recipe, self.samples = recipe, samples
         self._features, self._feed, self._collator = features, feed, collator
