@@ -12,5 +12,6 @@ from tuna_model.presets.loading import (
 )
 
 __all__ = [
-    "GUESSES", "PLAIN", "load", "load_llava", "paper_config", "processor_for", "tiny_config", "tiny_tokenizer",
+    "GUESSES", "PLAIN", "load", "load_llava", "paper_config", "processor_for", "tiny_config",
+    "tiny_tokenizer",
 ]  # fmt: skip

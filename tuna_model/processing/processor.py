@@ -68,9 +68,7 @@ class TunaProcessor(ProcessorMixin):  # type: ignore[misc]
         self.layout = TagLayout(**(layout or {})).to_dict()
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         if self.image_token_id is None or self.image_token_id == tokenizer.unk_token_id:
-            raise InvalidInput(
-                f"the tokenizer has no token '{image_token}': add it, or name another"
-            )
+            raise InvalidInput(f"the tokenizer has no token '{image_token}': add it, or name another")
         self._pad_id: int = next(
             (i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), -1
         )
