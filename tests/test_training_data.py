@@ -364,6 +364,9 @@ def test_named_recipes_are_read_and_survive_a_round_trip(path: Path):
         ("[tags.noise]\ndrop = 1.5", "it is a probability"),
         ("stage = 'middle'", "it is one of 'align', 'finetune'"),
         ("data = 3", "it is a table"),
+        ("betas = [0.9]", r"'betas' is \[0.9\]: it is a list of 2"),
+        ("[rates]\nconnector = 'fast'", "'rates.connector' is 'fast': it is of type float"),
+        ("[lora]\ntargets = [1]", r"'lora.targets\[0\]' is 1: it is of type str"),
         ("steps = ", "Invalid"),
     ],
 )
