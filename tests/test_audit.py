@@ -11,7 +11,7 @@ import pytest
 from pictures import COLOURS, picture
 from tagstore.client import connect
 from tagstore.errors import InvalidInput
-from tuna_model.evaluation import Answer, TaskOptions, evaluate, load_task
+from tuna_model.evaluation import TaskAnswer, TaskOptions, evaluate, load_task
 from tuna_model.evaluation.answerer import PipelineAnswerer
 from tuna_model.evaluation.audit import CONDITIONS, audit, plot
 from tuna_model.inference.pipeline import Pipeline
@@ -23,7 +23,7 @@ class Believer(PipelineAnswerer):
     def answer(self, questions, *, max_new_tokens, tags=None):
         assert tags is not None
         return [
-            Answer(
+            TaskAnswer(
                 "yes" if any(question.truth["object"] in text for text in some.texts) else "no", some.texts
             )
             for question, some in zip(questions, tags, strict=True)
@@ -34,7 +34,7 @@ class Sceptic(PipelineAnswerer):
     """Says no, whatever it is told."""
 
     def answer(self, questions, *, max_new_tokens, tags=None):
-        return [Answer("no") for _ in questions]
+        return [TaskAnswer("no") for _ in questions]
 
 
 @pytest.fixture(scope="module")

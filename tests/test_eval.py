@@ -15,7 +15,7 @@ import pytest
 
 from pictures import picture
 from tagstore.errors import InvalidInput, NotFound, Unavailable
-from tuna_model.evaluation import Answer, Question, TaskOptions, evaluate, load_task
+from tuna_model.evaluation import Question, TaskAnswer, TaskOptions, evaluate, load_task
 from tuna_model.evaluation.bootstrap import mean, metric
 from tuna_model.evaluation.captions import caption_metrics, tokenise
 from tuna_model.evaluation.chair import Synonyms, chair, present
@@ -207,10 +207,10 @@ class Parrot:
     def __init__(self, says: str) -> None:
         self.says, self.asked = says, 0
 
-    def answer(self, questions: list[Question], *, max_new_tokens: int) -> list[Answer]:
+    def answer(self, questions: list[Question], *, max_new_tokens: int) -> list[TaskAnswer]:
         self.asked += len(questions)
         assert all(len(question.image.read()) > 0 for question in questions)
-        return [Answer(self.says, ("a tag",)) for _ in questions]
+        return [TaskAnswer(self.says, ("a tag",)) for _ in questions]
 
     def describe(self):
         return {"model": f"parrot that says {self.says}"}

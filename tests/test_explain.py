@@ -33,7 +33,7 @@ def test_what_is_shown_is_what_the_model_did(tuna: Pipeline):
     for tag in found.tags:
         assert tag.heat.shape == (7, 7)
         assert float(tag.heat.sum()) == pytest.approx(1, abs=1e-3)
-        assert 0 < len(tag.neighbours) == round(tag.votes * 5)
+        assert 0 < len(tag.neighbours) == round(tag.vote_share * 5)
     heaviest = max(found.tags, key=lambda tag: tag.weight).text
     assert list(found.answers) == ["with tags", "without tags", f"without the tag “{heaviest}”"]
     assert found.seen.size == (224, 224)

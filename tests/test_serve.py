@@ -15,8 +15,9 @@ import uvicorn
 
 from pictures import picture
 from tagstore.errors import InvalidInput, Overloaded
+from tuna_model.inference.chat_request import read_request
 from tuna_model.inference.pipeline import Pipeline
-from tuna_model.inference.server import Worker, _Job, app, read_request
+from tuna_model.inference.server import Job, Worker, app
 
 
 def url_of(colour: str, shape: str = "circle") -> str:
@@ -87,6 +88,9 @@ def test_an_answer_comes_with_its_tags(served, tuna: Pipeline):
     assert value["choices"][0]["finish_reason"] in ("stop", "length")
     assert [tag["text"] for tag in value["tags"]] == [tag.text for tag in expected.tags]
     assert (value["store"], value["degraded"]) == ("shapes@1", False)
+    for tag, expected_tag in zip(value["tags"], expected.tags, strict=True):
+        assert tag["vote_share"] == tag["votes"] == expected_tag.vote_share
+        assert 0 < tag["vote_share"] <= 1
 
 
 def test_a_stream_is_the_same_answer_in_pieces(served):
@@ -142,47 +146,26 @@ def test_a_store_that_is_away_degrades_the_answer(tuna: Pipeline):
         assert client.get("/health").json()["degraded"] == 1
 
 
+def content(*parts: object) -> dict:
+    return {"messages": [{"role": "user", "content": list(parts)}]}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"messages": []}, "messages is missing"),
-        ({"messages": [{"role": "robot", "content": "x"}]}, r"messages\[0\].role"),
-        ({"messages": [{"role": "user", "content": 3}]}, r"messages\[0\].content"),
-        ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "of type text or image_url"),
-        (
-            {
-                "messages": [
-                    {
-                        "role": "user",
-                        "content": [{"type": "image_url", "image_url": {"url": "http://x/y.png"}}],
-                    }
-                ]
-            },
-            "are not fetched",
-        ),
-        (
-            {
-                "messages": [
-                    {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,%%"}}]}
-                ]
-            },
-            "no base64",
-        ),
-        (
-            {
-                "messages": [
-                    {
-                        "role": "user",
-                        "content": [{"type": "image_url", "image_url": {"url": "data:;base64,eHh4"}}],
-                    }
-                ]
-            },
-            "known format",
-        ),
+        ({"messages": [{"role": "robot", "content": "x"}]}, r"messages\[0\].role is 'robot'"),
+        ({"messages": [{"role": "user", "content": 3}]}, r"messages\[0\].content is 3"),
+        (content({"type": "audio"}), r"content\[0\].type is 'audio': it must be 'text' or 'image_url'"),
+        (content({"type": "text"}), r"content\[0\] is .* has a field 'text'"),
+        (content({"type": "image_url", "image_url": {"url": "http://x/y.png"}}), "are not fetched"),
+        (content({"type": "image_url", "image_url": {"url": "data:,%%"}}), "no base64"),
+        (content({"type": "image_url", "image_url": {"url": "data:;base64,eHh4"}}), "known format"),
         ({"temperature": 3}, "temperature is 3"),
+        ({"temperature": "1"}, "temperature is '1'"),
         ({"max_tokens": 0}, "max_tokens is 0"),
         ({"max_tokens": True}, "max_tokens is True"),
-        ({"n": 2}, "n must be 1"),
+        ({"n": 2}, "n is 2: it must be 1"),
     ],
 )
 def test_a_wrong_request_is_told_what_is_wrong(change, message):
@@ -202,13 +185,14 @@ def test_errors_are_openais(served):
 
 def test_a_full_queue_turns_requests_away(tuna: Pipeline):
     worker = Worker(tuna, waiting=1)
-    ask = read_request(json.dumps(body(None)).encode())
-    worker.submit(_Job(ask, lambda _: None))
+    request = read_request(json.dumps(body(None)).encode())
+    worker.submit(Job(request))
     with pytest.raises(Overloaded):
-        worker.submit(_Job(ask, lambda _: None))
+        worker.submit(Job(request))
 
 
 def test_sampling_settings_are_taken_over():
-    ask = read_request(json.dumps({**body(None), "temperature": 0.7, "top_p": 0.9, "stream": True}).encode())
-    assert dict(ask.options) == {"max_new_tokens": 6, "do_sample": True, "temperature": 0.7, "top_p": 0.9}
-    assert ask.stream
+    values = {**body(None), "temperature": 0.7, "top_p": 0.9, "stream": True, "seed": 3}
+    request = read_request(json.dumps(values).encode())
+    assert request.options == {"max_new_tokens": 6, "do_sample": True, "temperature": 0.7, "top_p": 0.9}
+    assert request.stream

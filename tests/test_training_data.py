@@ -19,7 +19,7 @@ from tuna_model.processing.tags import ImageTags, TagLookup
 from tuna_model.training.collator import IGNORED, Collator
 from tuna_model.training.features import CachedFeatures, LiveFeatures, make_cache
 from tuna_model.training.loader import Loader
-from tuna_model.training.noise import TagPool, spoil
+from tuna_model.training.noise import TagPool, add_noise
 from tuna_model.training.recipe import CONFIGS, NoiseRecipe, Recipe, TagRecipe
 from tuna_model.training.schedule import learning_rate, parameter_groups
 from tuna_model.training.tag_feed import TagFeed
@@ -141,7 +141,7 @@ def feed_of(root: Path, tiny, **recipe):
     source = connect(f"file://{root}/shapes")
     tags = TagRecipe(f"file://{root}/shapes", **recipe)
     return source, TagFeed(
-        source, TagLookup(source, k=3, dimension=512), tags, fingerprint=model.config.encoder_digest, seed=0
+        source, TagLookup(source, k=3), tags, fingerprint=model.config.encoder_digest, seed=0
     )
 
 
@@ -162,10 +162,10 @@ def test_the_leak_guard_is_on_unless_told(shapes_root: Path, tiny, shapes_featur
     rows = range(18)
     source, guarded = feed_of(shapes_root, tiny)
     with source:
-        nearest = [answer.neighbours[0].similarity for _, answer in guarded._answers(features, rows, 0)]
+        nearest = [answer.neighbours[0].similarity for _, answer in guarded.answers(features, rows, 0)]
         assert max(nearest) < 0.9999
         source, leaky = feed_of(shapes_root, tiny, leak_guard=False)
-        assert min(answer.neighbours[0].similarity for _, answer in leaky._answers(features, rows, 0)) > 0.999
+        assert min(answer.neighbours[0].similarity for _, answer in leaky.answers(features, rows, 0)) > 0.999
 
 
 def test_noise_depends_on_seed_epoch_and_sample_alone(shapes_root: Path, tiny, shapes_features):
@@ -190,24 +190,24 @@ def test_noise_rates_are_what_they_say(rng):
     tags, vector = some_tags(rng), np.eye(8, dtype=np.float32)[0]
     others = some_tags(np.random.default_rng(9), 50)
     pool = TagPool(tuple(f"other {i}" for i in range(50)), others.embeddings, tuple(range(1000, 1050)))
-    assert len(spoil(tags, NoiseRecipe(drop=0.25), rng, None, vector)) == pytest.approx(300, abs=40)
-    wrong = spoil(tags, NoiseRecipe(wrong=0.25), rng, pool, vector)
+    assert len(add_noise(tags, NoiseRecipe(drop=0.25), rng, None, vector)) == pytest.approx(300, abs=40)
+    wrong = add_noise(tags, NoiseRecipe(wrong=0.25), rng, pool, vector)
     swapped = [i for i, text in enumerate(wrong.texts) if text.startswith("other")]
     assert len(swapped) == pytest.approx(100, abs=40)
     assert np.array_equal(wrong.similarity, tags.similarity)
     assert np.allclose(wrong.relevance[swapped], wrong.embeddings[swapped] @ vector, atol=1e-6)
-    shuffled = spoil(tags, NoiseRecipe(shuffle=1.0), rng, None, vector)
+    shuffled = add_noise(tags, NoiseRecipe(shuffle=1.0), rng, None, vector)
     assert shuffled.texts == tags.texts
     assert sorted(shuffled.relevance) == sorted(tags.relevance)
     assert not np.array_equal(shuffled.relevance, tags.relevance)
-    assert len(spoil(tags, NoiseRecipe(none=1.0), rng, None, vector)) == 0
-    assert spoil(tags, NoiseRecipe(), rng, None, vector).texts == tags.texts
+    assert len(add_noise(tags, NoiseRecipe(none=1.0), rng, None, vector)) == 0
+    assert add_noise(tags, NoiseRecipe(), rng, None, vector).texts == tags.texts
 
 
 def test_changing_one_rate_leaves_the_other_draws_alone(rng):
     tags, vector = some_tags(rng), np.eye(8, dtype=np.float32)[0]
-    dropped = spoil(tags, NoiseRecipe(drop=0.5), np.random.default_rng(1), None, vector)
-    shuffled = spoil(tags, NoiseRecipe(drop=0.5, shuffle=1.0), np.random.default_rng(1), None, vector)
+    dropped = add_noise(tags, NoiseRecipe(drop=0.5), np.random.default_rng(1), None, vector)
+    shuffled = add_noise(tags, NoiseRecipe(drop=0.5, shuffle=1.0), np.random.default_rng(1), None, vector)
     assert dropped.texts == shuffled.texts
 
 
@@ -232,7 +232,7 @@ def test_captions_in_the_place_of_tags(shapes_root: Path, tiny, shapes_features)
             for s in ("circle", "square", "triangle")
         }
         recipe = TagRecipe(content="captions")
-        lookup = TagLookup(source, k=3, dimension=512)
+        lookup = TagLookup(source, k=3)
         feed = TagFeed(
             source, lookup, recipe, fingerprint=model.config.encoder_digest, seed=0, captions=captions
         )
@@ -365,6 +365,9 @@ def test_named_recipes_are_read_and_survive_a_round_trip(path: Path):
         ("[tags.noise]\ndrop = 1.5", "it is a probability"),
         ("stage = 'middle'", "it is one of 'align', 'finetune'"),
         ("data = 3", "it is a table"),
+        ("betas = [0.9]", r"'betas' is \[0.9\]: it is a list of 2"),
+        ("[rates]\nconnector = 'fast'", "'rates.connector' is 'fast': it is of type float"),
+        ("[lora]\ntargets = [1]", r"'lora.targets\[0\]' is 1: it is of type str"),
         ("steps = ", "Invalid"),
     ],
 )

@@ -24,6 +24,7 @@ from transformers import (
 from tagstore.errors import InvalidInput
 from tuna import C, features, rows, small, tags
 from tuna_model import TunaConfig, TunaForConditionalGeneration, presets
+from tuna_model.processing.tags import TagLayout
 
 PROMPTS = ["Look: <image> what is it?", "no picture", "<image><image> and now?"]
 RAGGED = [tags(3), None, tags(5, 1)]
@@ -417,7 +418,7 @@ def test_what_does_not_fit_is_said() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "says"),
+    ("fields", "message"),
     [
         ({"tag_copling": "multiply"}, "did you mean tag_coupling"),
         ({"tag_coupling": "times"}, "multiply, multiply_max"),
@@ -430,9 +431,21 @@ def test_what_does_not_fit_is_said() -> None:
         ({"max_tags": 0}, "at least 1"),
     ],
 )
-def test_a_configuration_that_means_nothing_is_refused(fields: dict, says: str) -> None:
-    with pytest.raises(InvalidInput, match=says):
+def test_a_configuration_that_means_nothing_is_refused(fields: dict, message: str) -> None:
+    with pytest.raises(InvalidInput, match=message):
         presets.tiny_config(**fields)
+
+
+def test_what_was_called_votes_is_read_as_vote_share(tmp_path: Path) -> None:
+    """Until the share was told apart from the wire's count both were called votes."""
+    presets.tiny_config(tag_signal="vote_share").save_pretrained(tmp_path)
+    text = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(text.replace('"vote_share"', '"votes"'))
+    assert TunaConfig.from_pretrained(tmp_path).tag_signal == "vote_share"
+    some = tags(6)
+    assert some.votes is some.vote_share
+    layouts = [TagLayout(signal=signal) for signal in ("votes", "vote_share")]  # as in preprocessor files
+    assert layouts[0].choose(some).ids == layouts[1].choose(some).ids
 
 
 def test_configuration_is_json_and_comes_back(tmp_path: Path) -> None:

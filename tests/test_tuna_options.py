@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from transformers import PreTrainedConfig
 
 from tuna import features, small, tags
+from tuna_model import TunaConfig
 
 PROMPTS = ["Look: <image> what is it?", "<image> and <image>?"]
 OPTIONS = [
@@ -16,9 +20,11 @@ OPTIONS = [
     {"connector_act": "relu"},
     {"tag_encoder_layers": 0},
     {"tag_encoder_layers": 2},
+    {"tag_encoder_width": 16},
+    {"tag_encoder_heads": 4},
     {"tag_queries": "token"},
     {"tag_signal": "similarity"},
-    {"tag_signal": "votes"},
+    {"tag_signal": "vote_share"},
     {"tag_signal": "uniform"},
     {"tag_temperature": 0.02},
     {"tag_coupling": "multiply"},
@@ -34,6 +40,26 @@ OPTIONS = [
     {"tag_merge": "contained"},
     {"max_tags": 2},
 ]
+ELSEWHERE = {
+    "text_config": "test_any_decoder_of_transformers",
+    "encoder": "test_a_configuration_names_its_encoder",
+    "encoder_digest": "test_an_encoder_of_another_fingerprint_is_refused",
+    "vision_config": "test_logits_are_equal_to_the_last_bit",
+    "feature_layer": "test_a_layer_counted_from_the_front_is_the_same_layer",
+    "grid_side": "test_the_paper_preset_can_be_built_and_says_what_it_guesses",
+    "grid_channels": "test_parameter_free_tags_look_where_they_are_seen",
+    "tag_dimension": "test_parameter_free_tags_look_where_they_are_seen",
+    "image_token_id": "test_weights_scale_the_pair_of_each_tag",
+    "tags": "test_without_tags_there_is_no_tag_path",
+    "learn_temperature": "test_every_trained_part_gets_a_gradient_with_and_without_tags",
+    "tag_threshold": "test_a_threshold_decides_what_is_dropped",
+    "neighbours": "test_a_configuration_says_how_the_store_is_asked",
+    "store": "test_a_configuration_says_how_the_store_is_asked",
+    "store_version": "test_a_configuration_says_how_the_store_is_asked",
+    "kernels": "test_kernels_give_what_the_reference_gives",
+    "tie_word_embeddings": "test_tied_embeddings_are_saved_once_and_stay_tied",
+}
+"""Fields that OPTIONS cannot show, with the tests that show what they do."""
 RAGGED = [tags(6), None, tags(3, 1).extend(tags(2, 1))]
 
 
@@ -61,3 +87,17 @@ def test_option(fields: dict, default: torch.Tensor) -> None:
     same = torch.allclose(logits, default, atol=1e-5)
     # nothing to drop: no tag of RAGGED holds another's words
     assert same == (fields in ({}, {"tag_merge": "contained"}))
+
+
+def test_a_threshold_decides_what_is_dropped() -> None:
+    low, high = (run({"tag_coupling": "drop", "tag_threshold": share})[0] for share in (0.1, 0.9))
+    assert not torch.allclose(low, high, atol=1e-5)
+
+
+def test_every_field_is_tried() -> None:
+    ours = set(TunaConfig.__dataclass_fields__) - set(PreTrainedConfig.__dataclass_fields__)
+    assert {name for fields in OPTIONS for name in fields} | ELSEWHERE.keys() == ours | {
+        "tie_word_embeddings"
+    }
+    tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_tuna*.py"))
+    assert all(f"def {test}(" in tests for test in ELSEWHERE.values())

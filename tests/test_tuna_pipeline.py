@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 from pictures import picture
 from tagstore.client import connect
-from tagstore.errors import FingerprintMismatch, InvalidInput, NotFound
+from tagstore.errors import FingerprintMismatch, InvalidInput, NotFound, TagstoreError
 from tuna import features, small, tags
 from tuna_model import (
     ContrastiveLogits,
@@ -114,6 +114,30 @@ def test_another_store_than_the_checkpoints_is_refused(loaded, source, image: st
         TagLookup(source)(vector, "0" * 16)
 
 
+def test_a_configuration_says_how_the_store_is_asked(loaded, source, image: str) -> None:
+    model, processor = loaded
+    vector = model.encode_images(processor.image_processor(image)["pixel_values"])[1]
+    for k in (1, 3):
+        lookup = TagLookup.of(source, presets.tiny_config(neighbours=k, store="shapes", store_version=1))
+        ((tags, answer),) = lookup.detailed(vector, model.config.encoder_digest)
+        assert len(answer.neighbours) == k
+        np.testing.assert_allclose(tags.vote_share, [tag.votes / k for tag in answer.tags])
+    for pins in ({"store": "flickr8k"}, {"store": "shapes", "store_version": 7}):
+        with pytest.raises(InvalidInput, match="any_store=True"):
+            TagLookup.of(source, presets.tiny_config(**pins))(vector, model.config.encoder_digest)
+
+
+def test_a_tag_crosses_the_wire_once(loaded, image: str, server_address: str) -> None:
+    model, processor = loaded
+    vector = model.encode_images(processor.image_processor(image)["pixel_values"])[1]
+    with connect(f"grpc://{server_address}/shapes") as remote:
+        lookup = TagLookup(remote)
+        first, second = (lookup(vector, model.config.encoder_digest)[0] for _ in range(2))
+        stats = remote.stats()
+    assert first.texts == second.texts
+    assert (stats.embedding_misses, stats.embedding_hits) == (len(first), len(first))
+
+
 def test_relevance_is_the_cosine_that_the_model_weighs_by(loaded, source, image: str) -> None:
     model, processor = loaded
     grid, vectors = model.encode_images(processor.image_processor(image)["pixel_values"])
@@ -139,6 +163,12 @@ def test_a_stream_is_the_answer_in_pieces_and_can_be_left(tuna: Pipeline, image:
     pieces.close()  # ends the thread: the fixture looks for threads left behind
     with pytest.raises(ValueError, match="top_k"):
         list(tuna.stream([image], messages, do_sample=True, top_k=-3))
+
+
+def test_a_configuration_names_its_encoder() -> None:
+    model = TunaForConditionalGeneration(presets.tiny_config(encoder="no-such-encoder"))
+    with pytest.raises(TagstoreError, match="no-such-encoder"):
+        model.encode_images(torch.zeros(1, 3, 224, 224))
 
 
 def test_an_encoder_of_another_fingerprint_is_refused(loaded, mini) -> None:
@@ -235,6 +265,7 @@ def test_tuna_generate(image: str, shapes_root: Path, mini) -> None:
     )
     value = json.loads(found.stdout)
     assert value["tags"][0]["text"] == "red circle"
+    assert all(tag["votes"] == tag["vote_share"] for tag in value["tags"])  # its old name, deprecated
     assert value["neighbours"][0]["key"] == "red-circle"
     plain = run("generate", "--model", "tiny", "--store", store, image, "What?", "--max-tokens", "4")
     assert plain.stdout == value["answer"] + "\n"

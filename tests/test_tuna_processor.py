@@ -16,7 +16,12 @@ def named(*texts: str, relevance: tuple[float, ...] = ()) -> ImageTags:
     some = tags(len(texts))
     scores = np.array(relevance or [1 - i / 10 for i in range(len(texts))], np.float32)
     return ImageTags(
-        texts, some.embeddings, scores[::-1].copy(), some.votes, scores, tuple(range(10, 10 + len(texts)))
+        texts,
+        some.embeddings,
+        scores[::-1].copy(),
+        some.vote_share,
+        scores,
+        tuple(range(10, 10 + len(texts))),
     )
 
 

@@ -33,7 +33,9 @@ def main() -> None:
     gather = checkpoint.trained_tensors
 
     def watched(model, values=None):
-        sharded.append(all(isinstance(parameter, DTensor) for _, parameter in checkpoint.learning(model)))
+        sharded.append(
+            all(isinstance(parameter, DTensor) for _, parameter in checkpoint.trained_parameters(model))
+        )
         return gather(model, values)
 
     checkpoint.trained_tensors = watched

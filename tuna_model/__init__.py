@@ -2,35 +2,37 @@
 
     from tuna_model import Pipeline
 
-    tuna = Pipeline.load("smol", store="grpc://localhost:50051/flickr8k")     # a preset or a directory
-    answer = tuna.answer("picture.jpg", "What is on the table?")              # .text, .tags, .weights, .degraded
+    tuna = Pipeline.load("smol", store="grpc://localhost:50051/flickr8k")     # preset or directory
+    answer = tuna.answer("picture.jpg", "What is on the table?")              # .text, .tags, .degraded
 
 or by its parts, which are those of transformers:
 
-    model, processor = presets.load("smol")                                   # or TunaForConditionalGeneration.from_pretrained(DIR)
-    pixels = processor.image_processor(images)["pixel_values"]                # [N, 3, H, W] float32
-    grid, vectors = model.encode_images(pixels)                               # [N, P, C], [N, D]: one forward of the frozen encoder
-    tags = TagLookup(connect(URL), model.config)(vectors)                     # N ImageTags; empty ones if the store is down, counted
-    batch = processor(text=prompts, tags=tags)                                # "<image>" in a prompt takes the next image and its tags
+    model, processor = presets.load("smol")              # preset or directory
+    pixels = processor.image_processor(images)["pixel_values"]           # [N, 3, H, W] float32
+    grid, vectors = model.encode_images(pixels)          # [N, P, C], [N, D] from the frozen encoder
+    lookup = TagLookup.of(connect(URL), model.config)
+    tags = lookup(vectors, model.config.encoder_digest)  # N ImageTags; empty ones if the store is down
+    batch = processor(text=prompts, tags=tags)           # "<image>" takes the next image and its tags
     model(**batch, grid=grid, image_vectors=vectors, labels=labels).loss
 
-Tensors of `TunaForConditionalGeneration.forward` (B prompts of L tokens, N images in all, T tags in all, in the order of the prompts):
+Tensors of `TunaForConditionalGeneration.forward`: B prompts of L tokens; N images and T tags in all, in the
+order of the prompts.
 
 | name | shape | meaning |
 | --- | --- | --- |
 | input_ids, attention_mask | `[B, L]` int64 | `image_token_id` stands for every image token and every H_vt |
-| pixel_values | `[N, 3, H, W]` float | as the encoder normalises them; or instead of it |
-| grid, image_vectors | `[N, P, C]`, `[N, D]` float | features made before (caches, training) |
-| tag_index | `[B, L]` int64 | -1 where no tag is; at words of a tag its number in T; at H_vt the number of its query |
+| pixel_values | `[N, 3, H, W]` float | normalised for the encoder |
+| grid, image_vectors | `[N, P, C]`, `[N, D]` float | instead of pixels: features that were computed before |
+| tag_index | `[B, L]` int64 | number of a word's tag in T; at H_vt of its query; -1 elsewhere |
 | tag_embeddings | `[T, D]` float32 | text embeddings, from the store |
-| tag_signals | `[T, 2]` float32 | similarity, share of votes |
+| tag_signals | `[T, 2]` float32 | similarity, vote share |
 | cu_tags | `[N + 1]` int32 | image n owns the tags cu_tags[n]:cu_tags[n + 1] |
-| tag_word_ids, tag_lengths | `[M]`, `[T]` int64 | for `tag_queries="token"`: the words of all tags, how many each has |
+| tag_word_ids, tag_lengths | `[M]`, `[T]` int64 | for `tag_queries="token"`: words of all tags, count of each |
 | labels | `[B, L]` int64 | -100 is not learned |
 
-Without tags the last six are absent (or T = 0). The output has loss, logits, past_key_values, image_hidden_states `[N, tokens, hidden]`,
-tag_hidden_states `[T or M, hidden]` (H_vt before weighting), tag_weights `[T]`, and with `output_tag_attention=True` tag_attention
-`[T or M, P]`.
+Without tags the tag tensors are absent (or T = 0). The output has loss, logits, past_key_values,
+image_hidden_states `[N, tokens, hidden]`, tag_hidden_states `[T or M, hidden]` (H_vt before weighting),
+tag_weights `[T]`, and with `output_tag_attention=True` tag_attention `[T or M, P]`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The command line of the model. Each command's module is imported when it is asked for: torch takes longer than `--help` may."""
+"""The command line of the model.
+
+A command's module is imported at its use, so that `--help` need not wait for torch.
+"""
 
 from __future__ import annotations
 
@@ -20,16 +23,16 @@ COMMANDS = {
     "chat": ("chat", "Talk about images in the terminal."),
     "train": ("train", "Train as a recipe says."),
     "eval": ("eval", "Run a benchmark."),
-    "audit": ("eval", "How far answers hang on the tags, and follow wrong ones."),
-    "explain": ("explain", "A page that shows why the model answers as it does."),
+    "audit": ("eval", "Measure how answers depend on tags, and follow wrong ones."),
+    "explain": ("explain", "Write a page that explains an answer."),
     "serve": ("serve", "OpenAI's chat completions, with tags beside the answers."),
     "prompt": ("prompt", "Write weighed tags into a prompt for any served model."),
 }
-"""Name -> (module of this package that has a click command of that name, what `--help` says of it)."""
+"""Name -> (module of this package that has the click command of that name, its line in `--help`)."""
 
 
 class _Lazy(click.Group):
-    """Knows its commands by name and imports them on use."""
+    """A group that imports its commands at their use."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted(COMMANDS)
@@ -52,15 +55,16 @@ class _Lazy(click.Group):
 def cli(verbose: bool) -> None:
     """A multimodal model that grounds its answers in the tags of similar images.
 
-    A model M is a preset (smol, tiny) or a directory. A store's URL is grpc://HOST:PORT/NAME, file://DIR/NAME, or null:// for none.
+    A model M is a preset (smol, tiny) or a directory. A store's URL is grpc://HOST:PORT/NAME,
+    file://DIR/NAME, or null:// for none.
     """
-    shape = "%(asctime)s %(levelname)s %(name)s: %(message)s" if verbose else "%(message)s"
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format=shape)
+    line_format = "%(asctime)s %(levelname)s %(name)s: %(message)s" if verbose else "%(message)s"
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format=line_format)
 
 
 def main(arguments: list[str] | None = None) -> Any:
-    """Entry point: errors of ours are one line on stderr and exit code 1."""
-    # idle OpenMP threads that spin take the cores from each other
+    """Entry point: our own errors become one line on stderr and exit code 1."""
+    # idle OpenMP threads must not spin: they would take the cores from the others
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         return cli(arguments)

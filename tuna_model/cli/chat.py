@@ -9,14 +9,17 @@ import click
 from tagstore.errors import TagstoreError
 from tuna_model.cli.options import generation, load, with_generation, with_model
 
-HELP = "/image PATH shows a picture, /tags lists those of the last answer, /reset starts anew, /quit (or end of input) leaves."
+HELP = (
+    "/image PATH shows a picture, /tags lists the tags of the last answer, "
+    "/reset starts anew, /quit (or end of input) leaves."
+)
 
 
 @click.command()
 @click.argument("image", required=False, type=click.Path(exists=True, dir_okay=False))
 @with_model
 @with_generation
-@click.option("--system", default="", help="The first message, before the talk.")
+@click.option("--system", default="", help="The first message, before the conversation.")
 def chat(
     image: str | None,
     model: str,
@@ -32,7 +35,7 @@ def chat(
     start = [{"role": "system", "content": system}] if system else []
     messages: list[dict[str, Any]] = list(start)
     images: list[str] = []
-    waiting = [image] if image else []
+    new_images = [image] if image else []
     tags: Any = ()
     while True:
         try:
@@ -42,21 +45,21 @@ def chat(
         if line == "/quit":
             return
         if line == "/reset":
-            messages, images, waiting, tags = list(start), [], [], ()
+            messages, images, new_images, tags = list(start), [], [], ()
         elif line == "/tags":
             click.echo("\n".join(f"{tag.weight:6.2f}  {tag.text}" for tag in tags) or "no tags", err=True)
         elif line.startswith("/image "):
-            waiting.append(line.removeprefix("/image ").strip())
+            new_images.append(line.removeprefix("/image ").strip())
         elif line.startswith("/"):
             click.echo(HELP, err=True)
         else:
-            new = [*({"type": "image"} for _ in waiting), {"type": "text", "text": line}]
+            new = [*({"type": "image"} for _ in new_images), {"type": "text", "text": line}]
             try:
                 conversation = [*messages, {"role": "user", "content": new}]
-                prepared = tuna.prepare([images + waiting], [conversation])
+                prepared = tuna.prepare([images + new_images], [conversation])
             except (TagstoreError, OSError) as error:
                 click.echo(f"error: {error}", err=True)
-                waiting = []
+                new_images = []
                 continue
             if prepared.degraded[0]:
                 click.echo(f"without tags: {tuna.lookup.last_error}", err=True)
@@ -65,5 +68,5 @@ def chat(
                 click.echo(piece, nl=False)
                 text += piece
             click.echo()
-            images, waiting = images + waiting, []
+            images, new_images = images + new_images, []
             messages = [*conversation, {"role": "assistant", "content": text.strip()}]

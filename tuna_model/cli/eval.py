@@ -19,7 +19,7 @@ TASK_NAMES = ("pope", "mme", "vqa", "captions", "chair", "llava-bench")
 
 
 def with_task(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds TASK and where its files are."""
+    """Add TASK, its files and settings."""
     for option in reversed(
         (
             click.argument("task", type=click.Choice(TASK_NAMES)),
@@ -79,9 +79,10 @@ def with_task(command: Callable[..., Any]) -> Callable[..., Any]:
 )
 @click.option("--judge-model", default="gpt-4o", show_default=True, help="What the endpoint calls its model.")
 def eval(
-    model: str, store: str, batch: int, out: Path | None, as_json: bool, judge: str | None, judge_model: str, **options: Any,
+    model: str, store: str, batch: int, out: Path | None, as_json: bool, judge: str | None, judge_model: str,
+    **options: Any,
 ) -> None:  # fmt: skip
-    """Run the benchmark TASK. A run that was cut off goes on with what is in --out."""
+    """Run the benchmark TASK. A run that was cut off resumes from the answers in --out."""
     from dataclasses import asdict
 
     from rich.progress import Progress
@@ -91,12 +92,12 @@ def eval(
     from tuna_model.evaluation.answerer import PipelineAnswerer
     from tuna_model.evaluation.judge import OpenAIJudge
 
-    made = _task(options, judge=OpenAIJudge(judge, judge_model) if judge else None)
+    task = _load_task(options, judge=OpenAIJudge(judge, judge_model) if judge else None)
     answerer = PipelineAnswerer(load(model, store, **options), name=model, store=store)
     with Progress(transient=True) as bar:
-        task = bar.add_task(made.name, total=len(made.questions))
+        row = bar.add_task(task.name, total=len(task.questions))
         result = run(
-            made, answerer, batch_size=batch, out=out, progress=lambda count: bar.advance(task, count)
+            task, answerer, batch_size=batch, out=out, progress=lambda count: bar.advance(row, count)
         )
     click.echo(json.dumps(asdict(result), default=str) if as_json else markdown([result]))
 
@@ -110,7 +111,10 @@ def eval(
 def audit(
     model: str, store: str, batch: int, out: Path | None, as_json: bool, rate: float, **options: Any
 ) -> None:
-    """How far the answers to TASK hang on the tags: matched, corrupted, irrelevant, random, none; and how far a wrong tag is followed."""
+    """Score the answers to TASK with matched, corrupted, irrelevant, random and no tags.
+
+    Also measure how often the model follows a single wrong tag.
+    """
     from rich.progress import Progress
 
     from tuna_model.evaluation.answerer import PipelineAnswerer
@@ -119,31 +123,30 @@ def audit(
     from tuna_model.evaluation.run import write_atomically
 
     seed = options["seed"]
-    made = _task(options)
+    task = _load_task(options)
     tuna = load(model, store, **options)
     answerer = PipelineAnswerer(tuna, name=model, store=store)
     with Progress(transient=True) as bar:
-        task = bar.add_task("asking", total=None)
+        row = bar.add_task("asking", total=None)
         report = run(
-            made, answerer, tuna.source, rate=rate, seed=seed, batch_size=batch,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            task, answerer, tuna.source, rate=rate, seed=seed, batch_size=batch,
+            progress=lambda done, total: bar.update(row, completed=done, total=total),
         )  # fmt: skip
     if out:
-        write_atomically(
-            out / f"audit-{made.name}.json", json.dumps(report.to_dict(), indent=1, default=str) + "\n"
-        )
-        write_atomically(out / f"audit-{made.name}.md", report.markdown())
-        plot(report, out / f"audit-{made.name}.svg")
+        path, values = out / f"audit-{task.name}", json.dumps(report.to_dict(), indent=1, default=str)
+        write_atomically(path.with_suffix(".json"), values + "\n")
+        write_atomically(path.with_suffix(".md"), report.markdown())
+        plot(report, path.with_suffix(".svg"))
     click.echo(json.dumps(report.to_dict(), default=str) if as_json else report.markdown())
 
 
-def _task(options: dict[str, Any], **more: Any) -> Task:
-    """Takes the options of the task out of all, and reads its files."""
+def _load_task(options: dict[str, Any], **more: Any) -> Task:
+    """Load the task; takes its own options out of `options`."""
     from dataclasses import fields, replace
 
     from tuna_model.evaluation import TaskOptions, load_task
 
     name, length = options.pop("task"), options.pop("max_tokens")
-    mine = {field.name: options.pop(field.name) for field in fields(TaskOptions) if field.name in options}
-    made = load_task(name, TaskOptions(**mine, **more))
-    return replace(made, max_new_tokens=length) if length else made
+    values = {field.name: options.pop(field.name) for field in fields(TaskOptions) if field.name in options}
+    task = load_task(name, TaskOptions(**values, **more))
+    return replace(task, max_new_tokens=length) if length else task

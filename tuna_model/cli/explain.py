@@ -34,17 +34,17 @@ from tuna_model.cli.options import generation, load, with_generation, with_model
     help="Data set that the store was made of: pictures and captions of the neighbours.",
 )
 def explain(
-    image: str, question: str, model: str, store: str, max_tokens: int, temperature: float, out: Path, ban: tuple[str, ...],
-    samples: str | None, **options: Any,
+    image: str, question: str, model: str, store: str, max_tokens: int, temperature: float, out: Path,
+    ban: tuple[str, ...], samples: str | None, **options: Any,
 ) -> None:  # fmt: skip
-    """Write a page that shows why the model answers QUESTION about IMAGE as it does."""
+    """Write a page that explains the model's answer to QUESTION about IMAGE."""
     from tagstore.readers.samples import read_samples
-    from tuna_model.evaluation.explain import explain as make
+    from tuna_model.evaluation.explain import explain as write_page
     from tuna_model.evaluation.run import write_atomically
 
     tuna = load(model, store, **options)
     known = read_samples(samples) if samples else ()
-    page = make(
+    page = write_page(
         tuna, image, question, ban=ban, samples=known, name=model, **generation(max_tokens, temperature)
     )
     write_atomically(out, page)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from typing import Any
 
 import click
@@ -19,16 +18,9 @@ from tuna_model.cli.options import generation, load, with_generation, with_model
 @click.option("--beams", default=1, show_default=True, help="Beams of the search.")
 @click.option("--json", "as_json", is_flag=True, help="Answer, tags, weights and neighbours as JSON.")
 def generate(
-    image: str,
-    question: str,
-    model: str,
-    store: str,
-    max_tokens: int,
-    temperature: float,
-    beams: int,
-    as_json: bool,
-    **options: Any,
-) -> None:
+    image: str, question: str, model: str, store: str, max_tokens: int, temperature: float, beams: int,
+    as_json: bool, **options: Any,
+) -> None:  # fmt: skip
     """Answer QUESTION about IMAGE. The answer alone goes to stdout."""
     tuna = load(model, store, **options)
     answer = tuna.answer(image, question, num_beams=beams, **generation(max_tokens, temperature))
@@ -40,10 +32,10 @@ def generate(
     value = {
         "answer": answer.text,
         "finished": answer.finished,
-        "tags": [asdict(tag) for tag in answer.tags],
+        "tags": [tag.to_dict() for tag in answer.tags],
         "neighbours": [
-            {"key": one.key, "entry_id": one.entry_id, "similarity": one.similarity}
-            for one in answer.neighbours
+            {"key": neighbour.key, "entry_id": neighbour.entry_id, "similarity": neighbour.similarity}
+            for neighbour in answer.neighbours
         ],
         "store": answer.store,
         "version": answer.version,

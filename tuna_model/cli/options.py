@@ -1,4 +1,4 @@
-"""Options that several commands share, and how they load a model."""
+"""Options that several commands share, and the model that they load."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DTYPES = ("fp32", "bf16", "fp16")
 
 
 def with_model(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds --model, --store and what goes with them."""
+    """Add --model, --store and their settings."""
     for option in reversed(
         (
             click.option(
@@ -58,7 +58,7 @@ def with_model(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def with_generation(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds how long answers may be, and how they are drawn."""
+    """Add --max-tokens and --temperature."""
     command = click.option("--temperature", default=0.0, show_default=True, help="Above 0: sample.")(command)
     return click.option("--max-tokens", default=64, show_default=True, help="The answer's length at most.")(
         command
@@ -66,7 +66,7 @@ def with_generation(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def load(model: str, store: str, any_store: bool, timeout: float, device: str, dtype: str) -> Pipeline:
-    """The pipeline of these options, with transformers silent."""
+    """Load the pipeline of these options, with transformers silent."""
     import torch
     from transformers.utils import logging as transformers_logging
 

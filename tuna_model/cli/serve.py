@@ -30,7 +30,10 @@ from tuna_model.cli.options import load, with_model
 def serve(
     model: str, store: str, host: str, port: int, batch: int, wait: float, waiting: int, **options: Any
 ) -> None:
-    """OpenAI's chat completions with images, streaming, and the tags beside each answer. The address goes to stdout."""
+    """Serve OpenAI's chat completions with images, streaming, and the tags beside each answer.
+
+    The address goes to stdout.
+    """
     try:
         import uvicorn
 
@@ -39,13 +42,13 @@ def serve(
         raise MissingExtra(f"serving needs {error.name}: pip install 'tagstore[api]'") from error
 
     class Server(uvicorn.Server):
-        """Says where it listens."""
+        """Prints its address."""
 
         async def startup(self, sockets: Any = None) -> None:
             await super().startup(sockets)
             for server in self.servers:
-                for one in server.sockets:
-                    click.echo(f"http://{host}:{one.getsockname()[1]}/v1")
+                for socket in server.sockets:
+                    click.echo(f"http://{host}:{socket.getsockname()[1]}/v1")
 
     served = app(load(model, store, **options), name=model, batch=batch, wait=wait, waiting=waiting)
     Server(uvicorn.Config(served, host=host, port=port, log_level="warning")).run()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from tuna_model.training.journal import LogLine
 
 
 @click.command()
@@ -35,17 +38,16 @@ import click
     help="At the end write what was learnt: FILE.safetensors, or a model's directory.",
 )
 def train(
-    config: str, settings: tuple[str, ...], data: str | None, store: str | None, out: str | None, any_store: bool, no_resume: bool,
-    export_to: str | None,
+    config: str, settings: tuple[str, ...], data: str | None, store: str | None, out: str | None,
+    any_store: bool, no_resume: bool, export_to: str | None,
 ) -> None:  # fmt: skip
-    """Train as a recipe says. A run that was cut off goes on from its newest checkpoint.
+    """Train as a recipe says. A run that was cut off resumes from its newest checkpoint.
 
     Several processes or GPUs: accelerate launch [--config_file FILE] -m tuna_model.cli train ...
     """
     from accelerate import PartialState
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from tuna_model.training.journal import Progress as Line
     from tuna_model.training.recipe import Recipe
     from tuna_model.training.runs import export
     from tuna_model.training.train import train as run
@@ -60,21 +62,21 @@ def train(
         [*settings, *(f"{key}={value}" for key, value in named.items() if value is not None)]
     )
     columns = (
-        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn(),
-        TextColumn("{task.fields[line]}"),
+        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
+        TimeRemainingColumn(), TextColumn("{task.fields[line]}"),
     )  # fmt: skip
     with Progress(*columns) as bar:
         tasks: dict[str, Any] = {}
 
-        def show(what: str, done: int, total: int, line: str = "") -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total, line="")
-            bar.update(tasks[what], completed=done, line=line)
+        def show(activity: str, done: int, total: int, line: str = "") -> None:
+            if activity not in tasks:
+                tasks[activity] = bar.add_task(activity, total=total, line="")
+            bar.update(tasks[activity], completed=done, line=line)
 
-        def step(one: Line) -> None:
-            show(recipe.stage, one.step, recipe.steps, describe(one))
+        def show_step(line: LogLine) -> None:
+            show(recipe.stage, line.step, recipe.steps, describe(line))
 
-        last = run(recipe, resume=not no_resume, progress=step, preparing=show)
+        last = run(recipe, resume=not no_resume, progress=show_step, preparing=show)
     state = PartialState()
     if state.is_main_process:
         click.echo(str(last))
@@ -83,13 +85,14 @@ def train(
     state.destroy_process_group()
 
 
-def describe(one: Any) -> str:
-    """A step in a line."""
-    rate = max(one.rates.values(), default=0.0)
+def describe(line: LogLine) -> str:
+    """Describe a step in a line of text."""
+    rate = max(line.rates.values(), default=0.0)
     parts = [
-        f"loss {one.loss:.3f}", f"lr {rate:.1e}", f"|g| {one.gradient_norm:.2f}", f"{one.samples_a_second:.1f}/s",
-        f"store {one.retrieval_ms:.0f} ms", f"{one.memory_mb / 1000:.1f} GB",
+        f"loss {line.loss:.3f}", f"lr {rate:.1e}", f"|g| {line.gradient_norm:.2f}",
+        f"{line.samples_a_second:.1f}/s", f"store {line.retrieval_ms:.0f} ms",
+        f"{line.memory_mb / 1000:.1f} GB",
     ]  # fmt: skip
-    if one.degraded:
-        parts.append(f"{one.degraded} without tags")
+    if line.degraded:
+        parts.append(f"{line.degraded} without tags")
     return " ".join(parts)

@@ -1,14 +1,16 @@
-"""A TUNA pipeline as the thing that benchmarks ask."""
+"""A TUNA pipeline as the `Answerer` of benchmarks."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tuna_model.evaluation.run import Answer
+from tuna_model.evaluation.run import TaskAnswer
 from tuna_model.evaluation.tasks import Question
 from tuna_model.inference.pipeline import Pipeline, user_message
 from tuna_model.processing.tags import ImageTags
+
+_TAG_FIELDS = ("tag_signal", "tag_coupling", "tag_temperature", "max_tags", "neighbours")
 
 
 class PipelineAnswerer:
@@ -17,39 +19,38 @@ class PipelineAnswerer:
     def __init__(self, pipeline: Pipeline, *, name: str = "", store: str = "", **generation: Any) -> None:
         """
         Args:
-            name: what the model is called in reports.
-            store: URL of the store, for reports; its version is written behind.
+            name: of the model, for reports.
+            store: URL of the store, for reports.
             generation: options of `generate`; greedy if none.
         """
         self.pipeline, self.generation = pipeline, generation
         self._name, self._store = name, store
-        self._asked: tuple[str, int] = ("", 0)
 
     def answer(
         self, questions: Sequence[Question], *, max_new_tokens: int, tags: Sequence[ImageTags] | None = None
-    ) -> list[Answer]:  # fmt: skip
-        """See `Answerer`; `tags` of each question's image instead of the store's."""
+    ) -> list[TaskAnswer]:
+        """See `Answerer`; `tags` are of each question's image, instead of the store's."""
         images = [[question.image.read()] for question in questions]
         conversations = [[user_message(question.text, 1)] for question in questions]
         answers = self.pipeline.answers(
             images, conversations, tags=tags, max_new_tokens=max_new_tokens, **self.generation
         )
-        return [Answer(one.text, tuple(tag.text for tag in one.tags), one.degraded) for one in answers]
+        return [
+            TaskAnswer(answer.text, tuple(tag.text for tag in answer.tags), answer.degraded)
+            for answer in answers
+        ]
 
     def describe(self) -> Mapping[str, Any]:
         """See `Answerer`."""
         config = self.pipeline.model.config
-        described = {
+        description = {
             "model": self._name,
             "encoder": f"{config.encoder} ({config.encoder_digest})",
-            "tags": {
-                name: getattr(config, name)
-                for name in ("tag_signal", "tag_coupling", "tag_temperature", "max_tags", "neighbours")
-            },
+            "tags": {name: getattr(config, name) for name in _TAG_FIELDS},
             "dtype": str(self.pipeline.model.dtype).removeprefix("torch."),
             "generation": {"do_sample": False, **self.generation},
         }
         if self._store.startswith("null:") or not self._store:
-            return described | {"store": "none"}
+            return description | {"store": "none"}
         info = self.pipeline.source.info()
-        return described | {"store": self._store, "store version": f"{info.store}@{info.version}"}
+        return description | {"store": self._store, "store version": f"{info.store}@{info.version}"}

@@ -1,4 +1,4 @@
-"""How sure a figure is: percentile bootstrap intervals (Efron and Tibshirani, 1993, chapter 13), resampled by image."""
+"""Intervals of figures: percentile bootstrap (Efron and Tibshirani, 1993, chapter 13), resampled by image."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Metric:
     name: str
     value: float
     low: float
-    """2.5 % of the resamples lie below."""
+    """The 2.5 % quantile of the resamples."""
     high: float
-    """2.5 % of the resamples lie above."""
+    """The 97.5 % quantile of the resamples."""
     count: int
-    """Answers that it is made of."""
+    """Number of answers."""
 
     def __str__(self) -> str:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
@@ -36,18 +36,18 @@ def metric(
     resamples: int = 1000,
     seed: int = 0,
 ) -> Metric:
-    """`statistic` over all answers, with its 95 % interval.
+    """Compute `statistic` over all answers, with its 95 % interval.
 
     Args:
-        statistic: a figure of the answers with these row numbers, some of them more than once.
-        groups: which image each answer is about. Answers about one image hang together, so images are drawn and not answers: drawing
-            answers would make the interval too narrow.
-        resamples: how many; 0 for no interval (it is then the value itself).
+        statistic: the figure of the answers with these row numbers, which may repeat.
+        groups: the image of each answer. Answers about one image are correlated: resampling answers instead
+            of images would make the interval too narrow.
+        resamples: number of resamples; 0 for no interval (it is then the value itself).
     """
     members: dict[Hashable, list[int]] = {}
     for row, group in enumerate(groups):
         members.setdefault(group, []).append(row)
-    rows = [np.asarray(some, np.intp) for some in members.values()]
+    rows = [np.asarray(members_of_group, np.intp) for members_of_group in members.values()]
     value = float(statistic(np.arange(len(groups), dtype=np.intp))) if groups else float("nan")
     if not resamples or not rows:
         return Metric(name, value, value, value, len(groups))
@@ -63,6 +63,6 @@ def metric(
 def mean(
     name: str, values: Sequence[float], groups: Sequence[Hashable], *, resamples: int = 1000, seed: int = 0
 ) -> Metric:
-    """The mean of one value an answer."""
+    """Mean of one value per answer, with its interval."""
     array = np.asarray(values, np.float64)
     return metric(name, lambda rows: float(array[rows].mean()), groups, resamples=resamples, seed=seed)

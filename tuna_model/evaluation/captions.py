@@ -1,7 +1,9 @@
-"""Captioning metrics by pycocoevalcap, the library that published figures come from: BLEU-4, ROUGE-L, CIDEr, and METEOR where Java is.
+"""Captioning metrics by pycocoevalcap, the library behind published figures: BLEU-4, ROUGE-L, CIDEr, and
+METEOR.
 
-Published figures are made with the Stanford tokeniser, which needs Java. `tokeniser="ptb"` is that one; "plain" lower-cases, drops
-punctuation and splits at blanks. The two differ by little, but they differ: a report names which one was used.
+Published figures use the Stanford tokeniser, which needs Java as METEOR does: `tokeniser="ptb"`. "plain"
+lower-cases, drops punctuation and splits at blanks. The two differ a little, so a report names the one that
+was used.
 """
 
 from __future__ import annotations
@@ -31,13 +33,13 @@ def caption_metrics(
     resamples: int = 1000,
     seed: int = 0,
 ) -> list[Metric]:
-    """BLEU-4, ROUGE-L, CIDEr (as published, times 1, not 100) and METEOR of one caption an image.
+    """BLEU-4, ROUGE-L, CIDEr (not times 100) and METEOR of one caption per image.
 
-    CIDEr weighs n-grams by how rare they are in the references of the whole set, so figures over different sets of images don't compare.
-    Its interval resamples the images' scores under the weights of the whole set.
+    CIDEr weighs n-grams by their rarity in the references of the whole set: do not compare it over different
+    sets of images. Its interval resamples the images' scores under the weights of the whole set.
 
     Raises:
-        InvalidInput: an image without references; METEOR or "ptb" without Java.
+        InvalidInput: an image has no references, or METEOR or "ptb" lacks Java.
         MissingExtra: pycocoevalcap is not installed.
     """
     try:
@@ -46,52 +48,51 @@ def caption_metrics(
         from pycocoevalcap.rouge.rouge import Rouge
     except ModuleNotFoundError as error:
         raise MissingExtra("captioning metrics need pycocoevalcap: pip install 'tagstore[eval]'") from error
-    if empty := [str(image) for image, some in zip(images, references, strict=True) if not some]:
+    if empty := [str(image) for image, captions in zip(images, references, strict=True) if not captions]:
         raise InvalidInput(f"no reference caption for {', '.join(empty[:3])}: leave it out")
     if (meteor or tokeniser == "ptb") and shutil.which("java") is None:
         raise InvalidInput(
-            "METEOR and the tokeniser 'ptb' are Java programs, and there is no java: install one, or leave them out"
+            "METEOR and the tokeniser 'ptb' are Java programs, and there is no java: "
+            "install it or leave them out"
         )
-    tokens = tokenise([[answer] for answer in answers], tokeniser)
-    truth = tokenise(references, tokeniser)
-    said, true = dict(enumerate(tokens)), dict(enumerate(truth))
+    tokens = dict(enumerate(tokenise([[answer] for answer in answers], tokeniser)))
+    truth = dict(enumerate(tokenise(references, tokeniser)))
 
-    scorer = BleuScorer(n=4)
-    for number, answer in said.items():
-        scorer += (answer[0], true[number])
-    counts = _bleu_counts(scorer)
+    bleu = BleuScorer(n=4)
+    for number, answer in tokens.items():
+        bleu += (answer[0], truth[number])
+    counts = _bleu_counts(bleu)
     metrics = [metric("BLEU-4", lambda rows: _bleu(counts, rows), images, resamples=resamples, seed=seed)]
-    scorers = {"ROUGE-L": Rouge(), "CIDEr": Cider()}
-    for name, one in scorers.items():
-        metrics.append(mean(name, one.compute_score(true, said)[1], images, resamples=resamples, seed=seed))
+    scores = {
+        "ROUGE-L": Rouge().compute_score(truth, tokens)[1],
+        "CIDEr": Cider().compute_score(truth, tokens)[1],
+    }
     if meteor:
-        metrics.append(mean("METEOR", _meteor(true, said), images, resamples=resamples, seed=seed))
-    return metrics
+        scores["METEOR"] = _meteor(truth, tokens)
+    return metrics + [
+        mean(name, some, images, resamples=resamples, seed=seed) for name, some in scores.items()
+    ]
 
 
 def tokenise(captions: Sequence[Sequence[str]], tokeniser: Tokeniser = "plain") -> list[list[str]]:
-    """Captions as tokens with a blank between, without punctuation."""
+    """Captions as tokens separated by blanks, without punctuation."""
     if tokeniser == "plain":
-        return [
-            [" ".join(_PUNCTUATION.sub(" ", caption.lower()).split()) for caption in some]
-            for some in captions
-        ]
+        return [[" ".join(_PUNCTUATION.sub(" ", c.lower()).split()) for c in some] for some in captions]
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-    done = PTBTokenizer().tokenize(
-        {i: [{"caption": " ".join(c.split()) or "."} for c in some] for i, some in enumerate(captions)}
-    )
-    return [done[i] for i in range(len(captions))]
+    records = {i: [{"caption": " ".join(c.split()) or "."} for c in some] for i, some in enumerate(captions)}
+    tokens = PTBTokenizer().tokenize(records)
+    return [tokens[i] for i in range(len(captions))]
 
 
 def _bleu_counts(scorer: object) -> NDArray[np.float64]:
     """Per caption: length, closest reference length, then matches and n-grams for n = 1 ... 4."""
     rows = []
-    for one in scorer.ctest:  # type: ignore[attr-defined]
-        length = one["testlen"]
+    for caption in scorer.ctest:  # type: ignore[attr-defined]
+        length = caption["testlen"]
         # of two references equally close the shorter counts, as in pycocoevalcap
-        closest = min((abs(reference - length), reference) for reference in one["reflen"])[1]
-        rows.append([length, closest, *one["correct"], *one["guess"]])
+        closest = min((abs(reference - length), reference) for reference in caption["reflen"])[1]
+        rows.append([length, closest, *caption["correct"], *caption["guess"]])
     return np.asarray(rows, np.float64)
 
 
@@ -103,12 +104,12 @@ def _bleu(counts: NDArray[np.float64], rows: Rows) -> float:
     return float(np.exp(np.log(precisions).mean()) * (np.exp(1 - 1 / ratio) if ratio < 1 else 1.0))
 
 
-def _meteor(true: dict[int, list[str]], said: dict[int, list[str]]) -> list[float]:
+def _meteor(truth: dict[int, list[str]], tokens: dict[int, list[str]]) -> list[float]:
     from pycocoevalcap.meteor.meteor import Meteor
 
     scorer = Meteor()
     try:
-        scores: list[float] = scorer.compute_score(true, said)[1]
+        scores: list[float] = scorer.compute_score(truth, tokens)[1]
     finally:
         scorer.meteor_p.kill()
         for stream in (scorer.meteor_p.stdin, scorer.meteor_p.stdout, scorer.meteor_p.stderr):

@@ -1,53 +1,70 @@
-"""CHAIR: how many of the objects that a caption names are not in the picture.
+"""CHAIR: the share of objects in a caption that are not in the picture.
 
-Rohrbach et al., "Object Hallucination in Image Captioning", EMNLP 2018. The synonym list is the paper's own (github
-LisaAnne/Hallucination, data/synonyms.txt): a line for each of the 80 COCO categories, its name first. It states no licence and is
-therefore given by path.
+Rohrbach et al., "Object Hallucination in Image Captioning", EMNLP 2018. The synonym list is the paper's own
+(GitHub, LisaAnne/Hallucination, data/synonyms.txt): a line for each of the 80 COCO categories, its name
+first. It states no licence, so it is not included and its path is an argument.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tagstore.errors import InvalidInput, NotFound
-from tuna_model.evaluation.bootstrap import Metric, mean, metric
+from tuna_model.evaluation.bootstrap import Metric, Rows, metric
 
-# Two words that together are an object, or an object that together they are not: the paper's own lists.
-_PAIRS = """motor bike;motor cycle;air plane;traffic light;street light;traffic signal;stop light;fire hydrant;stop sign;parking meter;
-suit case;sports ball;baseball bat;baseball glove;tennis racket;wine glass;hot dog;cell phone;mobile phone;teddy bear;hair drier;
-potted plant;bow tie;laptop computer;stove top oven;home plate;train track"""
+_PAIRS = [
+    "motor bike",
+    "motor cycle",
+    "air plane",
+    "traffic light",
+    "street light",
+    "traffic signal",
+    "stop light",
+    "\nfire hydrant",
+    "stop sign",
+    "parking meter",
+    "suit case",
+    "sports ball",
+    "baseball bat",
+    "baseball glove",
+    "tennis racket",
+    "wine glass",
+    "hot dog",
+    "\ncell phone",
+    "mobile phone",
+    "teddy bear",
+    "hair drier",
+    "potted plant",
+    "bow tie",
+    "laptop computer",
+    "stove top oven",
+    "home plate",
+    "\ntrain track",
+]
+"""The paper's own list of words that together mean another object than alone."""
 _ANIMALS = (
-    "bird",
-    "cat",
-    "dog",
-    "horse",
-    "sheep",
-    "cow",
-    "elephant",
-    "bear",
-    "zebra",
-    "giraffe",
-    "animal",
-    "cub",
-)
+    "bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe", "animal", "cub",
+)  # fmt: skip
 _VEHICLES = ("jet", "train")
 # "home plate" is no plate, "train track" no train
 _INSTEAD = {"bow tie": "tie", "home plate": "", "train track": ""}
 _WORDS = re.compile(r"[a-z]+")
 _IRREGULAR = {
-    "people": "people", "men": "man", "women": "woman", "children": "child", "knives": "knife", "mice": "mouse", "geese": "goose",
-    "wolves": "wolf", "sheep": "sheep", "skis": "skis", "scissors": "scissors",
-    "policemen": "policeman", "loaves": "loaf", "halves": "half",
-    "buses": "bus", "calves": "calf", "shelves": "shelf", "cookies": "cookie", "ties": "tie", "movies": "movie", "pies": "pie",
+    "people": "people", "men": "man", "women": "woman", "children": "child", "knives": "knife",
+    "mice": "mouse", "geese": "goose", "wolves": "wolf", "sheep": "sheep", "skis": "skis",
+    "scissors": "scissors", "policemen": "policeman", "loaves": "loaf", "halves": "half", "buses": "bus",
+    "calves": "calf", "shelves": "shelf", "cookies": "cookie", "ties": "tie", "movies": "movie",
+    "pies": "pie",
 }  # fmt: skip
 
 
 class Synonyms:
-    """Which category a word or phrase means."""
+    """Maps words and phrases to categories."""
 
     def __init__(self, lines: Sequence[str]) -> None:
         self._category: dict[str, str] = {}
@@ -57,10 +74,11 @@ class Synonyms:
                 self._category.setdefault(name, names[0])
         if not self._category:
             raise InvalidInput(
-                "the synonym list is empty: give one line for each category, its name first, with commas between"
+                "the synonym list is empty: write a line for each category, its name first, "
+                "separated by commas"
             )
         self._phrases = {
-            **{pair.strip(): pair.strip() for pair in _PAIRS.split(";")},
+            **{pair.strip(): pair.strip() for pair in _PAIRS},
             **{f"{young} {animal}": animal for animal in _ANIMALS for young in ("baby", "adult")},
             **{f"passenger {vehicle}": vehicle for vehicle in _VEHICLES},
             **_INSTEAD,
@@ -69,24 +87,23 @@ class Synonyms:
 
     @classmethod
     def read(cls, path: str | Path) -> Synonyms:
-        """From a file. Raises `NotFound`, `InvalidInput`."""
+        """Read a file. Raises `NotFound`, `InvalidInput`."""
         try:
             return cls(Path(path).read_text(encoding="utf-8").splitlines())
         except OSError as error:
             raise NotFound(f"cannot read the synonym list {path}: {error.strerror}") from error
 
     def category(self, name: str) -> str:
-        """Of an object's name; "" if it is none of the categories."""
+        """The category of an object's name; "" if there is none."""
         return self._category.get(name.lower(), "")
 
     def objects(self, caption: str) -> list[str]:
-        """Categories that a caption names, as often as it names them; two words that are one object count once."""
+        """Categories of the objects in a caption, repeated as they are; two words for one object count
+        once."""
         words = [_singular(word) for word in _WORDS.findall(caption.lower())]
-        if "toilet" in words:
-            words = [
-                word for word in words if word != "seat"
-            ]  # the list takes a seat as a chair; that of a toilet is none
-        found: list[str] = []
+        if "toilet" in words:  # its seat is no chair, which the list takes a seat for
+            words = [word for word in words if word != "seat"]
+        categories: list[str] = []
         i = 0
         while i < len(words):
             width = next(
@@ -94,9 +111,9 @@ class Synonyms:
             )
             phrase = " ".join(words[i : i + width])
             if category := self._category.get(self._phrases.get(phrase, phrase)):
-                found.append(category)
+                categories.append(category)
             i += width
-        return found
+        return categories
 
 
 def chair(
@@ -108,49 +125,40 @@ def chair(
     resamples: int = 1000,
     seed: int = 0,
 ) -> list[Metric]:
-    """CHAIRi (share of named objects that are not there), CHAIRs (share of captions with one), and recall of what is there.
+    """CHAIRi (share of named objects that are absent), CHAIRs (share of captions with one), and recall of
+    present objects.
 
     Args:
-        truths: the categories in each picture: of its annotations, together with those that its reference captions name (`present`).
+        truths: the categories in each picture (`present`).
     """
     named = [synonyms.objects(answer) for answer in answers]
-    wrong = np.asarray(
-        [sum(one not in truth for one in some) for some, truth in zip(named, truths, strict=True)], np.float64
-    )
-    count = np.asarray([len(some) for some in named], np.float64)
-    found = np.asarray(
-        [len(truth.intersection(some)) for some, truth in zip(named, truths, strict=True)], np.float64
-    )
-    there = np.asarray([len(truth) for truth in truths], np.float64)
-    return [
-        metric(
-            "CHAIRi",
-            lambda rows: wrong[rows].sum() / max(1.0, count[rows].sum()),
-            images,
-            resamples=resamples,
-            seed=seed,
-        ),
-        mean("CHAIRs", (wrong > 0).tolist(), images, resamples=resamples, seed=seed),
-        metric(
-            "recall",
-            lambda rows: found[rows].sum() / max(1.0, there[rows].sum()),
-            images,
-            resamples=resamples,
-            seed=seed,
-        ),
-        mean("objects", count.tolist(), images, resamples=resamples, seed=seed),
+    rows = [
+        (len(some), sum(name not in truth for name in some), len(truth.intersection(some)), len(truth))
+        for some, truth in zip(named, truths, strict=True)
     ]
+    count, absent, recalled, present_count = np.asarray(rows, np.float64).reshape(-1, 4).T
+
+    def ratio(part: NDArray[np.float64], whole: NDArray[np.float64]) -> Callable[[Rows], float]:
+        return lambda rows: part[rows].sum() / max(1.0, whole[rows].sum())
+
+    figures = {
+        "CHAIRi": ratio(absent, count),
+        "CHAIRs": lambda rows: float((absent > 0)[rows].mean()),
+        "recall": ratio(recalled, present_count),
+        "objects": lambda rows: float(count[rows].mean()),
+    }
+    return [metric(name, figure, images, resamples=resamples, seed=seed) for name, figure in figures.items()]
 
 
 def present(annotated: Sequence[str], captions: Sequence[str], synonyms: Synonyms) -> set[str]:
-    """Categories in a picture: its annotations and what its reference captions name."""
+    """Categories in a picture: of its annotations and of its reference captions."""
     return {category for name in annotated if (category := synonyms.category(name))} | {
         category for caption in captions for category in synonyms.objects(caption)
     }
 
 
 def _singular(word: str) -> str:
-    """English plurals by rule; exceptions are those that COCO captions have."""
+    """Singular of an English word, by rules and the exceptions in COCO captions."""
     if word in _IRREGULAR:
         return _IRREGULAR[word]
     if len(word) > 3 and word.endswith("ies"):

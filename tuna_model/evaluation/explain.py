@@ -1,5 +1,5 @@
-"""Why the model says what it says, as one self-contained page: what it saw, which tags it was given with which weight, where each tag
-looked, which pictures the tags came from, and what it would have said without them.
+"""One self-contained page that explains an answer: the picture as the model saw it, its tags with their
+weights and attention, the pictures that the tags came from, and the answers without tags.
 
     page = explain(Pipeline.load("smol", store=URL), "picture.jpg", "What is on the table?")
     Path("why.html").write_text(page)
@@ -31,30 +31,30 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 
 @dataclass(frozen=True, slots=True)
-class SeenTag:
+class ExplainedTag:
     """A tag on the page."""
 
     text: str
     weight: float
     relevance: float
     similarity: float
-    votes: float
+    vote_share: float
     heat: NDArray[np.float32]
     """`[side, side]`, attention over the patches; sums to 1."""
     neighbours: tuple[int, ...]
-    """Places in the list of neighbours of those that carry it."""
+    """Positions of the neighbours that carry it, in the list of neighbours."""
 
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """All that the page shows."""
+    """The content of the page."""
 
     question: str
     answers: Mapping[str, str]
-    """What the model says "with tags", "without tags", 'without the tag "..."'."""
+    """Answers "with tags", "without tags", "without the tag ..."."""
     seen: Image.Image
-    """What the tower saw: the picture as it was cut and scaled."""
-    tags: tuple[SeenTag, ...]
+    """The picture as the tower saw it: cropped and scaled."""
+    tags: tuple[ExplainedTag, ...]
     retrieval: Retrieval | None
     degraded: bool
 
@@ -62,10 +62,10 @@ class Explanation:
 def examine(
     tuna: Pipeline, image: Any, question: str, *, ban: Sequence[str] = (), **generation: Any
 ) -> Explanation:
-    """Look at one picture and ask one question, in several ways.
+    """Ask one question about one picture, with and without tags.
 
     Args:
-        ban: tags to leave out for one more answer; the heaviest tag if none is named.
+        ban: tags to leave out, one at a time, for further answers; the heaviest tag if none is named.
         generation: options of `generate`.
 
     Raises:
@@ -75,37 +75,37 @@ def examine(
     conversation = [user_message(question, 1)]
     pixels = tuna.processor.image_processor([picture])["pixel_values"].to(tuna.model.device)
     _, vectors = tuna.model.encode_images(pixels)
-    nothing = ImageTags.none(tuna.model.config.tag_dimension)
-    given, retrieval = nothing, None
+    no_tags = ImageTags.none(tuna.model.config.tag_dimension)
+    given, retrieval = no_tags, None
     before = tuna.lookup.degraded
     if vectors is not None and tuna.model.config.tags:
         given, retrieval = tuna.lookup.detailed(vectors, tuna.model.config.encoder_digest)[0]
     prepared = tuna.prepare([[picture]], [conversation], tags=[given])
     chosen = TagLayout(**tuna.processor.layout).choose(given)
     heats = _attention(tuna, prepared.inputs, len(chosen))
-    places = {n.entry_id: i for i, n in enumerate(retrieval.neighbours)} if retrieval is not None else {}
+    positions = {n.entry_id: i for i, n in enumerate(retrieval.neighbours)} if retrieval is not None else {}
     carriers = {tag.tag_id: tag.neighbours for tag in retrieval.tags} if retrieval is not None else {}
     tags = tuple(
-        SeenTag(
-            tag.text, tag.weight, tag.relevance, tag.similarity, tag.votes, heat,
-            tuple(places[i] for i in carriers.get(tag_id, ()) if i in places),
+        ExplainedTag(
+            tag.text, tag.weight, tag.relevance, tag.similarity, tag.vote_share, heat,
+            tuple(positions[i] for i in carriers.get(tag_id, ()) if i in positions),
         )
         for tag, heat, tag_id in zip(prepared.tags[0], heats, chosen.ids, strict=True)
     )  # fmt: skip
     banned = list(ban) or [tag.text for tag in sorted(tags, key=lambda tag: -tag.weight)[:1]]
     if unknown := set(banned) - {tag.text for tag in tags}:
         raise InvalidInput(
-            f"the picture was not given the tag {', '.join(sorted(unknown))}: it has {', '.join(tag.text for tag in tags)}"
+            f"the picture was not given the tag {', '.join(sorted(unknown))}: "
+            f"it has {', '.join(tag.text for tag in tags)}"
         )
-    ways: dict[str, ImageTags] = {"with tags": chosen} if tags else {}
-    ways["without tags"] = nothing
-    for text in banned:
-        ways[f"without the tag “{text}”"] = chosen.take(
-            [i for i, one in enumerate(chosen.texts) if one != text]
-        )
+    variants: dict[str, ImageTags] = {"with tags": chosen} if tags else {}
+    variants["without tags"] = no_tags
+    for banned_text in banned:
+        rows = [i for i, text in enumerate(chosen.texts) if text != banned_text]
+        variants[f"without the tag “{banned_text}”"] = chosen.take(rows)
     answers = {
-        name: tuna.answers([[picture]], [conversation], tags=[some], **generation)[0].text
-        for name, some in ways.items()
+        name: tuna.answers([[picture]], [conversation], tags=[variant], **generation)[0].text
+        for name, variant in variants.items()
     }
     return Explanation(question, answers, _seen(tuna, pixels), tags, retrieval, tuna.lookup.degraded > before)
 
@@ -120,32 +120,34 @@ def explain(
     name: str = "",
     **generation: Any,
 ) -> str:
-    """The page as HTML.
+    """Write the page as HTML.
 
     Args:
         image: a path, encoded bytes or a PIL image.
         ban: see `examine`.
-        samples: the data set that the store was made of: pictures and captions of the neighbours come from it, by key. A store keeps no
-            pictures.
+        samples: the data set that the store was made of, with pictures and captions of the neighbours by key.
+            A store keeps no pictures.
         name: of the model, for the page.
         generation: options of `generate`.
     """
     import jinja2
 
-    found = examine(tuna, image, question, ban=ban, **generation)
+    explanation = examine(tuna, image, question, ban=ban, **generation)
+    retrieval, config = explanation.retrieval, tuna.model.config
     known = {sample.key: sample for sample in samples}
-    neighbours = [
-        {
-            "key": one.key,
-            "similarity": one.similarity,
-            "captions": known[one.key].captions if one.key in known else (),
-            "source": data_url(upright(known[one.key].images[0].read()), 200)
-            if one.key in known and known[one.key].images
-            else "",
-        }
-        for one in (found.retrieval.neighbours if found.retrieval is not None else ())
-    ]
-    heaviest = max((tag.weight for tag in found.tags), default=1.0) or 1.0
+    neighbours = []
+    for neighbour in retrieval.neighbours if retrieval is not None else ():
+        sample = known.get(neighbour.key)
+        pictures = sample.images if sample is not None else ()
+        neighbours.append(
+            {
+                "key": neighbour.key,
+                "similarity": neighbour.similarity,
+                "captions": sample.captions if sample is not None else (),
+                "source": data_url(upright(pictures[0].read()), 200) if pictures else "",
+            }
+        )
+    heaviest = max((tag.weight for tag in explanation.tags), default=1.0) or 1.0
     tags = [
         {
             "tag": tag,
@@ -153,9 +155,8 @@ def explain(
             "heat": heat_url(tag.heat),
             "carriers": [i + 1 for i in tag.neighbours],
         }
-        for tag in found.tags
+        for tag in explanation.tags
     ]
-    config = tuna.model.config
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -165,25 +166,23 @@ def explain(
     )
     return environment.get_template("explain.html.j2").render(
         question=question,
-        answers=found.answers,
-        picture=data_url(found.seen, 448),
+        answers=explanation.answers,
+        picture=data_url(explanation.seen, 448),
         tags=tags,
         neighbours=neighbours,
-        degraded=found.degraded,
+        degraded=explanation.degraded,
         error=tuna.lookup.last_error,
         facts={
             "model": name,
             "encoder": f"{config.encoder} ({config.encoder_digest})",
-            "store": f"{found.retrieval.store}@{found.retrieval.version}"
-            if found.retrieval is not None
-            else "none",
+            "store": f"{retrieval.store}@{retrieval.version}" if retrieval is not None else "none",
             "weights": f"{config.tag_signal}, temperature {config.tag_temperature:g}, {config.tag_coupling}",
         },
     )
 
 
 def _attention(tuna: Pipeline, inputs: Mapping[str, Any], tags: int) -> list[NDArray[np.float32]]:
-    """Where each tag looked, `[side, side]`; of a tag with several queries (one a word) their mean."""
+    """Attention of each tag, `[side, side]`; with a query for each word, their mean."""
     if not tags:
         return []
     with torch.inference_mode():
@@ -205,7 +204,7 @@ def _seen(tuna: Pipeline, pixels: torch.Tensor) -> Image.Image:
 
 
 def data_url(picture: Image.Image, side: int) -> str:
-    """A picture within a page, at most `side` pixels wide and high."""
+    """Encode a picture, at most `side` pixels wide and high, as a data: URL."""
     small = picture.copy()
     small.thumbnail((side, side), Image.Resampling.LANCZOS)
     buffer = BytesIO()
@@ -214,7 +213,8 @@ def data_url(picture: Image.Image, side: int) -> str:
 
 
 def heat_url(heat: NDArray[np.float32]) -> str:
-    """A heat map to lie over the picture: the hotter, the more orange and the less transparent. It is stretched smoothly by the browser."""
+    """Encode a heat map to lie over the picture: the hotter, the less transparent. The browser stretches it
+    smoothly."""
     share = heat / max(float(heat.max()), 1e-9)
     rgba = np.zeros((*heat.shape, 4), np.uint8)
     rgba[..., :3] = (226, 88, 34)

@@ -1,8 +1,8 @@
 """A language model as judge, behind any endpoint that speaks OpenAI's chat completions.
 
-The prompt and the scale are those of LLaVA-Bench (Liu et al., "Visual Instruction Tuning", NeurIPS 2023): the judge reads the question, a
-description of the image and two answers, and gives each a mark from 1 to 10. It is asked twice with the answers swapped, since judges
-prefer what they read first.
+Prompt and scale are those of LLaVA-Bench (Liu et al., "Visual Instruction Tuning", NeurIPS 2023): the judge
+reads the question, a description of the image and two answers, and gives each answer a mark from 1 to 10. It
+is asked twice with the answers swapped, since judges prefer the first.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from tagstore.errors import InvalidInput, MissingExtra, Unavailable
 
-_ASK = """[Context]
+_PROMPT = """[Context]
 {context}
 
 [Question]
@@ -31,21 +31,23 @@ _ASK = """[Context]
 [End of Assistant 2]
 
 [System]
-We would like to request your feedback on the performance of two AI assistants in response to the user question displayed above. The user \
-asks the question on observing an image. For your reference, the visual content in the image is represented by the description above. \
-Please rate the helpfulness, relevance, accuracy, level of details of their responses. Each assistant receives an overall score on a \
-scale of 1 to 10, where a higher score indicates better overall performance. Please first output a single line containing only two values \
-indicating the scores for Assistant 1 and 2, respectively. The two scores are separated by a space. In the subsequent line, please provide \
-a comprehensive explanation of your evaluation, avoiding any potential bias and ensuring that the order in which the responses were \
-presented does not affect your judgment."""
+We would like to request your feedback on the performance of two AI assistants in response to the user \
+question displayed above. The user asks the question on observing an image. For your reference, the \
+visual content in the image is represented by the description above. Please rate the helpfulness, \
+relevance, accuracy, level of details of their responses. Each assistant receives an overall score on a \
+scale of 1 to 10, where a higher score indicates better overall performance. Please first output a single \
+line containing only two values indicating the scores for Assistant 1 and 2, respectively. The two scores \
+are separated by a space. In the subsequent line, please provide a comprehensive explanation of your \
+evaluation, avoiding any potential bias and ensuring that the order in which the responses were presented \
+does not affect your judgment."""
 _SCORES = re.compile(r"^\s*(\d+(?:\.\d+)?)[\s,]+(\d+(?:\.\d+)?)", re.MULTILINE)
 
 
 class Judge(Protocol):
-    """Who marks two answers to one question."""
+    """Gives marks to two answers to one question."""
 
     def marks(self, *, context: str, question: str, first: str, second: str) -> tuple[float, float]:
-        """Marks from 1 to 10 for the two answers. Raises `Unavailable` if there is no judgement to be had."""
+        """Marks from 1 to 10 for the two answers. Raises `Unavailable` if the judge does not answer."""
         ...
 
 
@@ -54,7 +56,7 @@ class OpenAIJudge:
     """A judge at `URL/chat/completions`."""
 
     url: str
-    """Up to and with /v1."""
+    """Up to and including /v1."""
     model: str
     key: str = ""
     """Sent as a bearer token; taken from OPENAI_API_KEY if empty."""
@@ -62,16 +64,16 @@ class OpenAIJudge:
 
     def marks(self, *, context: str, question: str, first: str, second: str) -> tuple[float, float]:
         """See `Judge`."""
-        one, two = self._ask(context, question, first, second)
-        other_two, other_one = self._ask(context, question, second, first)
-        return (one + other_one) / 2, (two + other_two) / 2
+        first_mark, second_mark = self._ask(context, question, first, second)
+        second_swapped, first_swapped = self._ask(context, question, second, first)
+        return (first_mark + first_swapped) / 2, (second_mark + second_swapped) / 2
 
     def _ask(self, context: str, question: str, first: str, second: str) -> tuple[float, float]:
         try:
             import httpx
         except ModuleNotFoundError as error:
             raise MissingExtra("a judge is asked with httpx: pip install 'tagstore[eval]'") from error
-        prompt = _ASK.format(context=context, question=question, first=first, second=second)
+        prompt = _PROMPT.format(context=context, question=question, first=first, second=second)
         body: dict[str, Any] = {
             "model": self.model,
             "messages": [{"role": "user", "content": prompt}],
@@ -88,12 +90,12 @@ class OpenAIJudge:
         except httpx.HTTPError as error:
             raise Unavailable(f"the judge at {self.url} did not answer: {error}") from error
         except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise Unavailable(f"what answers at {self.url} is no chat completion: {error!r}") from error
+            raise Unavailable(f"the answer of {self.url} is no chat completion: {error!r}") from error
         return parse_marks(text)
 
 
 def parse_marks(text: str) -> tuple[float, float]:
-    """The two marks that a judge wrote. Raises `InvalidInput` if there are none, with what it wrote."""
+    """Read the two marks in a judge's answer. Raises `InvalidInput` if there are none, with the answer."""
     if match := _SCORES.search(text):
         first, second = float(match[1]), float(match[2])
         if 1 <= first <= 10 and 1 <= second <= 10:

@@ -1,4 +1,4 @@
-"""Ask a task's questions, score the answers, and write down all that a reader needs to trust or repeat the figures."""
+"""Ask a task's questions, score the answers, and write both down with all that is needed to repeat them."""
 
 from __future__ import annotations
 
@@ -16,36 +16,36 @@ from tuna_model.evaluation.tasks import Question, Task
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """What a model said, and from which tags."""
+class TaskAnswer:
+    """A model's answer to a question of a task, and the tags that it was given."""
 
     text: str
     tags: tuple[str, ...] = ()
     degraded: bool = False
-    """The store did not answer, so this was answered without tags."""
+    """Whether the store did not answer, so that the model answered without tags."""
 
 
 class Answerer(Protocol):
     """A model that answers questions about images."""
 
-    def answer(self, questions: Sequence[Question], *, max_new_tokens: int) -> list[Answer]:
-        """An answer for each question, in order."""
+    def answer(self, questions: Sequence[Question], *, max_new_tokens: int) -> list[TaskAnswer]:
+        """Answer each question, in order."""
         ...
 
     def describe(self) -> Mapping[str, Any]:
-        """What answers: model, store and version, generation settings. JSON values."""
+        """Describe the model, store and version, and generation settings. JSON values."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A task's figures, with everything that they depend on."""
+    """The figures of a task, with everything that they depend on."""
 
     task: str
     metrics: tuple[Metric, ...]
     questions: int
     degraded: int
-    """Answers that were given without tags because the store was away."""
+    """Answers that were given without tags because the store did not answer."""
     seconds: float
     settings: Mapping[str, Any]
     model: Mapping[str, Any]
@@ -65,28 +65,25 @@ def evaluate(
     out: Path | None = None,
     progress: Callable[[int], object] = lambda _: None,
 ) -> Result:
-    """Answer all questions of a task and score them.
+    """Answer all questions of a task and score the answers.
 
     Args:
-        batch_size: questions a call of `model`.
-        out: directory for `TASK.answers.jsonl`, `TASK.json` and `TASK.md`; answers are appended as they come, and those that are already
-            there from the same model and settings are not asked again.
-        progress: called with how many questions were just answered.
+        batch_size: questions per call of `model`.
+        out: directory for `TASK.answers.jsonl`, `TASK.json` and `TASK.md`. Answers are appended as they come;
+            questions with an answer of the same model and settings in that file are not asked again.
+        progress: called with the number of questions just answered.
     """
     clock = time.perf_counter()
-    described = dict(model.describe())
-    kept = _Answers(
-        out / f"{task.name}.answers.jsonl" if out else None,
-        {"model": described, "settings": dict(task.settings)},
-    )
-    with kept:
-        todo = [question for question in task.questions if question.key not in kept.found]
-        progress(len(task.questions) - len(todo))
-        for start in range(0, len(todo), batch_size):
-            some = todo[start : start + batch_size]
-            kept.add(some, model.answer(some, max_new_tokens=task.max_new_tokens))
-            progress(len(some))
-    answers = [kept.found[question.key] for question in task.questions]
+    description = dict(model.describe())
+    header = {"model": description, "settings": dict(task.settings)}
+    with _AnswerFile(out / f"{task.name}.answers.jsonl" if out else None, header) as file:
+        open_questions = [question for question in task.questions if question.key not in file.answers]
+        progress(len(task.questions) - len(open_questions))
+        for start in range(0, len(open_questions), batch_size):
+            batch = open_questions[start : start + batch_size]
+            file.add(batch, model.answer(batch, max_new_tokens=task.max_new_tokens))
+            progress(len(batch))
+    answers = [file.answers[question.key] for question in task.questions]
     result = Result(
         task.name,
         tuple(task.score([answer.text for answer in answers])),
@@ -94,7 +91,7 @@ def evaluate(
         sum(answer.degraded for answer in answers),
         time.perf_counter() - clock,
         dict(task.settings),
-        described,
+        description,
         datetime.now(UTC).isoformat(timespec="seconds"),
     )
     if out:
@@ -103,14 +100,15 @@ def evaluate(
     return result
 
 
-class _Answers:
-    """Answers in a file that outlives a run that was cut off. The first line says what they are answers of."""
+class _AnswerFile:
+    """Answers in a JSON-lines file, from which a run that was cut off resumes. Its first line is the
+    header."""
 
     def __init__(self, path: Path | None, header: Mapping[str, Any]) -> None:
-        self.found: dict[str, Answer] = {}
+        self.answers: dict[str, TaskAnswer] = {}
         self._path, self._header = path, json.dumps(header, sort_keys=True, default=str)
 
-    def __enter__(self) -> _Answers:
+    def __enter__(self) -> _AnswerFile:
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
@@ -120,12 +118,11 @@ class _Answers:
                         record = json.loads(line)
                     except json.JSONDecodeError:
                         break  # the line that was being written when the run was cut off
-                    self.found[record["key"]] = Answer(
-                        record["answer"], tuple(record["tags"]), record["degraded"]
-                    )
+                    answer = TaskAnswer(record["answer"], tuple(record["tags"]), record["degraded"])
+                    self.answers[record["key"]] = answer
             self._file = self._path.open("w", encoding="utf-8")
             self._file.write(self._header + "\n")
-            for key, answer in self.found.items():
+            for key, answer in self.answers.items():
                 self._write(key, {}, answer)
         return self
 
@@ -133,40 +130,32 @@ class _Answers:
         if self._path is not None:
             self._file.close()
 
-    def add(self, questions: Sequence[Question], answers: Sequence[Answer]) -> None:
+    def add(self, questions: Sequence[Question], answers: Sequence[TaskAnswer]) -> None:
         for question, answer in zip(questions, answers, strict=True):
-            self.found[question.key] = answer
+            self.answers[question.key] = answer
             if self._path is not None:
                 self._write(question.key, {"question": question.text}, answer)
         if self._path is not None:
             self._file.flush()
 
-    def _write(self, key: str, extra: Mapping[str, Any], answer: Answer) -> None:
-        record = {
-            "key": key,
-            **extra,
-            "answer": answer.text,
-            "tags": list(answer.tags),
-            "degraded": answer.degraded,
-        }
+    def _write(self, key: str, extra: Mapping[str, Any], answer: TaskAnswer) -> None:
+        fields = {"answer": answer.text, "tags": list(answer.tags), "degraded": answer.degraded}
+        record = {"key": key, **extra, **fields}
         self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
 def markdown(results: Sequence[Result]) -> str:
-    """A table of metrics with their 95 % intervals for each result, and what they depend on."""
+    """Write each result as a table of metrics with 95 % intervals, and what they depend on."""
     parts = []
     for result in results:
         rows = "\n".join(
             f"| {m.name} | {m.value:.4f} | {m.low:.4f} to {m.high:.4f} | {m.count} |" for m in result.metrics
         )
-        facts = {
-            **result.model,
-            **result.settings,
-            "degraded answers": result.degraded,
-            "date": result.created,
-        }
+        counts = {"degraded answers": result.degraded, "date": result.created}
+        facts = {**result.model, **result.settings, **counts}
         parts.append(
-            f"## {result.task}\n\n| metric | value | 95 % interval | answers |\n| --- | --- | --- | --- |\n{rows}\n\n"
+            f"## {result.task}\n\n| metric | value | 95 % interval | answers |\n"
+            f"| --- | --- | --- | --- |\n{rows}\n\n"
             + "\n".join(f"- {name}: {_plain(value)}" for name, value in facts.items())
             + "\n"
         )
@@ -174,7 +163,7 @@ def markdown(results: Sequence[Result]) -> str:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old one or the whole new one."""
+    """Write a file so that a reader sees the old content or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}")
     part.write_text(text, encoding="utf-8")

@@ -1,9 +1,9 @@
-"""What is asked, and how the answers are scored: one function for each benchmark, from its own files to a `Task`."""
+"""Benchmarks as tasks: one function each, from the benchmark's own files to questions and their scoring."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +22,25 @@ CHAIR_PROMPT = "Please describe this image in detail."
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One thing to ask about one image."""
+    """A question about one image."""
 
     key: str
     image: Place
     image_key: str
-    """What tells images apart; intervals are over images."""
+    """Identifies the image; intervals are over images."""
     text: str
     truth: Mapping[str, Any] = field(default_factory=dict)
-    """What its task scores against; nothing of it reaches the model."""
+    """The right answer, which its task scores against and the model never sees."""
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """Questions and the way to score answers to them."""
+    """Questions, and how answers are scored."""
 
     name: str
     questions: tuple[Question, ...]
     score: Callable[[Sequence[str]], list[Metric]]
-    """Answers in the order of the questions."""
+    """Scores answers in the order of the questions."""
     max_new_tokens: int
     settings: Mapping[str, Any]
     """For the report: files, prompt, tokeniser."""
@@ -48,12 +48,12 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class TaskOptions:
-    """Where a task's files are, and what they leave open."""
+    """Files and settings of a task."""
 
     data: Path
     """Questions (JSON lines), or captioned images (JSON lines, JSON, WebDataset)."""
     images: Path | None = None
-    """Directory that image names are relative to; that of `data` if not given."""
+    """Directory that image names are relative to; by default that of `data`."""
     labels: Path | None = None
     """pope: RePOPE's file; its labels replace those of `data`, and only its questions are asked."""
     synonyms: Path | None = None
@@ -64,89 +64,71 @@ class TaskOptions:
     """llava-bench: descriptions of the images for the judge, JSON lines with image and caption."""
     split: str = ""
     limit: int = 0
-    """Only so many questions, the first; 0 for all."""
+    """Number of questions to ask, the first ones; 0 for all."""
     prompt: str = ""
-    """Instead of the task's own."""
+    """Replaces the task's own prompt."""
     tokeniser: Tokeniser = "plain"
     meteor: bool = False
     judge: Judge | None = None
-    """llava-bench: without one, answers are written and not marked."""
+    """llava-bench: gives the marks; without one, answers are only written."""
     resamples: int = 1000
     seed: int = 0
 
 
 def load_task(name: str, options: TaskOptions) -> Task:
-    """The task of a benchmark. Raises `InvalidInput` for a name that there is not, or files that are not of its format; `NotFound`."""
+    """Load the task of a benchmark. Raises `NotFound`, and `InvalidInput` for an unknown name or a wrong file
+    format."""
     if name not in TASKS:
         raise InvalidInput(f"there is no task '{name}': take one of {', '.join(TASKS)}")
     return TASKS[name](options)
 
 
 def _pope(o: TaskOptions) -> Task:
-    questions = _asked(o, YES_NO_PROMPT)
+    questions = _questions(o, YES_NO_PROMPT)
     if o.labels is not None:
         corrected = {
             (line["image"], line.get("text", line.get("question"))): line["label"]
             for _, line in read_lines(o.labels)
         }
         questions = [
-            Question(
-                q.key,
-                q.image,
-                q.image_key,
-                q.text,
-                {**q.truth, "label": corrected[q.truth["image"], q.truth["text"]]},
-            )
+            replace(q, truth={**q.truth, "label": corrected[q.truth["image"], q.truth["text"]]})
             for q in questions
             if (q.truth["image"], q.truth["text"]) in corrected
         ]
     labels = [_label(q, o) for q in questions]
-    images = [q.image_key for q in questions]
-    return _task(
-        "pope", questions, lambda a: pope(a, labels, images, resamples=o.resamples, seed=o.seed), 8, o
-    )
+    return _task("pope", questions, lambda answers, **options: pope(answers, labels, **options), 8, o)
 
 
 def _mme(o: TaskOptions) -> Task:
-    questions = _asked(o, YES_NO_PROMPT)
+    questions = _questions(o, YES_NO_PROMPT)
     labels = [_label(q, o) for q in questions]
     categories = [str(q.truth.get("category", "")) for q in questions]
 
-    def score(answers: Sequence[str]) -> list[Metric]:
+    def score(answers: Sequence[str], images: Sequence[str], **options: Any) -> list[Metric]:
         metrics: list[Metric] = []
         for category in sorted(set(categories)):
-            rows = [i for i, one in enumerate(categories) if one == category]
-            some = mme(
-                [answers[i] for i in rows],
-                [labels[i] for i in rows],
-                [questions[i].image_key for i in rows],
-                resamples=o.resamples,
-                seed=o.seed,
+            rows = [i for i, name in enumerate(categories) if name == category]
+            category_metrics = mme(
+                [answers[i] for i in rows], [labels[i] for i in rows], [images[i] for i in rows], **options
             )
-            metrics += [Metric(f"{category} {m.name}".strip(), m.value, m.low, m.high, m.count) for m in some]
+            metrics += [replace(m, name=f"{category} {m.name}".strip()) for m in category_metrics]
         return metrics
 
     return _task("mme", questions, score, 8, o)
 
 
 def _vqa(o: TaskOptions) -> Task:
-    questions = _asked(o, SHORT_PROMPT)
+    questions = _questions(o, SHORT_PROMPT)
     references = [_references(q, o) for q in questions]
-    images = [q.image_key for q in questions]
-    return _task(
-        "vqa", questions, lambda a: vqa(a, references, images, resamples=o.resamples, seed=o.seed), 16, o
-    )
+    return _task("vqa", questions, lambda answers, **options: vqa(answers, references, **options), 16, o)
 
 
 def _captions(o: TaskOptions) -> Task:
     questions = _captioned(o, o.prompt or CAPTION_PROMPT)
     references = [q.truth["captions"] for q in questions]
-    images = [q.image_key for q in questions]
 
-    def score(answers: Sequence[str]) -> list[Metric]:
-        return caption_metrics(
-            answers, references, images, tokeniser=o.tokeniser, meteor=o.meteor, resamples=o.resamples, seed=o.seed
-        )  # fmt: skip
+    def score(answers: Sequence[str], **options: Any) -> list[Metric]:
+        return caption_metrics(answers, references, tokeniser=o.tokeniser, meteor=o.meteor, **options)
 
     return _task("captions", questions, score, 40, o)
 
@@ -154,66 +136,48 @@ def _captions(o: TaskOptions) -> Task:
 def _chair(o: TaskOptions) -> Task:
     if o.synonyms is None:
         raise InvalidInput(
-            "chair needs the paper's synonym list: --synonyms FILE (LisaAnne/Hallucination, data/synonyms.txt)"
+            "chair needs the paper's synonym list: --synonyms FILE "
+            "(LisaAnne/Hallucination, data/synonyms.txt)"
         )
     synonyms = Synonyms.read(o.synonyms)
     questions = [q for q in _captioned(o, o.prompt or CHAIR_PROMPT) if q.truth.get("objects") is not None]
     if not questions:
-        raise InvalidInput(f"{o.data}: no image has a field 'objects', which says what is in it")
+        raise InvalidInput(f"{o.data}: no image has a field 'objects' that lists what is in it")
     truths = [
-        present([_category(one) for one in q.truth["objects"]], q.truth["captions"], synonyms)
+        present([_category(value) for value in q.truth["objects"]], q.truth["captions"], synonyms)
         for q in questions
     ]
-    images = [q.image_key for q in questions]
-    return _task(
-        "chair",
-        questions,
-        lambda a: chair(a, truths, images, synonyms, resamples=o.resamples, seed=o.seed),
-        128,
-        o,
-    )
+
+    def score(answers: Sequence[str], **options: Any) -> list[Metric]:
+        return chair(answers, truths, synonyms=synonyms, **options)
+
+    return _task("chair", questions, score, 128, o)
 
 
 def _llava_bench(o: TaskOptions) -> Task:
-    questions = _asked(o, "")
-    references = (
-        {str(line["question_id"]): str(line["text"]) for _, line in read_lines(o.references)}
-        if o.references
-        else {}
-    )
-    contexts = (
-        {str(line["image"]): str(line["caption"]) for _, line in read_lines(o.contexts)} if o.contexts else {}
-    )
-    judge = o.judge
+    questions, judge = _questions(o, ""), o.judge
+    reference_lines, context_lines = (read_lines(path) if path else () for path in (o.references, o.contexts))
+    references = {str(line["question_id"]): str(line["text"]) for _, line in reference_lines}
+    contexts = {str(line["image"]): str(line["caption"]) for _, line in context_lines}
     if judge is not None and (
         missing := [q.key for q in questions if q.key not in references or q.truth["image"] not in contexts]
     ):
         raise InvalidInput(
-            f"to judge, question {missing[0]} needs a reference answer (--references) and a description (--contexts)"
+            f"to judge, question {missing[0]} needs a reference answer (--references) "
+            "and a description (--contexts)"
         )
 
-    def score(answers: Sequence[str]) -> list[Metric]:
+    def score(answers: Sequence[str], images: Sequence[str], **options: Any) -> list[Metric]:
         if judge is None:
             return []
-        marks = [
-            judge.marks(
-                context=contexts[q.truth["image"]],
-                question=str(q.truth["text"]),
-                first=references[q.key],
-                second=answer,
+        relative = []
+        for q, answer in zip(questions, answers, strict=True):
+            context, question = contexts[q.truth["image"]], str(q.truth["text"])
+            reference_mark, mark = judge.marks(
+                context=context, question=question, first=references[q.key], second=answer
             )
-            for q, answer in zip(questions, answers, strict=True)
-        ]
-        relative = [100 * ours / theirs for theirs, ours in marks]
-        return [
-            mean(
-                "relative score",
-                relative,
-                [q.image_key for q in questions],
-                resamples=o.resamples,
-                seed=o.seed,
-            )
-        ]
+            relative.append(100 * mark / reference_mark)
+        return [mean("relative score", relative, images, **options)]
 
     return _task("llava-bench", questions, score, 256, o)
 
@@ -231,29 +195,30 @@ TASKS: dict[str, Callable[[TaskOptions], Task]] = {
 def _task(
     name: str,
     questions: Sequence[Question],
-    score: Callable[[Sequence[str]], list[Metric]],
-    tokens: int,
+    score: Callable[..., list[Metric]],
+    max_new_tokens: int,
     o: TaskOptions,
 ) -> Task:
-    files = {
-        key: str(value)
-        for key in ("data", "images", "labels", "synonyms", "references", "contexts")
-        if (value := getattr(o, key))
-    }
-    settings: dict[str, Any] = {
-        **files,
-        "split": o.split,
-        "questions": len(questions),
-        "resamples": o.resamples,
-        "seed": o.seed,
-    }
+    """A task whose `score` gets the images of the answers, `resamples` and `seed` beside them."""
+    options: dict[str, Any] = {"resamples": o.resamples, "seed": o.seed}
+    images = [q.image_key for q in questions]
+    names = ("data", "images", "labels", "synonyms", "references", "contexts")
+    files = {name: str(getattr(o, name)) for name in names if getattr(o, name)}
+    settings = {**files, "split": o.split, "questions": len(questions), **options}
     if name == "captions":
         settings["tokeniser"] = o.tokeniser
-    return Task(name, tuple(questions), score, tokens, settings)
+    return Task(
+        name,
+        tuple(questions),
+        lambda answers: score(answers, images=images, **options),
+        max_new_tokens,
+        settings,
+    )
 
 
-def _asked(o: TaskOptions, suffix: str) -> list[Question]:
-    """Questions of a JSON-lines file: image, text (or question), question_id, and whatever the task scores against."""
+def _questions(o: TaskOptions, suffix: str) -> list[Question]:
+    """Questions of a JSON-lines file: image, text (or question), question_id, and the fields that the task
+    scores against."""
     folder = o.images or o.data.parent
     questions: list[Question] = []
     for number, line in read_lines(o.data):
@@ -261,10 +226,10 @@ def _asked(o: TaskOptions, suffix: str) -> list[Question]:
         where = f"{o.data}, line {number}"
         if not isinstance(text, str) or not isinstance(line.get("image"), str):
             raise InvalidInput(f"{where}: a question has 'image' and 'text', this has {', '.join(line)}")
-        asked = "\n".join(part for part in (text, o.prompt or suffix) if part)
+        prompt = "\n".join(part for part in (text, o.prompt or suffix) if part)
         key = str(line.get("question_id", len(questions)))
         image = image_place(line["image"], folder, where)
-        questions.append(Question(key, image, line["image"], asked, {**line, "text": text}))
+        questions.append(Question(key, image, line["image"], prompt, {**line, "text": text}))
         if len(questions) == o.limit:
             break
     if not questions:
@@ -294,10 +259,8 @@ def _references(question: Question, o: TaskOptions) -> list[str]:
     value = question.truth.get("answers", question.truth.get("answer"))
     if not value:
         raise InvalidInput(f"{o.data}, question {question.key}: no 'answer' or 'answers' to compare with")
-    return [
-        str(one.get("answer", "")) if isinstance(one, dict) else str(one)
-        for one in (value if isinstance(value, list) else [value])
-    ]
+    values = value if isinstance(value, list) else [value]
+    return [str(item.get("answer", "") if isinstance(item, dict) else item) for item in values]
 
 
 def _category(value: Any) -> str:

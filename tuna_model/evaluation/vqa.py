@@ -1,7 +1,7 @@
 """Short answers: exact match after the normalisation of VQA, and VQA's soft accuracy over ten human answers.
 
-Goyal et al., "Making the V in VQA Matter", CVPR 2017; the normalisation follows the official evaluation (lower case, no punctuation, no
-articles, number words as digits).
+Goyal et al., "Making the V in VQA Matter", CVPR 2017; the normalisation follows the official evaluation
+(lower case, no punctuation, no articles, number words as digits).
 """
 
 from __future__ import annotations
@@ -12,30 +12,26 @@ from collections.abc import Hashable, Sequence
 from tuna_model.evaluation.bootstrap import Metric, mean
 
 SHORT_PROMPT = "Answer the question using a single word or phrase."
-_NUMBERS = {
-    word: str(value)
-    for value, word in enumerate(
-        ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-    )
-} | {"none": "0"}
+_NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_NUMBERS = {"none": "0", **{word: str(value) for value, word in enumerate(_NUMBER_WORDS)}}
 _ARTICLES = frozenset(("a", "an", "the"))
 _PUNCTUATION = re.compile(r"[^\w\s.:']|(?<!\d)[.:]|[.:](?!\d)")
 
 
 def normalise(answer: str) -> str:
-    """An answer as VQA compares it."""
+    """Normalise an answer for comparison, as VQA does."""
     words = _PUNCTUATION.sub(" ", answer.lower().replace(",", "")).split()
     return " ".join(_NUMBERS.get(word, word) for word in words if word not in _ARTICLES)
 
 
 def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
-    """Of ten references: min(1, humans that said the same / 3), averaged over leaving each out. Of fewer: 1 if one says the same."""
-    said = normalise(answer)
-    true = [normalise(reference) for reference in references]
-    if len(true) < 10:
-        return float(said in true)
-    same = sum(said == one for one in true)
-    return sum(min(1.0, (same - (said == one)) / 3) for one in true) / len(true)
+    """With ten references: min(1, equal ones / 3), averaged over leaving each out. With fewer: 1 if any is
+    equal."""
+    text = normalise(answer)
+    equal = [text == normalise(reference) for reference in references]
+    if len(equal) < 10:
+        return float(any(equal))
+    return sum(min(1.0, (sum(equal) - same) / 3) for same in equal) / len(equal)
 
 
 def vqa(

@@ -1,1 +1,1 @@
-"""Questions to answers: the pipeline, contrastive decoding, prompts for other models, the server."""
+"""Questions to answers: the pipeline, `tuna serve`, contrastive decoding, prompts for other models."""

@@ -1,8 +1,10 @@
-"""Contrastive decoding: say what the tags (or the picture) make more likely, not what the decoder would say anyway.
+"""Contrastive decoding: prefer what the tags (or the picture) make more likely to what the decoder says
+anyway.
 
-    logits = (1 + alpha) logits(with) - alpha logits(against)      where p(with) >= beta max p(with), else minus infinity
+    logits = (1 + alpha) logits(with) - alpha logits(against)      where p(with) >= beta max p(with)
+             minus infinity                                        elsewhere
 
-Visual contrastive decoding of Leng et al. (arXiv 2311.16922, equations 3 and 4); here what is contrasted against is any other prompt:
+Visual contrastive decoding of Leng et al. (arXiv 2311.16922, equations 3 and 4), against any other prompt:
 without the picture, without tags, or with wrong tags.
 """
 
@@ -29,9 +31,10 @@ class ContrastiveLogits(LogitsProcessor):  # type: ignore[misc]
         """
         Args:
             model: the model that generates.
-            against: inputs of its forward for as many prompts as the batch has, padded on the left; its length may be another.
-            alpha: how strongly; 0 changes nothing but what `beta` leaves out.
-            beta: tokens less likely than this share of the likeliest are never said; 0 for no such limit.
+            against: inputs of its forward for as many prompts as the batch has, padded on the left, of any
+                length.
+            alpha: strength of the contrast; with 0 only `beta` has an effect.
+            beta: leave out tokens less likely than this share of the likeliest; 0 for none.
 
         Raises:
             InvalidInput: a negative alpha, or beta outside [0, 1].
@@ -41,55 +44,52 @@ class ContrastiveLogits(LogitsProcessor):  # type: ignore[misc]
                 f"alpha is {alpha} and beta {beta}: alpha must not be negative, beta lies between 0 and 1"
             )
         self._model, self._against, self._alpha, self._beta = model, dict(against), alpha, beta
-        self._prompt: int | None = None
-        self._said: Tensor | None = None
-        """Tokens that the cache holds, beyond the prompt."""
-        self._kwargs: dict[str, Any] = {}
+        self._prompt_length: int | None = None
+        self._cached: Tensor | None = None
+        """Generated tokens that the cache holds."""
+        self._cache_inputs: dict[str, Any] = {}
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """`scores` `[rows, vocabulary]` of the next token, contrasted."""
-        if self._prompt is None or input_ids.shape[1] < self._prompt:
-            self._prompt = input_ids.shape[1]
-        said = input_ids[:, self._prompt :]
-        against = self._logits(said).to(scores.device, torch.float32)
+        """Contrast the scores `[rows, vocabulary]` of the next token."""
+        if self._prompt_length is None or input_ids.shape[1] < self._prompt_length:
+            self._prompt_length = input_ids.shape[1]
+        against = self._logits(input_ids[:, self._prompt_length :]).to(scores.device, torch.float32)
         plain = scores.log_softmax(-1)
         mixed = (1 + self._alpha) * scores.float() - self._alpha * against
         if self._beta:
-            mixed = mixed.masked_fill(
-                plain < plain.max(-1, keepdim=True).values + math.log(self._beta), -torch.inf
-            )
+            threshold = plain.max(-1, keepdim=True).values + math.log(self._beta)
+            mixed = mixed.masked_fill(plain < threshold, -torch.inf)
         return mixed.to(scores.dtype)
 
     @torch.no_grad()
-    def _logits(self, said: Tensor) -> Tensor:
-        rows = self._against["input_ids"].shape[0]
-        if (
-            self._said is not None
-            and said.shape[1] == self._said.shape[1] + 1
-            and torch.equal(said[:, :-1], self._said)
-        ):
-            new = said[:, -1:]
-            mask = torch.cat([self._kwargs["attention_mask"], torch.ones_like(new)], dim=1)
-            inputs = {"input_ids": new, **self._kwargs, "attention_mask": mask}
+    def _logits(self, generated: Tensor) -> Tensor:
+        """Logits of the next token after the other prompt and these tokens."""
+        step = generated.shape[1]
+        if step and self._cached is not None and torch.equal(generated[:, :-1], self._cached):
+            last = generated[:, -1:]
+            mask = torch.cat([self._cache_inputs["attention_mask"], torch.ones_like(last)], dim=1)
+            inputs = {"input_ids": last, **self._cache_inputs, "attention_mask": mask}
         else:
-            # the first step, or beams that changed places: the whole of it again
-            inputs = self._whole(said, said.shape[0] // rows)
+            # the first step, or beams that changed places: the cache is of no use
+            inputs = self._whole_inputs(generated)
             mask = inputs["attention_mask"]
         inputs["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)[:, -inputs["input_ids"].shape[1] :]
         out = self._model(**inputs, use_cache=True, logits_to_keep=1)
-        self._kwargs = {"attention_mask": mask, "past_key_values": out.past_key_values}
+        self._cache_inputs = {"attention_mask": mask, "past_key_values": out.past_key_values}
         if out.tag_bias is not None:
-            self._kwargs["tag_bias"] = out.tag_bias
-        self._said = said
+            self._cache_inputs["tag_bias"] = out.tag_bias
+        self._cached = generated
         logits: Tensor = out.logits[:, -1]
         return logits
 
-    def _whole(self, said: Tensor, beams: int) -> dict[str, Any]:
-        against = {name: value.to(said.device) for name, value in self._against.items()}
+    def _whole_inputs(self, generated: Tensor) -> dict[str, Any]:
+        """Inputs of a forward without a cache; the other prompt is repeated for each beam."""
+        against = {name: value.to(generated.device) for name, value in self._against.items()}
+        beams = len(generated) // len(against["input_ids"])
         input_ids, others = self._model._expand_inputs_for_generation(beams, False, **against)
         mask = others.pop("attention_mask", torch.ones_like(input_ids))
         return {
             **others,
-            "input_ids": torch.cat([input_ids, said], dim=1),
-            "attention_mask": torch.cat([mask, torch.ones_like(said)], dim=1),
+            "input_ids": torch.cat([input_ids, generated], dim=1),
+            "attention_mask": torch.cat([mask, torch.ones_like(generated)], dim=1),
         }

@@ -1,17 +1,19 @@
-"""Pictures and questions to answers: model, processor and tag source in one. What the command line and a server stand on.
+"""Pictures and questions to answers: model, processor and tag source in one, for the command line and `tuna
+serve`.
 
     tuna = Pipeline.load("smol", store="grpc://localhost:50051/flickr8k")
     tuna.answer("picture.jpg", "What is on the table?").text
     for piece in tuna.stream(["picture.jpg"], messages): ...
 
-Each picture goes through the image tower once: its grid is what the model sees, its vector is what the store is asked with.
+Each picture goes through the image tower once: the model reads its grid, the store is queried with its
+vector.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 import numpy as np
@@ -32,50 +34,59 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class WeighedTag:
-    """A tag as the model took it."""
+    """A tag in the prompt, with its weight and signals."""
 
     text: str
     weight: float
     relevance: float
     similarity: float
-    votes: float
+    vote_share: float
     """Share of the neighbours that carry it."""
     image: int = 0
-    """Of which picture of the conversation."""
+    """Number of its picture in the conversation."""
+
+    @property
+    def votes(self) -> float:
+        """Deprecated name of `vote_share`."""
+        return self.vote_share
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values; "votes" is the deprecated name of "vote_share"."""
+        return asdict(self) | {"votes": self.vote_share}
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the model says, and what it was told."""
+    """What the model says, and the tags that it was given."""
 
     text: str
     tags: tuple[WeighedTag, ...]
     neighbours: tuple[Neighbour, ...]
-    """Of all pictures, those of the first one first."""
+    """Of all pictures, in their order."""
     store: str
     """Name of the store that answered; empty if none did."""
     version: int
     degraded: bool
-    """Whether the store did not answer in time, so that the model did without tags."""
+    """Whether the store did not answer in time, so that the model answered without tags."""
     finished: bool = True
     """False if `max_new_tokens` cut it off."""
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
+class PreparedBatch:
     """Conversations ready for `generate`."""
 
     inputs: dict[str, Any]
     tags: tuple[tuple[WeighedTag, ...], ...]
     """Of each conversation."""
     retrievals: tuple[tuple[Retrieval | None, ...], ...]
-    """Of each conversation, of each of its pictures; None where no store was asked or none answered."""
+    """Of each conversation and each of its pictures; None where no store was asked or none answered."""
     degraded: tuple[bool, ...]
     """Of each conversation: whether the store did not answer for one of its pictures."""
 
 
 class Pipeline:
-    """Safe for one thread at a time."""
+    """A model that answers questions about pictures. Safe for one thread at a time."""
 
     def __init__(
         self,
@@ -100,12 +111,13 @@ class Pipeline:
         dtype: torch.dtype = torch.float32,
         **fields: Any,
     ) -> Self:
-        """
+        """Load a model and connect to a store.
+
         Args:
             name: a preset or a directory (`presets.load`).
             store: URL of a tag source (`tagstore.client`); null:// for none.
-            timeout: seconds that the store has; then the model answers without tags.
-            any_store: take tags of another store than the one that the checkpoint was trained with.
+            timeout: seconds after which the model answers without tags.
+            any_store: accept tags of another store than the one that the checkpoint was trained with.
             device, dtype, fields: as for `presets.load`.
         """
         model, processor = presets.load(name, device=device, dtype=dtype, **fields)
@@ -116,8 +128,8 @@ class Pipeline:
 
         Args:
             image: a path, encoded bytes, or a PIL image.
-            question: in words.
-            tags: these instead of the store's.
+            question: as text.
+            tags: instead of the store's.
             options: of `generate` (max_new_tokens=64, do_sample=False, num_beams ...).
         """
         images = [] if image is None else [image]
@@ -136,25 +148,19 @@ class Pipeline:
 
         Args:
             images: of each conversation, in the order of its {"type": "image"} parts.
-            conversations: their messages; each gets the next one of the assistant.
+            conversations: the messages of each; the answer is the assistant's next message.
             tags: of all pictures, instead of the store's.
             options: of `generate`.
         """
         prepared = self.prepare(images, conversations, tags=tags)
         with torch.inference_mode():
             out = self.model.generate(**prepared.inputs, **self._options(options))
-        new = out[:, prepared.inputs["input_ids"].shape[1] :]
-        texts = self.processor.batch_decode(new, skip_special_tokens=True)
-        ends = self._ends()
-        several = len(texts) // len(conversations)
+        generated = out[:: len(out) // len(conversations), prepared.inputs["input_ids"].shape[1] :]
+        texts = self.processor.batch_decode(generated, skip_special_tokens=True)
+        finished: list[bool] = np.any(np.isin(generated.cpu().numpy(), self._end_tokens()), axis=1).tolist()
         return [
-            self._answer(
-                prepared,
-                row,
-                texts[row * several].strip(),
-                bool(np.isin(new[row * several].cpu().numpy(), ends).any()),
-            )
-            for row in range(len(conversations))
+            self._answer(prepared, row, text.strip(), end)
+            for row, (text, end) in enumerate(zip(texts, finished, strict=True))
         ]
 
     def stream(
@@ -162,37 +168,37 @@ class Pipeline:
         images: Sequence[Any],
         messages: Sequence[Message],
         *,
-        prepared: Prepared | None = None,
+        prepared: PreparedBatch | None = None,
         **options: Any,
     ) -> Iterator[str]:
-        """The answer to one conversation, piece by piece. Closing the iterator stops the model."""
+        """Answer one conversation piece by piece. Closing the iterator stops the model."""
         prepared = prepared or self.prepare([images], [messages])
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         stop = threading.Event()
-        failed: list[BaseException] = []
+        errors: list[BaseException] = []
 
-        def run() -> None:
+        def generate() -> None:
             try:
                 with torch.inference_mode():
                     self.model.generate(
                         **prepared.inputs,
                         **self._options(options),
                         streamer=streamer,
-                        stopping_criteria=StoppingCriteriaList([_Asked(stop)]),
+                        stopping_criteria=StoppingCriteriaList([_StopWhenSet(stop)]),
                     )
             except BaseException as error:  # noqa: BLE001  raised again in the thread that reads
-                failed.append(error)
+                errors.append(error)
                 streamer.end()
 
-        thread = threading.Thread(target=run, name="generate")
+        thread = threading.Thread(target=generate, name="generate")
         thread.start()
         try:
             yield from streamer
         finally:
             stop.set()
             thread.join()
-        if failed:
-            raise failed[0]
+        if errors:
+            raise errors[0]
 
     def prepare(
         self,
@@ -200,103 +206,78 @@ class Pipeline:
         conversations: Sequence[Sequence[Message]],
         *,
         tags: Sequence[ImageTags] | None = None,
-    ) -> Prepared:
-        """Look at the pictures, ask the store, and write the prompts. Arguments as for `answers`."""
+    ) -> PreparedBatch:
+        """Encode the pictures, ask the store for tags, and write the prompts. Arguments as for `answers`."""
         for pictures, messages in zip(images, conversations, strict=True):
-            places = sum(
-                part.get("type") == "image"
-                for m in messages
-                if not isinstance(m["content"], str)
-                for part in m["content"]
-            )
-            if places != len(pictures):
+            contents = [message["content"] for message in messages if not isinstance(message["content"], str)]
+            parts = sum(part.get("type") == "image" for content in contents for part in content)
+            if parts != len(pictures):
                 raise InvalidInput(
-                    f'the messages hold {places} parts {{"type": "image"}}, and {len(pictures)} images are given'
+                    f'the messages hold {parts} parts {{"type": "image"}}, '
+                    f"and {len(pictures)} images are given"
                 )
         prompts = [
             self.processor.apply_chat_template(list(messages), add_generation_prompt=True)
             for messages in conversations
         ]
-        pictures = [picture for some in images for picture in some]
-        extra: dict[str, Any] = {}
-        found: list[tuple[ImageTags, Retrieval | None]] = []
-        asked = False
-        if pictures:
-            grid, vectors = self.model.encode_images(
-                self.processor.image_processor(pictures)["pixel_values"].to(self.model.device)
-            )
-            extra = {"grid": grid} | ({} if vectors is None else {"image_vectors": vectors})
+        all_pictures = [picture for pictures in images for picture in pictures]
+        features: dict[str, Any] = {}
+        retrieved: list[tuple[ImageTags, Retrieval | None]] = []
+        store_asked = False
+        if all_pictures:
+            pixels = self.processor.image_processor(all_pictures)["pixel_values"]
+            grid, vectors = self.model.encode_images(pixels.to(self.model.device))
+            features = {"grid": grid} | ({} if vectors is None else {"image_vectors": vectors})
             if tags is not None:
-                found = [(one, None) for one in tags]
+                retrieved = [(image_tags, None) for image_tags in tags]
             elif vectors is None and not str(getattr(self.source, "url", "")).startswith("null:"):
                 raise InvalidInput(
-                    "this checkpoint's own tower is not joined to an encoder, so a store cannot be asked with its vectors: "
-                    "call model.join_encoder(load_encoder('hf:...')) and save it, or use null://"
+                    "this checkpoint's own tower is not joined to an encoder, so a store cannot be asked "
+                    "with its vectors: call model.join_encoder(load_encoder('hf:...')) and save it, or use null://"
                 )
             elif vectors is not None and self.model.config.tags:
-                asked = True
-                found = self.lookup.detailed(
-                    vectors, self.model.config.encoder_digest or self.model.encoder.fingerprint
-                )
+                store_asked = True
+                fingerprint = self.model.config.encoder_digest or self.model.encoder.fingerprint
+                retrieved = self.lookup.detailed(vectors, fingerprint)
         bos = self.processor.tokenizer.bos_token
         # a template that writes the first token itself must not get a second
-        add = not (bos and prompts[0].startswith(bos))
-        batch = self.processor(text=prompts, tags=[one for one, _ in found] or None, add_special_tokens=add)
-        inputs = {name: tensor.to(self.model.device) for name, tensor in batch.items()} | extra
-        tags_of, answers = self._described(images, found, inputs)
-        return Prepared(inputs, tags_of, answers, tuple(asked and None in some for some in answers))
-
-    def _described(
-        self,
-        images: Sequence[Sequence[Any]],
-        found: Sequence[tuple[ImageTags, Retrieval | None]],
-        inputs: dict[str, Any],
-    ) -> tuple[tuple[tuple[WeighedTag, ...], ...], tuple[tuple[Retrieval | None, ...], ...]]:
-        """Weighed tags and retrievals of each conversation."""
-        weights = self._weights(inputs)
-        layout = TagLayout(**self.processor.layout)
-        tags: list[tuple[WeighedTag, ...]] = []
+        add_bos = not (bos and prompts[0].startswith(bos))
+        prompt_tags = [image_tags for image_tags, _ in retrieved] or None
+        batch = self.processor(text=prompts, tags=prompt_tags, add_special_tokens=add_bos)
+        inputs = {name: tensor.to(self.model.device) for name, tensor in batch.items()} | features
+        weights, layout = iter(self._weights(inputs)), TagLayout(**self.processor.layout)
+        weighed: list[tuple[WeighedTag, ...]] = []
         retrievals: list[tuple[Retrieval | None, ...]] = []
-        at, start = 0, 0
+        start = 0
         for pictures in images:
-            some: list[WeighedTag] = []
-            mine = found[start : start + len(pictures)]
-            for image, (given, _) in enumerate(mine):
-                chosen = layout.choose(given)
-                signals = zip(chosen.texts, chosen.relevance, chosen.similarity, chosen.votes, strict=True)
-                for text, relevance, similarity, votes in signals:
-                    some.append(
-                        WeighedTag(
-                            text, float(weights[at]), float(relevance), float(similarity), float(votes), image
-                        )
-                    )
-                    at += 1
+            part = retrieved[start : start + len(pictures)]
             start += len(pictures)
-            tags.append(tuple(some))
-            retrievals.append(tuple(answer for _, answer in mine))
-        return tuple(tags), tuple(retrievals)
+            chosen = [layout.choose(image_tags) for image_tags, _ in part]
+            weighed.append(tuple(tag for i, tags in enumerate(chosen) for tag in _weighed(tags, weights, i)))
+            retrievals.append(tuple(retrieval for _, retrieval in part))
+        degraded = tuple(store_asked and None in part for part in retrievals)
+        return PreparedBatch(inputs, tuple(weighed), tuple(retrievals), degraded)
 
     def _weights(self, inputs: dict[str, Any]) -> list[float]:
+        """Weights of all tags, as the model computes them."""
         if not all(name in inputs for name in TAG_INPUTS[:4]):
             return []
+        embeddings, vectors = inputs["tag_embeddings"], inputs.get("image_vectors")
         with torch.no_grad():
-            weights, _, _ = self.model.weight_tuner(
-                inputs["tag_embeddings"],
-                inputs.get("image_vectors"),
-                inputs["tag_signals"],
-                inputs["cu_tags"],
-            )
-        found: list[float] = weights.tolist()
-        return found
+            weights = self.model.weight_tuner(embeddings, vectors, inputs["tag_signals"], inputs["cu_tags"])[
+                0
+            ]
+        values: list[float] = weights.tolist()
+        return values
 
-    def _answer(self, prepared: Prepared, row: int, text: str, finished: bool) -> Answer:
-        answers = [one for one in prepared.retrievals[row] if one is not None]
+    def _answer(self, prepared: PreparedBatch, row: int, text: str, finished: bool) -> Answer:
+        retrievals = [retrieval for retrieval in prepared.retrievals[row] if retrieval is not None]
         return Answer(
             text=text,
             tags=prepared.tags[row],
-            neighbours=tuple(neighbour for one in answers for neighbour in one.neighbours),
-            store=answers[0].store if answers else "",
-            version=answers[0].version if answers else 0,
+            neighbours=tuple(neighbour for retrieval in retrievals for neighbour in retrieval.neighbours),
+            store=retrievals[0].store if retrievals else "",
+            version=retrievals[0].version if retrievals else 0,
             degraded=prepared.degraded[row],
             finished=finished,
         )
@@ -304,13 +285,22 @@ class Pipeline:
     def _options(self, options: dict[str, Any]) -> dict[str, Any]:
         return {"max_new_tokens": 64, "do_sample": False} | options
 
-    def _ends(self) -> Any:
+    def _end_tokens(self) -> Any:
         end = self.model.generation_config.eos_token_id
         return np.atleast_1d(self.processor.tokenizer.eos_token_id if end is None else end)
 
 
-class _Asked(StoppingCriteria):  # type: ignore[misc]
-    """Stops when it is asked to."""
+def _weighed(tags: ImageTags, weights: Iterator[float], image: int) -> list[WeighedTag]:
+    """The tags of one picture with the next weights."""
+    signals = np.stack([tags.relevance, tags.similarity, tags.vote_share], axis=1).tolist()
+    return [
+        WeighedTag(text, next(weights), relevance, similarity, vote_share, image)
+        for text, (relevance, similarity, vote_share) in zip(tags.texts, signals, strict=True)
+    ]
+
+
+class _StopWhenSet(StoppingCriteria):  # type: ignore[misc]
+    """Stops generation when an event is set."""
 
     def __init__(self, stop: threading.Event) -> None:
         self._stop = stop
@@ -320,7 +310,7 @@ class _Asked(StoppingCriteria):  # type: ignore[misc]
 
 
 def user_message(text: str, images: int = 0) -> Message:
-    """A message of the user: pictures first, then words."""
+    """Make a message of the user: pictures first, then text."""
     return {
         "role": "user",
         "content": [*({"type": "image"} for _ in range(images)), {"type": "text", "text": text}],

@@ -1,4 +1,4 @@
-"""Tags for any vision-language model, without training: the question with weighed tags in words. numpy only.
+"""Tags for any vision-language model, without training: weighed tags as text before the question. numpy only.
 
 text = tag_prompt("What wine is this?", tags)       # send it with the picture to any served model
 """
@@ -22,17 +22,15 @@ def tag_prompt(
     temperature: float = 0.1,
     layout: TagLayout | None = None,
 ) -> str:
-    """A question with the tags of its image.
+    """Write a question with the tags of its image; without tags, the question alone.
 
     Args:
-        question: of the user; comes last, unchanged.
+        question: the user's; comes last, unchanged.
         tags: of the image.
-        style: `weights` gives each tag its weight as a number, `words` sorts tags into sure and doubtful, `list` only names them.
+        style: `weights` gives each tag its weight as a number, `words` sorts tags into sure and doubtful,
+            `list` only names them.
         temperature: of the softmax over the layout's signal.
-        layout: which tags and in what order; its texts are not used.
-
-    Returns:
-        The question alone if there are no tags.
+        layout: chooses and orders the tags; its texts are not used.
 
     Raises:
         InvalidInput: an unknown style, or a temperature that is not positive.
@@ -44,26 +42,28 @@ def tag_prompt(
     if not len(chosen):
         return question
     weights = relative_weights(chosen, signal=layout.signal, temperature=temperature)
-    trust = "They come from other images and may be wrong: use those that you can see in this image, and ignore the others."
+    weighed = list(zip(chosen.texts, weights, strict=True))
     if style == "weights":
-        named = ", ".join(
-            f"{text} ({weight:.2f})" for text, weight in zip(chosen.texts, weights, strict=True)
+        named = ", ".join(f"{text} ({weight:.2f})" for text, weight in weighed)
+        lines = (
+            f"Similar images carry these tags, each with how well it fits this image, from 0 to 1: {named}."
         )
-        return f"Similar images carry these tags, each with how well it fits this image, from 0 to 1: {named}. {trust}\n\n{question}"
-    if style == "list":
-        return f"Similar images carry these tags: {', '.join(chosen.texts)}. {trust}\n\n{question}"
-    sure = [text for text, weight in zip(chosen.texts, weights, strict=True) if weight >= 0.5]
-    doubtful = [text for text, weight in zip(chosen.texts, weights, strict=True) if weight < 0.5]
-    lines = f"Tags that fit this image well: {', '.join(sure)}."
-    if doubtful:
-        lines += f" Tags that fit it less well: {', '.join(doubtful)}."
-    return f"{lines} {trust}\n\n{question}"
+    elif style == "list":
+        lines = f"Similar images carry these tags: {', '.join(chosen.texts)}."
+    else:
+        sure = [text for text, weight in weighed if weight >= 0.5]
+        doubtful = [text for text, weight in weighed if weight < 0.5]
+        lines = f"Tags that fit this image well: {', '.join(sure)}."
+        if doubtful:
+            lines += f" Tags that fit it less well: {', '.join(doubtful)}."
+    advice = "use those that you can see in this image, and ignore the others."
+    return f"{lines} They come from other images and may be wrong: {advice}\n\n{question}"
 
 
 def relative_weights(
     tags: ImageTags, *, signal: str = "relevance", temperature: float = 0.1
 ) -> NDArray[np.float32]:
-    """`[n]`: softmax(signal / temperature) over the tags, as shares of the best tag's. Raises `InvalidInput`."""
+    """`[n]`: softmax(signal / temperature), divided by the best tag's. Raises `InvalidInput`."""
     if not temperature > 0:
         raise InvalidInput(f"temperature is {temperature}: it must be positive")
     score = tags.score(signal)

@@ -1,1 +1,1 @@
-"""The parts of TUNA, and the model of transformers that they make."""
+"""The model of transformers and its parts: configuration, connector, tag encoder, weight tuner, LoRA."""

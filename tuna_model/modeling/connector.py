@@ -10,26 +10,27 @@ from tuna_model.modeling.config import TunaConfig
 
 
 class Connector(nn.Module):
-    """LLaVA-1.5's two-layer MLP or one linear layer, `[..., C]` to `[..., hidden]`; the MLP's names are those of transformers' Llava."""
+    """LLaVA-1.5's two-layer MLP or one linear layer, `[..., C]` to `[..., hidden]`.
+
+    The names of the MLP's weights are those of transformers' Llava.
+    """
 
     def __init__(self, config: TunaConfig) -> None:
         super().__init__()
-        hidden = config.text_config.hidden_size
-        self.linear_1 = nn.Linear(config.grid_channels, hidden, bias=config.connector_bias)
-        self.act = nn.Identity() if config.connector == "linear" else ACT2FN[config.connector_act]
-        self.linear_2 = (
-            nn.Identity()
-            if config.connector == "linear"
-            else nn.Linear(hidden, hidden, bias=config.connector_bias)
-        )
+        hidden, bias = config.text_config.hidden_size, config.connector_bias
+        linear = config.connector == "linear"
+        self.linear_1 = nn.Linear(config.grid_channels, hidden, bias=bias)
+        self.act = nn.Identity() if linear else ACT2FN[config.connector_act]
+        self.linear_2 = nn.Identity() if linear else nn.Linear(hidden, hidden, bias=bias)
 
     def forward(self, features: Tensor) -> Tensor:
-        out: Tensor = self.linear_2(self.act(self.linear_1(features)))
-        return out
+        tokens: Tensor = self.linear_2(self.act(self.linear_1(features)))
+        return tokens
 
 
 def pool_grid(grid: Tensor, side: int) -> Tensor:
-    """Means over a `side` x `side` raster: `[N, P, C]` to `[N, side^2, C]`; P is a square of a multiple of `side`."""
+    """Average over a `side` x `side` raster: `[N, P, C]` to `[N, side^2, C]`; P is the square of a multiple
+    of `side`."""
     images, points, channels = grid.shape
     step = round(points**0.5) // side
     blocks = grid.view(images, side, step, side, step, channels)

@@ -1,6 +1,6 @@
 """Low-rank updates of the decoder (Hu et al., "LoRA", ICLR 2022), by peft.
 
-They are put within the model and not around it, so that names, saving and generation stay those of the model.
+They are put inside the model, not around it, so that names, saving and generation stay those of the model.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def add_lora(
     dropout: float = 0.0,
     targets: Sequence[str] = ("q_proj", "v_proj"),
 ) -> None:
-    """Put updates of `rank` beside the decoder's layers that are named `targets`; all else of the decoder is frozen.
+    """Put updates of `rank` beside the decoder's layers called `targets`, and freeze the rest of the decoder.
 
     Raises:
         MissingExtra: peft is not installed.
@@ -41,7 +41,7 @@ def add_lora(
 
 
 def merge_lora(model: Any) -> None:
-    """Add the updates to the layers they stand beside and take them away: the model is then an ordinary one."""
+    """Add the updates to their layers and remove them: the model is then an ordinary one."""
     from peft.tuners.lora import LoraLayer
 
     for name, module in list(model.named_modules()):

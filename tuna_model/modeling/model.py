@@ -1,12 +1,12 @@
-"""TUNA as a transformers model: an image tower, a connector, a decoder, and between them the path of the tags.
+"""TUNA as a transformers model: image tower, connector, decoder, and between them the tag path.
 
     pixels ─▶ tower ─▶ Z_v ─▶ connector ─▶ H_v ───────────────┐
                 └▶ image vector ─▶ weight tuner ─▶ w ──┐      ├─▶ decoder ─▶ logits
     tags' embeddings Q_t, Z_v ─▶ tag encoder ─▶ Z_vt ─▶ connector ─▶ H_vt·w
     tags' words ─▶ word embeddings ─▶ H_t·w ────────────────────┘
 
-The names of its weights are those of llava-hf checkpoints (`vision_tower`, `multi_modal_projector`, `language_model`), and without tags it
-computes what transformers' Llava computes, bit for bit.
+The names of its weights are those of llava-hf checkpoints (`vision_tower`, `multi_modal_projector`,
+`language_model`). Without tags it computes what transformers' Llava computes, bit for bit.
 """
 
 from __future__ import annotations
@@ -37,22 +37,20 @@ from tuna_model.modeling.tag_encoder import TagEncoder
 from tuna_model.modeling.weight_tuner import WeightTuner
 
 TAG_INPUTS = ("tag_index", "tag_embeddings", "tag_signals", "cu_tags", "tag_word_ids", "tag_lengths")
-_PACKED = ("pixel_values", "grid", "image_vectors", *TAG_INPUTS[1:])
+_PACKED_INPUTS = ("pixel_values", "grid", "image_vectors", *TAG_INPUTS[1:])
 """Inputs whose first dimension is not the batch's: beams share them."""
-
-
-_NEW_LLAVA = {
+_LLAVA_KEY_MAPPING = {
     r"^model\.language_model\.": "language_model.model.",
     r"^lm_head\.": "language_model.lm_head.",
     r"^model\.vision_tower\.": "vision_tower.",
     r"^model\.multi_modal_projector\.": "multi_modal_projector.",
 }
-"""Names of a Llava in memory, which some files have too, to those of the hub's files."""
+"""Weight names of a Llava in memory, which some files use too, to those of the hub's files."""
 
 
 @dataclass
 class TunaOutput(ModelOutput):  # type: ignore[misc]
-    """What a forward gives."""
+    """Result of a forward."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
@@ -69,11 +67,12 @@ class TunaOutput(ModelOutput):  # type: ignore[misc]
     tag_attention: Tensor | None = None
     """`[T or M, P]` float32, of each query over the patches."""
     tag_bias: Tensor | None = None
-    """`[B, L]` float32, what is added to the attention logits of every key; with the couplings `log_bias` and `drop`."""
+    """`[B, L]` float32, added to the attention logits of every key; only with the couplings `log_bias` and
+    `drop`."""
 
 
 class TunaForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
-    """TUNA with its decoder's head. The tensors it takes are in the table of `tuna_model`."""
+    """TUNA with its decoder's head. The table in `tuna_model` lists its input tensors."""
 
     config: TunaConfig
     config_class = TunaConfig
@@ -104,16 +103,16 @@ class TunaForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: i
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As transformers'; a directory of its Llava is read as it is."""
-        found = super().from_pretrained(*args, **{"key_mapping": _NEW_LLAVA, **kwargs})
-        model = found[0] if isinstance(found, tuple) else found
-        model._weight_conversions = None  # saved under our names, whatever it was read from
+        """As transformers'; also reads a directory of its Llava as it is."""
+        loaded = super().from_pretrained(*args, **{"key_mapping": _LLAVA_KEY_MAPPING, **kwargs})
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with output_loading_info=True
+        model._weight_conversions = None  # save under our names, whatever names were read
         if model.config.vision_config is not None:
             model.vision_tower.requires_grad_(False)
-        return found
+        return loaded
 
     def _init_weights(self, module: nn.Module) -> None:
-        """What transformers does, and the few tensors that it does not know."""
+        """Initialise as transformers does, and the few tensors that it does not know."""
         super()._init_weights(module)
         if module is self and self.config.vision_config is not None:
             init.zeros_(self.vision_projection)
@@ -142,10 +141,10 @@ class TunaForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: i
 
     @property
     def encoder(self) -> Encoder:
-        """The frozen encoder that the configuration names, loaded when it is first needed.
+        """The frozen encoder that the configuration names, loaded at first use.
 
         Raises:
-            FingerprintMismatch: it is not the one that the checkpoint was made with.
+            FingerprintMismatch: the checkpoint was trained on another one.
             InvalidInput: the checkpoint names none.
         """
         if self._encoder is None:
@@ -153,72 +152,68 @@ class TunaForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: i
                 raise InvalidInput(
                     "this checkpoint carries its own tower and names no encoder: call join_encoder('hf:...')"
                 )
-            kind = (
-                {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(self.dtype, "fp32")
-                if self.device.type == "cuda"
-                else "fp32"
-            )
-            self.use_encoder(load_encoder(self.config.encoder, device=str(self.device), precision=kind))
+            half = {torch.float16: "fp16", torch.bfloat16: "bf16"} if self.device.type == "cuda" else {}
+            precision = half.get(self.dtype, "fp32")
+            self.use_encoder(load_encoder(self.config.encoder, device=str(self.device), precision=precision))
         return cast(Encoder, self._encoder)
 
     def use_encoder(self, encoder: Encoder) -> None:
-        """Take an encoder that is already there. Raises `FingerprintMismatch` as `encoder` does."""
+        """Use an encoder that is already loaded. Raises `FingerprintMismatch` as `encoder` does."""
         digest = encoder.fingerprint.digest
         if self.config.encoder_digest and digest != self.config.encoder_digest:
             raise FingerprintMismatch(
-                f"this checkpoint was trained on encoder {self.config.encoder} with fingerprint {self.config.encoder_digest}, and "
-                f"{encoder.fingerprint} was loaded: its features mean something else. Install the encoder that it was trained on"
+                f"this checkpoint was trained on encoder {self.config.encoder} with fingerprint "
+                f"{self.config.encoder_digest}, and {encoder.fingerprint} was loaded: its features mean "
+                "something else. Install the encoder that it was trained on"
             )
         self._encoder = encoder
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def encode_images(self, pixel_values: Tensor) -> tuple[Tensor, Tensor | None]:
-        """One forward of the image tower.
+        """Run the image tower once.
 
         Args:
             pixel_values: `[N, 3, H, W]`, normalised (`TunaImageProcessor`).
 
         Returns:
-            grid Z_v `[N, P, C]`, and unit image vectors `[N, D]` (float32), None where a checkpoint's own tower has no projection yet.
+            The grid Z_v `[N, P, C]` and unit image vectors `[N, D]` (float32). The vectors are None where a
+            checkpoint's own tower has no projection yet.
         """
         if self.config.vision_config is None:
             return self.encoder.forward_grid(pixel_values, layer=self.config.feature_layer)
         grid, pooled = clip_grid(self.vision_tower, pixel_values, self.config.feature_layer)
         if not self.config.encoder:
             return grid, None
-        return grid, nn.functional.normalize(
-            (pooled @ cast(Tensor, self.vision_projection).to(pooled.dtype).T).float(), dim=-1
-        )
+        vectors = pooled @ cast(Tensor, self.vision_projection).to(pooled.dtype).T
+        return grid, nn.functional.normalize(vectors.float(), dim=-1)
 
     def join_encoder(self, encoder: Encoder) -> None:
-        """Tie the tags to an encoder's space: note its fingerprint, and take over what leads from the grid into that space.
+        """Tie the tags to an encoder's space: keep its fingerprint and its projection from the grid into that
+        space.
 
-        A checkpoint that carries its tower must carry this very encoder's: then its image vectors are the store's, from one forward.
+        A checkpoint that carries its tower must carry this encoder's: then one forward gives the store's
+        image vectors.
 
         Raises:
-            FingerprintMismatch: another tower, or another dimension of tags.
+            FingerprintMismatch: the tower or the dimension of the tags differs.
         """
         config = self.config
         if encoder.dimension != config.tag_dimension:
             raise FingerprintMismatch(
-                f"the model takes tags of {config.tag_dimension} dimensions, and encoder {encoder.fingerprint} has {encoder.dimension}"
+                f"the model takes tags of {config.tag_dimension} dimensions, "
+                f"and encoder {encoder.fingerprint} has {encoder.dimension}"
             )
-        # learned layers need none, and a tower that pools by attention has none
-        projection = (
-            encoder.grid_projection()
-            if config.vision_config is not None or config.tag_encoder_layers == 0
-            else torch.zeros(0)
-        )
         if config.vision_config is not None:
             if not encoder.same_tower(self.vision_tower):
                 raise FingerprintMismatch(
-                    f"the tower of this checkpoint is not that of encoder {encoder.fingerprint}: its vectors are others"
+                    f"this checkpoint's tower is not that of encoder {encoder.fingerprint}: vectors differ"
                 )
-            cast(Tensor, self.vision_projection).copy_(projection.T)
+            cast(Tensor, self.vision_projection).copy_(encoder.grid_projection().T)
         else:
             self._encoder = encoder
+        # learned layers need no projection, and a tower that pools by attention has none
         if config.tags and config.tag_encoder_layers == 0:
-            cast(Tensor, self.tag_encoder.projection).copy_(projection)
+            cast(Tensor, self.tag_encoder.projection).copy_(encoder.grid_projection())
         config.encoder, config.encoder_digest = encoder.fingerprint.model, encoder.fingerprint.digest
 
     # forward
@@ -248,42 +243,46 @@ class TunaForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: i
         output_tag_attention: bool = False,
         **kwargs: Any,
     ) -> TunaOutput:
-        """The tensors are those of the table in `tuna_model`.
+        """Compute logits, and the loss if there are labels. The table in `tuna_model` explains the other
+        tensors.
 
         Args:
-            image_index: `[B, L]`, which row of all image tokens a position takes, -1 for none; worked out from `input_ids` if None.
+            image_index: `[B, L]`, the row of all image tokens that a position takes, -1 for none; found from
+                `input_ids` if None.
             tag_bias: `[B, keys so far]`, as a forward with a cache returned it.
-            logits_to_keep: logits (and labels) of only so many last positions; 0 for all.
-            num_items_in_batch: what the sum of losses is divided by, where a step has more than this forward; None: the labels here.
+            logits_to_keep: keep logits (and labels) of this many last positions; 0 for all.
+            num_items_in_batch: divisor of the summed loss, where a step has several forwards; None: the
+                labels of this one.
             output_tag_attention: also return `tag_attention`.
 
         Raises:
-            ValueError: image tokens in `input_ids` that are not as many as the images need; shapes that do not fit.
+            ValueError: the image tokens in `input_ids` are not as many as the images need, or shapes do not
+                fit.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if pixel_values is not None and grid is None:
-            grid, own = self.encode_images(pixel_values)
-            image_vectors = own if image_vectors is None else image_vectors
+            grid, encoded = self.encode_images(pixel_values)
+            image_vectors = encoded if image_vectors is None else image_vectors
         image_tokens = tags = None
         if grid is not None:
             if input_ids is None:
                 raise ValueError("images need input_ids: the positions of their tokens are read from it")
             grid = grid.to(inputs_embeds.device, inputs_embeds.dtype)
-            image_tokens = self.multi_modal_projector(
-                pool_grid(grid, self.config.pool_side) if self.config.connector == "pooled" else grid
-            ).to(inputs_embeds.dtype)
+            pooled = pool_grid(grid, self.config.pool_side) if self.config.connector == "pooled" else grid
+            image_tokens = self.multi_modal_projector(pooled).to(inputs_embeds.dtype)
             if image_index is None:
                 image_index = self.image_positions(input_ids, tag_index)
                 count = image_tokens.shape[0] * image_tokens.shape[1]
                 if not torch.compiler.is_compiling():
                     torch_compilable_check(
                         (image_index >= 0).sum() == count,
-                        f"the prompts do not hold the {count} image tokens of {len(grid)} images: make input_ids with TunaProcessor",
+                        f"the prompts do not hold the {count} image tokens of {len(grid)} images: "
+                        "make input_ids with TunaProcessor",
                     )
-            inputs_embeds = _put(inputs_embeds, image_tokens.flatten(0, 1), image_index)
+            inputs_embeds = _put_rows(inputs_embeds, image_tokens.flatten(0, 1), image_index)
         if tag_embeddings is not None and len(tag_embeddings):
             if (
                 grid is None
@@ -293,23 +292,21 @@ class TunaForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: i
                 or tag_signals is None
             ):
                 raise ValueError(
-                    "tags need input_ids, an image (pixel_values or grid), tag_index, tag_signals and cu_tags: see TunaProcessor"
+                    "tags need input_ids, an image (pixel_values or grid), tag_index, tag_signals and "
+                    "cu_tags: see TunaProcessor"
                 )
             if not self.config.tags:
                 raise ValueError("this model has no tag path (TunaConfig.tags is False): leave tags out")
-            tags = self._tags(
-                input_ids, inputs_embeds, grid, image_vectors, tag_index, tag_embeddings, tag_signals, cu_tags, tag_word_ids, tag_lengths,
-                output_tag_attention,
+            tags = self._insert_tags(
+                input_ids, inputs_embeds, grid, image_vectors, tag_index, tag_embeddings, tag_signals,
+                cu_tags, tag_word_ids, tag_lengths, output_tag_attention,
             )  # fmt: skip
             inputs_embeds, tag_bias = tags["inputs_embeds"], tags["tag_bias"]
-        mask = (
-            attention_mask
-            if tag_bias is None
-            else self._biased_mask(inputs_embeds, attention_mask, tag_bias, past_key_values)
-        )
+        if tag_bias is not None:
+            attention_mask = self._biased_mask(inputs_embeds, attention_mask, tag_bias, past_key_values)
         out = self.language_model(
             inputs_embeds=inputs_embeds,
-            attention_mask=mask,
+            attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             use_cache=use_cache,
@@ -318,17 +315,15 @@ class TunaForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: i
         )
         loss = None
         if labels is not None:
-            kept = (
-                labels[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else labels[:, logits_to_keep]
-            )
+            last = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             loss = self.loss_function(
                 logits=out.logits,
-                labels=kept,
+                labels=labels[:, last],
                 vocab_size=self.config.text_config.vocab_size,
                 num_items_in_batch=num_items_in_batch,
             )
             if self.training:
-                loss = loss + self._idle(image_tokens is None, tags is None)
+                loss = loss + self._zero_of_unused(image_tokens is None, tags is None)
         return TunaOutput(
             loss=loss,
             logits=out.logits,
@@ -337,49 +332,57 @@ class TunaForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: i
             attentions=out.attentions,
             image_hidden_states=image_tokens,
             tag_bias=tag_bias,
-            **(
-                {}
-                if tags is None
-                else {name: tags[name] for name in ("tag_hidden_states", "tag_weights", "tag_attention")}
-            ),
+            tag_hidden_states=tags["tag_hidden_states"] if tags else None,
+            tag_weights=tags["tag_weights"] if tags else None,
+            tag_attention=tags["tag_attention"] if tags else None,
         )
 
     def image_positions(self, input_ids: Tensor, tag_index: Tensor | None = None) -> Tensor:
-        """`[B, L]`: the row of all image tokens, in the order of the prompts, that each position takes; -1 for none."""
-        there = input_ids == self.config.image_token_id
+        """`[B, L]`: the row of all image tokens, in the order of the prompts, that each position takes; -1
+        for none."""
+        is_image = input_ids == self.config.image_token_id
         if tag_index is not None:
-            there = there & (_to_length(tag_index, input_ids.shape[1], -1) < 0)
-        rows = there.flatten().cumsum(0).view_as(input_ids) - 1
-        return torch.where(there, rows, -1)
+            is_image = is_image & (_to_length(tag_index, input_ids.shape[1], -1) < 0)
+        rows = is_image.flatten().cumsum(0).view_as(input_ids) - 1
+        return torch.where(is_image, rows, -1)
 
-    def _tags(
-        self, input_ids: Tensor, inputs_embeds: Tensor, grid: Tensor, image_vectors: Tensor | None, tag_index: Tensor, embeddings: Tensor,
-        signals: Tensor, cu_tags: Tensor, word_ids: Tensor | None, lengths: Tensor | None, output_attention: bool,
+    def _insert_tags(
+        self, input_ids: Tensor, inputs_embeds: Tensor, grid: Tensor, image_vectors: Tensor | None,
+        tag_index: Tensor, embeddings: Tensor, signals: Tensor, cu_tags: Tensor, word_ids: Tensor | None,
+        lengths: Tensor | None, output_attention: bool,
     ) -> dict[str, Any]:  # fmt: skip
-        """Put weighed H_vt and H_t where `tag_index` says."""
+        """Put the weighed H_vt and H_t at the positions in `tag_index`."""
         weights, factors, biases = self.weight_tuner(embeddings, image_vectors, signals, cu_tags)
-        # what belongs to which query: with word queries a tag has several
-        of_query, words, cu_queries = torch.arange(len(embeddings), device=embeddings.device), None, cu_tags
+        # the tag of each query: with word queries a tag has several
+        tag_of_query, words, cu_queries = (
+            torch.arange(len(embeddings), device=embeddings.device),
+            None,
+            cu_tags,
+        )
         if self.config.tag_queries == "token":
             if word_ids is None or lengths is None:
                 raise ValueError(
                     "tag_queries 'token' needs tag_word_ids and tag_lengths: make them with TunaProcessor"
                 )
-            of_query = torch.repeat_interleave(of_query, lengths, output_size=len(word_ids))
+            tag_of_query = torch.repeat_interleave(tag_of_query, lengths, output_size=len(word_ids))
             words = self.get_input_embeddings()(word_ids)
             ends = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
             cu_queries = ends[cu_tags.long()].to(torch.int32)
-        seen, attention = self.tag_encoder(
-            embeddings.to(grid.dtype)[of_query], words, grid, cu_queries, return_attention=output_attention
+        z_vt, attention = self.tag_encoder(
+            embeddings.to(grid.dtype)[tag_of_query],
+            words,
+            grid,
+            cu_queries,
+            return_attention=output_attention,
         )
-        h_vt = self.multi_modal_projector(seen).to(inputs_embeds.dtype)
+        h_vt = self.multi_modal_projector(z_vt).to(inputs_embeds.dtype)
 
         index = _to_length(tag_index, input_ids.shape[1], -1)
         is_query = (index >= 0) & (input_ids == self.config.image_token_id)
-        inputs_embeds = _put(inputs_embeds, h_vt, torch.where(is_query, index, -1))
-        of_position = torch.where(is_query, of_query[index.clamp(0, len(of_query) - 1)], index)
-        factor = torch.where(of_position >= 0, factors[of_position.clamp_min(0)], 1).to(inputs_embeds.dtype)
-        bias = None if biases is None else torch.where(of_position >= 0, biases[of_position.clamp_min(0)], 0)
+        inputs_embeds = _put_rows(inputs_embeds, h_vt, torch.where(is_query, index, -1))
+        tag = torch.where(is_query, tag_of_query[index.clamp(0, len(tag_of_query) - 1)], index)  # -1: none
+        factor = torch.where(tag >= 0, factors[tag.clamp_min(0)], 1).to(inputs_embeds.dtype)
+        bias = None if biases is None else torch.where(tag >= 0, biases[tag.clamp_min(0)], 0)
         return {
             "inputs_embeds": inputs_embeds * factor[..., None],
             "tag_bias": bias,
@@ -392,39 +395,42 @@ class TunaForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: i
         self, inputs_embeds: Tensor, attention_mask: Tensor | None, bias: Tensor, cache: Any
     ) -> Tensor:
         """The causal mask `[B, 1, L, keys]` with the tags' biases added to their keys."""
+        coupling = f"tag_coupling '{self.config.tag_coupling}'"
         attention = self.language_model.config._attn_implementation
         if attention not in ("sdpa", "eager"):
             raise ValueError(
-                f"tag_coupling '{self.config.tag_coupling}' adds to attention logits, which '{attention}' cannot: "
+                f"{coupling} adds to attention logits, which '{attention}' cannot: "
                 "load the model with attn_implementation='sdpa' or 'eager'"
             )
         if cache is not None and getattr(cache, "is_compileable", False):
-            raise ValueError(
-                f"tag_coupling '{self.config.tag_coupling}' needs a dynamic cache: leave cache_implementation out"
-            )
+            raise ValueError(f"{coupling} needs a dynamic cache: leave cache_implementation out")
         text = self.config.text_config
         layers = getattr(text, "layer_types", None)
         if any("sliding" in kind for kind in layers) if layers else getattr(text, "sliding_window", None):
             raise ValueError(
-                f"tag_coupling '{self.config.tag_coupling}' needs a decoder without sliding windows: take 'multiply' or 'multiply_max'"
+                f"{coupling} needs a decoder without sliding windows: take 'multiply' or 'multiply_max'"
             )
         batch, length = inputs_embeds.shape[:2]
         past = 0 if cache is None else cache.get_seq_length()
         keys = past + length
-        place = torch.arange(keys, device=inputs_embeds.device)
-        seen = (place[None] <= place[past:, None])[None, None]
+        position = torch.arange(keys, device=inputs_embeds.device)
+        visible = (position[None] <= position[past:, None])[None, None]
         if attention_mask is not None:
-            seen = seen & attention_mask[:, None, None, :keys].bool()
+            visible = visible & attention_mask[:, None, None, :keys].bool()
         lowest = torch.finfo(inputs_embeds.dtype).min
         biases = _to_length(bias, keys, 0.0).clamp_min(lowest).to(inputs_embeds.dtype)
-        return torch.where(seen, biases[:, None, None], lowest).expand(batch, 1, length, keys)
+        return torch.where(visible, biases[:, None, None], lowest).expand(batch, 1, length, keys)
 
-    def _idle(self, no_images: bool, no_tags: bool) -> Tensor | float:
-        """Zero, made of the parameters that a batch did not touch: processes that wait for each other's gradients must all have them."""
-        idle: list[nn.Module] = [self.multi_modal_projector] if no_images else []
+    def _zero_of_unused(self, no_images: bool, no_tags: bool) -> Tensor | float:
+        """Zero, computed from the parameters that this batch did not use.
+
+        So that they get a gradient all the same: processes that wait for each other's gradients must all have
+        them.
+        """
+        unused: list[nn.Module] = [self.multi_modal_projector] if no_images else []
         if no_tags and self.config.tags:
-            idle += [self.tag_encoder, self.weight_tuner]
-        parameters = [p for module in idle for p in module.parameters() if p.requires_grad]
+            unused += [self.tag_encoder, self.weight_tuner]
+        parameters = [p for module in unused for p in module.parameters() if p.requires_grad]
         return sum((p.flatten()[:1].sum() * 0 for p in parameters), 0.0)
 
     # generation
@@ -432,17 +438,16 @@ class TunaForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: i
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, is_first_iteration: bool = False, **kwargs: Any
     ) -> dict[str, Any]:
-        """As transformers'; once the prompt is in the cache, images and tags are left out."""
-        found = cast(
-            "dict[str, Any]",
-            super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs),
+        """As transformers'; leaves images and tags out once the prompt is in the cache."""
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(
+            input_ids, is_first_iteration=is_first_iteration, **kwargs
         )
         if not is_first_iteration and kwargs.get("use_cache", True):
-            for name in (*_PACKED, "tag_index", "image_index"):
-                found.pop(name, None)
-        elif (index := found.get("image_index")) is not None:
-            found["image_index"] = _to_length(index, input_ids.shape[1], -1)
-        return found
+            for name in (*_PACKED_INPUTS, "tag_index", "image_index"):
+                inputs.pop(name, None)
+        elif (index := inputs.get("image_index")) is not None:
+            inputs["image_index"] = _to_length(index, input_ids.shape[1], -1)
+        return inputs
 
     def _expand_inputs_for_generation(
         self,
@@ -451,8 +456,8 @@ class TunaForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: i
         input_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor | None, dict[str, Any]]:
-        """Beams share images and tags: only what has a row for each prompt is repeated."""
-        packed = {name: kwargs.pop(name) for name in _PACKED if name in kwargs}
+        """Repeat for each beam only what has a row for each prompt: beams share images and tags."""
+        packed = {name: kwargs.pop(name) for name in _PACKED_INPUTS if name in kwargs}
         if input_ids is not None and any(packed.get(name) is not None for name in ("pixel_values", "grid")):
             kwargs["image_index"] = self.image_positions(input_ids, kwargs.get("tag_index"))
         input_ids, kwargs = super()._expand_inputs_for_generation(
@@ -463,24 +468,24 @@ class TunaForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: i
     def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
-        """The biases of the prompt's tags hold for every later token too."""
-        found = cast(
-            "dict[str, Any]",
-            super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs),
+        """Carry the biases of the prompt's tags on: they hold for every later token too."""
+        updated: dict[str, Any] = super()._update_model_kwargs_for_generation(
+            outputs, model_kwargs, *args, **kwargs
         )
         if outputs.get("tag_bias") is not None:
-            found["tag_bias"] = outputs["tag_bias"]
-        return found
+            updated["tag_bias"] = outputs["tag_bias"]
+        return updated
 
 
-def _put(embeddings: Tensor, rows: Tensor, index: Tensor) -> Tensor:
-    """`embeddings` `[B, L, h]` with `rows` `[R, h]` at the positions whose `index` `[B, L]` is not negative."""
+def _put_rows(embeddings: Tensor, rows: Tensor, index: Tensor) -> Tensor:
+    """Replace `embeddings` `[B, L, h]` by rows of `rows` `[R, h]` wherever `index` `[B, L]` is not
+    negative."""
     index = _to_length(index, embeddings.shape[1], -1)
     return torch.where(index[..., None] >= 0, rows[index.clamp_min(0)], embeddings)
 
 
 def _to_length(values: Tensor, length: int, fill: float) -> Tensor:
-    """`[B, L]` made longer on the right: without a cache a prompt grows while its answer is written."""
+    """Pad `[B, L]` on the right: without a cache a prompt grows with its answer."""
     missing = length - values.shape[1]
     return values if missing <= 0 else nn.functional.pad(values, (0, missing), value=fill)
 

@@ -1,6 +1,7 @@
-"""The image-aware tag encoder: each tag looks at the patches of its image, Z_vt = attention(Q_t, Z_v, Z_v) (section 3 of the paper).
+"""The image-aware tag encoder: each tag attends to the patches of its image, Z_vt = attention(Q_t, Z_v, Z_v).
 
-The paper leaves open how deep it is and whether it has projections of its own; both ways are here.
+Section 3 of the paper. It leaves open how deep the encoder is and whether it has projections of its own: see
+`TunaConfig.tag_encoder_layers`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from tuna_model.modeling.config import TunaConfig
 
 
 class TagEncoder(nn.Module):
-    """Tags to features of the grid's kind, so that the connector of the grid takes them too."""
+    """Tags to features like the grid's, which the grid's connector takes too."""
 
     def __init__(self, config: TunaConfig) -> None:
         super().__init__()
@@ -23,16 +24,13 @@ class TagEncoder(nn.Module):
         self.max_tags = config.max_tags if config.tag_queries == "tag" else None
         self.layers: nn.ModuleList | None = None
         if config.tag_encoder_layers == 0:
-            # into the space of image vectors and tags; filled from the encoder (`TunaForConditionalGeneration.join_encoder`)
+            # into the space of image vectors and tags; `TunaForConditionalGeneration.join_encoder` fills it
             self.register_buffer("projection", torch.zeros(config.grid_channels, config.tag_dimension))
             return
         width = config.tag_encoder_width
         self.from_tag = nn.Linear(config.tag_dimension, width)
-        self.from_word = (
-            nn.Linear(config.text_config.hidden_size, width, bias=False)
-            if config.tag_queries == "token"
-            else None
-        )
+        hidden, of_words = config.text_config.hidden_size, config.tag_queries == "token"
+        self.from_word = nn.Linear(hidden, width, bias=False) if of_words else None
         self.grid_norm = nn.LayerNorm(config.grid_channels)
         self.layers = nn.ModuleList(TagEncoderLayer(config) for _ in range(config.tag_encoder_layers))
         self.to_grid = nn.Linear(width, config.grid_channels)
@@ -51,10 +49,11 @@ class TagEncoder(nn.Module):
             embeddings: `[M, D]` text embeddings, one for each query (a tag, or a word of a tag).
             words: `[M, hidden]` word embeddings of the decoder where queries are words, else None.
             grid: `[N, P, C]`.
-            cu_tags: int32 `[N + 1]`, which queries are of which image.
+            cu_tags: int32 `[N + 1]`: image n owns the queries cu_tags[n]:cu_tags[n + 1].
 
         Returns:
-            Z_vt `[M, C]`, and with `return_attention` the attention over the patches `[M, P]` (of the last layer, mean over its heads).
+            Z_vt `[M, C]`, and with `return_attention` the attention over the patches `[M, P]` (last layer,
+            mean over its heads).
         """
         if self.layers is None:
             return project_and_attend(embeddings, grid, cu_tags, cast(Tensor, self.projection))
@@ -68,7 +67,10 @@ class TagEncoder(nn.Module):
 
 
 class TagEncoderLayer(nn.Module):
-    """Cross-attention and MLP, both behind a LayerNorm and beside a residual; no attention among tags: they are a set of any size."""
+    """Cross-attention and MLP, each after a LayerNorm and beside a residual.
+
+    Tags do not attend to each other: they are a set of any size.
+    """
 
     def __init__(self, config: TunaConfig) -> None:
         super().__init__()
@@ -96,21 +98,23 @@ class TagEncoderLayer(nn.Module):
         v = self.value(grid).view(images, points, self.heads, -1)
         attention = None
         if return_attention:
-            seen, attention = tag_attention(
+            values, attention = tag_attention(
                 q, k, v, cu_tags, impl=impl, max_tags=max_tags, return_attention=True
             )
         else:
-            seen = tag_attention(q, k, v, cu_tags, impl=impl, max_tags=max_tags)
-        x = x + self.out(seen.flatten(1))
+            values = tag_attention(q, k, v, cu_tags, impl=impl, max_tags=max_tags)
+        x = x + self.out(values.flatten(1))
         return x + self.mlp(self.mlp_norm(x)), attention
 
 
 def project_and_attend(
     tags: Tensor, grid: Tensor, cu_tags: Tensor, projection: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The parameter-free attention: logits are 100 x cosines (CLIP's temperature) of tag and projected patch; the values are Z_v itself.
+    """Attend without parameters: logits are 100 x cosines (CLIP's temperature) of tag and projected patch,
+    values Z_v.
 
-    Keys and values differ in width, so the kernels do not take it; it has no learned part, and its cost is two small products.
+    Keys and values differ in width, so the kernels do not apply; nothing is learned, and two small products
+    are cheap.
 
     Args:
         tags: `[T, D]`.

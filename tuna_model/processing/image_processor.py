@@ -1,4 +1,5 @@
-"""Pictures to what the image tower sees: open_clip's own evaluation transform, so that model and store mean the same vector."""
+"""Pictures to pixels for the image tower: open_clip's own evaluation transform, as the store's encoder uses
+it."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from tagstore.errors import InvalidInput, NotFound
 
 
 class TunaImageProcessor(BaseImageProcessor):  # type: ignore[misc]
-    """Resize, crop and normalise as a fingerprint's `preprocess` says. Saved as preprocessor_config.json."""
+    """Resizes, crops and normalises as a fingerprint's `preprocess` says. Saved as
+    preprocessor_config.json."""
 
     model_input_names = ["pixel_values"]  # noqa: RUF012  transformers reads it as a list
 
@@ -30,14 +32,14 @@ class TunaImageProcessor(BaseImageProcessor):  # type: ignore[misc]
         fill_color: int = 0,
         **kwargs: Any,
     ) -> None:
-        """Fields of `Fingerprint.preprocess`; further ones are what transformers stores beside them."""
+        """Takes the fields of `Fingerprint.preprocess`; `kwargs` are what transformers stores beside them."""
         super().__init__(**kwargs)
         self.size, self.mode, self.mean, self.std = list(size), mode, list(mean), list(std)
         self.interpolation, self.resize_mode, self.fill_color = interpolation, resize_mode, fill_color
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As transformers'; the dict of a CLIP image processor is translated first."""
+        """As transformers'; translates the dict of a CLIP image processor first."""
         if "image_mean" in image_processor_dict:
             from tagstore.encoding.hf_models import clip_preprocess
 
@@ -45,17 +47,20 @@ class TunaImageProcessor(BaseImageProcessor):  # type: ignore[misc]
         return super().from_dict(image_processor_dict, **kwargs)
 
     def __call__(self, images: Any, return_tensors: str = "pt", **kwargs: Any) -> BatchFeature:
-        """`pixel_values` `[N, 3, H, W]` float32 of pictures: PIL, encoded bytes, paths, or uint8 arrays `[H, W, 3]`; one or a list.
+        """Compute `pixel_values` `[N, 3, H, W]` float32 of one picture or a list of them.
+
+        Args:
+            images: PIL images, encoded bytes, paths, or uint8 arrays `[H, W, 3]`.
 
         Raises:
-            NotFound: no such file.
-            BadImage: bytes that are no image.
-            InvalidInput: something that is no picture at all.
+            NotFound: there is no such file.
+            BadImage: the bytes are no image.
+            InvalidInput: an object that is no picture.
         """
         return self.preprocess(images, return_tensors=return_tensors, **kwargs)
 
     def preprocess(self, images: Any, return_tensors: str = "pt", **_: Any) -> BatchFeature:
-        """The same."""
+        """As a call: the name that transformers uses."""
         pictures = images if isinstance(images, list | tuple) else [images]
         rows = [torch.from_numpy(self._prepare(upright(picture))) for picture in pictures]
         if not rows:
@@ -66,29 +71,25 @@ class TunaImageProcessor(BaseImageProcessor):  # type: ignore[misc]
         return BatchFeature({"pixel_values": pixels}, tensor_type=return_tensors)
 
     def _prepare(self, picture: Any) -> np.ndarray[Any, Any]:
-        value = picture if picture.mode == "RGB" else picture.convert("RGB")
-        for step in self._steps():
-            value = step(value)
-        return np.array(value, dtype=np.uint8)
+        picture = picture if picture.mode == "RGB" else picture.convert("RGB")
+        for transform in self._transforms():
+            picture = transform(picture)
+        return np.array(picture, dtype=np.uint8)
 
-    def _steps(self) -> Any:
+    def _transforms(self) -> Any:
+        """Open_clip's resizing and cropping, without its conversion to normalised tensors."""
         from open_clip.transform import PreprocessCfg, image_transform_v2
 
-        size = tuple(self.size)
+        size, mean, std = tuple(self.size), tuple(self.mean), tuple(self.std)
         config = PreprocessCfg(
-            size,
-            self.mode,
-            tuple(self.mean),
-            tuple(self.std),
-            self.interpolation,
-            self.resize_mode,
-            self.fill_color,
+            size, self.mode, mean, std, self.interpolation, self.resize_mode, self.fill_color
         )
         return image_transform_v2(config, is_train=False).transforms[:-2]
 
 
 def upright(picture: Any) -> Any:
-    """A PIL image of a PIL image, encoded bytes, a path or an array, decoded as the store decodes."""
+    """Open a picture (PIL image, encoded bytes, path or array) as a PIL image, decoded as the store
+    decodes."""
     from PIL import Image
 
     from tagstore.encoding.images import decode
@@ -102,13 +103,9 @@ def upright(picture: Any) -> Any:
         return decode(picture)
     if isinstance(picture, Image.Image):
         return picture
-    if (
-        isinstance(picture, np.ndarray)
-        and picture.dtype == np.uint8
-        and picture.ndim == 3
-        and picture.shape[2] == 3
-    ):
+    if isinstance(picture, np.ndarray) and picture.dtype == np.uint8 and picture.shape[2:] == (3,):
         return Image.fromarray(picture)
     raise InvalidInput(
-        f"a picture is a path, encoded bytes, a PIL image or a uint8 array [H, W, 3], not {type(picture).__name__}"
+        "a picture is a path, encoded bytes, a PIL image or a uint8 array [H, W, 3], "
+        f"not {type(picture).__name__}"
     )

@@ -1,8 +1,9 @@
-"""Prompts, pictures and tags to the tensors of a model. Where a prompt says "<image>", an image's tokens and tags are written.
+"""Prompts, pictures and tags to the tensors of a model. "<image>" in a prompt becomes an image's tokens and
+its tags.
 
     <image>  ─▶  [prefix]  H_vt1 w w  [,]  H_vt2 w  [suffix]  v v v v ... v        (`tag_place="before"`)
 
-`encode` and `pad` are the two halves of a call, for those who build labels between them.
+A call is `encode`, then `pad`; training builds its labels between the two.
 """
 
 from __future__ import annotations
@@ -23,20 +24,21 @@ from tuna_model.processing.tags import ImageTags, TagLayout
 
 
 @dataclass(frozen=True, slots=True)
-class Encoded:
+class EncodedPrompt:
     """One prompt as token ids, before padding."""
 
     input_ids: list[int]
     tag_index: list[int]
-    """For every token -1, or its tag among this prompt's (at H_vt: its query)."""
+    """For every token the number of its tag in this prompt (at H_vt: of its query), or -1."""
     tags: tuple[ImageTags, ...]
-    """Of each image, as chosen."""
+    """The chosen tags of each image."""
     words: tuple[tuple[int, ...], ...]
     """Token ids of each tag."""
 
 
 class TunaProcessor(ProcessorMixin):  # type: ignore[misc]
-    """Tokenizer, image preparation and tag layout in one; saved and loaded like every processor of transformers."""
+    """Tokenizer, image processor and tag layout in one; saved and loaded like every processor of
+    transformers."""
 
     def __init__(
         self,
@@ -52,9 +54,10 @@ class TunaProcessor(ProcessorMixin):  # type: ignore[misc]
         Args:
             image_processor: a `TunaImageProcessor`.
             tokenizer: the decoder's, with `image_token` among its tokens.
-            chat_template: Jinja; messages whose content is a list of {"type": "image"} and {"type": "text", "text": ...}, or a string.
-            image_tokens: tokens an image takes without its tags (`TunaConfig.image_tokens`).
-            image_token: what stands for an image in a prompt.
+            chat_template: Jinja; a message's content is a string, or a list of {"type": "image"} and
+                {"type": "text", "text": ...}.
+            image_tokens: tokens per image without its tags (`TunaConfig.image_tokens`).
+            image_token: the text that stands for an image in a prompt.
             layout: fields of `TagLayout`.
 
         Raises:
@@ -65,9 +68,7 @@ class TunaProcessor(ProcessorMixin):  # type: ignore[misc]
         self.layout = TagLayout(**(layout or {})).to_dict()
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         if self.image_token_id is None or self.image_token_id == tokenizer.unk_token_id:
-            raise InvalidInput(
-                f"the tokenizer has no token '{image_token}': add it, or name the token that stands for an image"
-            )
+            raise InvalidInput(f"the tokenizer has no token '{image_token}': add it, or name another")
         self._pad_id: int = next(
             (i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), -1
         )
@@ -85,37 +86,39 @@ class TunaProcessor(ProcessorMixin):  # type: ignore[misc]
         return_tensors: str = "pt",
         **_: Any,
     ) -> BatchFeature:
-        """A batch for `TunaForConditionalGeneration`.
+        """Make a batch for `TunaForConditionalGeneration`.
 
         Args:
-            images: pictures (see `TunaImageProcessor`) in the order of the prompts' `<image>`; lists of a prompt may be nested. None
-                where features were computed before (`grid`, `image_vectors`).
+            images: pictures (see `TunaImageProcessor`) in the order of `<image>` in the prompts, as one list
+                or as a list for each prompt. None where features are computed elsewhere (`grid`,
+                `image_vectors`).
             text: prompts.
             tags: of each image in the same order; None for none at all.
             padding_side: `left` for generation; `right` or `left` for training.
 
         Returns:
-            The tensors of the table in `tuna_model`, `pixel_values` only with images, those of tags only if there are any.
+            The tensors of the table in `tuna_model`: `pixel_values` only with images, those of tags only with
+            tags.
 
         Raises:
-            InvalidInput: as many `<image>` as images (or tags) is not what the prompts say.
+            InvalidInput: the prompts hold more or fewer `<image>` than there are images (or tags).
         """
         if text is None:
             raise InvalidInput("give text: a prompt, or a list of prompts")
         prompts = [text] if isinstance(text, str) else list(text)
-        pictures = None if images is None else _flat(images)
+        pictures = None if images is None else _flatten(images)
         counts = [prompt.count(self.image_token) for prompt in prompts]
         for name, given in (("images", pictures), ("tags", tags)):
             if given is not None and len(given) != sum(counts):
                 raise InvalidInput(
-                    f"the prompts hold '{self.image_token}' {sum(counts)} times, and {len(given)} {name} are given"
+                    f"the prompts hold '{self.image_token}' {sum(counts)} times, "
+                    f"and {len(given)} {name} are given"
                 )
         given_tags: list[ImageTags | None] = list(tags) if tags is not None else [None] * sum(counts)
         encoded, start = [], 0
         for prompt, count in zip(prompts, counts, strict=True):
-            encoded.append(
-                self.encode(prompt, given_tags[start : start + count], add_special_tokens=add_special_tokens)
-            )
+            prompt_tags = given_tags[start : start + count]
+            encoded.append(self.encode(prompt, prompt_tags, add_special_tokens=add_special_tokens))
             start += count
         batch = self.pad(encoded, padding_side=padding_side)
         if pictures:
@@ -124,123 +127,105 @@ class TunaProcessor(ProcessorMixin):  # type: ignore[misc]
 
     def encode(
         self, text: str, tags: Sequence[ImageTags | None] = (), *, add_special_tokens: bool = True
-    ) -> Encoded:
-        """Token ids of one text, `<image>` written out, with the chosen of each image's tags (none where `tags` is empty).
+    ) -> EncodedPrompt:
+        """Tokenize one text, with image tokens and the chosen of each image's tags (none if `tags` is empty)
+        for `<image>`.
 
-        Parts of a conversation may be encoded one by one and put together with `join`.
+        Parts of a conversation may be encoded one by one and joined with `join`.
         """
         ids = self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
-        places = ids.count(self.image_token_id)
-        given = list(tags) or [None] * places
-        if len(given) != places:
+        count = ids.count(self.image_token_id)
+        if len(tags) not in (0, count):
             raise InvalidInput(
-                f"the text holds '{self.image_token}' {places} times, and tags of {len(given)} images are given"
+                f"the text holds '{self.image_token}' {count} times, and tags of {len(tags)} images are given"
             )
-        layout = TagLayout(**self.layout)
-        chosen = tuple(
-            layout.choose(of_image) if of_image is not None and len(of_image) else None for of_image in given
-        )
+        layout, empty = TagLayout(**self.layout), ImageTags.none(0)
+        chosen = tuple(layout.choose(given) if given else empty for given in tags or [None] * count)
+        patches, no_tags = [self.image_token_id] * self.image_tokens, [-1] * self.image_tokens
         input_ids: list[int] = []
         index: list[int] = []
         words: list[tuple[int, ...]] = []
-        queries = 0
         images = iter(chosen)
         for token in ids:
             if token != self.image_token_id:
                 input_ids.append(token)
                 index.append(-1)
                 continue
-            of_image = next(images)
-            block, places_of = (
-                ([], []) if of_image is None else self._block(of_image, layout, len(words), queries)
-            )
-            patches = [self.image_token_id] * self.image_tokens
+            image_tags = next(images)
+            block_ids, block_index = self._block(image_tags, layout, len(words), self._queries(words))
             before = layout.place == "before"
-            input_ids += block + patches if before else patches + block
-            index += places_of + [-1] * len(patches) if before else [-1] * len(patches) + places_of
-            if of_image is not None:
-                new = [self._words(text) for text in of_image.texts]
-                words += new
-                queries += sum(map(len, new)) if layout.queries == "token" else len(new)
-        nothing = ImageTags.none(0)
-        return Encoded(
-            input_ids, index, tuple(nothing if one is None else one for one in chosen), tuple(words)
-        )
+            input_ids += block_ids + patches if before else patches + block_ids
+            index += block_index + no_tags if before else no_tags + block_index
+            words += [self._words(text) for text in image_tags.texts]
+        return EncodedPrompt(input_ids, index, chosen, tuple(words))
 
-    def join(self, parts: Sequence[Encoded]) -> Encoded:
-        """Parts of one sequence, one after the other."""
+    def join(self, parts: Sequence[EncodedPrompt]) -> EncodedPrompt:
+        """Concatenate the parts of one sequence."""
         input_ids: list[int] = []
         index: list[int] = []
         tags: list[ImageTags] = []
         words: list[tuple[int, ...]] = []
         for part in parts:
-            queries = sum(map(len, words)) if self.layout["queries"] == "token" else len(words)
-            index += [
-                self._moved(i, token, len(words), queries)
-                for i, token in zip(part.tag_index, part.input_ids, strict=True)
-            ]
+            index += self._shifted(part, len(words), self._queries(words))
             input_ids += part.input_ids
             tags += part.tags
             words += part.words
-        return Encoded(input_ids, index, tuple(tags), tuple(words))
+        return EncodedPrompt(input_ids, index, tuple(tags), tuple(words))
 
-    def pad(self, encoded: Sequence[Encoded], *, padding_side: str = "left") -> dict[str, torch.Tensor]:
-        """Sequences to a batch: the tensors of the table in `tuna_model`, without pictures and labels."""
+    def pad(self, encoded: Sequence[EncodedPrompt], *, padding_side: str = "left") -> dict[str, torch.Tensor]:
+        """Pad sequences to a batch: the tensors of the table in `tuna_model`, without pictures and labels."""
         if padding_side not in ("left", "right"):
             raise InvalidInput(f"padding_side is '{padding_side}': left or right")
-        length = max(len(one.input_ids) for one in encoded)
+        length = max(len(prompt.input_ids) for prompt in encoded)
         input_ids = torch.full((len(encoded), length), self._pad_id, dtype=torch.int64)
         mask = torch.zeros_like(input_ids)
         index = torch.full_like(input_ids, -1)
-        total, queries = 0, 0
-        for row, one in enumerate(encoded):
-            size = len(one.input_ids)
-            at = slice(length - size, length) if padding_side == "left" else slice(0, size)
-            input_ids[row, at] = torch.tensor(one.input_ids, dtype=torch.int64)
-            mask[row, at] = 1
-            moved = [
-                self._moved(i, token, total, queries)
-                for i, token in zip(one.tag_index, one.input_ids, strict=True)
-            ]
-            index[row, at] = torch.tensor(moved, dtype=torch.int64)
-            total += len(one.words)
-            queries += sum(map(len, one.words)) if self.layout["queries"] == "token" else len(one.words)
+        tags, queries = 0, 0
+        for row, prompt in enumerate(encoded):
+            size = len(prompt.input_ids)
+            columns = slice(length - size, length) if padding_side == "left" else slice(0, size)
+            input_ids[row, columns] = torch.tensor(prompt.input_ids, dtype=torch.int64)
+            mask[row, columns] = 1
+            index[row, columns] = torch.tensor(self._shifted(prompt, tags, queries), dtype=torch.int64)
+            tags += len(prompt.words)
+            queries += self._queries(prompt.words)
         batch = {"input_ids": input_ids, "attention_mask": mask}
-        return batch | self._tag_tensors(encoded, index) if total else batch
+        return batch | self._tag_tensors(encoded, index) if tags else batch
 
-    def _tag_tensors(self, encoded: Sequence[Encoded], index: torch.Tensor) -> dict[str, torch.Tensor]:
-        images = [tags for one in encoded for tags in one.tags]
-        some = [tags for tags in images if len(tags)]
-        words = [word for one in encoded for word in one.words]
-        signals = np.stack(
-            [
-                np.concatenate([tags.similarity for tags in some]),
-                np.concatenate([tags.votes for tags in some]),
-            ],
-            axis=1,
-        )
-        found = {
+    def _tag_tensors(self, encoded: Sequence[EncodedPrompt], index: torch.Tensor) -> dict[str, torch.Tensor]:
+        images = [tags for prompt in encoded for tags in prompt.tags]
+        tagged = [tags for tags in images if len(tags)]
+        words = [word for prompt in encoded for word in prompt.words]
+        signals = [np.stack([tags.similarity, tags.vote_share], axis=1) for tags in tagged]
+        tensors = {
             "tag_index": index,
-            "tag_embeddings": torch.from_numpy(np.concatenate([tags.embeddings for tags in some])),
-            "tag_signals": torch.from_numpy(signals),
+            "tag_embeddings": torch.from_numpy(np.concatenate([tags.embeddings for tags in tagged])),
+            "tag_signals": torch.from_numpy(np.concatenate(signals)),
             "cu_tags": torch.tensor(np.cumsum([0, *map(len, images)]), dtype=torch.int32),
         }
         if self.layout["queries"] == "token":
-            found["tag_word_ids"] = torch.tensor(
-                [token for word in words for token in word], dtype=torch.int64
-            )
-            found["tag_lengths"] = torch.tensor([len(word) for word in words], dtype=torch.int64)
-        return found
+            tokens = [token for word in words for token in word]
+            tensors["tag_word_ids"] = torch.tensor(tokens, dtype=torch.int64)
+            tensors["tag_lengths"] = torch.tensor([len(word) for word in words], dtype=torch.int64)
+        return tensors
 
-    def _moved(self, i: int, token: int, tags: int, queries: int) -> int:
-        if i < 0:
-            return i
-        return i + (queries if token == self.image_token_id else tags)
+    def _queries(self, words: Sequence[tuple[int, ...]]) -> int:
+        """Queries (H_vt) of these tags."""
+        return sum(map(len, words)) if self.layout["queries"] == "token" else len(words)
+
+    def _shifted(self, prompt: EncodedPrompt, tags: int, queries: int) -> list[int]:
+        """`tag_index` of a prompt after others that have so many tags and queries."""
+        return [
+            -1 if i < 0 else i + (queries if token == self.image_token_id else tags)
+            for i, token in zip(prompt.tag_index, prompt.input_ids, strict=True)
+        ]
 
     def _block(
         self, tags: ImageTags, layout: TagLayout, first_tag: int, first_query: int
     ) -> tuple[list[int], list[int]]:
-        """Token ids and tag indices of an image's tags, its texts around them."""
+        """Token ids and tag indices of an image's tags, with the layout's texts; nothing without tags."""
+        if not len(tags):
+            return [], []
         ids = list(self._text(layout.prefix))
         index = [-1] * len(ids)
         query = first_query
@@ -259,28 +244,28 @@ class TunaProcessor(ProcessorMixin):  # type: ignore[misc]
 
     def _words(self, text: str) -> tuple[int, ...]:
         # a tag is foreign text: what looks like a special token in it must not become one
-        return tuple(
-            i for i in _tokens(self.tokenizer, self._lead + text.strip()) if i != self.image_token_id
-        )
+        tokens = _tokenize(self.tokenizer, self._word_start + text.strip())
+        return tuple(token for token in tokens if token != self.image_token_id)
 
     def _text(self, text: str) -> tuple[int, ...]:
-        return _tokens(self.tokenizer, text) if text else ()
+        return _tokenize(self.tokenizer, text) if text else ()
 
     @property
-    def _lead(self) -> str:
-        """A word inside a text begins with a space; tokenizers that write one themselves (Llama's) must not get a second."""
-        return " " if len(_tokens(self.tokenizer, " a")) == len(_tokens(self.tokenizer, "a")) else ""
+    def _word_start(self) -> str:
+        """The space before a word inside a text; empty for tokenizers that add one themselves (Llama's)."""
+        return " " if len(_tokenize(self.tokenizer, " a")) == len(_tokenize(self.tokenizer, "a")) else ""
 
 
-def _flat(images: Any) -> list[Any]:
+def _flatten(images: Any) -> list[Any]:
     if not isinstance(images, list | tuple):
         return [images]
-    return [one for item in images for one in (item if isinstance(item, list | tuple) else [item])]
+    nested = [item if isinstance(item, list | tuple) else [item] for item in images]
+    return [picture for pictures in nested for picture in pictures]
 
 
 # tags repeat: the same few thousand texts over a whole training run
 @lru_cache(maxsize=100_000)
-def _tokens(tokenizer: Any, text: str) -> tuple[int, ...]:
+def _tokenize(tokenizer: Any, text: str) -> tuple[int, ...]:
     return tuple(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
 

@@ -1,12 +1,14 @@
-"""What a training run leaves on disk: only what was trained, and everything needed to go on as if nothing had happened. No pickle.
+"""Checkpoints of a training run: the trained weights only, and all that is needed to resume exactly. No
+pickle.
 
-    RUN/step-000100/tuna.json              format, step, recipe, base model, store with version and fingerprint, sha256 of the files
-    RUN/step-000100/trained.safetensors    the trained weights, by their names in the model
+    RUN/step-000100/tuna.json              format, step, recipe, store with version and fingerprint, sha256 of
+    files RUN/step-000100/trained.safetensors    the trained weights, by their names in the model
     RUN/step-000100/ema.safetensors        their moving average, if there is one
     RUN/step-000100/optimizer.safetensors  the optimizer's state: PARAMETER/exp_avg ...
 
-A directory appears under its name by one rename when all of it is on disk. The position in the data and the random numbers are functions
-of (seed, step), so the step is all there is to say of them. Without the optimizer the same directory is a model: `load_run`.
+A directory gets its name by one rename when all of it is on disk. The position in the data and the random
+numbers are functions of (seed, step), so only the step is stored. Without the optimizer the directory is
+still a model: `load_run`.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,12 +31,12 @@ from tagstore.errors import Damaged, FingerprintMismatch, InvalidInput, NotFound
 from tuna_model.training.recipe import Recipe
 
 FORMAT = 1
-_NAME = "tuna.json"
+_RECORD = "tuna.json"
 
 
 @dataclass(frozen=True, slots=True)
 class StorePin:
-    """Which tags a model has learnt with."""
+    """The store whose tags a model was trained with."""
 
     url: str = ""
     store: str = ""
@@ -45,10 +47,10 @@ class StorePin:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What `tuna.json` says."""
+    """Content of `tuna.json`."""
 
     step: int
-    """Optimizer steps done: the next one's number."""
+    """Optimizer steps done; the number of the next one."""
     recipe: Recipe
     store: StorePin
     encoder: str
@@ -67,7 +69,8 @@ def save(
     ema: Mapping[str, Tensor] | None = None,
     optimizer: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write a checkpoint so that it is there whole or not at all, also after a power cut. Tensors are on the CPU and whole."""
+    """Write a checkpoint, whole or not at all, also through a power cut. Tensors are unsharded and on the
+    CPU."""
     part = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -78,7 +81,7 @@ def save(
             save_file({key: value.contiguous() for key, value in tensors.items()}, path)
             files[path.name] = _sha256(path)
     record = {"format": FORMAT, **asdict(checkpoint), "recipe": checkpoint.recipe.to_dict(), "files": files}
-    (part / _NAME).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (part / _RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     for path in (*part.iterdir(), part):
         _sync(path)
     if folder.exists():
@@ -88,45 +91,37 @@ def save(
 
 
 def read(folder: Path) -> Checkpoint:
-    """What a checkpoint says of itself.
+    """Read `tuna.json` and check the files beside it.
 
     Raises:
-        NotFound: there is none.
-        Damaged: a file that is not what was written.
-        InvalidInput: of a later format.
+        NotFound: there is no checkpoint.
+        Damaged: a file is missing or was changed.
+        InvalidInput: another version of this program wrote it.
     """
     try:
-        record = json.loads((folder / _NAME).read_text(encoding="utf-8"))
+        record = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
     except OSError as error:
-        raise NotFound(f"there is no checkpoint in {folder}: it has no {_NAME}") from error
+        raise NotFound(f"there is no checkpoint in {folder}: it has no {_RECORD}") from error
     except json.JSONDecodeError as error:
-        raise Damaged(f"{folder / _NAME} is no JSON: {error}") from error
+        raise Damaged(f"{folder / _RECORD} is no JSON: {error}") from error
     if record.get("format") != FORMAT:
         raise InvalidInput(
-            f"{folder} is of format {record.get('format')}, this is made for {FORMAT}: use the version that wrote it"
+            f"{folder} has format {record.get('format')}, and this program reads {FORMAT}: "
+            "use the one that wrote it"
         )
     for name, digest in record["files"].items():
-        if (
-            not (folder / name).exists() and name != "optimizer.safetensors"
-        ):  # a model that is passed on needs no optimizer
-            raise Damaged(f"{folder / name} is missing")
-        if (folder / name).exists() and _sha256(folder / name) != digest:
-            raise Damaged(
-                f"{folder / name} is not what was written: its sha256 differs. Take an earlier checkpoint"
-            )
-    recipe = Recipe.of(record["recipe"], str(folder / _NAME))
-    return Checkpoint(
-        record["step"],
-        recipe,
-        StorePin(**record["store"]),
-        record["encoder"],
-        record["files"],
-        record["scaler"],
-    )
+        path = folder / name
+        if not path.exists():
+            if name != "optimizer.safetensors":  # a model that is passed on needs no optimizer
+                raise Damaged(f"{path} is missing")
+        elif _sha256(path) != digest:
+            raise Damaged(f"{path} was changed: its sha256 differs. Take an earlier checkpoint")
+    recipe, store = Recipe.of(record["recipe"], str(folder / _RECORD)), StorePin(**record["store"])
+    return Checkpoint(record["step"], recipe, store, record["encoder"], record["files"], record["scaler"])
 
 
 def tensors(folder: Path, name: str) -> dict[str, Tensor]:
-    """The tensors of one of its files: `trained`, `ema`, `optimizer`. Raises `NotFound`, `Damaged`."""
+    """Load the tensors of one file: `trained`, `ema` or `optimizer`. Raises `NotFound`, `Damaged`."""
     path = folder / f"{name}.safetensors"
     if not path.exists():
         raise NotFound(f"{folder} has no {path.name}")
@@ -138,89 +133,98 @@ def tensors(folder: Path, name: str) -> dict[str, Tensor]:
 
 def latest(run: Path) -> Path | None:
     """The newest checkpoint of a run, None if there is none."""
-    found = _steps(run)
-    return found[-1] if found else None
+    checkpoints = _checkpoints(run)
+    return checkpoints[-1] if checkpoints else None
+
+
+def find(folder: Path) -> Path:
+    """The checkpoint itself, or the newest one if this is a run's directory."""
+    return folder if (folder / _RECORD).exists() else latest(folder) or folder
 
 
 def prune(run: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, and what a run that was killed had half written."""
-    for folder in _steps(run)[:-keep]:
+    """Delete all but the newest `keep` checkpoints, and half-written ones of a run that was killed."""
+    for folder in (*_checkpoints(run)[:-keep], *run.glob(".step-*")):
         shutil.rmtree(folder)
-    for left in run.glob(".step-*"):
-        shutil.rmtree(left)
 
 
 def name_of(step: int) -> str:
-    """The directory of a checkpoint within its run."""
+    """Name of a checkpoint's directory within its run."""
     return f"step-{step:06d}"
 
 
 def check_store(pinned: StorePin, now: StorePin, *, allow: bool, where: Path) -> None:
-    """Refuse to go on with tags of another store than before: what the weights have learnt to trust is gone.
+    """Refuse to resume with tags of another store: the weights have learnt how far to trust the first one's.
 
     Raises:
-        FingerprintMismatch: another store, version or encoder, and not `allow`.
+        FingerprintMismatch: store, version or encoder differ, and `allow` is False.
     """
-    old, new = (pinned.store, pinned.version, pinned.fingerprint), (now.store, now.version, now.fingerprint)
-    if old != new and not allow:
+    if replace(pinned, url="") != replace(now, url="") and not allow:
         raise FingerprintMismatch(
-            f"{where} was trained with {_named(pinned)}, and {now.url} answers as {_named(now)}: ask for the same one "
-            f"({pinned.url.partition('@')[0]}@{pinned.version}), or say --any-store if you mean it"
+            f"{where} was trained with {_describe(pinned)}, and {now.url} answers as {_describe(now)}: "
+            f"ask for the same one ({pinned.url.partition('@')[0]}@{pinned.version}), "
+            "or say --any-store if you mean it"
         )
 
 
 def trained_tensors(model: nn.Module, values: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """Parameters that learn, whole and on the CPU (every process must call this where they are sharded); or `values` of those names."""
-    found = {}
-    for name, parameter in learning(model):
-        value = parameter.detach() if values is None else values[name]
-        found[name] = _whole(value).cpu().clone()
-    return found
+    """Copy the trained parameters, or the `values` of their names, unsharded to the CPU.
+
+    Where they are sharded, every process must call this.
+    """
+    return {
+        name: _unsharded(parameter.detach() if values is None else values[name]).cpu().clone()
+        for name, parameter in trained_parameters(model)
+    }
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state by parameter, whole and on the CPU."""
-    found = {}
-    for name, parameter in learning(model):
-        for key, value in optimizer.state[parameter].items():
-            found[f"{name}/{key}"] = _whole(torch.as_tensor(value)).cpu().clone()
-    return found
+    """Copy the optimizer's state, by PARAMETER/KEY, unsharded to the CPU."""
+    return {
+        f"{name}/{key}": _unsharded(torch.as_tensor(value)).cpu().clone()
+        for name, parameter in trained_parameters(model)
+        for key, value in optimizer.state[parameter].items()
+    }
 
 
 def put_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Tensor]) -> None:
-    """Give the optimizer the state of `optimizer_tensors`, cut into shards as its parameters are. Raises `InvalidInput`."""
-    for name, parameter in learning(model):
-        mine = {
-            key.rpartition("/")[2]: value for key, value in state.items() if key.rpartition("/")[0] == name
-        }
-        if not mine:
+    """Load the state of `optimizer_tensors`, sharded as the parameters are. Raises `InvalidInput`."""
+    by_parameter: dict[str, dict[str, Tensor]] = {}
+    for path, value in state.items():
+        name, _, key = path.rpartition("/")
+        by_parameter.setdefault(name, {})[key] = value
+    for name, parameter in trained_parameters(model):
+        if name not in by_parameter:
             raise InvalidInput(
-                f"the checkpoint has no optimizer state of '{name}': the recipe trains something that it did not train before"
+                f"the checkpoint has no optimizer state of '{name}': the recipe trains more than before"
             )
-        optimizer.state[parameter] = {key: _like(value, parameter) for key, value in mine.items()}
+        values = by_parameter[name]
+        optimizer.state[parameter] = {key: _like(value, parameter) for key, value in values.items()}
 
 
 def put_trained(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Put weights where their names say. Raises `InvalidInput` for a name or shape that the model does not have."""
-    there = dict(_parameters(model))
+    """Load weights by name. Raises `InvalidInput` for a name or shape that the model does not have."""
+    parameters = dict(_parameters(model))
     with torch.no_grad():
         for name, value in values.items():
-            if name not in there or there[name].shape != value.shape:
-                shape = "no such weight" if name not in there else f"shape {list(there[name].shape)}"
+            parameter = parameters.get(name)
+            if parameter is None or parameter.shape != value.shape:
+                shape = "no such weight" if parameter is None else f"shape {list(parameter.shape)}"
                 raise InvalidInput(
-                    f"the checkpoint has '{name}' of shape {list(value.shape)}, the model has {shape}: it is another model's"
+                    f"the checkpoint has '{name}' of shape {list(value.shape)}, the model has {shape}: "
+                    "it is another model's"
                 )
-            there[name].copy_(_like(value, there[name]))
+            parameter.copy_(_like(value, parameter))
 
 
 def put_average(average: dict[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    """Put a saved moving average back, cut into shards as the running one is."""
+    """Load a saved moving average, sharded as the running one is."""
     for name, value in average.items():
         value.copy_(_like(values[name], value))
 
 
-def learning(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Parameters that learn, by name, without the prefix that a wrapper puts before."""
+def trained_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Parameters that are trained, by their names in the model, without a wrapper's prefix."""
     return [(name, parameter) for name, parameter in _parameters(model) if parameter.requires_grad]
 
 
@@ -229,12 +233,13 @@ def _parameters(model: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
         yield name.removeprefix("module.").replace("_orig_mod.", ""), parameter
 
 
-def _whole(value: Tensor) -> Tensor:
+def _unsharded(value: Tensor) -> Tensor:
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
 def _like(value: Tensor, parameter: Tensor) -> Tensor:
-    """On the parameter's device, and in its shards if it is cut into some. Counts of steps (scalars) stay where optimizers keep them."""
+    """Copy to the parameter's device, sharded as it is. Scalars (counts of steps) stay on the CPU, where
+    optimizers keep them."""
     if value.ndim == 0:
         return value.clone()
     if hasattr(parameter, "device_mesh"):
@@ -245,17 +250,17 @@ def _like(value: Tensor, parameter: Tensor) -> Tensor:
     return value.to(parameter.device).clone()
 
 
-def _steps(run: Path) -> Sequence[Path]:
+def _checkpoints(run: Path) -> Sequence[Path]:
     return sorted(
-        (path for path in run.glob("step-*") if (path / _NAME).exists()),
+        (path for path in run.glob("step-*") if (path / _RECORD).exists()),
         key=lambda path: int(path.name.partition("-")[2]),
     )
 
 
-def _named(pin: StorePin) -> str:
-    return (
-        f"store '{pin.store}' version {pin.version} (encoder {pin.fingerprint})" if pin.store else "no tags"
-    )
+def _describe(pin: StorePin) -> str:
+    if not pin.store:
+        return "no tags"
+    return f"store '{pin.store}' version {pin.version} (encoder {pin.fingerprint})"
 
 
 def _sha256(path: Path) -> str:

@@ -1,15 +1,17 @@
-"""Samples to tensors: conversations through the chat template, labels on what the assistant says, tags where their image stands.
+"""Samples to tensors: conversations through the chat template, labels on the assistant's words, tags beside
+their image.
 
-    <|im_start|>user\\n <tags> <image> Describe ...<|im_end|>\\n<|im_start|>assistant\\n | A dog runs.<|im_end|>\\n
-    ------------------------------- not learnt ---------------------------------------  ------- learnt -------
+    <|im_start|>user\\n <tags> <image> Describe ...<|im_end|>\\n<|im_start|>assistant\\n A dog.<|im_end|>\\n
+    ---------------------------------- no labels ------------------------------------ ----- labels -----
 
-Sequences are padded on the left: what is learnt stands at the end, so the decoder's head, on a small model a third of all work, is computed
-for the last positions only.
+Sequences are padded on the left, so that labels stand at the end: then the decoder's head, a third of all
+work on a small model, is computed for the last positions only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,20 +19,21 @@ from torch import Tensor
 
 from tagstore.errors import InvalidInput
 from tagstore.readers.samples import Turn
-from tuna_model.processing.processor import Encoded, TunaProcessor
+from tuna_model.processing.processor import EncodedPrompt, TunaProcessor
 from tuna_model.processing.tags import ImageTags
 
 IGNORED = -100
+"""Label of a token that is not learnt."""
 
 
 class Collator:
-    """Conversations and tags to a batch of the model."""
+    """Makes batches of conversations and tags."""
 
     def __init__(self, processor: TunaProcessor, *, template: str = "chat", max_length: int = 2048) -> None:
         """
         Args:
             template: `chat` or `plain` (`DataRecipe.template`).
-            max_length: tokens after which a sequence is cut.
+            max_length: tokens of a sequence, at most; longer ones are cut.
         """
         self.processor, self.template, self.max_length = processor, template, max_length
 
@@ -41,58 +44,61 @@ class Collator:
         tags: Sequence[Sequence[ImageTags]],
         contexts: Sequence[str] = (),
     ) -> dict[str, Any]:
-        """The model's text tensors with `labels` and `logits_to_keep`.
+        """Make the model's text tensors, with `labels` and `logits_to_keep`.
 
         Args:
-            keys: of the samples, for messages.
+            keys: of the samples, for error messages.
             conversations: of each sample.
-            tags: of each sample's images; as many as it has images, empty ones where there are no tags.
-            contexts: text that stands before each sample's first question (captions of neighbours), or nothing.
+            tags: of each image of each sample; empty ones where there are no tags.
+            contexts: text before each sample's first question (captions of neighbours), or nothing.
 
         Raises:
-            InvalidInput: a sample whose answer lies wholly beyond `max_length`.
+            InvalidInput: a sample's answer lies wholly beyond `max_length`.
         """
-        encoded: list[Encoded] = []
-        learnt: list[list[int]] = []
-        for i, (key, turns, some) in enumerate(zip(keys, conversations, tags, strict=True)):
-            one, learn = self.encode(turns, some, contexts[i] if contexts else "")
-            if all(label == IGNORED for label in learn):
+        encoded: list[EncodedPrompt] = []
+        label_rows: list[list[int]] = []
+        for i, (key, turns, sample_tags) in enumerate(zip(keys, conversations, tags, strict=True)):
+            prompt, prompt_labels = self.encode(turns, sample_tags, contexts[i] if contexts else "")
+            if all(label == IGNORED for label in prompt_labels):
                 raise InvalidInput(
-                    f"sample {key}: nothing is left to learn of it within {self.max_length} tokens: raise data.max_length"
+                    f"sample {key}: nothing is left to learn of it within {self.max_length} tokens: "
+                    "raise data.max_length"
                 )
-            encoded.append(one)
-            learnt.append(learn)
+            encoded.append(prompt)
+            label_rows.append(prompt_labels)
         batch = self.processor.pad(encoded, padding_side="left")
         length = batch["input_ids"].shape[1]
         labels = torch.full((len(encoded), length), IGNORED, dtype=torch.int64)
-        for row, learn in enumerate(learnt):
-            labels[row, length - len(learn) :] = torch.tensor(learn, dtype=torch.int64)
+        for row, values in enumerate(label_rows):
+            labels[row, length - len(values) :] = torch.tensor(values, dtype=torch.int64)
         first = int((labels != IGNORED).any(dim=0).nonzero()[0])
         return {**batch, "labels": labels, "logits_to_keep": length - max(0, first - 1)}
 
     def encode(
         self, turns: Sequence[Turn], tags: Sequence[ImageTags], context: str = ""
-    ) -> tuple[Encoded, list[int]]:
-        """One sample as token ids, and the label of each."""
+    ) -> tuple[EncodedPrompt, list[int]]:
+        """Encode one sample as token ids, with the label of each."""
         parts = []
         labels: list[int] = []
         for i, (text, learn) in enumerate(self.parts(turns, len(tags), context)):
-            # every image stands in the first part
+            # all images are in the first part
             part = self.processor.encode(text, list(tags) if i == 0 else (), add_special_tokens=i == 0)
             parts.append(part)
             labels += part.input_ids if learn else [IGNORED] * len(part.input_ids)
         whole = self.processor.join(parts)
         if len(whole.input_ids) > self.max_length:
-            whole = Encoded(
-                whole.input_ids[: self.max_length],
-                whole.tag_index[: self.max_length],
-                whole.tags,
-                whole.words,
+            whole = replace(
+                whole,
+                input_ids=whole.input_ids[: self.max_length],
+                tag_index=whole.tag_index[: self.max_length],
             )
         return whole, labels[: self.max_length]
 
     def parts(self, turns: Sequence[Turn], images: int, context: str = "") -> list[tuple[str, bool]]:
-        """A conversation as texts and whether each is learnt. Tokenised one by one: at generation, too, the answer is apart."""
+        """Split a conversation into texts, each with whether it is learnt.
+
+        They are tokenised one by one, since at generation, too, prompt and answer are tokenised apart.
+        """
         if self.template == "plain":
             answer = " ".join(turn.text for turn in turns if turn.role == "assistant")
             end = self.processor.tokenizer.eos_token or ""
@@ -110,7 +116,8 @@ class Collator:
             whole = self._render(messages[: i + 1], prompt=False)
             if not whole.startswith(prompt) or not prompt.startswith(done):
                 raise InvalidInput(
-                    "the model's chat template rewrites earlier turns when later ones come: it cannot be learnt turn by turn"
+                    "the model's chat template changes earlier turns when later ones follow: "
+                    "it cannot be learnt turn by turn"
                 )
             parts += [(prompt[len(done) :], False), (whole[len(prompt) :], True)]
             done = whole
@@ -122,7 +129,8 @@ class Collator:
 
 
 def to_messages(turns: Sequence[Turn], images: int, context: str = "") -> list[dict[str, Any]]:
-    """Turns as messages of a chat template, with the images (and then `context`) before the first text of the user."""
+    """Turns to messages of a chat template, with the images (and then `context`) before the user's first
+    text."""
     messages: list[dict[str, Any]] = []
     for turn in turns:
         content: list[dict[str, Any]] = [{"type": "text", "text": turn.text}]
@@ -135,7 +143,7 @@ def to_messages(turns: Sequence[Turn], images: int, context: str = "") -> list[d
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """The batch with its tensors on a device."""
+    """Move the tensors of a batch to a device."""
     return {
         name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
         for name, value in batch.items()

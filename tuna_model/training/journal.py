@@ -1,4 +1,4 @@
-"""What a training run says while it goes: RUN/log.jsonl, TensorBoard's files if wanted, and the figures themselves."""
+"""The log of a training run: RUN/log.jsonl, and TensorBoard's files if the recipe wants them."""
 
 from __future__ import annotations
 
@@ -18,43 +18,40 @@ from tuna_model.training.recipe import Recipe
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
-    """What is known after a step; a line of RUN/log.jsonl."""
+class LogLine:
+    """Figures of one step; a line of RUN/log.jsonl."""
 
     step: int
     """Steps done."""
     epoch: float
     loss: float
-    """Mean over the learnt tokens of the step, over all processes."""
+    """Mean over the step's labels, over all processes."""
     rates: Mapping[str, float]
     gradient_norm: float
     """Before clipping."""
     samples_a_second: float
     tokens: int
-    """Learnt in this step."""
+    """Labels in this step."""
     tags: float
-    """An image, in this process."""
+    """Tags per image, in this process."""
     retrieval_ms: float
-    """That the store took for this process's share; it overlaps with learning."""
+    """Milliseconds that the store took for this process's share; they overlap with learning."""
     waited_ms: float
-    """That learning waited for the batch."""
+    """Milliseconds that learning waited for the batch."""
     degraded: int
     """Images so far that got no tags because the store did not answer, in this process."""
     memory_mb: float
-    """At its peak: of the GPU if there is one, else of the process."""
+    """Peak memory: of the GPU if there is one, else of the process."""
 
 
 class Journal:
-    """RUN/log.jsonl, a line for each logged step, and TensorBoard's files if the recipe wants them.
-
-    Lines after `first` are of a run that was cut off; they will be written again.
-    """
+    """Writes a line for each logged step. Drops lines after step `first`: a resumed run writes them again."""
 
     def __init__(self, out: Path, first: int, recipe: Recipe) -> None:
         out.mkdir(parents=True, exist_ok=True)
         self._path = out / "log.jsonl"
-        kept = [line for line in _lines(self._path) if line["step"] <= first] if first else []
-        self._path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        lines = [line for line in _lines(self._path) if line["step"] <= first] if first else []
+        self._path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         self._file = self._path.open("a", encoding="utf-8")
         self._board: Any = None
         if recipe.tensorboard:
@@ -66,7 +63,7 @@ class Journal:
                 ) from error
             self._board = SummaryWriter(str(out / "tensorboard"), purge_step=first)
 
-    def write(self, line: Progress) -> None:
+    def write(self, line: LogLine) -> None:
         """Add a line."""
         values = asdict(line)
         self._file.write(json.dumps(values) + "\n")
@@ -87,20 +84,20 @@ class Journal:
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):  # the line that a kill cut off
+            with contextlib.suppress(json.JSONDecodeError):  # a line that a kill cut off
                 yield json.loads(line)
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dots in its keys."""
-    found: dict[str, Any] = {}
+    """Flatten nested mappings into one with dotted keys."""
+    merged: dict[str, Any] = {}
     for key, value in values.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return found
+        merged |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return merged
 
 
-def memory(device: torch.device) -> float:
-    """Megabytes at the peak."""
+def peak_memory(device: torch.device) -> float:
+    """Peak memory in megabytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     scale = 1 if sys.platform == "darwin" else 1024

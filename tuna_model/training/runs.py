@@ -1,4 +1,4 @@
-"""From a recipe or a checkpoint to a model."""
+"""From a recipe or a checkpoint to a model, and from a checkpoint to files that others can load."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ from tuna_model.training.recipe import Recipe
 
 
 def build_model(recipe: Recipe) -> tuple[TunaForConditionalGeneration, TunaProcessor]:
-    """Model and processor as a run begins with them: with LoRA where the recipe has it, nothing frozen yet, nothing trained."""
-    # what ships as the trained part of `smol` came from a run: the next one must not begin where it ended
+    """Model and processor at the start of a run: with the recipe's LoRA, nothing frozen yet, nothing trained.
+
+    The trained part of `smol` is left out: it came from a run, and the next one must not begin where that
+    ended.
+    """
     model, processor = presets.load(recipe.model, trained=False, **dict(recipe.model_config))
     if recipe.lora.rank:
         lora = recipe.lora
@@ -29,22 +32,22 @@ def build_model(recipe: Recipe) -> tuple[TunaForConditionalGeneration, TunaProce
 def load_run(
     folder: str | Path, *, averaged: bool = True
 ) -> tuple[TunaForConditionalGeneration, TunaProcessor]:
-    """The model of a checkpoint, in evaluation mode, LoRA merged into the decoder.
+    """Load the model of a checkpoint, in evaluation mode, with LoRA merged into the decoder.
 
     Args:
         folder: RUN/step-000100, or RUN for its newest.
         averaged: take the moving average where there is one.
 
     Raises:
-        NotFound, Damaged: there is no such checkpoint, or it is not what was written.
+        NotFound, Damaged: there is no such checkpoint, or a file of it was changed.
     """
-    folder = Path(folder)
-    folder = folder if (folder / "tuna.json").exists() else checkpoints.latest(folder) or folder
+    folder = checkpoints.find(Path(folder))
     state = checkpoints.read(folder)
     model, processor = build_model(state.recipe)
     if state.encoder != model.config.encoder_digest:
         raise InvalidInput(
-            f"{folder} was trained on encoder {state.encoder}, and {model.config.encoder_digest} was loaded: its features differ"
+            f"{folder} was trained on encoder {state.encoder}, and {model.config.encoder_digest} was loaded: "
+            "its features differ"
         )
     which = "ema" if averaged and state.recipe.ema else "trained"
     checkpoints.put_trained(model, checkpoints.tensors(folder, which))
@@ -55,27 +58,25 @@ def load_run(
 
 
 def export(folder: str | Path, to: str | Path, *, pin: bool = True) -> Path:
-    """Write what a checkpoint learnt so that others can use it.
+    """Write the model of a checkpoint for others to load.
 
     Args:
-        to: ending in .safetensors, connector and tag path alone (for a base that everybody has); else a directory for the whole model.
-        pin: keep which store and version it learnt with, so that others are refused unless told. False for a model that is meant for any
-            store of its encoder.
+        to: a directory for the whole model; or a name ending in .safetensors for connector and tag path
+            alone, where everybody has the rest.
+        pin: keep the store and version of the run, so that others are refused unless told. False for a model
+            that is meant for any store of its encoder.
 
     Raises:
-        InvalidInput: the decoder learnt too, so the small file would not hold what was learnt.
+        InvalidInput: the decoder was trained too, so the small file would not hold all of the training.
     """
     model, processor = load_run(folder)
     if not pin:
         model.config.store, model.config.store_version = "", 0
-    folder, target = Path(folder), Path(to)
-    recipe = checkpoints.read(
-        folder if (folder / "tuna.json").exists() else checkpoints.latest(folder) or folder
-    ).recipe
+    target, recipe = Path(to), checkpoints.read(checkpoints.find(Path(folder))).recipe
     if target.suffix == ".safetensors":
         if recipe.lora.rank or recipe.rates.get("language_model", 0) > 0:
             raise InvalidInput(
-                f"the decoder learnt too: give a directory instead of {target.name}, for the whole model"
+                f"the decoder was trained too: give a directory instead of {target.name}, for the whole model"
             )
         save_trained(model, target)
     else:

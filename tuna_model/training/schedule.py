@@ -1,4 +1,4 @@
-"""How fast each part learns, and when: parameter groups by part, linear warm-up and cosine decay."""
+"""Learning rates: parameter groups for each part of the model, linear warm-up and cosine decay."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from tagstore.errors import InvalidInput
 
 
 def learning_rate(step: int, *, steps: int, warmup: int, floor: float = 0.0) -> float:
-    """Factor on the base rate at `step` (from 0) of `steps`: linear from 1/warmup to 1, then a half cosine down to `floor`.
+    """Factor on the base rate at `step` (from 0) of `steps`: linear from 1/warmup to 1, then a half cosine to
+    `floor`.
 
     Loshchilov and Hutter, SGDR, ICLR 2017, eq. 5 without restarts.
     """
@@ -26,17 +27,17 @@ def learning_rate(step: int, *, steps: int, warmup: int, floor: float = 0.0) -> 
 def parameter_groups(
     parts: Mapping[str, nn.Module], rates: Mapping[str, float], weight_decay: float
 ) -> list[dict[str, Any]]:
-    """Optimizer groups, two a part (with and without decay); a part whose rate is 0 is frozen (`requires_grad_(False)`).
+    """Make two optimizer groups for each part, with and without weight decay.
 
-    Vectors (norms, biases) are not decayed: pulling a gain to zero is no regularisation. A parameter that two parts share belongs to the
-    first that names it.
+    Vectors (norms, biases) are not decayed: pulling a gain to zero is no regularisation. A parameter that two
+    parts share belongs to the first of them.
 
     Args:
         parts: the model's parts by name.
-        rates: base learning rate of each part; a part that is not named is frozen.
+        rates: base learning rate of each part; parts that are not named are frozen (`requires_grad_(False)`).
 
     Raises:
-        InvalidInput: a rate for a part that the model does not have, or nothing to train.
+        InvalidInput: a rate is of no part of the model, or nothing is left to train.
     """
     if unknown := set(rates) - set(parts):
         raise InvalidInput(
@@ -46,25 +47,19 @@ def parameter_groups(
     seen: set[int] = set()
     for name, module in parts.items():
         rate = rates.get(name, 0.0)
-        mine = [p for p in module.parameters() if id(p) not in seen]
-        seen.update(map(id, mine))
+        parameters = [p for p in module.parameters() if id(p) not in seen]
+        seen.update(map(id, parameters))
         if rate <= 0:
-            for parameter in mine:
+            for parameter in parameters:
                 parameter.requires_grad_(False)
             continue
-        mine = [p for p in mine if p.requires_grad]  # what LoRA has frozen inside a part stays so
-        for decay in (True, False):
-            chosen = [p for p in mine if (p.ndim >= 2) is decay]
-            if chosen:
-                groups.append(
-                    {
-                        "params": chosen,
-                        "lr": rate,
-                        "base_lr": rate,
-                        "weight_decay": weight_decay if decay else 0.0,
-                        "part": name,
-                    }
-                )
+        trained = [p for p in parameters if p.requires_grad]  # what LoRA has frozen inside a part stays so
+        for decay, params in (
+            (weight_decay, [p for p in trained if p.ndim >= 2]),
+            (0.0, [p for p in trained if p.ndim < 2]),
+        ):
+            if params:
+                groups.append({"params": params, "lr": rate, "base_lr": rate, "weight_decay": decay})
     if not groups:
         raise InvalidInput("nothing to train: every part has learning rate 0")
     return groups

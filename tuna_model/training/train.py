@@ -1,9 +1,10 @@
-"""The training loop: one function that reads from top to bottom, for one process or many (DDP, FSDP2) through Accelerate.
+"""The training loop: one function that reads from top to bottom, for one process or many (DDP, FSDP2) through
+Accelerate.
 
     tuna train --config smol-caption
     accelerate launch --config_file fsdp2.yaml -m tuna_model.cli train --config paper-finetune
 
-1. model, data, tags and optimizer from the recipe    2. the newest checkpoint, if there is one    3. step after step
+1. model, data, tags and optimizer from the recipe    2. the newest checkpoint, if any    3. the steps
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from tuna_model.training import checkpoint as checkpoints
 from tuna_model.training.checkpoint import Checkpoint, StorePin
 from tuna_model.training.collator import Collator, to_device
 from tuna_model.training.features import CachedFeatures, ImageFeatures, LiveFeatures, make_cache
-from tuna_model.training.journal import Journal, Progress, flat, memory
+from tuna_model.training.journal import Journal, LogLine, flat, peak_memory
 from tuna_model.training.loader import Loader, Step, seed_everything
 from tuna_model.training.recipe import Recipe
 from tuna_model.training.runs import build_model
@@ -47,28 +48,30 @@ def train(
     recipe: Recipe,
     *,
     resume: bool = True,
-    progress: Callable[[Progress], object] = lambda _: None,
+    progress: Callable[[LogLine], object] = lambda _: None,
     preparing: Callable[[str, int, int], object] = lambda *_: None,
 ) -> Path:
-    """Train as the recipe says; a run that was cut off goes on from its newest checkpoint as if it had not been.
+    """Train as the recipe says. A run that was cut off resumes from its newest checkpoint and gives the same
+    result.
 
     Args:
         resume: False to begin anew in a directory that has checkpoints.
         progress: called in the main process after every `log_every` steps.
-        preparing: called as (what, done, of how many) while images are embedded.
+        preparing: called as (activity, done, total) while images are embedded.
 
     Returns:
         The last checkpoint's directory.
 
     Raises:
-        InvalidInput: a recipe, sample or combination that means nothing.
-        FingerprintMismatch: the run's checkpoint is of another store or version, and `tags.any_store` is not set.
-        NotFound, Unavailable, Damaged: as their messages say.
+        InvalidInput: the recipe or a sample is invalid.
+        FingerprintMismatch: the run's checkpoint is of another store or version, and `tags.any_store` is not
+            set.
+        NotFound, Unavailable, Damaged: a file, the store or a checkpoint; see their messages.
     """
     accelerator = make_accelerator(recipe)
     out = Path(recipe.out)
 
-    # 1. everything that the recipe names
+    # 1. model, data, tags and optimizer
     torch.manual_seed(recipe.seed)
     model, processor = build_model(recipe)
     samples = read_samples(
@@ -92,13 +95,11 @@ def train(
         optimizer = torch.optim.AdamW(groups, lr=0.0, betas=recipe.betas)
         set_rate(optimizer, 1.0)
         wrapped, prepared = accelerator.prepare(model, optimizer)
-        average = (
-            {name: value.detach().clone() for name, value in checkpoints.learning(wrapped)}
-            if recipe.ema
-            else None
-        )
+        average: dict[str, torch.Tensor] | None = None
+        if recipe.ema:
+            average = {name: p.detach().clone() for name, p in checkpoints.trained_parameters(wrapped)}
 
-        # 2. where the run was
+        # 2. the newest checkpoint
         first, folder = 0, checkpoints.latest(out) if resume else None
         if folder is not None:
             saved = checkpoints.read(folder)
@@ -111,10 +112,10 @@ def train(
             if accelerator.scaler is not None:
                 accelerator.scaler.load_state_dict(dict(saved.scaler))
             first = saved.step
-            log.info("going on from %s", folder)
+            log.info("resuming from %s", folder)
         journal = Journal(out, first, recipe) if accelerator.is_main_process else None
 
-        # 3. step after step
+        # 3. the steps
         wrapped.train()
         clock = time.perf_counter()
         with closing(loader.from_step(first)) as steps, journal or contextlib.nullcontext():
@@ -125,25 +126,25 @@ def train(
                     step.number, steps=recipe.steps, warmup=recipe.warmup, floor=recipe.floor
                 )
                 set_rate(prepared.optimizer, factor)
-                loss, tokens, norm = learn(accelerator, wrapped, prepared, step, recipe.clip)
+                loss, tokens, norm = optimizer_step(accelerator, wrapped, prepared, step, recipe.clip)
                 if average is not None:
-                    follow(average, wrapped, recipe.ema)
+                    update_average(average, wrapped, recipe.ema)
                 done = step.number + 1
                 if journal is not None and (done % recipe.log_every == 0 or done == recipe.steps):
                     seconds = time.perf_counter() - clock
-                    line = Progress(
+                    line = LogLine(
                         step=done,
-                        epoch=done / loader.steps_an_epoch,
+                        epoch=done / loader.steps_per_epoch,
                         loss=loss,
                         rates={name: rate * factor for name, rate in recipe.rates.items()},
                         gradient_norm=norm,
                         samples_a_second=recipe.batch_size / seconds,
                         tokens=tokens,
                         tags=step.tags / max(1, step.samples),
-                        retrieval_ms=step.retrieval,
+                        retrieval_ms=step.retrieval_ms,
                         waited_ms=1000 * waited,
                         degraded=feed.lookup.degraded if feed else 0,
-                        memory_mb=memory(accelerator.device),
+                        memory_mb=peak_memory(accelerator.device),
                     )
                     journal.write(line)
                     progress(line)
@@ -158,13 +159,14 @@ def train(
     return last
 
 
-def learn(
+def optimizer_step(
     accelerator: Accelerator, model: nn.Module, optimizer: Any, step: Step, clip: float
 ) -> tuple[float, int, float]:
-    """One optimizer step. Returns loss, learnt tokens (both over all processes) and the norm of the gradient before clipping.
+    """Take one optimizer step. Returns loss and labels (both over all processes) and the gradient's norm
+    before clipping.
 
-    Every token counts the same, whichever process and micro-batch it is in: losses are sums, divided by the tokens of the whole step.
-    That is why one process and eight have the same curve.
+    Losses are sums, divided by the labels of the whole step: every token counts the same in any process and
+    micro-batch, so one process and eight have the same curve.
     """
     device = accelerator.device
     tokens = accelerator.reduce(torch.tensor(float(step.labels), device=device), "sum")
@@ -187,8 +189,8 @@ def learn(
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
-    """As the environment says that `accelerate launch` or torchrun has set up."""
-    # without cpu=True Accelerate lets every process of a CPU-only launch believe that it is alone
+    """Make the Accelerator for the environment that `accelerate launch` or torchrun set up."""
+    # without cpu=True each process of a CPU-only launch would train on its own
     accelerator = Accelerator(
         mixed_precision=recipe.precision,
         step_scheduler_with_optimizer=False,
@@ -198,7 +200,8 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         accelerator.distributed_type is DistributedType.MULTI_CPU
         and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
     ):
-        # Accelerate takes FSDP on a CPU for DDP without a word; torch itself shards there as well, and tests live on it
+        # Accelerate takes FSDP on a CPU for DDP without a word; torch itself shards there as well, and tests
+        # live on it
         state = accelerator.state
         state.fsdp_plugin = FullyShardedDataParallelPlugin()
         state.distributed_type = DistributedType.FSDP
@@ -207,7 +210,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
 
 
 def parts_of(model: TunaForConditionalGeneration) -> dict[str, nn.Module]:
-    """The parts that a recipe gives learning rates to. The image tower is never one: its vectors must mean what the store's mean."""
+    """The parts that can be trained. The image tower is not among them: its vectors must stay the store's."""
     parts: dict[str, nn.Module] = {"connector": model.multi_modal_projector}
     if model.config.tags:
         parts |= {"tag_encoder": model.tag_encoder, "weight_tuner": model.weight_tuner}
@@ -216,7 +219,7 @@ def parts_of(model: TunaForConditionalGeneration) -> dict[str, nn.Module]:
 
 
 def pin_of(recipe: Recipe, source: TagSource) -> StorePin:
-    """Which store and version answer now. Raises `Unavailable`: a run begins only with the tags that it is to learn with."""
+    """The store and version that answer now. Raises `Unavailable`: a run does not begin without its store."""
     if recipe.tags.store.startswith("null:"):
         return StorePin(recipe.tags.store)
     try:
@@ -231,22 +234,15 @@ def pin_of(recipe: Recipe, source: TagSource) -> StorePin:
 def tag_feed(
     recipe: Recipe, model: Any, source: TagSource, samples: list[Sample], pin: StorePin
 ) -> TagFeed | None:
-    """Where the run's tags come from; None for none."""
+    """The source of the run's tags; None if it has none."""
     if not pin.store:
         return None
     captions = None
     if recipe.tags.content == "captions":
         known = read_samples(recipe.tags.captions) if recipe.tags.captions else samples
         captions = {sample.key: sample.captions for sample in known}
-    lookup = TagLookup.of(source, model.config)
-    return TagFeed(
-        source,
-        lookup,
-        recipe.tags,
-        fingerprint=model.config.encoder_digest,
-        seed=recipe.seed,
-        captions=captions,
-    )
+    lookup, digest = TagLookup.of(source, model.config), model.config.encoder_digest
+    return TagFeed(source, lookup, recipe.tags, fingerprint=digest, seed=recipe.seed, captions=captions)
 
 
 def image_features(
@@ -257,7 +253,8 @@ def image_features(
     accelerator: Accelerator,
     preparing: Callable[[str, int, int], object],
 ) -> ImageFeatures:
-    """Features of the data set's images: from the cache, which the main process makes if it is not there, or live."""
+    """Features of the data set's images: live, or from the cache, which the main process makes if it is
+    missing."""
     live = LiveFeatures(model, processor.image_processor, samples)
     folder, digest, layer = (
         Path(recipe.data.features),
@@ -267,7 +264,8 @@ def image_features(
     if not recipe.data.features:
         if model.config.vision_config is not None and accelerator.distributed_type is DistributedType.FSDP:
             raise InvalidInput(
-                "this model carries its own tower, which FSDP would cut into shards: set data.features, so that it runs before"
+                "this model carries its own tower, which FSDP would cut into shards: "
+                "set data.features, so that it runs before"
             )
         return live
     if not (folder / "cache.json").exists():
@@ -285,35 +283,28 @@ def image_features(
 
 
 def check_same_run(saved: Recipe, now: Recipe, where: Path) -> None:
-    """A run goes on only with what decides its course unchanged; what may change is how long, how often, and where.
+    """Refuse to resume with another recipe; only fields that do not change the result may differ.
 
     Raises `InvalidInput` with the fields that differ.
     """
-    free = {"out", "log_every", "save_every", "keep", "ahead", "tensorboard"}
+    free = {
+        "out", "log_every", "save_every", "keep", "ahead", "tensorboard", "data.path", "data.images", "data.allow_outside",
+        "data.features", "tags.store", "tags.any_store", "tags.captions",
+    }  # fmt: skip
     old, new = flat(saved.to_dict()), flat(now.to_dict())
-    places = {
-        "data.path",
-        "data.images",
-        "data.allow_outside",
-        "data.features",
-        "tags.store",
-        "tags.any_store",
-        "tags.captions",
-    }
-    changed = sorted(
-        key for key in old.keys() | new.keys() if old.get(key) != new.get(key) and key not in free | places
-    )
+    changed = sorted(key for key in (old.keys() | new.keys()) - free if old.get(key) != new.get(key))
     if changed:
-        what = ", ".join(f"{key} {old.get(key)!r} -> {new.get(key)!r}" for key in changed[:4])
+        changes = ", ".join(f"{key} {old.get(key)!r} -> {new.get(key)!r}" for key in changed[:4])
         raise InvalidInput(
-            f"{where} is of a run with another recipe ({what}): give another --out, or begin anew with --no-resume"
+            f"{where} is of a run with another recipe ({changes}): "
+            "give another --out, or begin anew with --no-resume"
         )
 
 
-def follow(average: dict[str, torch.Tensor], model: nn.Module, decay: float) -> None:
-    """One step of the moving average."""
+def update_average(average: dict[str, torch.Tensor], model: nn.Module, decay: float) -> None:
+    """Take one step of the moving average."""
     with torch.no_grad():
-        for name, value in checkpoints.learning(model):
+        for name, value in checkpoints.trained_parameters(model):
             average[name].lerp_(value.detach(), 1 - decay)
 
 
@@ -325,7 +316,7 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     average: Any,
 ) -> None:
-    """Gather what is sharded (all processes) and write it (the main one)."""
+    """Gather sharded tensors (in all processes) and write the checkpoint (in the main one)."""
     trained = checkpoints.trained_tensors(model)
     ema = checkpoints.trained_tensors(model, average) if average is not None else None
     moments = checkpoints.optimizer_tensors(model, optimizer)

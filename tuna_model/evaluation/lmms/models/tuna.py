@@ -1,4 +1,4 @@
-"""TUNA behind the interface that lmms-eval documents for its models (`lmms_eval.api.model.lmms`)."""
+"""TUNA as a model of lmms-eval, by its documented interface (`lmms_eval.api.model.lmms`)."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from lmms_eval.api.registry import register_model
 from tagstore.errors import InvalidInput
 from tuna_model.inference.pipeline import Pipeline, user_message
 
-_TAKEN = ("max_new_tokens", "do_sample", "num_beams", "temperature", "top_p", "top_k")
+_GENERATION = ("max_new_tokens", "do_sample", "num_beams", "temperature", "top_p", "top_k")
 
 
 @register_model("tuna")
 class Tuna(lmms):  # type: ignore[misc]
-    """A preset or directory, with a store."""
+    """A preset or a directory, with a store."""
 
     def __init__(
         self,
@@ -28,34 +28,33 @@ class Tuna(lmms):  # type: ignore[misc]
         dtype: str = "float32",
         **other: Any,
     ) -> None:
-        """As `--model_args` and lmms-eval's own options say. Raises `InvalidInput` for an argument that there is not."""
+        """Take `--model_args` and lmms-eval's own options. Raises `InvalidInput` for an unknown argument."""
         super().__init__()
         if other:
             raise InvalidInput(
-                f"--model_args of tuna has no {', '.join(sorted(other))}: there are pretrained, store, device, dtype"
+                f"--model_args of tuna has no {', '.join(sorted(other))}: "
+                "there are pretrained, store, device, dtype"
             )
         self.pipeline = Pipeline.load(pretrained, store=store, device=device, dtype=getattr(torch, dtype))
         self.batch_size_per_gpu = int(batch_size)
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """An answer to each request, in their order; those with the same settings go together."""
+        """Answer each request, in order; requests with equal settings share batches."""
         answers: dict[int, str] = {}
         groups: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
             groups.setdefault(repr(sorted(request.args[1].items())), []).append(number)
         for numbers in groups.values():
             for start in range(0, len(numbers), self.batch_size_per_gpu):
-                some = numbers[start : start + self.batch_size_per_gpu]
-                settings = dict(requests[some[0]].args[1])
-                for number, text in zip(
-                    some, self._generate([requests[i] for i in some], settings), strict=True
-                ):
-                    answers[number] = text
+                batch = numbers[start : start + self.batch_size_per_gpu]
+                settings = dict(requests[batch[0]].args[1])
+                texts = self._generate([requests[i] for i in batch], settings)
+                answers |= dict(zip(batch, texts, strict=True))
         return [answers[number] for number in range(len(requests))]
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Log-probability of each given continuation, and whether greedy decoding would give it."""
-        found = []
+        """Log-probability of each continuation, and whether greedy decoding would give it."""
+        results = []
         for request in requests:
             context, target, *rest = request.args
             continuation = target if isinstance(target, str) else target(self._document(*rest[1:]))
@@ -71,40 +70,36 @@ class Tuna(lmms):  # type: ignore[misc]
             with torch.inference_mode():
                 logits = self.pipeline.model(**inputs, logits_to_keep=ids.shape[1] + 1).logits[0, :-1].float()
             likelihood = logits.log_softmax(-1).gather(1, ids[0][:, None]).sum()
-            found.append((float(likelihood), bool((logits.argmax(-1) == ids[0]).all())))
-        return found
+            results.append((float(likelihood), bool((logits.argmax(-1) == ids[0]).all())))
+        return results
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
-        """Raises `InvalidInput`: none of the benchmarks that this is for has rounds."""
+        """Raise `InvalidInput`: tasks with rounds are not supported."""
         raise InvalidInput("tuna answers single questions: choose tasks without rounds")
 
     def _generate(self, requests: Sequence[Any], settings: dict[str, Any]) -> list[str]:
         until = settings.get("until", [])
         images = [self._visuals(request.args[2:]) for request in requests]
         conversations = [
-            [user_message(_clean(request.args[0]), len(some))]
-            for request, some in zip(requests, images, strict=True)
+            [user_message(_clean(request.args[0]), len(pictures))]
+            for request, pictures in zip(requests, images, strict=True)
         ]
-        options = {name: settings[name] for name in _TAKEN if settings.get(name) is not None}
+        options = {name: settings[name] for name in _GENERATION if settings.get(name) is not None}
         if not options.get("temperature"):
-            options = {
-                name: value
-                for name, value in options.items()
-                if name not in ("temperature", "top_p", "top_k", "do_sample")
-            }
+            options = {name: options[name] for name in options if name in ("max_new_tokens", "num_beams")}
         texts = [answer.text for answer in self.pipeline.answers(images, conversations, **options)]
         for stop in [until] if isinstance(until, str) else until:
             texts = [text.split(stop)[0] if stop else text for text in texts]
         return [text.strip() for text in texts]
 
     def _visuals(self, rest: Sequence[Any]) -> list[Any]:
-        look, *where = rest
-        return [picture.convert("RGB") for picture in look(self._document(*where))]
+        pictures_of, *position = rest
+        return [picture.convert("RGB") for picture in pictures_of(self._document(*position))]
 
     def _document(self, number: int, task: str, split: str) -> Any:
         return self.task_dict[task][split][number]
 
 
 def _clean(context: str) -> str:
-    """A context without its own marks of images: those are written where the model wants them."""
+    """Remove lmms-eval's image placeholders: the chat template writes the model's own."""
     return context.replace("<image>", "").strip()
