@@ -84,7 +84,7 @@ def test_a_recorded_map_holds_every_sample_that_training_asks_for(
 
     def ask(url: str, images) -> list[tuple[str, ...]]:
         with connect(url) as source:
-            lookup = TagLookup(source, k=3, dimension=512)
+            lookup = TagLookup(source, k=3)
             fingerprint = model.config.encoder_digest
             feed = TagFeed(source, lookup, recipe, fingerprint=fingerprint, seed=0)
             tags = [tags.texts for tags in feed(images(range(len(samples))), rows, 0)]
