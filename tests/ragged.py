@@ -46,7 +46,9 @@ def offsets(counts: Sequence[int], device: str = DEVICE) -> Tensor:
     return torch.tensor([0, *counts], device=device).cumsum(0).int()
 
 
-def inputs(case: Case, seed: int = 0, device: str = DEVICE) -> tuple[dict[str, Tensor], dict[str, Any], Tensor]:
+def inputs(
+    case: Case, seed: int = 0, device: str = DEVICE
+) -> tuple[dict[str, Tensor], dict[str, Any], Tensor]:
     """`(what has gradients, what has none, dout)`; drawn in float32 on the CPU, so that all dtypes and devices see the same."""
     generator = torch.Generator().manual_seed(seed)
     total, batch = sum(case.counts), len(case.counts)
@@ -70,7 +72,9 @@ def inputs(case: Case, seed: int = 0, device: str = DEVICE) -> tuple[dict[str, T
     return grads, rest, draw(total, case.heads, case.dim)
 
 
-def with_gradients(op: Callable[..., Tensor], grads: dict[str, Tensor], rest: dict[str, Any], dout: Tensor) -> dict[str, Tensor]:
+def with_gradients(
+    op: Callable[..., Tensor], grads: dict[str, Tensor], rest: dict[str, Any], dout: Tensor
+) -> dict[str, Tensor]:
     """The result of `op` and its gradient by every input in `grads`, by name."""
     leaves = {name: x.detach().requires_grad_() for name, x in grads.items()}
     out = op(**leaves, **rest)
@@ -79,10 +83,15 @@ def with_gradients(op: Callable[..., Tensor], grads: dict[str, Tensor], rest: di
 
 
 def in_float64(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in values.items()}
+    return {
+        name: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+        for name, x in values.items()
+    }
 
 
-def assert_errs_at_most_twice(kernel: dict[str, Tensor], plain: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
+def assert_errs_at_most_twice(
+    kernel: dict[str, Tensor], plain: dict[str, Tensor], exact: dict[str, Tensor]
+) -> None:
     """The rule for kernels: against float64, at most twice the error of plain torch in the same dtype, in mean square and at worst.
 
     Half a unit in the last place is allowed on top in mean square: where plain torch happens to be exact, twice nothing is nothing.
@@ -100,7 +109,10 @@ def assert_errs_at_most_twice(kernel: dict[str, Tensor], plain: dict[str, Tensor
         assert got.isfinite().all(), f"{name} is not finite"
         eps = torch.finfo(got.dtype).eps
         error, allowed = (got.double() - want).abs(), (plain[name].double() - want).abs()
-        for how, units, size in (("mean square", 0.5, lambda x: x.square().mean().sqrt()), ("worst", 1, lambda x: x.max())):
+        for how, units, size in (
+            ("mean square", 0.5, lambda x: x.square().mean().sqrt()),
+            ("worst", 1, lambda x: x.max()),
+        ):
             assert size(error) <= 2 * size(allowed) + units * eps * size(want.abs()), (
                 f"{name}: {how} error {size(error):.3g}, plain torch errs {size(allowed):.3g}, values {size(want.abs()):.3g}"
             )

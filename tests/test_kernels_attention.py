@@ -16,14 +16,25 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ragged import DEVICE, EXHAUSTIVE, Case, assert_errs_at_most_twice, in_float64, inputs, offsets, with_gradients
+from ragged import (
+    DEVICE,
+    EXHAUSTIVE,
+    Case,
+    assert_errs_at_most_twice,
+    in_float64,
+    inputs,
+    offsets,
+    with_gradients,
+)
 from tuna_kernels import tag_attention
 from tuna_kernels.backend import interpreting
 
 HALF, SINGLE = torch.float16, torch.float32
 reference = partial(tag_attention, impl="reference")
 kernel = partial(tag_attention, impl="triton")
-on_gpu = pytest.mark.skipif(interpreting() or not torch.cuda.is_available(), reason="needs a CUDA device and no TRITON_INTERPRET")
+on_gpu = pytest.mark.skipif(
+    interpreting() or not torch.cuda.is_available(), reason="needs a CUDA device and no TRITON_INTERPRET"
+)
 
 # every count, patch number and head size of the plan at least once, crossed with what interacts: the block edges
 CASES = [
@@ -47,13 +58,20 @@ MATRIX = [
     )
 ]  # fmt: skip
 if not EXHAUSTIVE:
-    MATRIX = [pytest.param(None, marks=pytest.mark.skip("half an hour of interpreter: TUNA_KERNELS_EXHAUSTIVE=1 pytest -k matrix"))]
+    MATRIX = [
+        pytest.param(
+            None,
+            marks=pytest.mark.skip("half an hour of interpreter: TUNA_KERNELS_EXHAUSTIVE=1 pytest -k matrix"),
+        )
+    ]
 
 
 def compare(case: Case, seed: int = 0) -> None:
     grads, rest, dout = inputs(case, seed)
     exact = with_gradients(reference, in_float64(grads), rest, dout.double())
-    assert_errs_at_most_twice(with_gradients(kernel, grads, rest, dout), with_gradients(reference, grads, rest, dout), exact)
+    assert_errs_at_most_twice(
+        with_gradients(kernel, grads, rest, dout), with_gradients(reference, grads, rest, dout), exact
+    )
 
 
 def by_sdpa(q: Tensor, k: Tensor, v: Tensor, cu_tags: Tensor, weights: Tensor | None = None, bias: Tensor | None = None,
@@ -68,12 +86,18 @@ def by_sdpa(q: Tensor, k: Tensor, v: Tensor, cu_tags: Tensor, weights: Tensor | 
             added = added + (bias[:, None] if bias.ndim == 2 else bias)[start:stop].transpose(0, 1)
         if patch_mask is not None:
             added = added.masked_fill(~patch_mask[b], -torch.inf)
-        out = F.scaled_dot_product_attention(q[start:stop].transpose(0, 1), keys, values, attn_mask=added).transpose(0, 1)
+        out = F.scaled_dot_product_attention(
+            q[start:stop].transpose(0, 1), keys, values, attn_mask=added
+        ).transpose(0, 1)
         outs.append(out if weights is None else out * weights[start:stop, None, None])
     return torch.cat(outs)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if "m" not in c.flags] + [Case((3, 0, 17, 2), 49, 4, 2, 24, flags="wBm")], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [c for c in CASES if "m" not in c.flags] + [Case((3, 0, 17, 2), 49, 4, 2, 24, flags="wBm")],
+    ids=str,
+)
 def test_reference_is_attention(case: Case) -> None:
     grads, rest, dout = inputs(case, device="cpu")
     if "patch_mask" in rest:
@@ -88,7 +112,9 @@ def test_reference_is_attention(case: Case) -> None:
 def test_reference_gradients(flags: str) -> None:
     grads, rest, _ = inputs(Case((2, 0, 1), 5, 2, 1, 16, flags=flags), device="cpu")
     leaves = {name: x.double().requires_grad_() for name, x in grads.items()}
-    assert torch.autograd.gradcheck(lambda *xs: reference(**dict(zip(leaves, xs, strict=True)), **rest), tuple(leaves.values()))
+    assert torch.autograd.gradcheck(
+        lambda *xs: reference(**dict(zip(leaves, xs, strict=True)), **rest), tuple(leaves.values())
+    )
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -180,7 +206,9 @@ def test_every_element_is_written() -> None:
     """torch.empty filled with NaN: what a kernel forgets to write shows."""
     torch.use_deterministic_algorithms(True)
     try:
-        assert torch.empty(3, device=DEVICE).isnan().all(), "torch.utils.deterministic.fill_uninitialized_memory is off"
+        assert torch.empty(3, device=DEVICE).isnan().all(), (
+            "torch.utils.deterministic.fill_uninitialized_memory is off"
+        )
         compare(Case((0, 3, 17), 49, 2, 1, 24, HALF, "wbm"))
         compare(Case((40, 0), 33, 2, 1, 17, SINGLE, "wB"))
     finally:
@@ -213,7 +241,10 @@ def test_dout_may_be_expanded() -> None:
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.skipif(DEVICE == "cuda" and torch.cuda.get_device_properties(0).total_memory < 20e9, reason="needs 20 GB of GPU memory")
+@pytest.mark.skipif(
+    DEVICE == "cuda" and torch.cuda.get_device_properties(0).total_memory < 20e9,
+    reason="needs 20 GB of GPU memory",
+)
 def test_beyond_two_to_the_31_elements() -> None:
     """Images 2^31 elements apart: only pages that are touched take memory on the CPU."""
     case = Case((2, 3), 17, 1, 1, 16, HALF, "")
@@ -237,10 +268,14 @@ def test_wrong_offsets_read_nothing_outside() -> None:
 
 def test_torch_compile_takes_it_whole() -> None:
     torch._dynamo.reset()
-    compiled = torch.compile(lambda *xs, **kw: kernel(*xs, **kw) * 2, fullgraph=True, backend="aot_eager", dynamic=True)
+    compiled = torch.compile(
+        lambda *xs, **kw: kernel(*xs, **kw) * 2, fullgraph=True, backend="aot_eager", dynamic=True
+    )
     for counts in ((3, 0, 5), (1, 4, 8)):
         grads, rest, dout = inputs(Case(counts, 33, 2, 1, 24, flags="wbm"))
-        ours = with_gradients(lambda q, k, v, cu_tags, **kw: compiled(q, k, v, cu_tags, **kw), grads, rest, dout)
+        ours = with_gradients(
+            lambda q, k, v, cu_tags, **kw: compiled(q, k, v, cu_tags, **kw), grads, rest, dout
+        )
         plain = with_gradients(lambda **kw: kernel(**kw) * 2, grads, rest, dout)
         for name, x in plain.items():
             assert torch.equal(ours[name], x), name
@@ -251,12 +286,16 @@ def test_torch_compile_takes_the_reference_whole() -> None:
     torch._dynamo.reset()
     bounded = partial(reference, max_tags=8)
     compiled = torch.compile(
-        lambda q, k, v, cu_tags, **kw: bounded(q, k, v, cu_tags, **kw), fullgraph=True, backend="aot_eager", dynamic=True
+        lambda q, k, v, cu_tags, **kw: bounded(q, k, v, cu_tags, **kw),
+        fullgraph=True,
+        backend="aot_eager",
+        dynamic=True,
     )
     for counts in ((3, 0, 5), (1, 4, 8)):
         grads, rest, dout = inputs(Case(counts, 33, 2, 1, 24, flags="wbm"))
         ours, plain = (
-            with_gradients(op, grads, rest, dout) for op in (lambda q, k, v, cu_tags, **kw: compiled(q, k, v, cu_tags, **kw), reference)
+            with_gradients(op, grads, rest, dout)
+            for op in (lambda q, k, v, cu_tags, **kw: compiled(q, k, v, cu_tags, **kw), reference)
         )
         for name, x in plain.items():
             torch.testing.assert_close(ours[name], x, atol=1e-6, rtol=1e-5)
@@ -280,12 +319,18 @@ class Reader(nn.Module):
 
     def forward(self, tags: Tensor, patches: Tensor, cu_tags: Tensor, weights: Tensor) -> Tensor:
         k, v = self.kv(patches).view(*patches.shape[:2], 2, 2, 16).unbind(2)
-        return self.o(tag_attention(self.q(tags).view(-1, 2, 16), k, v, cu_tags, weights=weights, impl=self.impl).flatten(1))
+        return self.o(
+            tag_attention(
+                self.q(tags).view(-1, 2, 16), k, v, cu_tags, weights=weights, impl=self.impl
+            ).flatten(1)
+        )
 
 
 def test_training_is_the_same() -> None:
     generator = torch.Generator().manual_seed(0)
-    tags, patches, target = (torch.randn(*shape, generator=generator).to(DEVICE) for shape in ((9, 32), (3, 20, 24), (9, 8)))
+    tags, patches, target = (
+        torch.randn(*shape, generator=generator).to(DEVICE) for shape in ((9, 32), (3, 20, 24), (9, 8))
+    )
     weights, cu_tags = torch.rand(9, generator=generator).to(DEVICE), offsets((4, 0, 5))
     losses = {}
     for impl in ("triton", "reference"):
@@ -322,7 +367,12 @@ def test_training_is_the_same() -> None:
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
 def test_refusals(changes: dict[str, object], message: str) -> None:
-    good = {"q": torch.zeros(5, 2, 16), "k": torch.zeros(2, 17, 2, 16), "v": torch.zeros(2, 17, 2, 16), "cu_tags": offsets((2, 3), "cpu")}
+    good = {
+        "q": torch.zeros(5, 2, 16),
+        "k": torch.zeros(2, 17, 2, 16),
+        "v": torch.zeros(2, 17, 2, 16),
+        "cu_tags": offsets((2, 3), "cpu"),
+    }
     with pytest.raises(ValueError, match=message):
         tag_attention(**(good | changes))
 
@@ -384,7 +434,17 @@ def test_compute_sanitizer_finds_nothing() -> None:
     script = Path(__file__).parent.parent / "benchmarks" / "kernels.py"
     for check in ("memcheck", "racecheck"):
         done = subprocess.run(
-            [tool, "--tool", check, "--error-exitcode", "9", sys.executable, str(script), "--check", "--small"],
+            [
+                tool,
+                "--tool",
+                check,
+                "--error-exitcode",
+                "9",
+                sys.executable,
+                str(script),
+                "--check",
+                "--small",
+            ],
             capture_output=True,
             text=True,
         )

@@ -19,7 +19,12 @@ from tuna_kernels.tag_attention.tuning import Config
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run `code` in a fresh interpreter without the variables of this one."""
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PATH": "/usr/bin:/bin", **environment})
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={"PATH": "/usr/bin:/bin", **environment},
+    )
 
 
 def test_works_without_triton() -> None:
@@ -72,7 +77,9 @@ gather_tags(torch.ones(3, 2), torch.tensor([0]), impl="triton")
     assert "set it in the environment of the process, before the first import" in python(code).stderr
 
 
-def test_auto_says_once_what_it_chose(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_says_once_what_it_chose(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(backend, "_said", set())
     with caplog.at_level(logging.INFO, logger="tuna_kernels"):
         for _ in range(3):
@@ -80,7 +87,9 @@ def test_auto_says_once_what_it_chose(caplog: pytest.LogCaptureFixture, monkeypa
         gather_tags(torch.ones(3, 2).double(), torch.tensor([0]))
     said = [record.message for record in caplog.records]
     assert len(said) == 2
-    assert all(message.startswith("gather_tags: impl='auto' uses the torch reference, because") for message in said)
+    assert all(
+        message.startswith("gather_tags: impl='auto' uses the torch reference, because") for message in said
+    )
 
 
 def test_tf32_follows_torch() -> None:
@@ -107,7 +116,9 @@ def searching(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Config]:
     return timed
 
 
-def test_search_runs_once_and_is_kept(searching: list[Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_search_runs_once_and_is_kept(
+    searching: list[Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     default, better = Config(16, 64, 2, 2), Config(32, 64, 4, 2)
     device = torch.device("cpu")
 
@@ -132,10 +143,14 @@ def test_search_runs_once_and_is_kept(searching: list[Config], tmp_path: Path, m
     assert "a" in json.loads(file.read_text())
 
 
-def test_no_search_while_a_graph_is_captured(searching: list[Config], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_search_while_a_graph_is_captured(
+    searching: list[Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     default = Config(16, 64, 2, 2)
-    assert tuning.pick("b", torch.device("cpu"), default, [Config(32, 64, 4, 2)], lambda config: None) == default
+    assert (
+        tuning.pick("b", torch.device("cpu"), default, [Config(32, 64, 4, 2)], lambda config: None) == default
+    )
     assert not searching
 
 
@@ -158,7 +173,9 @@ def test_the_batch_is_not_part_of_the_key(monkeypatch: pytest.MonkeyPatch) -> No
     from tuna_kernels.tag_attention import forward
 
     keys = []
-    monkeypatch.setattr(forward, "pick", lambda key, device, default, candidates, launch: keys.append(key) or default)
+    monkeypatch.setattr(
+        forward, "pick", lambda key, device, default, candidates, launch: keys.append(key) or default
+    )
     monkeypatch.setattr(backend, "check_interpreter", lambda: None)
     for counts in ((3, 4), (3, 4, 3, 4), (30, 40)):
         grads, rest, _ = inputs(Case(counts, 9, 1, 1, 16, torch.float16, ""))

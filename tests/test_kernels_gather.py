@@ -29,7 +29,9 @@ def test_kernel_against_reference(ids: list[int], columns: int, dtype: torch.dty
     rest = {"ids": torch.tensor(ids, dtype=torch.int64 if wide else torch.int32, device=DEVICE)}
     kernel, plain = (with_gradients(op, {"table": table}, rest, dout) for op in (triton, reference))
     assert torch.equal(kernel["out"], plain["out"])
-    assert_errs_at_most_twice(kernel, plain, with_gradients(reference, in_float64({"table": table}), rest, dout.double()))
+    assert_errs_at_most_twice(
+        kernel, plain, with_gradients(reference, in_float64({"table": table}), rest, dout.double())
+    )
 
 
 def test_it_is_indexing_with_holes() -> None:
@@ -51,7 +53,9 @@ def test_many_of_one_id_are_summed_in_float32() -> None:
     """2,049 halves added one by one in float16 would stop at 1024."""
     table = torch.zeros(2, 4, dtype=torch.float16, device=DEVICE, requires_grad=True)
     ids = torch.ones(2049, dtype=torch.int64, device=DEVICE)
-    (grad,) = torch.autograd.grad(triton(table, ids), table, torch.full((2049, 4), 0.5, dtype=torch.float16, device=DEVICE))
+    (grad,) = torch.autograd.grad(
+        triton(table, ids), table, torch.full((2049, 4), 0.5, dtype=torch.float16, device=DEVICE)
+    )
     assert grad[1].tolist() == [1024.5] * 4 or grad[1].tolist() == [1024.0] * 4
     assert not grad[0].any()
 
@@ -70,7 +74,10 @@ def test_an_id_beyond_the_table() -> None:
 
 def test_torch_library_rules() -> None:
     table = torch.randn(5, 8, device=DEVICE, requires_grad=True)
-    torch.library.opcheck(torch.ops.tuna_kernels.gather_tags_forward.default, (table, torch.tensor([1, 1, 4, -1], device=DEVICE)))
+    torch.library.opcheck(
+        torch.ops.tuna_kernels.gather_tags_forward.default,
+        (table, torch.tensor([1, 1, 4, -1], device=DEVICE)),
+    )
 
 
 def test_torch_compile_takes_it_whole() -> None:
@@ -96,7 +103,11 @@ def test_a_table_in_host_memory() -> None:
 
 @pytest.mark.parametrize(
     ("table", "ids"),
-    [(torch.ones(3), torch.tensor([0])), (torch.ones(3, 2), torch.tensor([0.0])), (torch.ones(3, 2), torch.tensor([[0]]))],
+    [
+        (torch.ones(3), torch.tensor([0])),
+        (torch.ones(3, 2), torch.tensor([0.0])),
+        (torch.ones(3, 2), torch.tensor([[0]])),
+    ],
     ids=["table", "dtype", "shape"],
 )
 def test_refusals(table: torch.Tensor, ids: torch.Tensor) -> None:

@@ -19,7 +19,9 @@ COUNTS = (3, 0, 17, 40, 1, 16)
 DTYPES = [torch.float32, torch.float16]
 
 
-def draw(counts: tuple[int, ...], columns: int, dtype: torch.dtype, seed: int = 0) -> tuple[dict[str, Tensor], Tensor]:
+def draw(
+    counts: tuple[int, ...], columns: int, dtype: torch.dtype, seed: int = 0
+) -> tuple[dict[str, Tensor], Tensor]:
     """Embeddings with cosines that vary as CLIP's do, a temperature, and the gradient that comes back."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(len(counts), columns, generator=generator)
@@ -36,7 +38,9 @@ def draw(counts: tuple[int, ...], columns: int, dtype: torch.dtype, seed: int = 
 def compare(counts: tuple[int, ...], columns: int, dtype: torch.dtype, coupling: str, seed: int = 0) -> None:
     grads, dout = draw(counts, columns, dtype, seed)
     rest = {"cu_tags": offsets(counts), "coupling": coupling, "threshold": 0.3}
-    kernel, plain = (with_gradients(partial(tag_weights, impl=impl), grads, rest, dout) for impl in ("triton", "reference"))
+    kernel, plain = (
+        with_gradients(partial(tag_weights, impl=impl), grads, rest, dout) for impl in ("triton", "reference")
+    )
     exact = with_gradients(partial(tag_weights, impl="reference"), in_float64(grads), rest, dout.double())
     # one number from many that cancel: its error is luck, so it is held to what the terms allow
     dtau = {x.pop("dtemperature") for x in (kernel, plain)}, exact.pop("dtemperature")
@@ -44,7 +48,14 @@ def compare(counts: tuple[int, ...], columns: int, dtype: torch.dtype, coupling:
     assert_errs_at_most_twice(kernel, plain, exact)
 
 
-def by_image(tags: Tensor, images: Tensor, counts: tuple[int, ...], temperature: Tensor, coupling: str, threshold: float) -> Tensor:
+def by_image(
+    tags: Tensor,
+    images: Tensor,
+    counts: tuple[int, ...],
+    temperature: Tensor,
+    coupling: str,
+    threshold: float,
+) -> Tensor:
     weights = []
     for image, own in zip(images, tags.split(counts), strict=True):
         logits = F.cosine_similarity(own, image[None], dim=-1) / temperature
@@ -77,7 +88,9 @@ def test_reference_gradients(coupling: str) -> None:
     grads, _ = draw((3, 0, 2), 5, torch.float64)
     rest = {"cu_tags": offsets((3, 0, 2)), "coupling": coupling, "threshold": 0.3, "impl": "reference"}
     leaves = {name: x.double().requires_grad_() for name, x in grads.items()}
-    assert torch.autograd.gradcheck(lambda *xs: tag_weights(**dict(zip(leaves, xs, strict=True)), **rest), tuple(leaves.values()))
+    assert torch.autograd.gradcheck(
+        lambda *xs: tag_weights(**dict(zip(leaves, xs, strict=True)), **rest), tuple(leaves.values())
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -87,7 +100,11 @@ def test_kernel_against_reference(coupling: str, dtype: torch.dtype) -> None:
 
 
 @settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-@given(counts=st.lists(st.integers(0, 20), min_size=1, max_size=5), columns=st.integers(2, 300), coupling=st.sampled_from(COUPLINGS))
+@given(
+    counts=st.lists(st.integers(0, 20), min_size=1, max_size=5),
+    columns=st.integers(2, 300),
+    coupling=st.sampled_from(COUPLINGS),
+)
 def test_any_layout(counts: list[int], columns: int, coupling: str) -> None:
     compare(tuple(counts), columns, torch.float32, coupling)
 
@@ -101,20 +118,30 @@ def test_scores_are_weighed_as_cosines_are(coupling: str) -> None:
     scores = cosines(grads["tag_embeddings"], grads["image_embeddings"], cu_tags)
     rest = {"cu_tags": cu_tags, "coupling": coupling, "threshold": 0.3}
     values = {"scores": scores, "temperature": grads["temperature"]}
-    kernel, plain = (with_gradients(partial(score_weights, impl=impl), values, rest, dout) for impl in ("triton", "reference"))
+    kernel, plain = (
+        with_gradients(partial(score_weights, impl=impl), values, rest, dout)
+        for impl in ("triton", "reference")
+    )
     exact = with_gradients(partial(score_weights, impl="reference"), in_float64(values), rest, dout.double())
     for x in (kernel, plain, exact):
         x.pop("dtemperature")
     assert_errs_at_most_twice(kernel, plain, exact)
-    torch.testing.assert_close(kernel["out"], tag_weights(**grads, **rest, impl="triton"), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        kernel["out"], tag_weights(**grads, **rest, impl="triton"), atol=1e-5, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("impl", ["triton", "reference"])
 def test_what_the_couplings_promise(impl: str) -> None:
     grads, _ = draw(COUNTS, 40, torch.float32)
     images = offsets(COUNTS)
-    found = {c: tag_weights(**grads, cu_tags=images, coupling=c, threshold=0.3, impl=impl).split(COUNTS) for c in COUPLINGS}
-    for multiply, largest, log_bias, drop in zip(*(found[c] for c in ("multiply", "multiply_max", "log_bias", "drop")), strict=True):
+    found = {
+        c: tag_weights(**grads, cu_tags=images, coupling=c, threshold=0.3, impl=impl).split(COUNTS)
+        for c in COUPLINGS
+    }
+    for multiply, largest, log_bias, drop in zip(
+        *(found[c] for c in ("multiply", "multiply_max", "log_bias", "drop")), strict=True
+    ):
         if not len(multiply):
             continue
         assert multiply.sum().item() == pytest.approx(1, abs=1e-6)
@@ -142,24 +169,32 @@ def test_a_number_is_a_temperature_too() -> None:
     grads, _ = draw(COUNTS, 40, torch.float32)
     tau = grads.pop("temperature").item()
     for impl in ("triton", "reference"):
-        learned = tag_weights(**grads, temperature=torch.tensor(tau, device=DEVICE), cu_tags=offsets(COUNTS), impl=impl)
+        learned = tag_weights(
+            **grads, temperature=torch.tensor(tau, device=DEVICE), cu_tags=offsets(COUNTS), impl=impl
+        )
         assert torch.equal(tag_weights(**grads, temperature=tau, cu_tags=offsets(COUNTS), impl=impl), learned)
 
 
 def test_log_weights_are_refused_where_tags_are_queries() -> None:
     q, kv = torch.zeros(3, 1, 16), torch.zeros(1, 5, 1, 16)
-    bias = score_weights(torch.zeros(3), offsets((3,), "cpu"), temperature=1.0, coupling="log_bias", impl="reference")
+    bias = score_weights(
+        torch.zeros(3), offsets((3,), "cpu"), temperature=1.0, coupling="log_bias", impl="reference"
+    )
     with pytest.raises(ValueError, match="where tags are keys"):
         tag_attention(q, kv, kv, offsets((3,), "cpu"), bias=bias)
 
 
 def test_torch_compile_takes_it_whole() -> None:
     torch._dynamo.reset()
-    compiled = torch.compile(partial(tag_weights, impl="triton"), fullgraph=True, backend="aot_eager", dynamic=True)
+    compiled = torch.compile(
+        partial(tag_weights, impl="triton"), fullgraph=True, backend="aot_eager", dynamic=True
+    )
     for counts in ((3, 0, 5), (2, 9, 1)):
         grads, dout = draw(counts, 30, torch.float32)
         rest = {"cu_tags": offsets(counts), "coupling": "multiply"}
-        ours, plain = (with_gradients(op, grads, rest, dout) for op in (compiled, partial(tag_weights, impl="triton")))
+        ours, plain = (
+            with_gradients(op, grads, rest, dout) for op in (compiled, partial(tag_weights, impl="triton"))
+        )
         assert all(torch.equal(x, ours[name]) for name, x in plain.items())
 
 
@@ -194,6 +229,11 @@ def test_nothing_to_do(counts: tuple[int, ...]) -> None:
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
 def test_refusals(changes: dict[str, object], message: str) -> None:
-    good = {"tag_embeddings": torch.ones(3, 8), "image_embeddings": torch.ones(2, 8), "cu_tags": offsets((1, 2), "cpu"), "temperature": 1.0}
+    good = {
+        "tag_embeddings": torch.ones(3, 8),
+        "image_embeddings": torch.ones(2, 8),
+        "cu_tags": offsets((1, 2), "cpu"),
+        "temperature": 1.0,
+    }
     with pytest.raises(ValueError, match=message):
         tag_weights(**(good | changes))

@@ -42,7 +42,9 @@ def obstacle(tensor: Tensor) -> str | None:
     if not _INSTALLED:
         return "the package triton is not installed: install it (it comes with torch's CUDA wheels)"
     if tensor.dtype not in DTYPES:
-        return f"the kernels take float32, float16 and bfloat16, not {str(tensor.dtype).removeprefix('torch.')}"
+        return (
+            f"the kernels take float32, float16 and bfloat16, not {str(tensor.dtype).removeprefix('torch.')}"
+        )
     if tensor.device.type == "cuda":
         return None
     if not interpreting():
@@ -66,12 +68,19 @@ def choose(impl: str, op: str, tensor: Tensor) -> bool:
     problem = obstacle(tensor)
     if impl == "triton":
         if problem is not None:
-            raise RuntimeError(f"{op}: impl='triton' was asked for, but {problem}; impl='reference' runs anywhere")
+            raise RuntimeError(
+                f"{op}: impl='triton' was asked for, but {problem}; impl='reference' runs anywhere"
+            )
         return True
     use = problem is None and tensor.device.type == "cuda"
     # a log call would break the graph that torch.compile traces
     if not torch.compiler.is_compiling():
-        _say(op, "Triton kernels" if use else f"the torch reference, because {problem or 'the tensors are on the CPU'}")
+        _say(
+            op,
+            "Triton kernels"
+            if use
+            else f"the torch reference, because {problem or 'the tensors are on the CPU'}",
+        )
     return use
 
 

@@ -31,7 +31,9 @@ def gather_kernel(table, ids, out, stride_v, rows, columns, BLOCK_E: tl.constexp
 
 
 @triton.jit
-def scatter_kernel(dout, ids, order, dtable, stride_g, total, rows, columns, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr):
+def scatter_kernel(
+    dout, ids, order, dtable, stride_g, total, rows, columns, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr
+):
     """ids are sorted, order says where each came from. The program at the first of a run of equal ids sums the run's rows in
     float32 and writes the table's row once; all others have nothing to do."""
     first = tl.program_id(0)
@@ -61,7 +63,9 @@ def gather(table: Tensor, ids: Tensor) -> Tensor:
     out = torch.empty((ids.shape[0], table.shape[1]), dtype=table.dtype, device=table.device)
     if out.numel():
         grid = (ids.shape[0], triton.cdiv(table.shape[1], BLOCK_E))
-        gather_kernel[grid](table, ids, out, table.stride(0), table.shape[0], table.shape[1], BLOCK_E=BLOCK_E, num_warps=2)
+        gather_kernel[grid](
+            table, ids, out, table.stride(0), table.shape[0], table.shape[1], BLOCK_E=BLOCK_E, num_warps=2
+        )
     return out
 
 
@@ -74,6 +78,16 @@ def scatter(dout: Tensor, ids: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
         ordered, order = torch.sort(ids, stable=True)
         grid = (total, triton.cdiv(columns, BLOCK_E))
         scatter_kernel[grid](
-            dout, ordered, order, dtable, dout.stride(0), total, rows, columns, BLOCK_R=BLOCK_R, BLOCK_E=BLOCK_E, num_warps=2
+            dout,
+            ordered,
+            order,
+            dtable,
+            dout.stride(0),
+            total,
+            rows,
+            columns,
+            BLOCK_R=BLOCK_R,
+            BLOCK_E=BLOCK_E,
+            num_warps=2,
         )
     return dtable

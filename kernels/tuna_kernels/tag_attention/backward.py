@@ -17,7 +17,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backend import check_interpreter, dot_precision
-from .forward import LOG2E, bias_strides, load_stats, load_tile, logits_tile, mask_strides, place, row_programs, split_rows
+from .forward import (
+    LOG2E,
+    bias_strides,
+    load_stats,
+    load_tile,
+    logits_tile,
+    mask_strides,
+    place,
+    row_programs,
+    split_rows,
+)
 from .tuning import Config, backward_candidates, backward_default, bias_default, pick, tuning_key
 
 
@@ -117,7 +127,11 @@ def backward_kernel(
             o_tile = o_p[:, None] * stride_dp + o_d[None, :]
             tl.store(p_dv + o_tile, b_dv.to(dv.dtype.element_ty), mask=m_p[:, None] & m_d)
             tl.store(p_dk + o_tile, b_dk.to(dk.dtype.element_ty), mask=m_p[:, None] & m_d)
-        tl.store(dq + o_row[:, None] * D + o_d[None, :], (b_dq * scale).to(dq.dtype.element_ty), mask=m_r[:, None] & m_d)
+        tl.store(
+            dq + o_row[:, None] * D + o_d[None, :],
+            (b_dq * scale).to(dq.dtype.element_ty),
+            mask=m_r[:, None] & m_d,
+        )
         if HAS_WEIGHTS:
             tl.store(dweights + o_row, b_dw, mask=m_r)
     else:
@@ -142,7 +156,11 @@ def backward_kernel(
                 if HAS_WEIGHTS:
                     b_dw += tl.sum(b_a * b_da, 1)
                 b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
-            tl.store(dq + o_row[:, None] * D + o_d[None, :], (b_dq * scale).to(dq.dtype.element_ty), mask=m_r[:, None] & m_d)
+            tl.store(
+                dq + o_row[:, None] * D + o_d[None, :],
+                (b_dq * scale).to(dq.dtype.element_ty),
+                mask=m_r[:, None] & m_d,
+            )
             if HAS_WEIGHTS:
                 tl.store(dweights + o_row, b_dw, mask=m_r)
         for p in tl.range(first, last, BLOCK_N, num_stages=1):
@@ -211,8 +229,15 @@ def patch_splits(batch: int, kv_heads: int, patches: int, block_n: int, device: 
     """Ranges of patches that one (image, head) is cut into, so that a small batch still fills the GPU. One means that dq is
     written once, in its own dtype; more cost a float32 copy of dq each, which is little: tags are few."""
     programs = batch * kv_heads
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    return max(1, min(triton.cdiv(2 * processors, programs), triton.cdiv(patches, 2 * block_n)) if programs < processors else 1)
+    processors = (
+        torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    )
+    return max(
+        1,
+        min(triton.cdiv(2 * processors, programs), triton.cdiv(patches, 2 * block_n))
+        if programs < processors
+        else 1,
+    )
 
 
 def backward(
@@ -222,7 +247,10 @@ def backward(
     """`(dq, dk, dv, dweights)`; dweights is None without weights. `splits` is chosen by `patch_splits` unless given."""
     check_interpreter()
     (total, heads, dim), (batch, patches, kv_heads, _) = q.shape, k.shape
-    dk, dv = torch.empty(k.shape, dtype=k.dtype, device=k.device), torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    dk, dv = (
+        torch.empty(k.shape, dtype=k.dtype, device=k.device),
+        torch.empty(v.shape, dtype=v.dtype, device=v.device),
+    )
     if total == 0 or patches == 0:
         zero = None if weights is None else torch.zeros_like(weights)
         return torch.zeros_like(q, memory_format=torch.contiguous_format), dk.zero_(), dv.zero_(), zero
@@ -231,8 +259,12 @@ def backward(
     shape = (dim, q.dtype, rows, bias is not None)
     default = backward_default(*shape)
     splits = splits or patch_splits(batch, kv_heads, patches, default.block_n, q.device)
-    dq = torch.empty((splits, total, heads, dim), dtype=q.dtype if splits == 1 else torch.float32, device=q.device)
-    dweights = None if weights is None else torch.empty((splits, total, heads), dtype=torch.float32, device=q.device)
+    dq = torch.empty(
+        (splits, total, heads, dim), dtype=q.dtype if splits == 1 else torch.float32, device=q.device
+    )
+    dweights = (
+        None if weights is None else torch.empty((splits, total, heads), dtype=torch.float32, device=q.device)
+    )
 
     def launch(config: Config) -> None:
         each = triton.cdiv(triton.cdiv(patches, splits), config.block_n) * config.block_n

@@ -48,7 +48,9 @@ def split_rows(r, rows, start, head, G: tl.constexpr, BLOCK_M: tl.constexpr):
 def load_tile(base, o_n, stride, m_n, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """`[len(o_n), BLOCK_D]`: rows o_n of a matrix with D columns, zeros outside."""
     o_d = tl.arange(0, BLOCK_D)
-    return tl.load(base + o_n[:, None] * stride + o_d[None, :], mask=m_n[:, None] & (o_d < D)[None, :], other=0.0)
+    return tl.load(
+        base + o_n[:, None] * stride + o_d[None, :], mask=m_n[:, None] & (o_d < D)[None, :], other=0.0
+    )
 
 
 @triton.jit
@@ -125,7 +127,11 @@ def forward_kernel(
         p_out = out + o_row[:, None] * D + o_d[None, :]
         tl.store(p_out, b_o.to(out.dtype.element_ty), mask=m_r[:, None] & (o_d < D)[None, :])
         tl.store(stats + o_row, tl.where(blind, 0.0, b_m), mask=m_r)
-        tl.store(stats + tl.cast(total, tl.int64) * (kv_heads * G) + o_row, tl.where(blind, 0.0, 1.0 / b_l), mask=m_r)
+        tl.store(
+            stats + tl.cast(total, tl.int64) * (kv_heads * G) + o_row,
+            tl.where(blind, 0.0, 1.0 / b_l),
+            mask=m_r,
+        )
 
 
 @triton.jit
@@ -180,7 +186,14 @@ def row_programs(total: int, group: int, batch: int, block_m: int) -> int:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_tags: Tensor, scale: float, weights: Tensor | None, bias: Tensor | None, mask: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_tags: Tensor,
+    scale: float,
+    weights: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """`(out [T, H, D], stats [2, T, H] float32)`. One launch; no host sync."""
     check_interpreter()
@@ -209,7 +222,15 @@ def forward(
     return out, stats
 
 
-def attention_maps(q: Tensor, k: Tensor, cu_tags: Tensor, stats: Tensor, scale: float, bias: Tensor | None, mask: Tensor | None) -> Tensor:
+def attention_maps(
+    q: Tensor,
+    k: Tensor,
+    cu_tags: Tensor,
+    stats: Tensor,
+    scale: float,
+    bias: Tensor | None,
+    mask: Tensor | None,
+) -> Tensor:
     """`[T, H, P]` in the dtype of q."""
     (total, heads, dim), (batch, patches, kv_heads, _) = q.shape, k.shape
     maps = torch.empty((total, heads, patches), dtype=q.dtype, device=q.device)

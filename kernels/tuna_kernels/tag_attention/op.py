@@ -71,7 +71,15 @@ def tag_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if not choose(impl, "tag_attention", q):
         out, attention = reference.tag_attention(
-            q, k, v, cu_tags, scale=scale, weights=weights, bias=bias, patch_mask=patch_mask, max_tags=max_tags
+            q,
+            k,
+            v,
+            cu_tags,
+            scale=scale,
+            weights=weights,
+            bias=bias,
+            patch_mask=patch_mask,
+            max_tags=max_tags,
         )
         return (out, attention.detach()) if return_attention else out
     if not 16 <= q.shape[-1] <= 256:
@@ -81,7 +89,9 @@ def tag_attention(
     q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
     weights = None if weights is None else weights.contiguous()
     cu_tags = cu_tags.contiguous()
-    out, stats = torch.ops.tuna_kernels.tag_attention_forward(q, k, v, cu_tags, scale, weights, bias, patch_mask)
+    out, stats = torch.ops.tuna_kernels.tag_attention_forward(
+        q, k, v, cu_tags, scale, weights, bias, patch_mask
+    )
     if not return_attention:
         return out  # type: ignore[no-any-return]
     with torch.no_grad():
@@ -99,7 +109,9 @@ def check_cu_tags(op: str, cu_tags: Tensor, total: int) -> None:
         raise ValueError(f"{op}: cu_tags must be int32 [B + 1], got {_shape(cu_tags)}")
     if cu_tags.device.type == "cpu" and not torch.compiler.is_compiling():
         if int(cu_tags[0]) != 0 or int(cu_tags[-1]) != total:
-            raise ValueError(f"{op}: cu_tags must run from 0 to {total} (the tags there are), got {int(cu_tags[0])} to {int(cu_tags[-1])}")
+            raise ValueError(
+                f"{op}: cu_tags must run from 0 to {total} (the tags there are), got {int(cu_tags[0])} to {int(cu_tags[-1])}"
+            )
         if bool((cu_tags[1:] < cu_tags[:-1]).any()):
             raise ValueError(f"{op}: cu_tags must not fall, got {cu_tags.tolist()}")
 
@@ -108,17 +120,33 @@ def _shape(x: Tensor) -> str:
     return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, cu_tags: Tensor, weights: Tensor | None, bias: Tensor | None, mask: Tensor | None) -> None:
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_tags: Tensor,
+    weights: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+) -> None:
     if q.ndim != 3 or k.ndim != 4 or k.shape != v.shape or k.shape[-1] != q.shape[-1]:
-        raise ValueError(f"tag_attention: expected q [T, H, D] and k, v [B, P, Hkv, D], got q {_shape(q)}, k {_shape(k)}, v {_shape(v)}")
+        raise ValueError(
+            f"tag_attention: expected q [T, H, D] and k, v [B, P, Hkv, D], got q {_shape(q)}, k {_shape(k)}, v {_shape(v)}"
+        )
     if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"tag_attention: q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+        raise ValueError(
+            f"tag_attention: q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}"
+        )
     (total, heads, _), (batch, patches, kv_heads, _) = q.shape, k.shape
     if kv_heads == 0 or heads % kv_heads:
-        raise ValueError(f"tag_attention: the {heads} heads of q must be a multiple of the {kv_heads} heads of k and v")
+        raise ValueError(
+            f"tag_attention: the {heads} heads of q must be a multiple of the {kv_heads} heads of k and v"
+        )
     check_cu_tags("tag_attention", cu_tags, total)
     if cu_tags.numel() != batch + 1:
-        raise ValueError(f"tag_attention: cu_tags must have {batch + 1} values for the {batch} images of k, got {cu_tags.numel()}")
+        raise ValueError(
+            f"tag_attention: cu_tags must have {batch + 1} values for the {batch} images of k, got {cu_tags.numel()}"
+        )
     if weights is not None and weights.shape != (total,):
         raise ValueError(f"tag_attention: weights must be [{total}], one for each tag, got {_shape(weights)}")
     if bias is not None:
@@ -128,12 +156,23 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_tags: Tensor, weights: Tensor | N
                 "give [T, P] or [T, H, P], or use the log-weights where tags are keys"
             )
         if bias.shape not in ((total, patches), (total, 1, patches), (total, heads, patches)):
-            raise ValueError(f"tag_attention: bias must be {[total, patches]} or [{total}, 1 or {heads}, {patches}], got {_shape(bias)}")
+            raise ValueError(
+                f"tag_attention: bias must be {[total, patches]} or [{total}, 1 or {heads}, {patches}], got {_shape(bias)}"
+            )
     if mask is not None and (mask.shape != (batch, patches) or mask.dtype != torch.bool):
         raise ValueError(f"tag_attention: patch_mask must be bool {[batch, patches]}, got {_shape(mask)}")
-    for name, other in (("k", k), ("v", v), ("cu_tags", cu_tags), ("weights", weights), ("bias", bias), ("patch_mask", mask)):
+    for name, other in (
+        ("k", k),
+        ("v", v),
+        ("cu_tags", cu_tags),
+        ("weights", weights),
+        ("bias", bias),
+        ("patch_mask", mask),
+    ):
         if other is not None and other.device != q.device:
-            raise ValueError(f"tag_attention: q is on {q.device} and {name} on {other.device}: move them to one device")
+            raise ValueError(
+                f"tag_attention: q is on {q.device} and {name} on {other.device}: move them to one device"
+            )
 
 
 # device_of: Triton launches on the current device, which need not be the tensors'
@@ -141,7 +180,14 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_tags: Tensor, weights: Tensor | N
 
 @torch.library.custom_op("tuna_kernels::tag_attention_forward", mutates_args=())
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_tags: Tensor, scale: float, weights: Tensor | None, bias: Tensor | None, patch_mask: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_tags: Tensor,
+    scale: float,
+    weights: Tensor | None,
+    bias: Tensor | None,
+    patch_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     from .forward import forward
 
@@ -151,13 +197,28 @@ def _forward(
 
 @_forward.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, cu_tags: Tensor, scale: float, weights: Tensor | None, bias: Tensor | None, patch_mask: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_tags: Tensor,
+    scale: float,
+    weights: Tensor | None,
+    bias: Tensor | None,
+    patch_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty((2, *q.shape[:2]), dtype=torch.float32)
 
 
 @torch.library.custom_op("tuna_kernels::tag_attention_maps", mutates_args=())
-def _maps(q: Tensor, k: Tensor, cu_tags: Tensor, stats: Tensor, scale: float, bias: Tensor | None, patch_mask: Tensor | None) -> Tensor:
+def _maps(
+    q: Tensor,
+    k: Tensor,
+    cu_tags: Tensor,
+    stats: Tensor,
+    scale: float,
+    bias: Tensor | None,
+    patch_mask: Tensor | None,
+) -> Tensor:
     from .forward import attention_maps
 
     with torch.cuda.device_of(q):
@@ -165,7 +226,15 @@ def _maps(q: Tensor, k: Tensor, cu_tags: Tensor, stats: Tensor, scale: float, bi
 
 
 @_maps.register_fake
-def _(q: Tensor, k: Tensor, cu_tags: Tensor, stats: Tensor, scale: float, bias: Tensor | None, patch_mask: Tensor | None) -> Tensor:
+def _(
+    q: Tensor,
+    k: Tensor,
+    cu_tags: Tensor,
+    stats: Tensor,
+    scale: float,
+    bias: Tensor | None,
+    patch_mask: Tensor | None,
+) -> Tensor:
     return q.new_empty((q.shape[0], q.shape[1], k.shape[1]))
 
 
@@ -226,7 +295,9 @@ def _gradients(ctx: Any, dout: Tensor, _dstats: Tensor) -> tuple[Tensor | None, 
             dout, q, k, v, cu_tags, out, stats, ctx.scale, weights, bias, patch_mask
         )
     if need_bias:
-        dbias = torch.ops.tuna_kernels.tag_attention_bias_gradient(dout, q, k, v, cu_tags, out, stats, ctx.scale, weights, bias, patch_mask)
+        dbias = torch.ops.tuna_kernels.tag_attention_bias_gradient(
+            dout, q, k, v, cu_tags, out, stats, ctx.scale, weights, bias, patch_mask
+        )
     return dq, dk, dv, None, None, dweights if need_weights else None, dbias, None
 
 

@@ -40,7 +40,11 @@ def tag_attention(
     most = most_tags(cu_tags) if max_tags is None else max_tags
     group = heads // kv_heads
 
-    padded = q.new_zeros(batch, most, heads, dim).index_put((image, slot), q).view(batch, most, kv_heads, group, dim)
+    padded = (
+        q.new_zeros(batch, most, heads, dim)
+        .index_put((image, slot), q)
+        .view(batch, most, kv_heads, group, dim)
+    )
     logits = torch.einsum("bnkgd,bpkd->bnkgp", padded, k).reshape(batch, most, heads, patches)
     logits = logits[image, slot] * scale
     if bias is not None:
@@ -52,7 +56,9 @@ def tag_attention(
     attention = logits.masked_fill(blind, 0).softmax(-1).masked_fill(blind, 0)
 
     padded = attention.new_zeros(batch, most, heads, patches).index_put((image, slot), attention)
-    out = torch.einsum("bnkgp,bpkd->bnkgd", padded.view(batch, most, kv_heads, group, patches), v).reshape(batch, most, heads, dim)
+    out = torch.einsum("bnkgp,bpkd->bnkgd", padded.view(batch, most, kv_heads, group, patches), v).reshape(
+        batch, most, heads, dim
+    )
     out = out[image, slot]
     if weights is not None:
         out = out * weights[:, None, None].to(out.dtype)

@@ -82,7 +82,9 @@ def bias_default(dim: int, dtype: torch.dtype) -> Config:
     return Config(16, 64, 8, 1) if dim > 128 else Config(32, 64, 8, 2)
 
 
-def tuning_key(op: str, dtype: torch.dtype, dim: int, group: int, rows: int, patches: int, bias: bool, mask: bool) -> str:
+def tuning_key(
+    op: str, dtype: torch.dtype, dim: int, group: int, rows: int, patches: int, bias: bool, mask: bool
+) -> str:
     """What decides the best blocks. Not the batch; rows and patches by the power of two above them."""
     name = str(dtype).removeprefix("torch.")
     return f"{op} {name} D{dim} G{group} rows{triton.next_power_of_2(rows)} P{triton.next_power_of_2(patches)} bias{bias:d} mask{mask:d}"
@@ -102,7 +104,13 @@ def searching(device: torch.device) -> bool:
     )
 
 
-def pick(key: str, device: torch.device, default: Config, candidates: Sequence[Config], launch: Callable[[Config], None]) -> Config:
+def pick(
+    key: str,
+    device: torch.device,
+    default: Config,
+    candidates: Sequence[Config],
+    launch: Callable[[Config], None],
+) -> Config:
     """The best known config of `key` on `device`; measured now if nobody did before, `default` where no search may run."""
     if not searching(device):
         return default
@@ -117,7 +125,14 @@ def pick(key: str, device: torch.device, default: Config, candidates: Sequence[C
     # the kernels overwrite their outputs, so running them again changes nothing
     times = {config: _time(config, launch) for config in dict.fromkeys([default, *candidates])}
     best = min(times, key=lambda config: times[config])
-    log.info("tuned '%s' on %s: %s, %.1f us (default %.1f us)", key, where, best, 1e3 * times[best], 1e3 * times[default])
+    log.info(
+        "tuned '%s' on %s: %s, %.1f us (default %.1f us)",
+        key,
+        where,
+        best,
+        1e3 * times[best],
+        1e3 * times[default],
+    )
     _known[where, key] = best
     _save(_cache_file(where), key, best)
     return best

@@ -51,7 +51,9 @@ def weights_kernel(
     if not HAS_SCORES:
         b_ii = tl.zeros([BLOCK_E], tl.float32)
         for e in range(0, columns, BLOCK_E):
-            b_i = tl.load(images + image * stride_i + e + o_e, mask=e + o_e < columns, other=0.0).to(tl.float32)
+            b_i = tl.load(images + image * stride_i + e + o_e, mask=e + o_e < columns, other=0.0).to(
+                tl.float32
+            )
             b_ii += b_i * b_i
         i_norm = inverse(tl.sum(b_ii, 0))
         tl.store(image_norm + image, i_norm)
@@ -169,10 +171,15 @@ def weights_backward_kernel(
         if NEED_TAGS or NEED_IMAGES:
             m_te = m_t[:, None] & m_e[None, :]
             b_norm = tl.load(tag_norm + o_t, mask=m_t, other=0.0)
-            b_t = tl.load(tags + o_t[:, None] * stride_t + o_e[None, :], mask=m_te, other=0.0).to(tl.float32) * b_norm[:, None]
+            b_t = (
+                tl.load(tags + o_t[:, None] * stride_t + o_e[None, :], mask=m_te, other=0.0).to(tl.float32)
+                * b_norm[:, None]
+            )
             if NEED_TAGS:
                 b_dt = (b_dc * b_norm)[:, None] * (b_i[None, :] - b_c[:, None] * b_t)
-                tl.store(dtags + o_t[:, None] * columns + o_e[None, :], b_dt.to(dtags.dtype.element_ty), mask=m_te)
+                tl.store(
+                    dtags + o_t[:, None] * columns + o_e[None, :], b_dt.to(dtags.dtype.element_ty), mask=m_te
+                )
             if NEED_IMAGES:
                 b_di += tl.sum((b_dc * i_norm)[:, None] * (b_t - b_c[:, None] * b_i[None, :]), 0)
     if NEED_IMAGES:
@@ -190,7 +197,9 @@ def forward(
     given = tags if scores is None else scores
     assert given is not None, "either embeddings or scores"
     total, batch = given.shape[0], cu_tags.numel() - 1
-    weights, cosine, tag_norm = (torch.empty(total, dtype=torch.float32, device=given.device) for _ in range(3))
+    weights, cosine, tag_norm = (
+        torch.empty(total, dtype=torch.float32, device=given.device) for _ in range(3)
+    )
     image_norm = torch.empty(batch, dtype=torch.float32, device=given.device)
     if total:
         weights_kernel[(batch,)](
@@ -212,8 +221,14 @@ def backward(
     check_interpreter()
     total, batch = grad.shape[0], cu_tags.numel() - 1
     device = grad.device
-    dtags = torch.empty(tags.shape, dtype=tags.dtype, device=device) if tags is not None and need_tags else None
-    dimages = torch.empty(images.shape, dtype=images.dtype, device=device) if images is not None and need_images else None
+    dtags = (
+        torch.empty(tags.shape, dtype=tags.dtype, device=device) if tags is not None and need_tags else None
+    )
+    dimages = (
+        torch.empty(images.shape, dtype=images.dtype, device=device)
+        if images is not None and need_images
+        else None
+    )
     dscores = None if scores is None else torch.empty(scores.shape, dtype=scores.dtype, device=device)
     dtau = None if temperature is None else torch.empty(batch, dtype=torch.float32, device=device)
     if batch:

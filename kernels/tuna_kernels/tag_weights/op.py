@@ -55,7 +55,11 @@ def tag_weights(
         ValueError: shapes, dtypes or settings that do not fit.
         RuntimeError: `impl="triton"` cannot be had; the message says why.
     """
-    if tag_embeddings.ndim != 2 or image_embeddings.ndim != 2 or tag_embeddings.shape[1] != image_embeddings.shape[1]:
+    if (
+        tag_embeddings.ndim != 2
+        or image_embeddings.ndim != 2
+        or tag_embeddings.shape[1] != image_embeddings.shape[1]
+    ):
         raise ValueError(
             f"tag_weights: expected tag_embeddings [T, E] and image_embeddings [B, E], "
             f"got {list(tag_embeddings.shape)} and {list(image_embeddings.shape)}"
@@ -67,10 +71,14 @@ def tag_weights(
         )
     _check("tag_weights", tag_embeddings, cu_tags, temperature, coupling, threshold)
     if cu_tags.numel() != image_embeddings.shape[0] + 1:
-        raise ValueError(f"tag_weights: cu_tags must have {image_embeddings.shape[0] + 1} values, got {cu_tags.numel()}")
+        raise ValueError(
+            f"tag_weights: cu_tags must have {image_embeddings.shape[0] + 1} values, got {cu_tags.numel()}"
+        )
     if not choose(impl, "tag_weights", tag_embeddings):
         scores = reference.cosines(tag_embeddings, image_embeddings, cu_tags)
-        return reference.score_weights(scores, cu_tags, temperature=temperature, coupling=coupling, threshold=threshold)
+        return reference.score_weights(
+            scores, cu_tags, temperature=temperature, coupling=coupling, threshold=threshold
+        )
     tags = tag_embeddings if tag_embeddings.stride(-1) == 1 else tag_embeddings.contiguous()
     images = image_embeddings if image_embeddings.stride(-1) == 1 else image_embeddings.contiguous()
     return _launch(tags, images, None, cu_tags, temperature, coupling, threshold)
@@ -93,7 +101,9 @@ def score_weights(
         raise ValueError(f"score_weights: expected scores [T], got {list(scores.shape)}")
     _check("score_weights", scores, cu_tags, temperature, coupling, threshold)
     if not choose(impl, "score_weights", scores):
-        return reference.score_weights(scores, cu_tags, temperature=temperature, coupling=coupling, threshold=threshold)
+        return reference.score_weights(
+            scores, cu_tags, temperature=temperature, coupling=coupling, threshold=threshold
+        )
     return _launch(None, None, scores.contiguous(), cu_tags, temperature, coupling, threshold)
 
 
@@ -103,15 +113,21 @@ def _launch(
 ) -> Tensor:  # fmt: skip
     learned = temperature if isinstance(temperature, Tensor) else None
     tau = 0.0 if isinstance(temperature, Tensor) else float(temperature)
-    result = torch.ops.tuna_kernels.tag_weights_forward(tags, images, scores, learned, cu_tags.contiguous(), tau, threshold, coupling)
+    result = torch.ops.tuna_kernels.tag_weights_forward(
+        tags, images, scores, learned, cu_tags.contiguous(), tau, threshold, coupling
+    )
     return result[0]  # type: ignore[no-any-return]
 
 
-def _check(op: str, given: Tensor, cu_tags: Tensor, temperature: float | Tensor, coupling: str, threshold: float) -> None:
+def _check(
+    op: str, given: Tensor, cu_tags: Tensor, temperature: float | Tensor, coupling: str, threshold: float
+) -> None:
     if coupling not in COUPLINGS:
         raise ValueError(f"{op}: coupling must be one of {', '.join(COUPLINGS)}, got {coupling!r}")
     if not 0.0 <= threshold <= 1.0:
-        raise ValueError(f"{op}: threshold must be in [0, 1] (a share of the best tag's weight), got {threshold}")
+        raise ValueError(
+            f"{op}: threshold must be in [0, 1] (a share of the best tag's weight), got {threshold}"
+        )
     if isinstance(temperature, Tensor):
         if temperature.numel() != 1 or temperature.device != given.device:
             raise ValueError(
@@ -121,7 +137,9 @@ def _check(op: str, given: Tensor, cu_tags: Tensor, temperature: float | Tensor,
         raise ValueError(f"{op}: temperature must be positive, got {temperature}")
     check_cu_tags(op, cu_tags, given.shape[0])
     if cu_tags.device != given.device:
-        raise ValueError(f"{op}: the tags are on {given.device} and cu_tags on {cu_tags.device}: move them to one device")
+        raise ValueError(
+            f"{op}: the tags are on {given.device} and cu_tags on {cu_tags.device}: move them to one device"
+        )
 
 
 @torch.library.custom_op("tuna_kernels::tag_weights_forward", mutates_args=())
@@ -156,7 +174,20 @@ def _backward(
 
     with torch.cuda.device_of(cu_tags):
         found = backward(
-            grad, tags, images, scores, temperature, cu_tags, cosine, tag_norm, image_norm, tau, threshold, coupling, need_tags, need_images
+            grad,
+            tags,
+            images,
+            scores,
+            temperature,
+            cu_tags,
+            cosine,
+            tag_norm,
+            image_norm,
+            tau,
+            threshold,
+            coupling,
+            need_tags,
+            need_images,
         )
         # an operator returns tensors: an empty one stands for none
         dtags, dimages, dscores, dtau = (grad.new_empty(0) if x is None else x for x in found)
@@ -181,7 +212,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 def _gradients(ctx: Any, grad: Tensor, *_unused: Tensor) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad[:4]
-    found = torch.ops.tuna_kernels.tag_weights_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.settings, needs[0], needs[1])
+    found = torch.ops.tuna_kernels.tag_weights_backward(
+        grad.contiguous(), *ctx.saved_tensors, *ctx.settings, needs[0], needs[1]
+    )
     return *(x if need else None for need, x in zip(needs, found, strict=True)), None, None, None, None
 
 

@@ -22,7 +22,9 @@ def cosines(tags: Tensor, images: Tensor, cu_tags: Tensor) -> Tensor:
     return (tags * images[image]).sum(-1) * _inverse_norms(tags) * _inverse_norms(images)[image]
 
 
-def score_weights(scores: Tensor, cu_tags: Tensor, *, temperature: float | Tensor, coupling: str, threshold: float) -> Tensor:
+def score_weights(
+    scores: Tensor, cu_tags: Tensor, *, temperature: float | Tensor, coupling: str, threshold: float
+) -> Tensor:
     """`[T]` weights in float32 (float64 if that came in); the arguments are those of the operator (see `op.py`)."""
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     image, _ = slots(cu_tags, scores.shape[0])
