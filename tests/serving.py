@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tagstore.serving.limits import Limits
 from tagstore.serving.server import Server
-from tagstore.serving.settings import Settings
+from tagstore.serving.settings import Limits, Settings
 from tagstore.wire import convert
 from tagstore_proto.v1 import tagstore_pb2 as pb
 

@@ -15,7 +15,7 @@ from pictures import picture
 from serving import Held, vector_request
 from tagstore import errors
 from tagstore.client import connect
-from tagstore.serving.search_queue import FEWEST_BATCHES
+from tagstore.serving.batch_queue import FEWEST_BATCHES
 from tagstore_proto.v1 import tagstore_pb2 as pb
 from tagstore_proto.v1 import tagstore_pb2_grpc as pb_grpc
 

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import pytest
 
 from tagstore.errors import Overloaded, TimedOut
-from tagstore.serving import search_queue
-from tagstore.serving.search_queue import Searches
+from tagstore.serving import batch_queue
+from tagstore.serving.batch_queue import Searches
 
 
 class Work:
@@ -107,7 +107,7 @@ async def test_only_a_lone_item_of_a_quick_kind_is_worked_on_in_the_loop() -> No
 
 
 async def test_results_are_made_in_the_loop_where_that_is_quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(search_queue, "FINISH_SECONDS", 0.2)
+    monkeypatch.setattr(batch_queue, "FINISH_SECONDS", 0.2)
     work, here = Work(), threading.get_ident()
     together = searches(work)
     await together.submit("a", 1)  # how quick it is is not known yet
@@ -148,11 +148,11 @@ async def test_a_long_queue_refuses_and_says_for_how_long() -> None:
     work = Work()
     together = searches(work, max_wait=0.0, spare=2, rows=1)
     work.pause = 0.02
-    for _ in range(search_queue.FEWEST_BATCHES):
+    for _ in range(batch_queue.FEWEST_BATCHES):
         await together.submit("a", 0)
     work.go.clear()
     first = together.submit("a", 1)
-    await begun(work, search_queue.FEWEST_BATCHES + 1)
+    await begun(work, batch_queue.FEWEST_BATCHES + 1)
     waiting = [together.submit("a", i) for i in (2, 3)]
     with pytest.raises(Overloaded) as caught:
         together.submit("a", 4)

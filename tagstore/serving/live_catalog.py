@@ -22,7 +22,7 @@ from tagstore.retrieval.engine import Engine
 from tagstore.serving import metrics, tracing
 from tagstore.serving.current import current
 from tagstore.serving.embed_queue import Batcher
-from tagstore.serving.limits import Limits
+from tagstore.serving.settings import Limits
 from tagstore.storage.store import check_name
 from tagstore.types import Fingerprint, Identity, StoreInfo, Vectors
 

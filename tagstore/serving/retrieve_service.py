@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from tagstore import errors
 from tagstore.retrieval.engine import MAX_BATCH, Answer, Engine, Found
 from tagstore.serving import metrics, tracing
+from tagstore.serving.batch_queue import Searches
 from tagstore.serving.gate import Call, understood
-from tagstore.serving.limits import Limits
 from tagstore.serving.live_catalog import LiveCatalog
 from tagstore.serving.methods import answering, in_thread, parsed
-from tagstore.serving.search_queue import Searches
+from tagstore.serving.settings import Limits
 from tagstore.types import Identity, Search
 from tagstore.wire import convert
 from tagstore.wire.status import error_to_proto

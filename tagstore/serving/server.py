@@ -25,15 +25,14 @@ from tagstore.serving import metrics, tracing
 from tagstore.serving.access import Access
 from tagstore.serving.admin_service import AdminService
 from tagstore.serving.audit import Audit
+from tagstore.serving.batch_queue import Searches
 from tagstore.serving.certificates import Certificates, Tls
-from tagstore.serving.door import Door
-from tagstore.serving.gate import Call, Gate
+from tagstore.serving.gate import Call, Door, Gate
 from tagstore.serving.live_catalog import LiveCatalog
 from tagstore.serving.loop import loop, run
 from tagstore.serving.methods import Methods
 from tagstore.serving.ports import reserved
 from tagstore.serving.retrieve_service import Query, TagStoreService, answered, found
-from tagstore.serving.search_queue import Searches
 from tagstore.serving.settings import Settings, checked_host
 from tagstore_proto.v1 import tagstore_pb2, tagstore_pb2_grpc
 
