@@ -19,7 +19,7 @@ from tagstore.indexing import exact, faiss_index, plans
 from tagstore.indexing.faiss_index import FaissIndex
 from tagstore.indexing.protocol import Allowed, NumpyIndex
 from tagstore.mining import MergedTag
-from tagstore.retrieval import filters, lookups
+from tagstore.retrieval import filters, tag_votes
 from tagstore.retrieval.engine import Engine
 from tagstore.storage.rows import widened
 from tagstore.storage.staging import Draft
@@ -348,10 +348,10 @@ def test_tags_at_hand_are_let_go_when_they_are_too_many(
 ) -> None:
     queries = clustered(30, 11)
     expected = small.retrieve(queries)
-    monkeypatch.setattr(lookups, "TAG_BYTES", 12 * (4 * D + 300))
+    monkeypatch.setattr(tag_votes, "TABLE_BYTES", 12 * (4 * D + 300))
     crowded = Engine(small.snapshot)
     assert crowded.retrieve(queries) == [crowded.retrieve(q[None])[0] for q in queries] == expected
-    assert len(crowded._tags._table.names) <= 18  # one query may need more than there is room for
+    assert len(crowded._tags._rows.names) <= 18  # one query may need more than there is room for
 
 
 def test_an_index_file_lends_the_stored_vectors_without_a_copy(
@@ -365,9 +365,9 @@ def test_an_index_file_lends_the_stored_vectors_without_a_copy(
     assert any(part._ids is not None for part in holes.index.parts)
     for kind, engine in {**engines, "holes": holes}.items():
         ids = np.random.default_rng(0).permutation(engine.snapshot.live())[:300]
-        assert engine._rows.find(ids).tobytes() == engine.snapshot.vectors(ids).tobytes()
-        assert bool(engine._rows._parts) == (kind not in ("ivf", "ivfpq"))
-        for part in engine._rows._parts:
+        assert engine._stored_vectors(ids).tobytes() == engine.snapshot.vectors(ids).tobytes()
+        assert bool(engine._index_files) == (kind not in ("ivf", "ivfpq"))
+        for part in engine._index_files:
             assert not part._codes.flags.owndata
             assert not part._codes.flags.writeable
 

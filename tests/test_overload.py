@@ -15,7 +15,7 @@ from pictures import picture
 from serving import Held, vector_request
 from tagstore import errors
 from tagstore.client import connect
-from tagstore.serving.batch_queue import FEWEST_BATCHES
+from tagstore.serving.batch_queue import TRUSTED_BATCHES
 from tagstore_proto.v1 import tagstore_pb2 as pb
 from tagstore_proto.v1 import tagstore_pb2_grpc as pb_grpc
 
@@ -132,7 +132,7 @@ def test_a_long_queue_refuses(served, mini, monkeypatch: pytest.MonkeyPatch) -> 
     held = Held(monkeypatch)
     server, stub = served(search_wait=0.0, search_queue=0, search_inline=0.0)
     held.go.set()
-    for _ in range(FEWEST_BATCHES):
+    for _ in range(TRUSTED_BATCHES):
         stub.Retrieve(vector_request(mini))
     held.go.clear()
     with ThreadPoolExecutor(2) as pool:

@@ -11,7 +11,7 @@ import pytest
 
 from tagstore.errors import Overloaded, TimedOut
 from tagstore.serving import batch_queue
-from tagstore.serving.batch_queue import Searches
+from tagstore.serving.batch_queue import BatchQueue
 
 
 class Work:
@@ -42,8 +42,9 @@ class Work:
         return [2 * item for item in items]
 
 
-def searches(work: Work, **options) -> Searches[int, list[int], int]:
-    return Searches(
+def searches(work: Work, **options) -> BatchQueue[int, list[int], int]:
+    return BatchQueue(
+        "search",
         work,
         work.double,
         asyncio.get_running_loop(),
@@ -148,11 +149,11 @@ async def test_a_long_queue_refuses_and_says_for_how_long() -> None:
     work = Work()
     together = searches(work, max_wait=0.0, spare=2, rows=1)
     work.pause = 0.02
-    for _ in range(batch_queue.FEWEST_BATCHES):
+    for _ in range(batch_queue.TRUSTED_BATCHES):
         await together.submit("a", 0)
     work.go.clear()
     first = together.submit("a", 1)
-    await begun(work, batch_queue.FEWEST_BATCHES + 1)
+    await begun(work, batch_queue.TRUSTED_BATCHES + 1)
     waiting = [together.submit("a", i) for i in (2, 3)]
     with pytest.raises(Overloaded) as caught:
         together.submit("a", 4)

@@ -83,6 +83,10 @@ class Gate:
     def in_flight(self) -> int:
         return self._calls + self._streams
 
+    def is_idle(self) -> bool:
+        """Whether at most one call or stream is in hand."""
+        return self._calls + self._streams <= 1
+
     @property
     def full(self) -> bool:
         """Whether as many calls are in hand as there may be.

@@ -162,12 +162,22 @@ def _plain_search(options: tuple[Any, ...], key: bool, sha256: bool, hash_distan
     )
 
 
-def identities_from_proto(request: pb.RetrieveRequest) -> list[Identity]:
-    """Which image each query of a request is."""
-    return [
+def queries_from_proto(
+    request: pb.RetrieveRequest, dimension: int
+) -> tuple[NDArray[np.floating], list[Identity]]:
+    """Read a request's queries by vector, `[N, D]`, and which image each of its queries is.
+
+    Raises `BadVector`. Without vectors D is `dimension`.
+    """
+    if request.HasField("vectors"):
+        vectors = vectors_from_proto(request.vectors)
+    else:
+        vectors = np.zeros((0, dimension), np.float32)
+    identities = [
         Identity(m.key, m.sha256, m.perceptual_hash if m.HasField("perceptual_hash") else None)
         for m in request.identities
     ]
+    return vectors, identities
 
 
 def _exclude_from_proto(message: pb.Exclude) -> Exclude:
