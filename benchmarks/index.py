@@ -137,7 +137,7 @@ def answers(snapshot: Snapshot, queries: NDArray[np.float32], what: str) -> list
         for name, work in (
             ("faiss", lambda one=one: raw.index.search(one, K, params=told(K))),
             ("lmdb", lambda position=position: look_up(found[position])),
-            ("engine", lambda one=one: engine.answers(one)),
+            ("engine", lambda one=one: (query := engine.query(one)).answer(query.find())),
             ("values", lambda one=one: engine.retrieve(one)),
         ):
             start, before = time.perf_counter(), time.thread_time()
@@ -149,7 +149,7 @@ def answers(snapshot: Snapshot, queries: NDArray[np.float32], what: str) -> list
     p99 = np.percentile(costs["engine"], 99) * 1e3
     batch = np.ascontiguousarray(queries[:64])
     many = median(seconds(lambda: raw.index.search(batch, K, params=told(K)), 7))
-    ours = median(seconds(lambda: engine.answers(batch), 7))
+    ours = median(seconds(lambda: (query := engine.query(batch)).answer(query.find()), 7))
     with ThreadPoolExecutor(8) as clients:
         each = [queries[i::8] for i in range(8)]
         raw_8 = median(
@@ -163,7 +163,15 @@ def answers(snapshot: Snapshot, queries: NDArray[np.float32], what: str) -> list
             )
         )
         ours_8 = median(
-            seconds(lambda: list(clients.map(lambda some: [engine.answers(q[None]) for q in some], each)), 3)
+            seconds(
+                lambda: list(
+                    clients.map(
+                        lambda some: [(query := engine.query(q[None])).answer(query.find()) for q in some],
+                        each,
+                    )
+                ),
+                3,
+            )
         )
     return [
         [f"{what}: recall@5 of 200 queries", f"{recall:.3f}"],

@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tagstore.serving.limits import Limits
 from tagstore.serving.server import Server
-from tagstore.serving.settings import Settings
+from tagstore.serving.settings import Limits, Settings
 from tagstore.wire import convert
 from tagstore_proto.v1 import tagstore_pb2 as pb
 
@@ -29,18 +28,18 @@ class Held:
     """Searches that wait until they are let go."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from tagstore.retrieval.engine import Engine
+        from tagstore.retrieval.engine import Query
 
         self.go, self.started, self.rows = threading.Event(), threading.Semaphore(0), []
-        plain = Engine.find
+        find = Query.find
 
-        def find(engine, vectors, *rest):
-            self.rows.append(len(vectors))
+        def held(query):
+            self.rows.append(len(query.vectors))
             self.started.release()
             assert self.go.wait(60)
-            return plain(engine, vectors, *rest)
+            return find(query)
 
-        monkeypatch.setattr(Engine, "find", find)
+        monkeypatch.setattr(Query, "find", held)
 
 
 def limited(root: Path, cores: int = 1, **limits) -> Server:

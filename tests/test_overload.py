@@ -15,7 +15,7 @@ from serving import Held, vector_request
 from tagstore import errors
 from tagstore.client import connect
 from tagstore.serving import gate
-from tagstore.serving.search_queue import FEWEST_BATCHES
+from tagstore.serving.batch_queue import TRUSTED_BATCHES
 from tagstore_proto.v1 import tagstore_pb2 as pb
 from tagstore_proto.v1 import tagstore_pb2_grpc as pb_grpc
 from waiting import Clock, wait_until
@@ -132,12 +132,12 @@ def test_a_long_queue_refuses(served, mini, monkeypatch: pytest.MonkeyPatch) -> 
     held = Held(monkeypatch)
     server, stub = served(search_wait=0.0, search_queue=0, search_inline=0.0)
     held.go.set()
-    for _ in range(FEWEST_BATCHES):
+    for _ in range(TRUSTED_BATCHES):
         stub.Retrieve(vector_request(mini))
     held.go.clear()
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(stub.Retrieve, vector_request(mini))
-        wait_until(lambda: len(held.rows) > FEWEST_BATCHES)
+        wait_until(lambda: len(held.rows) > TRUSTED_BATCHES)
         second = pool.submit(stub.Retrieve, vector_request(mini))
         wait_until(lambda: server.searches.depth == 1)
         error = refused(stub.Retrieve, vector_request(mini))

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import pytest
 
 from tagstore.errors import Overloaded, TimedOut
-from tagstore.serving import search_queue
-from tagstore.serving.search_queue import Searches
+from tagstore.serving import batch_queue
+from tagstore.serving.batch_queue import BatchQueue
 from waiting import Clock
 
 
@@ -43,8 +43,9 @@ class Work:
         return [2 * item for item in items]
 
 
-def searches(work: Work, **options) -> Searches[int, list[int], int]:
-    return Searches(
+def searches(work: Work, **options) -> BatchQueue[int, list[int], int]:
+    return BatchQueue(
+        "search",
         work,
         work.double,
         asyncio.get_running_loop(),
@@ -110,7 +111,7 @@ async def test_only_a_lone_item_of_a_quick_kind_is_worked_on_in_the_loop() -> No
 
 
 async def test_results_are_made_in_the_loop_where_that_is_quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(search_queue, "FINISH_SECONDS", 60.0)
+    monkeypatch.setattr(batch_queue, "FINISH_SECONDS", 60.0)
     work, here = Work(), threading.get_ident()
     together = searches(work)
     await together.submit("a", 1)  # how quick it is is not known yet
@@ -121,7 +122,7 @@ async def test_results_are_made_in_the_loop_where_that_is_quick(monkeypatch: pyt
     found = await asyncio.gather(*(together.submit("a", i) for i in (16, 17, 18)), return_exceptions=True)
     assert (found[0], found[2]) == (32, 36)
     assert isinstance(found[1], ValueError)
-    monkeypatch.setattr(search_queue, "FINISH_SECONDS", 0.01)
+    monkeypatch.setattr(batch_queue, "FINISH_SECONDS", 0.01)
     work.pause = 0.05
     await together.submit("slow", 1)
     work.finishers.clear()
@@ -153,11 +154,11 @@ async def test_a_long_queue_refuses_and_says_for_how_long() -> None:
     work = Work()
     together = searches(work, max_wait=0.0, spare=2, rows=1)
     work.pause = 0.02
-    for _ in range(search_queue.FEWEST_BATCHES):
+    for _ in range(batch_queue.TRUSTED_BATCHES):
         await together.submit("a", 0)
     work.go.clear()
     first = together.submit("a", 1)
-    await begun(work, search_queue.FEWEST_BATCHES + 1)
+    await begun(work, batch_queue.TRUSTED_BATCHES + 1)
     waiting = [together.submit("a", i) for i in (2, 3)]
     with pytest.raises(Overloaded) as caught:
         together.submit("a", 4)
@@ -172,7 +173,7 @@ async def test_nothing_is_done_for_those_who_have_gone_or_are_too_late(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     work, clock = Work(), Clock()
-    monkeypatch.setattr(search_queue, "time", clock)
+    monkeypatch.setattr(batch_queue, "time", clock)
     together = searches(work)
     with pytest.raises(TimedOut):
         together.submit("a", 1, deadline=time.monotonic() - 1)

@@ -105,8 +105,7 @@ def serve(
     **given: Any,
 ) -> None:
     """Serve all stores under a directory; prints HOST:PORT when ready. Ctrl-C and SIGTERM finish what is in flight."""
-    from tagstore.serving.limits import Limits
-    from tagstore.serving.settings import Settings, default_workers
+    from tagstore.serving.settings import Limits, Settings, default_workers
     from tagstore.serving.signals import Runs, run
 
     limits = Limits(

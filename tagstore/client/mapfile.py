@@ -18,7 +18,7 @@ import numpy as np
 
 from tagstore.client.options import Options
 from tagstore.errors import Damaged, NotFound
-from tagstore.types import Exclude, Fingerprint, Kind, Retrieval, StoreInfo, TagInfo
+from tagstore.types import Exclude, Fingerprint, Kind, Retrieval, Search, StoreInfo, TagInfo
 
 FORMAT = 1
 SCHEMA = """
@@ -77,14 +77,31 @@ def tag_fields(tag: TagInfo) -> tuple[Any, ...]:
     return tag.tag_id, tag.text, tag.kind, tag.count, embedding
 
 
+_NAMES_ON_DISK = {
+    "with_neighbours": "neighbours",
+    "with_texts": "texts",
+    "hash_distance": "perceptual_hash",
+}
+"""Names of options in a map, where they differ from the names in Python; maps written before still open."""
+
+
+def _on_disk(value: Search | Exclude) -> dict[str, Any]:
+    return {_NAMES_ON_DISK.get(name, name): value for name, value in asdict(value).items()}
+
+
+def _in_python(values: dict[str, Any]) -> dict[str, Any]:
+    names = {stored: name for name, stored in _NAMES_ON_DISK.items()}
+    return {names.get(name, name): value for name, value in values.items()}
+
+
 def recorded_options(options: Options) -> dict[str, Any]:
     """The options that decide an answer, besides the query and the version, as JSON values."""
-    search = {**asdict(options.search), "where": dict(sorted(options.search.where.items()))}
+    search = {**_on_disk(options.search), "where": dict(sorted(options.search.where.items()))}
     del search["exclude"]
     exclude = options.exclude
     return {
         **search,
-        "exclude": json.loads(json.dumps(asdict(exclude))) if isinstance(exclude, Exclude) else exclude,
+        "exclude": json.loads(json.dumps(_on_disk(exclude))) if isinstance(exclude, Exclude) else exclude,
         "exclude_distance": options.exclude_distance,
         "exclude_keys": list(options.exclude_keys),
     }
@@ -95,9 +112,13 @@ def connect_options(values: dict[str, Any]) -> dict[str, Any]:
     exclude = values["exclude"]
     if isinstance(exclude, dict):
         exclude = Exclude(
-            **{**exclude, "keys": tuple(exclude["keys"]), "entry_ids": tuple(exclude["entry_ids"])}
+            **{
+                **_in_python(exclude),
+                "keys": tuple(exclude["keys"]),
+                "entry_ids": tuple(exclude["entry_ids"]),
+            }
         )
-    return {**values, "exclude": exclude}
+    return {**_in_python(values), "exclude": exclude}
 
 
 class Map:

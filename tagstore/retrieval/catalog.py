@@ -1,4 +1,5 @@
-"""All stores under one root, opened as they are asked for: the one face that the server and `file://` sources share."""
+"""All stores under one root, opened when they are first needed. The server and `file://` sources share this
+face."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,16 +18,15 @@ from numpy.typing import NDArray
 from tagstore.encoding.encoder import Encoder, load_encoder_of
 from tagstore.errors import (
     BadImage,
-    BadVector,
     Damaged,
-    FingerprintMismatch,
     InvalidInput,
     NotFound,
     TagstoreError,
 )
 from tagstore.indexing.gpu import devices
 from tagstore.indexing.protocol import PLAIN
-from tagstore.retrieval.engine import Engine, check_request
+from tagstore.retrieval.checks import check_request
+from tagstore.retrieval.engine import Engine, Query
 from tagstore.storage.store import Store, store_names
 from tagstore.types import Exclude, Fingerprint, Identity, Retrieval, Search, StoreInfo, Vectors
 
@@ -35,15 +35,19 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-EMBED_AT_ONCE = 128
+Encode = Callable[[Encoder, "NDArray[np.uint8] | Sequence[str]"], Vectors]
+"""What embeds prepared images `[N, ...]`, or texts."""
+DECODE_BATCH = 128
+"""Images of a request that are decoded before they are embedded."""
 MAX_TEXT = 4096
 """Characters of a query by text; an encoder reads far fewer."""
-OPEN = 256
-"""Versions held open; beyond that, the one that was asked longest ago is closed, and opened again when it is asked."""
+MAX_OPEN = 256
+"""Versions held open. Beyond that the least recently used one is closed."""
 
 
 class Catalog:
-    """The stores under a directory. Safe for threads. A new version is served from the first request after its commit."""
+    """The stores under a directory. Safe for threads. A new version is served from the first request after
+    its commit."""
 
     def __init__(self, root: str | PathLike[str], *, device: str = "auto") -> None:
         self.root = Path(root)
@@ -64,7 +68,8 @@ class Catalog:
             )
 
     def engine(self, store: str, version: int = 0) -> Engine:
-        """The engine of a version, 0 for the current one. Raises `NotFound`, `InvalidInput` for a name that can't be one."""
+        """The engine of a version, 0 for the current one. Raises `NotFound`, `InvalidInput` for a name that
+        can't be one."""
         with self._lock:
             try:
                 return self._engine(store, version)
@@ -99,17 +104,19 @@ class Catalog:
             if not version:
                 for old in [key for key in self._engines if key[0] == store and key[1] < number]:
                     del self._engines[old]  # requests in flight hold their own reference
-            while len(self._engines) > OPEN:
+            while len(self._engines) > MAX_OPEN:
                 del self._engines[next(iter(self._engines))]
         return engine
 
     def _let_go(self, store: str) -> None:
-        """Of a store that was compacted, dropped or renamed; requests in flight keep what they hold until they end."""
+        """Of a store that was compacted, dropped or renamed; requests in flight keep what they hold until
+        they end."""
         self._engines = {key: engine for key, engine in self._engines.items() if key[0] != store}
         self._stores.pop(store).release()
 
     def encoder(self, fingerprint: Fingerprint) -> Encoder:
-        """The encoder of a fingerprint. Raises `FingerprintMismatch` if what its name loads today is another one."""
+        """The encoder of a fingerprint. Raises `FingerprintMismatch` if what its name loads today is another
+        one."""
         # a lock of its own: loading takes seconds, and nobody who asks by vector should wait for it
         with self._loading:
             encoder = self._encoders.get(fingerprint.digest)
@@ -120,10 +127,11 @@ class Catalog:
             return encoder
 
     def warm(self, opened: Callable[[], None] = lambda: None) -> list[StoreInfo]:
-        """Open every store and load its encoder, so that the first request finds them there; returns what was opened.
+        """Open every store and load its encoder, so that the first request finds them there; returns what was
+        opened.
 
-        Args:
-            opened: called between the two: queries by vector can be answered from then on, and loading encoders takes seconds.
+        Args: opened: called between the two: queries by vector can be answered from then on, and loading
+            encoders takes seconds.
         """
         infos = self.stores()
         opened()
@@ -164,22 +172,11 @@ class Catalog:
         search: Search = PLAIN,
         identities: Sequence[Identity] = (),
     ) -> list[Retrieval]:
-        """Retrieved tags of encoded images, then of vectors `[N, D]`, then of texts, from the version that `engine` has open.
+        """Return the tags of encoded images, then of vectors `[N, D]`, then of texts. Takes and raises what
+        `query` does."""
+        return self.query(engine, images, vectors, texts, fingerprint, search, identities).retrieve()
 
-        Args:
-            texts: embedded with the text tower of the store's encoder: entries whose pictures show what a text says.
-            fingerprint: digest of the encoder that made `vectors`; required with them.
-            identities: which image each query is, for `search.exclude`: none, or one for each, in this order. The hashes of images are
-                computed here where they are needed and not given.
-
-        Raises:
-            FingerprintMismatch: `fingerprint` is not the store's.
-            BadImage, BadVector, InvalidInput: a query that means nothing; the message says which.
-        """
-        matrix, identities = self.queries(engine, images, vectors, texts, fingerprint, search, identities)
-        return engine.retrieve(matrix, search, identities) if len(matrix) else []
-
-    def queries(
+    def query(
         self,
         engine: Engine,
         images: Sequence[bytes],
@@ -188,97 +185,91 @@ class Catalog:
         fingerprint: str,
         search: Search,
         identities: Sequence[Identity],
-    ) -> tuple[NDArray[np.floating], Sequence[Identity]]:
-        """What `retrieve` is asked, as vectors `[N, D]`, and which image each is; nothing is searched yet. Raises as `retrieve`."""
-        store = engine.snapshot.store.name
-        others = (0 if vectors is None else len(vectors)) + len(texts)
-        check_request(len(images) + others, search, identities)
-        _check_texts(texts)
-        if fingerprint and fingerprint != engine.digest:
-            raise FingerprintMismatch.between(store, engine.fingerprint, fingerprint)
-        parts: list[NDArray[np.floating]] = []
-        if vectors is not None and len(vectors):
-            if not fingerprint:
-                raise InvalidInput("a query by vector must say which encoder made it: pass its fingerprint")
-            if vectors.ndim != 2 or vectors.shape[1] != engine.fingerprint.dimension:
-                raise BadVector(
-                    f"queries have shape {list(vectors.shape)}, store '{store}' takes [N, {engine.fingerprint.dimension}]"
-                )
-            parts.append(vectors)
-        if images:
-            embedded, identities = self._embed(engine, images, search.exclude, identities, others)
-            parts.insert(0, embedded)
-        if texts:
-            parts.append(self._encode_texts(self.encoder(engine.fingerprint), texts))
-        matrix = (
-            parts[0]
-            if len(parts) == 1
-            else np.concatenate(parts)
-            if parts
-            else np.zeros((0, engine.fingerprint.dimension), np.float32)
-        )
-        return matrix, identities
+        encode: Encode | None = None,
+    ) -> Query:
+        """Check a request and embed its images and texts, so that it is ready to be searched.
 
-    def _embed(
+        Args: engine: of the version that answers. vectors: `[N, D]`. texts: embedded with the text tower of
+            the store's encoder: finds entries whose pictures show what a text says. fingerprint: digest of
+            the encoder that made `vectors`; required with them. identities: which image each query is, for
+            `search.exclude`: none, or one for each, images first, then vectors,
+                then texts. Hashes of images that are needed and not given are computed here.
+            encode: embeds; by default in this thread.
+
+        Raises:
+            FingerprintMismatch: `fingerprint` is not the store's.
+            BadImage, BadVector, InvalidInput: a query that means nothing; the message says which.
+        """
+        if vectors is None:
+            vectors = np.zeros((0, engine.fingerprint.dimension), np.float32)
+        if not images and not texts:
+            return engine.query(vectors, search, identities, fingerprint)
+        queries = len(images) + len(vectors) + len(texts)
+        check_request(queries, search, identities)
+        _check_texts(texts)
+        engine.check_vectors(vectors, fingerprint)
+        parts: list[NDArray[np.floating]] = [vectors] if len(vectors) else []
+        encoder, encode = self.encoder(engine.fingerprint), encode or encode_singly
+        if images:
+            identities = list(identities) or [Identity()] * queries
+            parts.insert(0, self._embed_images(encoder, images, search.exclude, identities, encode))
+        if texts:
+            parts.append(encode(encoder, texts))
+        return engine.ready(np.concatenate(parts), search, identities)
+
+    def _embed_images(
         self,
-        engine: Engine,
+        encoder: Encoder,
         images: Sequence[bytes],
         exclude: Exclude,
-        identities: Sequence[Identity],
-        others: int,
-    ) -> tuple[NDArray[np.floating], Sequence[Identity]]:
-        """Vectors of images, and the identities of all queries with the images' hashes, so far as they are needed."""
+        identities: list[Identity],
+        encode: Encode,
+    ) -> Vectors:
+        """Decode and embed images; write the hashes that `exclude` needs into their identities."""
         from tagstore.encoding.images import decode, perceptual_hash
-
-        encoder = self.encoder(engine.fingerprint)
-        known = list(identities) or [Identity()] * (len(images) + others)
 
         def prepared(position: int) -> NDArray[np.uint8]:
             try:
                 image = decode(images[position])
             except BadImage as error:
                 raise BadImage(f"image {position} of the request: {error}") from error
-            own = known[position]
-            if exclude.sha256 and not own.sha256:
-                own = replace(own, sha256=sha256(images[position]).digest())
-            if exclude.perceptual_hash >= 0 and own.perceptual_hash is None:
-                own = replace(own, perceptual_hash=perceptual_hash(image))
-            known[position] = own
+            identity = identities[position]
+            if exclude.sha256 and not identity.sha256:
+                identity = replace(identity, sha256=sha256(images[position]).digest())
+            if exclude.hash_distance >= 0 and identity.perceptual_hash is None:
+                identity = replace(identity, perceptual_hash=perceptual_hash(image))
+            identities[position] = identity
             return encoder.prepare(image)
 
-        # in pieces, so that a request of many small files is not a memory of many large pictures
-        pieces = [
-            range(len(images))[start : start + EMBED_AT_ONCE]
-            for start in range(0, len(images), EMBED_AT_ONCE)
-        ]
-        over = (
-            map if len(images) == 1 else self._decoders.map
-        )  # a thread of its own would cost one image more than it saves
-        vectors = np.concatenate(
-            [self._encode(encoder, np.stack(list(over(prepared, piece)))) for piece in pieces]
-        )
-        return vectors, known
+        # in pieces: many small files may be large pictures, and all of them at once too much memory
+        starts = range(0, len(images), DECODE_BATCH)
+        pieces = [range(len(images))[start : start + DECODE_BATCH] for start in starts]
+        # for one image a thread costs more than it saves
+        apply = map if len(images) == 1 else self._decoders.map
+        return np.concatenate([encode(encoder, np.stack(list(apply(prepared, piece)))) for piece in pieces])
 
-    def _encode(self, encoder: Encoder, pixels: NDArray[np.uint8]) -> Vectors:
-        """A server overrides this: there, images of several requests go together."""
-        if encoder.device != "cpu":
-            return encoder.encode_images(pixels)
-        # a vector's last bits depend on how many go through a CPU's kernels at once: one at a time they are the same in whatever company
-        return np.concatenate([encoder.encode_images(one[None]) for one in pixels])
 
-    def _encode_texts(self, encoder: Encoder, texts: Sequence[str]) -> Vectors:
-        """As `_encode`, and overridden with it."""
-        if encoder.device != "cpu":
-            return encoder.encode_texts(texts)
-        return np.concatenate([encoder.encode_texts([text]) for text in texts])
+def encode_singly(encoder: Encoder, queries: NDArray[np.uint8] | Sequence[str]) -> Vectors:
+    """Embed prepared images `[N, ...]`, or texts: on a CPU one at a time.
+
+    The last bits of a vector depend on how many go through a CPU's kernels at once: one at a time they are
+    the same in whatever company.
+    """
+    encode: Callable[[Any], Vectors] = encoder.encode_images
+    if not isinstance(queries, np.ndarray):
+        encode = encoder.encode_texts
+    if encoder.device != "cpu":
+        return encode(queries)
+    return np.concatenate([encode(queries[i : i + 1]) for i in range(len(queries))])
 
 
 def _check_texts(texts: Sequence[str]) -> None:
-    """Raises `InvalidInput` for a text that means nothing, or is too long."""
+    """Raise `InvalidInput` for a text that means nothing, or is too long."""
     for position, text in enumerate(texts):
         if not text.strip():
             raise InvalidInput(f"text {position} of the request is empty: say what the pictures should show")
         if len(text) > MAX_TEXT:
             raise InvalidInput(
-                f"text {position} of the request has {len(text)} characters: at most {MAX_TEXT}, and an encoder reads far fewer"
+                f"text {position} of the request has {len(text)} characters: "
+                f"at most {MAX_TEXT}, and an encoder reads far fewer"
             )

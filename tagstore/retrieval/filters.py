@@ -1,7 +1,8 @@
 """Filters by metadata: which entries of a version have the values that a request asks for, as bits.
 
-Metadata stands in the entries' records, so the first request of a filter reads all of them, once. Records that cannot fit are told
-by a search for the value's bytes; only the others are decoded. The bits are kept for the next request, 1/8 byte an entry.
+Metadata stands in the entries' records, so the first request of a filter reads all of them, once. Records
+that cannot fit are told by a search for the value's bytes; only the others are decoded. The bits are kept for
+the next request, 1/8 byte an entry.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class Filters:
         self._lock = Lock()
 
     def find(self, where: Mapping[str, str]) -> Allowed:
-        """The entries whose metadata has all these values. Raises `InvalidInput` for more than `MAX_FIELDS` of them."""
+        """The entries whose metadata has all these values. Raises `InvalidInput` for more than `MAX_FIELDS`
+        of them."""
         if len(where) > MAX_FIELDS:
             raise InvalidInput(f"where names {len(where)} fields: at most {MAX_FIELDS}")
         key = tuple(sorted(where.items()))

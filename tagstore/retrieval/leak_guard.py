@@ -1,8 +1,8 @@
 """The leak guard: which entries the queries of a request must not find.
 
-A training query that finds its own image, or a copy of it, teaches a model to copy tags instead of weighing them. Keys and ids
-are looked up once a request; hashes are compared with those in the records of the candidates, so that it costs nothing where it
-is not asked for, and needs no table of hashes.
+A training query that finds its own image, or a copy of it, teaches a model to copy tags instead of weighing
+them. Keys and ids are looked up once a request. Hashes are compared with those in the records of the
+candidates: that costs nothing where it is not asked for, and needs no table of hashes.
 """
 
 from __future__ import annotations
@@ -17,42 +17,12 @@ from tagstore.indexing.protocol import Allowed
 from tagstore.storage.store import Snapshot
 from tagstore.types import Exclude, Identity
 
-MAX_EXCLUDED = 10_000
-"""Keys and entry ids of one request."""
-NOBODY = Exclude()
-
-
-def check_exclude(exclude: Exclude, identities: Sequence[Identity], queries: int) -> None:
-    """Raises `InvalidInput` for a guard that could not keep out what it is asked to."""
-    if identities and len(identities) != queries:
-        raise InvalidInput(
-            f"{len(identities)} identities for {queries} queries: pass one for each, images first, or none"
-        )
-    if len(exclude.keys) + len(exclude.entry_ids) > MAX_EXCLUDED:
-        raise InvalidInput(
-            f"{len(exclude.keys) + len(exclude.entry_ids)} keys and entry ids to exclude: at most {MAX_EXCLUDED} in one request; "
-            "what must never be found is better filtered by its metadata, or deleted"
-        )
-    if not -1 <= exclude.perceptual_hash <= 64:
-        raise InvalidInput(
-            f"exclude.perceptual_hash is {exclude.perceptual_hash}: 0 to 64 bits, or -1 to leave it out"
-        )
-    for i, identity in enumerate(identities):
-        if len(identity.sha256) not in (0, 32):
-            raise InvalidInput(
-                f"the sha256 of query {i} has {len(identity.sha256)} bytes: pass all 32, or none"
-            )
-        if identity.perceptual_hash is not None and not 0 <= identity.perceptual_hash < 1 << 64:
-            raise InvalidInput(
-                f"the perceptual hash of query {i} is {identity.perceptual_hash}: it has 64 bits, unsigned"
-            )
-
 
 class Guard:
     """An `Exclude` made ready for the queries of one request.
 
-    Raises `InvalidInput` where the identity of a query lacks what is to be compared: leaving it unguarded would be a silent leak.
-    """
+    Raises `InvalidInput` where the identity of a query lacks what is to be compared: to leave it unguarded
+    would be a silent leak."""
 
     def __init__(
         self,
@@ -62,49 +32,59 @@ class Guard:
         snapshot: Snapshot,
         live: Allowed,
     ) -> None:
-        check_exclude(exclude, identities, queries)
         self._snapshot = snapshot
-        self._bits = exclude.perceptual_hash
-        own = identities or [Identity()] * queries
-        for asked, name, there in (
-            (exclude.key, "key", [bool(i.key) for i in own]),
-            (exclude.sha256, "sha256", [bool(i.sha256) for i in own]),
-            (exclude.perceptual_hash >= 0, "perceptual_hash", [i.perceptual_hash is not None for i in own]),
-        ):
-            if asked and not all(there):
-                raise InvalidInput(
-                    f"entries are to be excluded by {name}, but that of query {there.index(False)} is not known: give it in its identity"
-                )
-        known = _live_ids(snapshot, exclude.keys, live) + list(exclude.entry_ids)
-        self.everywhere = np.unique(np.array([i for i in known if i >= 0], np.int64))
-        self._own = (
-            np.array(_live_ids(snapshot, [i.key for i in own], live), np.int64) if exclude.key else None
-        )
-        self._sha256 = (
-            np.frombuffer(b"".join(i.sha256 for i in own), np.uint64).reshape(-1, 4)
-            if exclude.sha256
-            else None
-        )
-        self._perceptual = np.array([i.perceptual_hash for i in own], np.uint64) if self._bits >= 0 else None
+        identities = identities or [Identity()] * queries
+        self._check_known(exclude, identities)
+        excluded = _live_ids(snapshot, exclude.keys, live) + list(exclude.entry_ids)
+        self._excluded = np.unique(np.array([i for i in excluded if i >= 0], np.int64))
+        self._own_ids = self._digests = self._hashes = None
+        if exclude.key:
+            self._own_ids = np.array(_live_ids(snapshot, [i.key for i in identities], live), np.int64)
+        if exclude.sha256:
+            self._digests = np.frombuffer(b"".join(i.sha256 for i in identities), np.uint64).reshape(-1, 4)
+        self._distance = exclude.hash_distance
+        if self._distance >= 0:
+            self._hashes = np.array([i.perceptual_hash for i in identities], np.uint64)
 
-    def kept(self, queries: NDArray[np.int64], found: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Which of the candidates `[n, m]` of some queries (by their number in the request) may be found."""
-        kept = ~np.isin(found, self.everywhere) if len(self.everywhere) else np.ones(found.shape, bool)
-        if self._own is not None:
-            kept &= found != self._own[queries][:, None]
-        if self._sha256 is not None or self._perceptual is not None:
-            unique, where = np.unique(found, return_inverse=True)
-            where = where.reshape(found.shape)
-            digests, hashes = self._snapshot.hashes(unique.tolist())
-            if self._sha256 is not None:
-                kept &= (digests[where] != self._sha256[queries][:, None]).any(axis=-1)
-            if self._perceptual is not None:
-                kept &= np.bitwise_count(hashes[where] ^ self._perceptual[queries][:, None]) > self._bits
-        return kept
+    @staticmethod
+    def _check_known(exclude: Exclude, identities: Sequence[Identity]) -> None:
+        for compared, name, known in (
+            (exclude.key, "key", [bool(i.key) for i in identities]),
+            (exclude.sha256, "sha256", [bool(i.sha256) for i in identities]),
+            (
+                exclude.hash_distance >= 0,
+                "perceptual_hash",
+                [i.perceptual_hash is not None for i in identities],
+            ),
+        ):
+            if compared and not all(known):
+                raise InvalidInput(
+                    f"entries are to be excluded by {name}, but that of query {known.index(False)} is not known: "
+                    "give it in its identity"
+                )
+
+    def allows(self, queries: NDArray[np.int64], candidates: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Say which of the candidates `[n, m]` of n queries, given by position in the request, may be
+        neighbours."""
+        allowed = np.ones(candidates.shape, bool)
+        if len(self._excluded):
+            allowed = ~np.isin(candidates, self._excluded)
+        if self._own_ids is not None:
+            allowed &= candidates != self._own_ids[queries][:, None]
+        if self._digests is not None or self._hashes is not None:
+            entry_ids, places = np.unique(candidates, return_inverse=True)
+            places = places.reshape(candidates.shape)
+            digests, hashes = self._snapshot.hashes(entry_ids.tolist())
+            if self._digests is not None:
+                allowed &= (digests[places] != self._digests[queries][:, None]).any(axis=-1)
+            if self._hashes is not None:
+                differing = np.bitwise_count(hashes[places] ^ self._hashes[queries][:, None])
+                allowed &= differing > self._distance
+        return allowed
 
 
 def _live_ids(snapshot: Snapshot, keys: Iterable[str], live: Allowed) -> list[int]:
-    """Id of the entry that has each key in this version, -1 where there is none."""
+    """Return the id of the entry that has each key in this version, -1 where there is none."""
     return [
         next((i for i in reversed(ids) if live.holds(np.array([i]))[0]), -1)
         for ids in snapshot.ids_of_keys(keys)

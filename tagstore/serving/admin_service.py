@@ -34,9 +34,9 @@ class AdminService:
     ) -> None:
         self._catalog, self.gate, self._announce = catalog, gate, announce
 
-    def Ingest(
+    def Ingest(  # noqa: N802
         self, requests: Iterator[pb.IngestRequest], call: Call, send: Callable[[pb.IngestResponse], None]
-    ) -> None:  # noqa: N802
+    ) -> None:
         first = next(requests, None)
         if first is None or first.WhichOneof("part") != "start":
             raise errors.InvalidInput("the first message of an ingest says which store: send `start`")
@@ -102,9 +102,9 @@ class AdminService:
             version=_version(rollback(self._catalog.root, request.store, request.version))
         )
 
-    def BuildIndex(
+    def BuildIndex(  # noqa: N802
         self, request: pb.BuildIndexRequest, call: Call, send: Callable[[pb.BuildIndexResponse], None]
-    ) -> None:  # noqa: N802
+    ) -> None:
         call.caller.check("admin", request.store)
         budget = Budget(
             recall=request.recall or 0.95,

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Collection, Mapping
 from typing import Any, NoReturn
+
+import grpc
 
 from tagstore import errors
 from tagstore.serving import metrics
 from tagstore.serving.access import Access, Caller, bearer
 from tagstore.serving.audit import Audit
-from tagstore.serving.limits import Limits
+from tagstore.serving.settings import Limits
 from tagstore.wire.status import code_of, trailing
 
 log = logging.getLogger(__name__)
@@ -79,6 +82,10 @@ class Gate:
     @property
     def in_flight(self) -> int:
         return self._calls + self._streams
+
+    def is_idle(self) -> bool:
+        """Whether at most one call or stream is in hand."""
+        return self._calls + self._streams <= 1
 
     @property
     def full(self) -> bool:
@@ -180,6 +187,31 @@ class Gate:
         self.audit.write(
             event="refused", method=method, store=store, caller=name, peer=context.peer(), reason=str(error)
         )
+
+
+class Door(grpc.GenericRpcHandler):
+    """Refuses calls while as many are in hand as there may be.
+
+    Args:
+        handlers: by full name of the method.
+        limited: names of those that are refused; the others, health above all, are always let in.
+    """
+
+    def __init__(self, handlers: Mapping[str, Any], gate: Gate, limited: Collection[str]) -> None:
+        self._handlers, self._gate, self._limited = handlers, gate, frozenset(limited)
+
+        async def refuse(_: Any, context: Any) -> None:
+            metrics.child(metrics.REFUSED, "queue").inc()
+            await abort(context, gate.overloaded())
+
+        # as a method that streams in: one that takes a single message would wait for it first
+        self._refusal = grpc.stream_unary_rpc_method_handler(refuse)
+
+    def service(self, handler_call_details: Any) -> Any:
+        method = handler_call_details.method
+        if self._gate.full and method in self._limited:
+            return self._refusal
+        return self._handlers.get(method)
 
 
 def understood(error: Exception, name: str) -> errors.TagstoreError:

@@ -1,4 +1,4 @@
-"""A catalog for many callers at once: it embeds and searches in batches, checks cheaply which version is current, and lets go of stores."""
+"""A catalog for many callers at once: it checks cheaply which version is current, and lets go of stores."""
 
 from __future__ import annotations
 
@@ -8,28 +8,19 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from tagstore.encoding.encoder import Encoder
 from tagstore.errors import NotFound, Unavailable
 from tagstore.retrieval.catalog import Catalog
 from tagstore.retrieval.engine import Engine
-from tagstore.serving import metrics, tracing
-from tagstore.serving.current import current
-from tagstore.serving.embed_queue import Batcher
-from tagstore.serving.limits import Limits
+from tagstore.serving import metrics
 from tagstore.storage.store import check_name
-from tagstore.types import Fingerprint, Identity, StoreInfo, Vectors
+from tagstore.types import Fingerprint, StoreInfo
 
 log = logging.getLogger(__name__)
 
-EMBED_ROWS = 64
-"""Images or texts of one batch for the encoder."""
 PINNED = 32
 """Versions other than the current ones that stay open, the least recently used one goes first."""
 
@@ -40,25 +31,15 @@ class LiveCatalog(Catalog):
     Args:
         root: directory of the stores.
         device: of the encoders.
-        limits: how long an image may wait.
     """
 
-    def __init__(self, root: str | Path, *, device: str = "auto", limits: Limits = Limits()) -> None:  # noqa: B008  frozen
+    def __init__(self, root: str | Path, *, device: str = "auto") -> None:
         super().__init__(root, device=device)
         self._hot: dict[str, tuple[tuple[int, int], int, Engine]] = {}
         self._used: dict[tuple[str, int], float] = {}
         self._unloaded: set[str] = set()
         self._warming = 0
         """The thread that loads the encoders at start-up."""
-        self._embeddings: Batcher[NDArray[np.uint8] | Sequence[str], Vectors] = Batcher(
-            self._embed_batch,
-            name="encoder",
-            rows=EMBED_ROWS,
-            slots=1,
-            max_wait=limits.embed_wait,
-            spare=limits.embed_queue,
-            observe=self._observe,
-        )
 
     def ready(self, store: str, version: int = 0) -> Engine | None:
         """The engine that `engine` would return, if that is seen at once and without a lock; else None. Raises `NotFound` if unloaded."""
@@ -87,12 +68,6 @@ class LiveCatalog(Catalog):
         if super().engine(store) is engine and mark is not None:
             self._hot[store] = (*mark, engine)
             metrics.child(metrics.VERSION, store).set(engine.version.number)
-        return engine
-
-    def _engine(self, store: str, version: int) -> Engine:
-        engine = super()._engine(store, version)
-        if engine.observe is None:
-            engine.observe = lambda stage, seconds: metrics.stage(stage, store, seconds)
         return engine
 
     def _mark(self, store: str, engine: Engine) -> tuple[tuple[int, int], int] | None:
@@ -153,42 +128,3 @@ class LiveCatalog(Catalog):
 
     def stores(self) -> list[StoreInfo]:
         return [info for info in super().stores() if info.store not in self._unloaded]
-
-    def _observe(self, rows: int, waited: float) -> None:
-        metrics.batch("embed", rows, self._embeddings.depth)
-        metrics.stage("queue", current.store, waited)
-
-    def _embed(
-        self, engine: Engine, images: Sequence[bytes], *rest: Any
-    ) -> tuple[NDArray[np.floating], Sequence[Identity]]:
-        self._embeddings.admit()  # before anything is decoded for it
-        start, before = time.perf_counter(), current.embedding
-        answer = super()._embed(engine, images, *rest)
-        metrics.stage("decode", current.store, time.perf_counter() - start - (current.embedding - before))
-        return answer
-
-    def _encode(self, encoder: Encoder, pixels: NDArray[np.uint8]) -> Vectors:
-        return self._encode_with_others("images", encoder, pixels)
-
-    def _encode_texts(self, encoder: Encoder, texts: Sequence[str]) -> Vectors:
-        return self._encode_with_others("texts", encoder, texts)
-
-    def _encode_with_others(
-        self, what: str, encoder: Encoder, queries: NDArray[np.uint8] | Sequence[str]
-    ) -> Vectors:
-        start = time.perf_counter()
-        try:
-            with tracing.span("embed", what=what, queries=len(queries)):
-                return self._embeddings((what, encoder), queries, len(queries), current.deadline)
-        finally:
-            seconds = time.perf_counter() - start
-            current.embedding += seconds
-            metrics.stage("embed", current.store, seconds)
-
-    def _embed_batch(self, key: tuple[str, Encoder], items: Sequence[Any]) -> list[Vectors]:
-        what, encoder = key
-        if what == "texts":
-            vectors = super()._encode_texts(encoder, [text for item in items for text in item])
-        else:
-            vectors = super()._encode(encoder, np.concatenate(items) if len(items) > 1 else items[0])
-        return np.split(vectors, np.cumsum([len(item) for item in items])[:-1])

@@ -17,6 +17,7 @@ import inspect
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import Executor
+from contextlib import AbstractContextManager
 from typing import Any
 
 import grpc
@@ -25,7 +26,6 @@ from google.protobuf.message import DecodeError
 from tagstore import errors
 from tagstore.serving import metrics, tracing
 from tagstore.serving.access import Role
-from tagstore.serving.current import current
 from tagstore.serving.gate import GONE, REFUSALS, Call, Gate, abort, understood
 from tagstore.wire.status import code_of
 
@@ -103,11 +103,11 @@ class Methods:
                 if role is not None:
                     call.caller.check(role, store)
                 gate.enter(call, stream=self._long)
-                with tracing.span(name, context.invocation_metadata(), store=store):
+                with _span(name, context, store=store) if tracing.enabled else tracing.NO_SPAN:
                     if quick:
                         response = await method(request, call)
                     else:
-                        response = await in_thread(threads, call, store, method, request, call)
+                        response = await in_thread(threads, method, request, call)
                 if writes:
                     gate.audit.write(
                         event="done", method=name, store=store, caller=call.caller.name, peer=call.peer
@@ -164,7 +164,7 @@ class Methods:
                 call = gate.call(context)
                 gate.enter(call, stream=True)
                 taken = parsed(parse, given) if one else requests()
-                with tracing.span(name, context.invocation_metadata()):
+                with _span(name, context) if tracing.enabled else tracing.NO_SPAN:
                     if quick:
                         await method(taken, call, send)
                     else:
@@ -191,14 +191,13 @@ def parsed(parse: Method, data: bytes) -> Any:
         raise errors.InvalidInput(f"the message cannot be parsed: {error}") from error
 
 
-async def in_thread(threads: Executor, call: Call, store: str, work: Method, *arguments: Any) -> Any:
-    """What a function returns or raises in a thread; there `current` says whom it works for."""
+def _span(name: str, context: Any, **attributes: str) -> AbstractContextManager[Any]:
+    return tracing.span(name, context.invocation_metadata(), **attributes)
 
-    def run() -> Any:
-        current.deadline, current.store = call.deadline, store
-        return work(*arguments)
 
-    return await asyncio.get_running_loop().run_in_executor(threads, run)
+async def in_thread(threads: Executor, work: Method, *arguments: Any) -> Any:
+    """Return what a function returns in a thread, or raise what it raises."""
+    return await asyncio.get_running_loop().run_in_executor(threads, work, *arguments)
 
 
 async def _in_thread_with_stream(
@@ -230,7 +229,7 @@ async def _in_thread_with_stream(
         )
 
     try:
-        await in_thread(threads, call, "", work)
+        await in_thread(threads, work)
     except asyncio.CancelledError:
         call.gone = True  # the thread hears of it when it reads or writes next
         raise

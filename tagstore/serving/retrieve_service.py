@@ -1,133 +1,206 @@
-"""The servicer: messages in, the catalog's answer out. Access, limits and errors are the business of `serving.methods`."""
+"""The servicer: messages in, the catalog's answers out. Access, limits and errors are the business of `serving.methods`.
+
+A request becomes a `Lookup`: checked, embedded, its version open. The search queue finds neighbours for several of them
+at once, and each is answered with a message in bytes.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from typing import NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
 from tagstore import errors
-from tagstore.retrieval.engine import MAX_BATCH, Answer, Engine, Found
+from tagstore.retrieval.checks import MAX_QUERIES
+from tagstore.retrieval.engine import Engine, Query
+from tagstore.retrieval.tag_votes import Neighbours, RetrievalColumns
 from tagstore.serving import metrics, tracing
+from tagstore.serving.batch_queue import BatchQueue
+from tagstore.serving.embed_queue import CallEncoder, EmbedQueue
 from tagstore.serving.gate import Call, understood
-from tagstore.serving.limits import Limits
 from tagstore.serving.live_catalog import LiveCatalog
 from tagstore.serving.methods import answering, in_thread, parsed
-from tagstore.serving.search_queue import Searches
-from tagstore.types import Identity, Search
+from tagstore.serving.settings import Limits
+from tagstore.types import Search
 from tagstore.wire import convert
 from tagstore.wire.status import error_to_proto
 from tagstore_proto.v1 import tagstore_pb2 as pb
 
-MAX_TAGS_A_PAGE = 10_000
-TRIES = 4
-"""Of finding a version open that others had opened, before a call has it opened for itself."""
-AHEAD = 64
-"""Requests of a stream that are worked on before the first of them is answered."""
+MAX_PAGE_TAGS = 10_000
+"""Tags of one answer of `GetTags`."""
+OPEN_RETRIES = 4
+"""How often a call waits for a version that another call opens, before it opens the version itself."""
+STREAM_WINDOW = 64
+"""Requests of a stream in hand before the first of them is answered."""
+SEARCH_ROWS = 256
+"""Queries of one search."""
 
 
-class Query(NamedTuple):
+class Lookup(NamedTuple):
     """A request that is ready to be searched."""
 
-    engine: Engine
-    search: Search
-    vectors: NDArray[np.floating]
-    identities: Sequence[Identity]
+    query: Query
     streamed: bool
+
+    @staticmethod
+    def find(lookups: Sequence[Lookup]) -> tuple[Query, list[Neighbours]]:
+        """Find the neighbours of requests that are alike but for their vectors and identities, in one search."""
+        query = Query.joined([lookup.query for lookup in lookups])
+        return query, query.find()
+
+    @staticmethod
+    def answer(lookups: Sequence[Lookup], found: tuple[Query, list[Neighbours]]) -> list[bytes]:
+        """Write the answer to each request."""
+        query, neighbours = found
+        answers = iter(query.answer(neighbours))
+        return [lookup.message([next(answers) for _ in lookup.query.vectors]) for lookup in lookups]
+
+    def message(self, answers: Iterable[RetrievalColumns]) -> bytes:
+        """Write a message with the answers to this request's queries."""
+        message = pb.RetrieveStreamResponse() if self.streamed else pb.RetrieveResponse()
+        response = message.response if isinstance(message, pb.RetrieveStreamResponse) else message
+        engine, search = self.query.engine, self.query.search
+        response.store, response.version = engine.store, engine.version.number
+        response.fingerprint = engine.digest
+        for answer in answers:
+            _write(response.retrievals.add(), answer, search)
+        data: bytes = message.SerializeToString()
+        return data
 
 
 class TagStoreService:
     """`tagstore.v1.TagStore` over a catalog.
 
     Args:
-        searches: of `found`, then `answered`.
         threads: for what would keep the event loop: images, texts, versions that are not open yet.
+        loop: that everything else runs in.
+        searchers: searches that run at a time.
+        alone: whether the loop has nothing else in hand.
     """
 
     def __init__(
-        self, catalog: LiveCatalog, searches: Searches[Query, Found, bytes], limits: Limits, threads: Executor
+        self,
+        catalog: LiveCatalog,
+        limits: Limits,
+        threads: Executor,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        searchers: int,
+        alone: Callable[[], bool],
     ) -> None:
-        self._catalog, self._searches, self._limits, self._threads = catalog, searches, limits, threads
+        self._catalog, self._limits, self._threads = catalog, limits, threads
+        self.searches: BatchQueue[Lookup, tuple[Query, list[Neighbours]], bytes] = BatchQueue(
+            "search",
+            Lookup.find,
+            Lookup.answer,
+            loop,
+            stages=("search", "tags"),
+            rows=SEARCH_ROWS,
+            threads=searchers,
+            max_wait=limits.search_wait,
+            spare=limits.search_queue,
+            inline=limits.search_inline,
+            alone=alone,
+        )
+        self.embeddings = EmbedQueue(loop, limits)
         self._opening: dict[tuple[str, int], asyncio.Future[Engine]] = {}
-        self._seen: dict[tuple[str, int], Engine] = {}
+        self._engines: dict[tuple[str, int], Engine] = {}
+        """Versions that were looked up in this turn of the loop."""
+
+    def close(self) -> None:
+        """Let the queues' threads end."""
+        self.searches.close()
+        self.embeddings.close()
 
     @answering("read")
     async def Retrieve(self, request: pb.RetrieveRequest, call: Call) -> bytes:  # noqa: N802
         try:
-            return await self._begun(request, call, streamed=False)
+            return await self.start(request, call, streamed=False)
         except asyncio.CancelledError:
-            self._searches.sweep()
+            self.searches.sweep()
             raise
 
     async def RetrieveStream(  # noqa: N802
         self, requests: AsyncIterator[bytes], call: Call, send: Callable[[bytes], Awaitable[None]]
     ) -> None:
-        ahead: asyncio.Queue[_Turn | None] = asyncio.Queue(AHEAD)
+        window: asyncio.Queue[_StreamedRequest | None] = asyncio.Queue(STREAM_WINDOW)
 
         async def read() -> None:
             try:
                 async for data in requests:
-                    await ahead.put(_Turn(self, data, call))
+                    await window.put(_StreamedRequest(self, data, call))
             finally:
-                await ahead.put(None)
+                await window.put(None)
 
         reader = asyncio.create_task(read())
         try:
-            while (turn := await ahead.get()) is not None:
-                await send(await turn.answer())
+            while (request := await window.get()) is not None:
+                await send(await request.answer())
             await reader
         finally:
             reader.cancel()
-            while not ahead.empty():
-                turn = ahead.get_nowait()
-                if turn is not None:
-                    turn.cancel()
-            self._searches.sweep()
+            while not window.empty():
+                request = window.get_nowait()
+                if request is not None:
+                    request.cancel()
+            self.searches.sweep()
 
     RetrieveStream.parses = True  # type: ignore[attr-defined]  # a message that is none is answered, and the stream goes on
 
-    def _begun(self, request: pb.RetrieveRequest, call: Call, *, streamed: bool) -> asyncio.Future[bytes]:
-        """The answer to come, a message in bytes. Raises what can be told at once."""
+    def start(self, request: pb.RetrieveRequest, call: Call, *, streamed: bool) -> asyncio.Future[bytes]:
+        """Begin to answer a request; the future gets a message in bytes. Raises what is wrong with it at first sight."""
         check_sizes(request, self._limits)
-        engine = self._ready(request.store, request.version)
+        engine = self._current_engine(request.store, request.version)
         if engine is None or request.images or request.texts:
-            return asyncio.ensure_future(self._answered(engine, request, call, streamed))
+            return asyncio.ensure_future(self._prepared(engine, request, call, streamed))
         search = convert.search_from_proto(request)
-        return self._submitted(engine, search, *self._queries(engine, search, request), call, streamed)
+        vectors, identities = convert.queries_from_proto(request, engine.fingerprint.dimension)
+        query = engine.query(vectors, search, identities, request.fingerprint)
+        return self._submit(query, call, streamed)
 
-    def _ready(self, store: str, version: int) -> Engine | None:
-        """As the catalog's, looked at once a turn of the loop: what else is begun in this turn had arrived before that look."""
-        engine = self._seen.get((store, version))
+    def _submit(self, query: Query, call: Call, streamed: bool) -> asyncio.Future[bytes]:
+        lookup, rows = Lookup(query, streamed), len(query.vectors)
+        if not rows:
+            empty: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+            empty.set_result(lookup.message(()))
+            return empty
+        key = (id(query.engine), id(query.search), bool(query.identities))
+        answer = self.searches.submit(key, lookup, rows, call.deadline, query.engine.store)
+        if tracing.enabled:
+            answer.add_done_callback(tracing.start("search", queries=rows))
+        return answer
+
+    def _current_engine(self, store: str, version: int) -> Engine | None:
+        """Look an open version up, once a turn of the loop: what begins in this turn had arrived before that look."""
+        engine = self._engines.get((store, version))
         if engine is None and (engine := self._catalog.ready(store, version)) is not None:
-            if not self._seen:
-                asyncio.get_running_loop().call_soon(self._seen.clear)
-            self._seen[store, version] = engine
+            if not self._engines:
+                asyncio.get_running_loop().call_soon(self._engines.clear)
+            self._engines[store, version] = engine
         return engine
 
-    async def _answered(
+    async def _prepared(
         self, engine: Engine | None, request: pb.RetrieveRequest, call: Call, streamed: bool
     ) -> bytes:
-        """As `_begun`, for what has to be opened, decoded or embedded first."""
+        """Answer a request whose version has to be opened, or whose images or texts have to be embedded, first."""
         store = request.store
         if engine is None:
-            engine = await self._opened(store, request.version, call)
-        search = convert.search_from_proto(request)
-        vectors, identities = await in_thread(
-            self._threads, call, store, self._queries, engine, search, request
-        )
-        return await self._submitted(engine, search, vectors, identities, call, streamed)
+            engine = await self._opened(store, request.version)
+        for what, queries in (("images", request.images), ("texts", request.texts)):
+            if queries:
+                self.embeddings.admit((what, engine.digest))  # before anything is decoded for it
+        query = await in_thread(self._threads, self._query, engine, request, call)
+        return await self._submit(query, call, streamed)
 
-    async def _opened(self, store: str, version: int, call: Call) -> Engine:
-        """A version that has to be opened: once for all who wait for it, as many threads would keep the loop from its turn."""
-        for _ in range(TRIES):
+    async def _opened(self, store: str, version: int) -> Engine:
+        """Open a version once for all who wait for it: as many threads would keep the loop from its turn."""
+        for _ in range(OPEN_RETRIES):
             opening = self._opening.get((store, version))
             if opening is None:
                 opening = asyncio.ensure_future(
-                    in_thread(self._threads, call, store, self._catalog.engine, store, version)
+                    in_thread(self._threads, self._catalog.engine, store, version)
                 )
                 self._opening[store, version] = opening
                 opening.add_done_callback(
@@ -140,48 +213,27 @@ class TagStoreService:
             if (engine := self._catalog.ready(store, version)) is not None:
                 return engine
             # what was opened when this call came may be of before a commit that it must see
-        return await in_thread(self._threads, call, store, self._catalog.engine, store, version)  # type: ignore[no-any-return]
+        return await in_thread(self._threads, self._catalog.engine, store, version)  # type: ignore[no-any-return]
 
-    def _queries(
-        self, engine: Engine, search: Search, request: pb.RetrieveRequest
-    ) -> tuple[NDArray[np.floating], Sequence[Identity]]:
-        return self._catalog.queries(
-            engine,
-            images=request.images,
-            vectors=convert.vectors_from_proto(request.vectors) if request.HasField("vectors") else None,
-            texts=request.texts,
-            fingerprint=request.fingerprint,
-            search=search,
-            identities=convert.identities_from_proto(request) if request.identities else (),
+    def _query(self, engine: Engine, request: pb.RetrieveRequest, call: Call) -> Query:
+        """Check and embed what a request asks, in a thread."""
+        start = time.perf_counter()
+        encode = CallEncoder(self.embeddings, engine.digest, call.deadline, engine.store)
+        search = convert.search_from_proto(request)
+        vectors, identities = convert.queries_from_proto(request, engine.fingerprint.dimension)
+        query = self._catalog.query(
+            engine, request.images, vectors, request.texts, request.fingerprint, search, identities, encode
         )
-
-    def _submitted(
-        self,
-        engine: Engine,
-        search: Search,
-        vectors: NDArray[np.floating],
-        identities: Sequence[Identity],
-        call: Call,
-        streamed: bool,
-    ) -> asyncio.Future[bytes]:
-        query = Query(engine, search, vectors, identities, streamed)
-        if not len(vectors):
-            nothing: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-            nothing.set_result(_message(query, ()))
-            return nothing
-        answer = self._searches.submit(
-            (id(engine), id(search), bool(identities)), query, len(vectors), call.deadline
-        )
-        if tracing.enabled():
-            answer.add_done_callback(tracing.begun("search", queries=len(vectors)))
-        return answer
+        if request.images:
+            metrics.stage("decode", engine.store, time.perf_counter() - start - encode.seconds)
+        return query
 
     @answering("read")
     def GetTags(self, request: pb.GetTagsRequest, call: Call) -> pb.GetTagsResponse:  # noqa: N802
         engine = self._catalog.engine(request.store, request.version)
         limit = request.page_size or 1000
-        if max(limit, len(request.tag_ids)) > MAX_TAGS_A_PAGE or request.first_tag_id < 0:
-            raise errors.InvalidInput(f"ask for at most {MAX_TAGS_A_PAGE} tags at once, from id 0 on")
+        if max(limit, len(request.tag_ids)) > MAX_PAGE_TAGS or request.first_tag_id < 0:
+            raise errors.InvalidInput(f"ask for at most {MAX_PAGE_TAGS} tags at once, from id 0 on")
         tags = engine.tags(
             list(request.tag_ids), first=request.first_tag_id, limit=limit, embeddings=request.embeddings
         )
@@ -209,55 +261,23 @@ class TagStoreService:
 
 
 def check_sizes(request: pb.RetrieveRequest, limits: Limits) -> None:
-    """Raises `InvalidInput` for more queries to embed, or larger images, than the server takes."""
-    most = min(limits.images, MAX_BATCH)
+    """Raise `InvalidInput` for more queries to embed, or larger images, than the server takes."""
+    most = min(limits.images, MAX_QUERIES)
     for name, queries in (("images", request.images), ("texts", request.texts)):
         if len(queries) > most:
             raise errors.InvalidInput(f"{len(queries)} {name} in one request: send at most {most}")
     for position, image in enumerate(request.images):
         if len(image) > limits.image_bytes:
             raise errors.InvalidInput(
-                f"image {position} of the request has {len(image)} bytes, this server takes at most {limits.image_bytes}: shrink it"
+                f"image {position} of the request has {len(image)} bytes, "
+                f"this server takes at most {limits.image_bytes}: shrink it"
             )
 
 
-def found(queries: Sequence[Query]) -> Found:
-    """The neighbours of queries that are alike but for their vectors and identities, in one search."""
-    first = queries[0]
-    vectors = first.vectors if len(queries) == 1 else np.concatenate([query.vectors for query in queries])
-    identities = (
-        first.identities
-        if len(queries) == 1
-        else [identity for query in queries for identity in query.identities]
-    )
-    return first.engine.find(vectors, first.search, identities)
-
-
-def answered(queries: Sequence[Query], finds: Found) -> list[bytes]:
-    """Messages for queries and what was found for them."""
-    answers = iter(queries[0].engine.merge(finds, queries[0].search))
-    return [_message(query, [next(answers) for _ in query.vectors]) for query in queries]
-
-
-def _message(query: Query, answers: Iterable[Answer]) -> bytes:
-    message = pb.RetrieveStreamResponse() if query.streamed else pb.RetrieveResponse()
-    response = message.response if isinstance(message, pb.RetrieveStreamResponse) else message
-    engine = query.engine
-    response.store, response.version, response.fingerprint = (
-        engine.snapshot.store.name,
-        engine.version.number,
-        engine.digest,
-    )
-    for answer in answers:
-        _write(response.retrievals.add(), answer, query.search)
-    data: bytes = message.SerializeToString()
-    return data
-
-
-def _write(message: pb.Retrieval, answer: Answer, search: Search) -> None:
-    """An answer into a message: what `Engine.retrieve` would say, without making values of it first."""
+def _write(message: pb.Retrieval, answer: RetrievalColumns, search: Search) -> None:
+    """Write an answer into a message: what `RetrievalColumns.retrieval` makes, without making values of it first."""
     message.excluded = answer.excluded
-    if search.neighbours:
+    if search.with_neighbours:
         add_neighbour = message.neighbours.add
         for entry_id, key, similarity in zip(answer.entry_ids, answer.keys, answer.similarities, strict=True):
             add_neighbour(entry_id=entry_id, key=key, similarity=similarity)
@@ -265,14 +285,14 @@ def _write(message: pb.Retrieval, answer: Answer, search: Search) -> None:
     columns = zip(answer.tag_ids, answer.tag_similarities, answer.relevance, answer.carriers, strict=True)
     for place, (tag_id, similarity, relevance, carriers) in enumerate(columns):
         tag = add_tag(tag_id=tag_id, similarity=similarity, relevance=relevance, votes=len(carriers))
-        if search.neighbours:
+        if search.with_neighbours:
             tag.neighbours.extend(carriers)
-        if search.texts:
+        if search.with_texts:
             tag.tag, tag.kind = answer.texts[place], convert.KIND_TO_WIRE[answer.kinds[place]]
 
 
-class _Turn:
-    """One request of a stream: begun when it is read, answered when it is its turn. A failure is an answer, too."""
+class _StreamedRequest:
+    """A request of a stream: begun when it is read, answered in its turn. A failure is an answer, too."""
 
     def __init__(self, service: TagStoreService, data: bytes, call: Call) -> None:
         self._store = ""
@@ -282,8 +302,8 @@ class _Turn:
             request = parsed(pb.RetrieveRequest.FromString, data)
             call.caller.check("read", request.store)
             self._store = request.store
-            self._future = service._begun(request, call, streamed=True)
-        except Exception as error:  # noqa: BLE001  told in the answer
+            self._future = service.start(request, call, streamed=True)
+        except Exception as error:  # noqa: BLE001  it is the answer
             self._error = error
 
     async def answer(self) -> bytes:

@@ -20,20 +20,17 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from tagstore.errors import Unavailable
-from tagstore.retrieval.engine import Found
 from tagstore.serving import metrics, tracing
 from tagstore.serving.access import Access
 from tagstore.serving.admin_service import AdminService
 from tagstore.serving.audit import Audit
 from tagstore.serving.certificates import Certificates, Tls
-from tagstore.serving.door import Door
-from tagstore.serving.gate import Call, Gate
+from tagstore.serving.gate import Call, Door, Gate
 from tagstore.serving.live_catalog import LiveCatalog
 from tagstore.serving.loop import loop, run
 from tagstore.serving.methods import Methods
 from tagstore.serving.ports import reserved
-from tagstore.serving.retrieve_service import Query, TagStoreService, answered, found
-from tagstore.serving.search_queue import Searches
+from tagstore.serving.retrieve_service import TagStoreService
 from tagstore.serving.settings import Settings, checked_host
 from tagstore_proto.v1 import tagstore_pb2, tagstore_pb2_grpc
 
@@ -44,8 +41,6 @@ SERVICE = tagstore_pb2.DESCRIPTOR.services_by_name["TagStore"].full_name
 ADMIN = tagstore_pb2.DESCRIPTOR.services_by_name["Admin"].full_name
 SWITCH_SECONDS = 0.0005
 """How long a thread may hold the interpreter while another waits for it; Python's 5 ms are longer than our calls take."""
-SEARCH_ROWS = 256
-"""Queries of one search."""
 LONG_THREADS = 8
 """Administrators' calls at a time; others wait."""
 ACCEPTORS = 8
@@ -92,7 +87,7 @@ class Server:
         self._host = checked_host(address, settings)
         self.settings = settings
         limits = settings.limits
-        self.catalog = LiveCatalog(root, device=device, limits=limits)
+        self.catalog = LiveCatalog(root, device=device)
         access = Access(
             settings.tokens or None, anonymous=settings.anonymous, certificates=bool(settings.tls_client_ca)
         )
@@ -102,20 +97,17 @@ class Server:
         self.gate.closed = "the server is opening its stores: try again in a moment"
         if settings.tracing:
             tracing.enable()
-        self.searches: Searches[Query, Found, bytes] = Searches(
-            found,
-            answered,
-            loop(),
-            rows=SEARCH_ROWS,
-            threads=max(2, settings.cores or os.cpu_count() or 1),
-            max_wait=limits.search_wait,
-            spare=limits.search_queue,
-            inline=limits.search_inline,
-            alone=lambda: self.gate.in_flight <= 1,
-            observe=self._observe,
-        )
         # administrators have threads of their own: what takes long would keep the others from the short calls
         self._threads = ThreadPoolExecutor(limits.threads, thread_name_prefix="rpc")
+        self._service = TagStoreService(
+            self.catalog,
+            limits,
+            self._threads,
+            loop(),
+            searchers=max(2, settings.cores or os.cpu_count() or 1),
+            alone=self.gate.is_idle,
+        )
+        self.searches, self.embeddings = self._service.searches, self._service.embeddings
         self._long_threads = ThreadPoolExecutor(LONG_THREADS, thread_name_prefix="rpc-long")
         self._ended = threading.Event()
         self._watch: threading.Thread | None = None
@@ -133,9 +125,7 @@ class Server:
         """The parts that belong to the event loop."""
         settings, limits = self.settings, self.settings.limits
         calls, long = Methods(self.gate, self._threads), Methods(self.gate, self._long_threads, long=True)
-        tagstore_pb2_grpc.add_TagStoreServicer_to_server(
-            TagStoreService(self.catalog, self.searches, limits, self._threads), calls
-        )
+        tagstore_pb2_grpc.add_TagStoreServicer_to_server(self._service, calls)
         admin = AdminService(self.catalog, self.gate, lambda message: self.announce(message))
         tagstore_pb2_grpc.add_AdminServicer_to_server(admin, long)
         names = (SERVICE, ADMIN, health.SERVICE_NAME, reflection.SERVICE_NAME)
@@ -164,10 +154,6 @@ class Server:
 
     async def _all(self, what: Callable[[Any], Awaitable[None]]) -> None:
         await asyncio.gather(*map(what, self._acceptors))
-
-    def _observe(self, query: Query, rows: int, waited: float) -> None:
-        metrics.batch("search", rows, self.searches.depth)
-        metrics.stage("queue", query.engine.snapshot.store.name, waited)
 
     @property
     def address(self) -> str:
@@ -209,7 +195,7 @@ class Server:
         run(self._health.enter_graceful_shutdown())
         run(self._all(lambda acceptor: acceptor.stop(grace)))
         self._ended.set()
-        self.searches.close()
+        self._service.close()
         for threads in (self._threads, self._long_threads):
             threads.shutdown(wait=False)
         if self._watch is not None:

@@ -1,4 +1,4 @@
-"""Spans for OpenTelemetry, where it is wanted and installed (`tagstore[otel]`); otherwise nothing, at no cost."""
+"""Spans for OpenTelemetry, where it is switched on and installed (`tagstore[otel]`); otherwise nothing, at no cost."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any
 
 from tagstore.errors import MissingExtra
 
-_NOTHING: AbstractContextManager[Any] = nullcontext()
+NO_SPAN: AbstractContextManager[Any] = nullcontext()
+enabled = False
+"""Whether spans are taken."""
 _tracer: Any = None
 
 
@@ -28,33 +30,29 @@ def enable() -> None:
 
 
 def use(provider: Any) -> None:
-    """Take spans from a provider; None to take none."""
-    global _tracer
+    """Give spans to a provider; None for nobody."""
+    global _tracer, enabled
     _tracer = provider.get_tracer("tagstore") if provider is not None else None
+    enabled = _tracer is not None
 
 
-def enabled() -> bool:
-    """Whether spans are taken."""
-    return _tracer is not None
-
-
-def begun(name: str, **attributes: str | int) -> Callable[[object], None]:
-    """A span that lasts until what is returned is called; a child of the one around it. Only where spans are taken."""
-    begun = _tracer.start_span(name, attributes=attributes)
-    return lambda _: begun.end()
+def start(name: str, **attributes: str | int) -> Callable[[object], None]:
+    """Start a child of the span around it and return what ends it. Only where spans are taken."""
+    span = _tracer.start_span(name, attributes=attributes)
+    return lambda _: span.end()
 
 
 def span(
     name: str, metadata: Iterable[tuple[str, str | bytes]] = (), **attributes: str | int
 ) -> AbstractContextManager[Any]:
-    """A span around what is done inside; a child of the caller's where its metadata carries a trace."""
+    """Return a span around what is done inside; a child of the caller's where its metadata carries a trace."""
     if _tracer is None:
-        return _NOTHING
+        return NO_SPAN
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
     carrier = {key: str(value) for key, value in metadata if key in ("traceparent", "tracestate")}
     parent = TraceContextTextMapPropagator().extract(carrier) if carrier else None
-    span: AbstractContextManager[Any] = _tracer.start_as_current_span(
+    started: AbstractContextManager[Any] = _tracer.start_as_current_span(
         name, context=parent, attributes=attributes
     )
-    return span
+    return started
