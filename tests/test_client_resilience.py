@@ -174,6 +174,9 @@ async def test_a_server_that_does_not_answer_ends_with_the_deadline_and_is_named
     blocking, awaited, stats, _ = await both(f"grpc://{one.address}/s?timeout=0.2&on_failure=empty", [b"1"])
     assert blocking == awaited
     assert (blocking[0].degraded, blocking[0].version, len(blocking[0]), stats.degraded) == (True, 0, 0, 1)
+    with connect(f"grpc://{one.address}/s?timeout=0.2") as source:  # a single call may say so as well
+        assert source.retrieve([b"1"], on_failure="empty")[0].degraded
+        assert one.address in source.stats().last_error
 
 
 class Relay:

@@ -13,7 +13,7 @@ import pytest
 
 from pictures import COLOURS, picture
 from tagstore import errors
-from tagstore.client import aio, connect
+from tagstore.client import aio, connect, require
 from tagstore.client.urls import locate
 from tagstore.types import Exclude, Identity, Search
 
@@ -173,6 +173,29 @@ def test_embeddings_are_asked_for_once_and_cannot_be_changed(url: str) -> None:
         everything = [t.tag_id for t in source.vocabulary()]
         assert len(source.tags(everything, embeddings=True)) == len(everything)
         assert len(source._embeddings._tags) == 8
+
+
+def test_embeddings_of_an_answer_come_in_the_order_of_its_tags(url: str) -> None:
+    with connect(url) as source:
+        [answer] = source.retrieve(IMAGES[:1], preload=True)
+        requests = source.stats().requests
+        rows = source.embeddings(answer)
+        assert source.stats().requests == requests
+        tags = source.tags([t.tag_id for t in answer], embeddings=True)
+        np.testing.assert_array_equal(rows, [tag.embedding for tag in tags])
+        [nothing] = source.retrieve(IMAGES[:1], where={"no": "such"})
+        assert len(source.embeddings(nothing)) == 0
+
+
+def test_answers_of_another_store_or_version_are_refused(url: str) -> None:
+    with connect(url) as source, connect(f"random+{url}") as control, connect("null://") as nothing:
+        answers = source.retrieve(IMAGES[:2])
+        require(answers)
+        require(answers, "shapes", 1)
+        for store, version in (("flickr8k", 0), ("shapes", 7), ("", 7)):
+            with pytest.raises(errors.InvalidInput, match=r"required, and shapes@1 answered"):
+                require(answers, store, version)
+        require([*control.retrieve(IMAGES[:1]), *nothing.retrieve(IMAGES[:1])], "flickr8k", 7)
 
 
 def _cached(source) -> tuple[int, int, list]:

@@ -25,7 +25,7 @@ from tagstore.client.connecting import connect
 from tagstore.client.options import ConnectOptions, OnFailure, Options, SearchOptions
 from tagstore.client.prefetch import TagPrefetcher
 from tagstore.client.queries import Image
-from tagstore.client.source import Pin
+from tagstore.client.source import Pin, require
 from tagstore.client.stats import Stats
 from tagstore.client.urls import parse
 from tagstore.types import Fingerprint, Identity, Retrieval, StoreInfo, TagInfo
@@ -42,6 +42,7 @@ __all__ = [
     "TagSource",
     "connect",
     "parse",
+    "require",
 ]
 
 
@@ -80,6 +81,13 @@ class TagSource(Protocol):
 
     def tags(self, tag_ids: Sequence[int], *, embeddings: bool = False) -> list[TagInfo]:
         """Tags by id, with their text embeddings (read-only) if asked for, which are kept in memory. Raises `NotFound`."""
+        ...
+
+    def embeddings(self, answer: Retrieval) -> NDArray[np.float32]:
+        """Text embeddings `[n, D]` of the tags of an answer, in their order; each crosses the wire once.
+
+        With `preload=True` they come with the answer. Raises `InvalidInput` for a store without text embeddings.
+        """
         ...
 
     def vocabulary(self, *, embeddings: bool = False) -> Iterator[TagInfo]:

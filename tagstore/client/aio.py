@@ -65,6 +65,11 @@ class AsyncSource(Flows):
         found: list[TagInfo] = await self._run(self._tags(tag_ids, embeddings, self._version))
         return found
 
+    async def embeddings(self, answer: Retrieval) -> NDArray[np.float32]:
+        """See `TagSource.embeddings`."""
+        rows: NDArray[np.float32] = await self._run(self._embeddings_of(answer))
+        return rows
+
     async def vocabulary(self, *, embeddings: bool = False) -> AsyncIterator[TagInfo]:
         """See `TagSource.vocabulary`."""
         first, version = 0, self._version

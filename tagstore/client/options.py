@@ -29,13 +29,14 @@ class SearchOptions(TypedDict, total=False):
     exclude: Self | Exclude | None
     exclude_distance: int
     exclude_keys: Sequence[str]
+    on_failure: OnFailure
+    preload: bool
 
 
 class ConnectOptions(SearchOptions, total=False):
     """What `connect` takes. See `Options`."""
 
     timeout: float
-    on_failure: OnFailure
     retries: int
     hedge: float
     breaker: int
@@ -48,7 +49,6 @@ class ConnectOptions(SearchOptions, total=False):
     cache: str
     cache_bytes: int
     embedding_cache: int
-    preload: bool
     seed: int
     tags: int
 
@@ -125,7 +125,7 @@ class Options:
 
         Raises `InvalidInput` for an option that there is not, by name.
         """
-        known = _SEARCH | _GUARD if call else _SEARCH | _OWN
+        known = _SEARCH | _OF_CALL if call else _SEARCH | _OWN
         unknown = [name for name in options if name not in known]
         if unknown:
             where = "retrieve takes no option" if call else "there is no option"
@@ -149,7 +149,7 @@ class Options:
 
 _SEARCH = {f.name for f in fields(Search)} - {"exclude"}
 _OWN = {f.name for f in fields(Options)} - {"search"}
-_GUARD = {"exclude", "exclude_distance", "exclude_keys"}
+_OF_CALL = {"exclude", "exclude_distance", "exclude_keys", "on_failure", "preload"}
 _HINTS = {
     "timeout": "seconds, more than 0",
     "cooldown": "seconds, more than 0",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self, Unpack
 
@@ -63,6 +63,21 @@ class Pin:
         return f"{self.store}@{self.version}"
 
 
+def require(answers: Iterable[Retrieval], store: str = "", version: int = 0) -> None:
+    """Refuse answers of another store or version than the ones that a checkpoint names; empty and 0 allow any.
+
+    Answers without tags and those of random:// pass. Raises `InvalidInput`.
+    """
+    for answer in answers:
+        if not answer.tags or answer.store == "random":  # random tags are a control experiment
+            continue
+        if (store and answer.store != store) or (version and answer.version != version):
+            wanted = f"{store or answer.store}@{version}" if version else store
+            raise InvalidInput(
+                f"{wanted} is required, and {answer.store}@{answer.version} answered: end the URL with /{wanted}"
+            )
+
+
 class Flows:
     """What a source does, whichever way it waits."""
 
@@ -81,10 +96,11 @@ class Flows:
         place = f"{location.scheme}://{location.place}/{location.store}"
         self._cache = AnswerCache(options.cache, options.cache_bytes, place) if options.cache else None
         self._log = _Seldom()
+        self._last_error = ""
 
     def stats(self) -> Stats:
         """What was done so far, by all processes that share this source."""
-        return Stats(**self.counters.read(), addresses=self.backend.health())
+        return Stats(**self.counters.read(), addresses=self.backend.health(), last_error=self._last_error)
 
     def __repr__(self) -> str:
         version = f" at version {self._version}" if self._version else ""
@@ -122,13 +138,14 @@ class Flows:
     def _answering(self, ask: Ask) -> Flow:
         try:
             answers: list[Retrieval] = yield from self._cached(ask)
-            if self.options.preload and any(answers):
+            if ask.options.preload and any(answers):
                 version = answers[0].version
                 yield from self._tags(list({t.tag_id for a in answers for t in a}), True, version)
         except TagstoreError as error:
-            if self.options.on_failure == "raise" or not _is_failure(error):
+            if ask.options.on_failure == "raise" or not _is_failure(error):
                 raise
             self.counters.add(queries=len(ask), degraded=len(ask))
+            self._last_error = str(error)
             self._log.warning("%s gives no tags: %s", self.url, error)
             return [Retrieval(self.location.store, 0, "", (), (), degraded=True)] * len(ask)
         excluded = [a.excluded for a in answers]
@@ -170,6 +187,15 @@ class Flows:
                 self._embeddings.put(found, version)
         return [known[i] for i in tag_ids]
 
+    def _embeddings_of(self, answer: Retrieval) -> Flow:
+        tags: list[TagInfo] = yield from self._tags([t.tag_id for t in answer.tags], True, answer.version)
+        rows = [tag.embedding for tag in tags if tag.embedding is not None]
+        if len(rows) < len(tags):
+            raise InvalidInput(
+                f"the tags of store '{answer.store}' have no text embeddings: it was made without; embed its tags"
+            )
+        return np.stack(rows) if rows else np.zeros((0, 0), np.float32)
+
     def _close_cache(self) -> None:
         if self._cache is not None:
             self._cache.close()
@@ -202,6 +228,10 @@ class Source(Flows):
     def tags(self, tag_ids: Sequence[int], *, embeddings: bool = False) -> list[TagInfo]:
         found: list[TagInfo] = self._run(self._tags(tag_ids, embeddings, self._version))
         return found
+
+    def embeddings(self, answer: Retrieval) -> NDArray[np.float32]:
+        rows: NDArray[np.float32] = self._run(self._embeddings_of(answer))
+        return rows
 
     def vocabulary(self, *, embeddings: bool = False) -> Iterator[TagInfo]:
         first, version = 0, self._version

@@ -52,6 +52,8 @@ class Stats:
     embedding_misses: int = 0
     addresses: dict[str, str] = field(default_factory=dict)
     """Of this process: each address with the state of its circuit, `closed`, `open` or `half-open`."""
+    last_error: str = ""
+    """Of this process: why the newest degraded answer has no tags."""
 
     @property
     def cache_hit_rate(self) -> float:
@@ -64,7 +66,7 @@ class Stats:
         return self.embedding_hits / max(1, self.embedding_hits + self.embedding_misses)
 
 
-COUNTED = tuple(f.name for f in fields(Stats) if f.name != "addresses")
+COUNTED = tuple(f.name for f in fields(Stats) if f.type == "int")
 
 _lock = Lock()
 _mapped: weakref.WeakValueDictionary[str, Counters] = weakref.WeakValueDictionary()
