@@ -11,7 +11,7 @@ try:
 except ModuleNotFoundError:
     sys.exit("the tagstore command needs the server extra: pip install 'tagstore[server]'")
 
-from tagstore.cli import indexing, maintenance, pipeline, recording, serving, stores
+from tagstore.cli import catalog, indexing, ingest, recording, serving, upkeep
 from tagstore.errors import TagstoreError
 
 
@@ -29,7 +29,7 @@ def cli(verbose: bool) -> None:
     )
 
 
-for module in (pipeline, recording, serving, stores, maintenance, indexing):
+for module in (ingest, recording, serving, catalog, upkeep, indexing):
     for command in module.COMMANDS:
         cli.add_command(command)
 

@@ -10,7 +10,7 @@ from tagstore.client import stats
 from tagstore.client.mapfile import Map, options_of
 from tagstore.client.options import ConnectOptions, Options
 from tagstore.client.source import Backend, Source
-from tagstore.client.sources.controls import NullBackend, RandomBackend, of_file
+from tagstore.client.sources.random_tags import NullBackend, RandomBackend, of_file
 from tagstore.client.sources.local import LocalBackend
 from tagstore.client.sources.remote import RemoteBackend, Wire
 from tagstore.client.sources.replay import ReplayBackend

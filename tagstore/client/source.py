@@ -15,7 +15,7 @@ from typing import Any, Protocol, Self, Unpack
 import numpy as np
 from numpy.typing import NDArray
 
-from tagstore.client.caches import AnswerCache, EmbeddingCache
+from tagstore.client.answer_cache import AnswerCache, EmbeddingCache
 from tagstore.client.forks import Lock
 from tagstore.client.options import Options, SearchOptions
 from tagstore.client.queries import Ask, Image, asks
