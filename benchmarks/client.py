@@ -40,10 +40,10 @@ OPTIONS: list[dict] = [
     {"k": 10, "order": "similarity", "exclude": "self"},
     {"min_similarity": 0.6, "order": "relevance", "exact": True},
     {
-        "exclude": Exclude(key=True, sha256=True, perceptual_hash=10, entry_ids=(1, 2, 3)),
+        "exclude": Exclude(key=True, sha256=True, hash_distance=10, entry_ids=(1, 2, 3)),
         "exclude_keys": ["nobody"],
     },
-    {"neighbours": False, "texts": False, "nprobe": 4, "ef_search": 32},
+    {"with_neighbours": False, "with_texts": False, "nprobe": 4, "ef_search": 32},
     {"where": {"split": "train"}},
 ]
 

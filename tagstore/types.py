@@ -5,11 +5,13 @@ Pair ──mine──▶ Tag      Pair ──embed──▶ unit vector      que
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import wraps
 from hashlib import sha256
 from json import dumps
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +24,53 @@ ORDERS: tuple[Order, ...] = get_args(Order)
 
 Vectors = NDArray[np.float32]
 """`[N, D]` float32, every row of unit length."""
+
+T = TypeVar("T")
+_FORMER_NAMES: dict[type, dict[str, str]] = {}
+"""For each type, the former names of its fields with the present ones."""
+
+
+def current_names(kind: type, values: Mapping[str, Any], *, stacklevel: int = 3) -> dict[str, Any]:
+    """Replace former names of a type's fields by the present ones, with a `DeprecationWarning` for each."""
+    former = _FORMER_NAMES.get(kind, {})
+    renamed = {former[name]: value for name, value in values.items() if name in former}
+    for name in former.keys() & values.keys():
+        _warn(kind, name, stacklevel + 1)
+    return {**{name: value for name, value in values.items() if name not in former}, **renamed}
+
+
+def _renamed(**former: str) -> Callable[[type[T]], type[T]]:
+    """Let a dataclass accept former names of its fields, as keywords and as attributes."""
+
+    def decorate(kind: Any) -> Any:
+        _FORMER_NAMES[kind] = former
+        create = kind.__init__
+
+        @wraps(create)
+        def init(self: Any, *args: Any, **values: Any) -> None:
+            create(
+                self, *args, **(values if former.keys().isdisjoint(values) else current_names(kind, values))
+            )
+
+        kind.__init__ = init
+        for name, present in former.items():
+            setattr(kind, name, _alias(kind, name, present))
+        return kind
+
+    return decorate
+
+
+def _alias(kind: type, name: str, present: str) -> property:
+    def get(self: Any) -> Any:
+        _warn(kind, name, 3)
+        return getattr(self, present)
+
+    return property(get)
+
+
+def _warn(kind: type, name: str, stacklevel: int) -> None:
+    message = f"{kind.__name__}.{name} is now called {_FORMER_NAMES[kind][name]}"
+    warnings.warn(message, DeprecationWarning, stacklevel=stacklevel)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +172,7 @@ class Entry:
     """Where the image was read."""
 
 
+@_renamed(perceptual_hash="hash_distance")
 @dataclass(frozen=True, slots=True)
 class Exclude:
     """Entries that must not be among a query's neighbours. A training query that finds its own image teaches a model to copy."""
@@ -131,8 +181,8 @@ class Exclude:
     """The entry that has the query's own key (`Identity.key`)."""
     sha256: bool = False
     """Entries of the very same encoded image."""
-    perceptual_hash: int = -1
-    """Entries whose pHash differs from the query's in at most so many of 64 bits; -1 to leave them in."""
+    hash_distance: int = -1
+    """Entries whose perceptual hash differs from the query's in at most this many of 64 bits; -1 to compare none."""
     keys: tuple[str, ...] = ()
     """Further keys that no query of the request may find."""
     entry_ids: tuple[int, ...] = ()
@@ -149,6 +199,7 @@ class Identity:
     """64 bits unsigned, or None if not known."""
 
 
+@_renamed(neighbours="with_neighbours", texts="with_texts")
 @dataclass(frozen=True, slots=True)
 class Search:
     """How queries are answered: the options of a request, the same for each of its queries."""
@@ -170,9 +221,9 @@ class Search:
     """Of an inverted file: lists visited; 0 for what the index was tuned to. Ignored by other kinds."""
     ef_search: int = 0
     """Of HNSW: length of the candidate list; 0 for what the index was tuned to. Ignored by other kinds."""
-    neighbours: bool = True
+    with_neighbours: bool = True
     """Return neighbours, and of each tag those that carry it."""
-    texts: bool = True
+    with_texts: bool = True
     """Return the tags' texts and kinds; a caller that knows the vocabulary needs only the ids."""
 
 

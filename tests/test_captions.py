@@ -46,7 +46,7 @@ def test_a_caption_is_answered_as_its_embedding(urls: tuple[str, str], mini) -> 
             for options in (
                 {},
                 {"k": 18, "max_tags": 3, "order": "relevance"},
-                {"neighbours": False, "texts": False},
+                {"with_neighbours": False, "with_texts": False},
             ):
                 by_vector = source.retrieve(vectors=vectors, fingerprint=mini.fingerprint, **options)
                 assert source.retrieve(captions=CAPTIONS, **options) == by_vector

@@ -98,7 +98,12 @@ def test_all_of_a_search_reaches_the_store(url: str) -> None:
     with connect(url) as source:
         [plain] = source.retrieve([picture("red", "circle")], k=4)
         [bare] = source.retrieve(
-            [picture("red", "circle")], k=4, neighbours=False, texts=False, max_tags=3, order="similarity"
+            [picture("red", "circle")],
+            k=4,
+            with_neighbours=False,
+            with_texts=False,
+            max_tags=3,
+            order="similarity",
         )
         assert (plain.neighbours[0].key, bare.neighbours, len(bare)) == ("red-circle", (), 3)
         assert {t.tag for t in bare} == {""}

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -67,7 +69,7 @@ def test_store_and_tags_survive_the_wire() -> None:
     assert convert.tags_from_proto(pb.GetTagsResponse(tags=convert.tags_to_proto(tags))) == tags
 
 
-EXCLUDE = Exclude(key=True, sha256=True, perceptual_hash=0, keys=("a", "ü"), entry_ids=(1 << 40, 0))
+EXCLUDE = Exclude(key=True, sha256=True, hash_distance=0, keys=("a", "ü"), entry_ids=(1 << 40, 0))
 
 
 @pytest.mark.parametrize(
@@ -83,7 +85,11 @@ EXCLUDE = Exclude(key=True, sha256=True, perceptual_hash=0, keys=("a", "ü"), en
             exclude=EXCLUDE,
         ),
         Search(
-            exclude=Exclude(perceptual_hash=64), order="similarity", exact=True, neighbours=False, texts=False
+            exclude=Exclude(hash_distance=64),
+            order="similarity",
+            exact=True,
+            with_neighbours=False,
+            with_texts=False,
         ),
         Search(nprobe=9, ef_search=128, min_similarity=0.0, exclude=Exclude(keys=("x",))),
     ],
@@ -135,3 +141,18 @@ def test_errors_survive_the_wire(error: errors.TagstoreError) -> None:
 
 def test_an_unknown_status_is_still_an_error() -> None:
     assert type(status.error_from_proto(pb.Error(code=4711, message="odd"))) is errors.TagstoreError
+
+
+def test_former_names_of_options_still_work_and_warn() -> None:
+    with pytest.warns(DeprecationWarning, match="Search.neighbours is now called with_neighbours"):
+        search = Search(k=3, neighbours=False)  # type: ignore[call-arg]
+    assert search == Search(k=3, with_neighbours=False)
+    with pytest.warns(DeprecationWarning, match="Search.texts is now called with_texts"):
+        assert replace(search, texts=False).with_texts is False
+    with pytest.warns(
+        DeprecationWarning, match="Exclude.perceptual_hash is now called hash_distance"
+    ) as caught:
+        assert Exclude(hash_distance=4).perceptual_hash == 4  # type: ignore[attr-defined]
+    assert caught[0].filename == __file__
+    with pytest.raises(TypeError, match="unexpected keyword argument 'neighbors'"):
+        Search(neighbors=False)  # type: ignore[call-arg]

@@ -208,9 +208,8 @@ def brute(
             (exclude.key and entry.key == own.key)
             or (exclude.sha256 and entry.sha256 == own.sha256)
             or (
-                exclude.perceptual_hash >= 0
-                and (entry.perceptual_hash ^ (own.perceptual_hash or 0)).bit_count()
-                <= exclude.perceptual_hash
+                exclude.hash_distance >= 0
+                and (entry.perceptual_hash ^ (own.perceptual_hash or 0)).bit_count() <= exclude.hash_distance
             )
             or entry.key in exclude.keys
             or entry.entry_id in exclude.entry_ids
@@ -273,7 +272,7 @@ def test_k_neighbours_come_back_whatever_is_kept_out(
     near = {n for ids, _, _ in engines["flat"].nearest(queries, Search(k=200)) for n in ids}
     search = Search(
         k=7,
-        exclude=Exclude(key=True, sha256=True, perceptual_hash=1, entry_ids=tuple(near)),
+        exclude=Exclude(key=True, sha256=True, hash_distance=1, entry_ids=tuple(near)),
         where={"size": "1"},
     )
     identities = [Identity(e.key, e.sha256, e.perceptual_hash) for e in snapshot.entries(np.arange(6))]
@@ -295,7 +294,7 @@ def test_a_guard_that_could_not_hold_is_refused(small: Engine) -> None:
     for exclude, missing in (
         (Exclude(key=True), "key"),
         (Exclude(sha256=True), "sha256"),
-        (Exclude(perceptual_hash=3), "perceptual_hash"),
+        (Exclude(hash_distance=3), "perceptual_hash"),
     ):
         for identities in ([], [Identity()]):
             with pytest.raises(
@@ -303,7 +302,7 @@ def test_a_guard_that_could_not_hold_is_refused(small: Engine) -> None:
             ):
                 small.retrieve(query, Search(exclude=exclude), identities)
     for search, identities, what in (
-        (Search(exclude=Exclude(perceptual_hash=65)), [], "0 to 64 bits"),
+        (Search(exclude=Exclude(hash_distance=65)), [], "0 to 64 bits"),
         (Search(), [Identity(sha256=b"short")], "has 5 bytes"),
         (Search(), [Identity(perceptual_hash=1 << 64)], "64 bits, unsigned"),
         (Search(), [Identity()] * 2, "2 identities for 1 queries"),
@@ -331,7 +330,7 @@ def test_tags_come_in_the_order_asked_for_and_only_as_much_of_them(small: Engine
         first = signals.pop(order)
         ranked = sorted(whole.tags, key=lambda t: (first(t), *(s(t) for s in signals.values()), t.tag_id))
         assert list(answer.tags) == ranked
-    [bare] = small.retrieve(query, Search(k=9, neighbours=False, texts=False))
+    [bare] = small.retrieve(query, Search(k=9, with_neighbours=False, with_texts=False))
     assert bare.neighbours == ()
     assert [replace(t, tag="", neighbours=()) for t in whole.tags] == list(bare.tags)
 

@@ -29,8 +29,8 @@ OPTIONS = [
     {"k": 3, "max_tags": 4, "order": "similarity"},
     {"k": 7, "min_similarity": 0.5, "order": "relevance", "exact": True},
     {"k": 2, "exclude": "self"},
-    {"exclude": Exclude(key=True, keys=("red-square",), entry_ids=(3,)), "neighbours": False},
-    {"exclude": "self", "exclude_distance": 12, "exclude_keys": ["blue-circle"], "texts": False},
+    {"exclude": Exclude(key=True, keys=("red-square",), entry_ids=(3,)), "with_neighbours": False},
+    {"exclude": "self", "exclude_distance": 12, "exclude_keys": ["blue-circle"], "with_texts": False},
     {"where": {"brand": "none"}},
 ]
 

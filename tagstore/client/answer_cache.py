@@ -87,9 +87,7 @@ class AnswerCache:
         """What decides the answer to one query of a request."""
         query = ask.query(row) + (b"" if ask.vectors is None else ask.vectors.dtype.str.encode())
         search = astuple(ask.search)
-        guarded = (
-            ask.search.exclude.key or ask.search.exclude.sha256 or ask.search.exclude.perceptual_hash >= 0
-        )
+        guarded = ask.search.exclude.key or ask.search.exclude.sha256 or ask.search.exclude.hash_distance >= 0
         own = astuple(ask.identities[row]) if guarded and ask.identities else ()
         parts = repr((self._place, ask.version, ask.fingerprint, _plain(search), own, ask.kind)).encode()
         return hashlib.sha256(hashlib.sha256(parts).digest() + hashlib.sha256(query).digest()).digest()

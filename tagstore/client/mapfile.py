@@ -17,7 +17,7 @@ import numpy as np
 
 from tagstore.client.options import Options
 from tagstore.errors import Damaged, NotFound
-from tagstore.types import Exclude, Fingerprint, Kind, Retrieval, StoreInfo, TagInfo
+from tagstore.types import Exclude, Fingerprint, Kind, Retrieval, Search, StoreInfo, TagInfo
 
 FORMAT = 1
 SCHEMA = """
@@ -76,14 +76,31 @@ def tag_fields(tag: TagInfo) -> tuple[Any, ...]:
     return tag.tag_id, tag.text, tag.kind, tag.count, embedding
 
 
+_NAMES_ON_DISK = {
+    "with_neighbours": "neighbours",
+    "with_texts": "texts",
+    "hash_distance": "perceptual_hash",
+}
+"""Names that a map has for options, where they differ from those in Python: a map is read by later revisions, too."""
+
+
+def _on_disk(value: Search | Exclude) -> dict[str, Any]:
+    return {_NAMES_ON_DISK.get(name, name): value for name, value in asdict(value).items()}
+
+
+def _in_python(values: dict[str, Any]) -> dict[str, Any]:
+    names = {stored: name for name, stored in _NAMES_ON_DISK.items()}
+    return {names.get(name, name): value for name, value in values.items()}
+
+
 def asked(options: Options) -> dict[str, Any]:
     """What decides an answer, beside the query and the version, as JSON values."""
-    search = {**asdict(options.search), "where": dict(sorted(options.search.where.items()))}
+    search = {**_on_disk(options.search), "where": dict(sorted(options.search.where.items()))}
     del search["exclude"]
     exclude = options.exclude
     return {
         **search,
-        "exclude": json.loads(json.dumps(asdict(exclude))) if isinstance(exclude, Exclude) else exclude,
+        "exclude": json.loads(json.dumps(_on_disk(exclude))) if isinstance(exclude, Exclude) else exclude,
         "exclude_distance": options.exclude_distance,
         "exclude_keys": list(options.exclude_keys),
     }
@@ -94,9 +111,13 @@ def options_of(values: dict[str, Any]) -> dict[str, Any]:
     exclude = values["exclude"]
     if isinstance(exclude, dict):
         exclude = Exclude(
-            **{**exclude, "keys": tuple(exclude["keys"]), "entry_ids": tuple(exclude["entry_ids"])}
+            **{
+                **_in_python(exclude),
+                "keys": tuple(exclude["keys"]),
+                "entry_ids": tuple(exclude["entry_ids"]),
+            }
         )
-    return {**values, "exclude": exclude}
+    return {**_in_python(values), "exclude": exclude}
 
 
 class Map:

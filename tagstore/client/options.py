@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypedDict, get_args
 
 from tagstore.errors import InvalidInput
-from tagstore.types import Exclude, Order, Search
+from tagstore.types import Exclude, Order, Search, current_names
 
 OnFailure = Literal["raise", "empty"]
 Self = Literal["self"]
@@ -24,19 +24,18 @@ class SearchOptions(TypedDict, total=False):
     exact: bool
     nprobe: int
     ef_search: int
-    neighbours: bool
-    texts: bool
+    with_neighbours: bool
+    with_texts: bool
     exclude: Self | Exclude | None
     exclude_distance: int
     exclude_keys: Sequence[str]
-    on_failure: OnFailure
-    preload: bool
 
 
 class ConnectOptions(SearchOptions, total=False):
     """What `connect` takes. See `Options`."""
 
     timeout: float
+    on_failure: OnFailure
     retries: int
     hedge: float
     breaker: int
@@ -49,6 +48,7 @@ class ConnectOptions(SearchOptions, total=False):
     cache: str
     cache_bytes: int
     embedding_cache: int
+    preload: bool
     seed: int
     tags: int
 
@@ -125,16 +125,17 @@ class Options:
 
         Raises `InvalidInput` for an option that there is not, by name.
         """
-        known = _SEARCH | _OF_CALL if call else _SEARCH | _OWN
+        options = current_names(Search, options)
+        known = _SEARCH | _GUARD if call else _SEARCH | _OWN
         unknown = [name for name in options if name not in known]
         if unknown:
             where = "retrieve takes no option" if call else "there is no option"
             raise InvalidInput(
                 f"{where} {', '.join(map(repr, unknown))}; there are: {', '.join(sorted(known))}"
             )
-        if not isinstance(options.get("texts", True), bool):
+        if not isinstance(options.get("with_texts", True), bool):
             raise InvalidInput(
-                "texts says whether answers hold the tags' texts, true or false: queries by text are captions=[...]"
+                "with_texts says whether answers hold the tags' texts, true or false: queries by text are captions=[...]"
             )
         search = {name: value for name, value in options.items() if name in _SEARCH}
         own = {name: value for name, value in options.items() if name in _OWN}
@@ -149,7 +150,7 @@ class Options:
 
 _SEARCH = {f.name for f in fields(Search)} - {"exclude"}
 _OWN = {f.name for f in fields(Options)} - {"search"}
-_OF_CALL = {"exclude", "exclude_distance", "exclude_keys", "on_failure", "preload"}
+_GUARD = {"exclude", "exclude_distance", "exclude_keys"}
 _HINTS = {
     "timeout": "seconds, more than 0",
     "cooldown": "seconds, more than 0",
@@ -169,6 +170,7 @@ def from_query(pairs: Iterable[tuple[str, str]]) -> dict[str, Any]:
         **{name: getattr(_PLAIN, name) for name in _OWN},
     }
     for name, text in pairs:
+        (name,) = current_names(Search, {name: text})
         if name == "token":
             raise InvalidInput(
                 "a token does not belong in a URL, which is logged: pass token=, or set TAGSTORE_TOKEN"

@@ -179,11 +179,11 @@ def _guard(options: Options, own: Sequence[Identity], by_image: bool) -> Exclude
         exclude = Exclude(
             key=any(i.key for i in own),
             sha256=by_image or any(i.sha256 for i in own),
-            perceptual_hash=options.exclude_distance
+            hash_distance=options.exclude_distance
             if by_image or any(i.perceptual_hash is not None for i in own)
             else -1,
         )
-        if not (exclude.key or exclude.sha256 or exclude.perceptual_hash >= 0):
+        if not (exclude.key or exclude.sha256 or exclude.hash_distance >= 0):
             raise InvalidInput(
                 'exclude="self" cannot know which image a vector or caption is of: pass keys= or identities='
             )

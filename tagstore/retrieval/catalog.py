@@ -242,7 +242,7 @@ class Catalog:
             own = known[position]
             if exclude.sha256 and not own.sha256:
                 own = replace(own, sha256=sha256(images[position]).digest())
-            if exclude.perceptual_hash >= 0 and own.perceptual_hash is None:
+            if exclude.hash_distance >= 0 and own.perceptual_hash is None:
                 own = replace(own, perceptual_hash=perceptual_hash(image))
             known[position] = own
             return encoder.prepare(image)

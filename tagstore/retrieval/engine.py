@@ -205,9 +205,9 @@ class Engine:
         )
 
     def _retrieval(self, answer: Answer, search: Search) -> Retrieval:
-        ids, there = answer.entry_ids, search.neighbours
-        texts = answer.texts if search.texts else [""] * len(answer.tag_ids)
-        kinds: Sequence[Kind] = answer.kinds if search.texts else ["object"] * len(answer.tag_ids)
+        ids, there = answer.entry_ids, search.with_neighbours
+        texts = answer.texts if search.with_texts else [""] * len(answer.tag_ids)
+        kinds: Sequence[Kind] = answer.kinds if search.with_texts else ["object"] * len(answer.tag_ids)
         rows = zip(
             answer.tag_ids,
             texts,

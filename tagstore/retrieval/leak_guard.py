@@ -34,9 +34,9 @@ def check_exclude(exclude: Exclude, identities: Sequence[Identity], queries: int
             f"{len(exclude.keys) + len(exclude.entry_ids)} keys and entry ids to exclude: at most {MAX_EXCLUDED} in one request; "
             "what must never be found is better filtered by its metadata, or deleted"
         )
-    if not -1 <= exclude.perceptual_hash <= 64:
+    if not -1 <= exclude.hash_distance <= 64:
         raise InvalidInput(
-            f"exclude.perceptual_hash is {exclude.perceptual_hash}: 0 to 64 bits, or -1 to leave it out"
+            f"exclude.hash_distance is {exclude.hash_distance}: 0 to 64 bits, or -1 to leave it out"
         )
     for i, identity in enumerate(identities):
         if len(identity.sha256) not in (0, 32):
@@ -65,12 +65,12 @@ class Guard:
     ) -> None:
         check_exclude(exclude, identities, queries)
         self._snapshot = snapshot
-        self._bits = exclude.perceptual_hash
+        self._bits = exclude.hash_distance
         own = identities or [Identity()] * queries
         for asked, name, there in (
             (exclude.key, "key", [bool(i.key) for i in own]),
             (exclude.sha256, "sha256", [bool(i.sha256) for i in own]),
-            (exclude.perceptual_hash >= 0, "perceptual_hash", [i.perceptual_hash is not None for i in own]),
+            (exclude.hash_distance >= 0, "perceptual_hash", [i.perceptual_hash is not None for i in own]),
         ):
             if asked and not all(there):
                 raise InvalidInput(

@@ -33,14 +33,14 @@ class Answer(NamedTuple):
     """
 
     entry_ids: Sequence[int]
-    """Of the neighbours, best first; also where `Search.neighbours` is false."""
+    """Of the neighbours, best first; also where `Search.with_neighbours` is false."""
     keys: Sequence[str]
     similarities: Sequence[float]
     excluded: int
     tag_ids: Sequence[int]
     """In the order asked for, cut at `Search.max_tags`."""
     texts: Sequence[str]
-    """Empty where `Search.texts` is false, and so are `kinds`."""
+    """Empty where `Search.with_texts` is false, and so are `kinds`."""
     kinds: Sequence[Kind]
     tag_similarities: Sequence[float]
     relevance: Sequence[float]
@@ -128,6 +128,6 @@ def _answer(
     if search.max_tags:
         del rows[search.max_tags :]
     *ranks, _, tag_ids, at, named = zip(*rows, strict=True)
-    texts, kinds = zip(*named, strict=True) if search.texts else ((), ())
+    texts, kinds = zip(*named, strict=True) if search.with_texts else ((), ())
     best, relevant = ranks[_SIMILARITY[search.order]], ranks[_RELEVANCE[search.order]]
     return Answer(ids, keys, similarities, excluded, tag_ids, texts, kinds, best, relevant, at)

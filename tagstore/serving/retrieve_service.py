@@ -257,7 +257,7 @@ def _message(query: Query, answers: Iterable[Answer]) -> bytes:
 def _write(message: pb.Retrieval, answer: Answer, search: Search) -> None:
     """An answer into a message: what `Engine.retrieve` would say, without making values of it first."""
     message.excluded = answer.excluded
-    if search.neighbours:
+    if search.with_neighbours:
         add_neighbour = message.neighbours.add
         for entry_id, key, similarity in zip(answer.entry_ids, answer.keys, answer.similarities, strict=True):
             add_neighbour(entry_id=entry_id, key=key, similarity=similarity)
@@ -265,9 +265,9 @@ def _write(message: pb.Retrieval, answer: Answer, search: Search) -> None:
     columns = zip(answer.tag_ids, answer.tag_similarities, answer.relevance, answer.carriers, strict=True)
     for place, (tag_id, similarity, relevance, carriers) in enumerate(columns):
         tag = add_tag(tag_id=tag_id, similarity=similarity, relevance=relevance, votes=len(carriers))
-        if search.neighbours:
+        if search.with_neighbours:
             tag.neighbours.extend(carriers)
-        if search.texts:
+        if search.with_texts:
             tag.tag, tag.kind = answer.texts[place], convert.KIND_TO_WIRE[answer.kinds[place]]
 
 

@@ -96,14 +96,14 @@ def search_to_proto(request: pb.RetrieveRequest, search: Search, identities: Seq
     if search.exclude != _NOBODY:
         exclude = search.exclude
         request.exclude.key, request.exclude.sha256 = exclude.key, exclude.sha256
-        if exclude.perceptual_hash >= 0:
-            request.exclude.perceptual_hash = _uint32("exclude.perceptual_hash", exclude.perceptual_hash)
+        if exclude.hash_distance >= 0:
+            request.exclude.perceptual_hash = _uint32("exclude.hash_distance", exclude.hash_distance)
         request.exclude.keys.extend(exclude.keys)
         request.exclude.entry_ids.extend(exclude.entry_ids)
     request.exact, request.omit_neighbours, request.omit_texts = (
         search.exact,
-        not search.neighbours,
-        not search.texts,
+        not search.with_neighbours,
+        not search.with_texts,
     )
     for identity in identities:
         message = request.identities.add(key=identity.key, sha256=identity.sha256)
@@ -137,7 +137,7 @@ def search_from_proto(request: pb.RetrieveRequest) -> Search:
 
 
 def _search(options: tuple[Any, ...], exclude: Exclude, where: Mapping[str, str]) -> Search:
-    k, max_tags, min_similarity, order, exact, nprobe, ef_search, neighbours, texts = options
+    k, max_tags, min_similarity, order, exact, nprobe, ef_search, with_neighbours, with_texts = options
     return Search(
         k=k,
         max_tags=max_tags,
@@ -148,17 +148,17 @@ def _search(options: tuple[Any, ...], exclude: Exclude, where: Mapping[str, str]
         exact=exact,
         nprobe=nprobe,
         ef_search=ef_search,
-        neighbours=neighbours,
-        texts=texts,
+        with_neighbours=with_neighbours,
+        with_texts=with_texts,
     )
 
 
 @lru_cache(1024)
-def _plain_search(options: tuple[Any, ...], key: bool, sha256: bool, perceptual_hash: int) -> Search:
+def _plain_search(options: tuple[Any, ...], key: bool, sha256: bool, hash_distance: int) -> Search:
     """The same object for the same options: a server searches together what has one."""
-    nobody = not key and not sha256 and perceptual_hash < 0
+    nobody = not key and not sha256 and hash_distance < 0
     return _search(
-        options, _NOBODY if nobody else Exclude(key=key, sha256=sha256, perceptual_hash=perceptual_hash), {}
+        options, _NOBODY if nobody else Exclude(key=key, sha256=sha256, hash_distance=hash_distance), {}
     )
 
 
@@ -174,7 +174,7 @@ def _exclude_from_proto(message: pb.Exclude) -> Exclude:
     return Exclude(
         key=message.key,
         sha256=message.sha256,
-        perceptual_hash=message.perceptual_hash if message.HasField("perceptual_hash") else -1,
+        hash_distance=message.perceptual_hash if message.HasField("perceptual_hash") else -1,
         keys=tuple(message.keys),
         entry_ids=tuple(message.entry_ids),
     )
