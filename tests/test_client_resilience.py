@@ -22,10 +22,9 @@ from cryptography.x509.oid import NameOID
 
 from scripted import Behaviour, Scripted, fails
 from tagstore import errors
-from tagstore.client import aio, connect
+from tagstore.client import aio, channels, connect
 from tagstore.client.options import Options
 from tagstore.client.resilience import Attempts, Balancer, Breaker
-from tagstore.client.sources import remote
 
 CODE = grpc.StatusCode
 Make = Callable[..., Scripted]
@@ -103,7 +102,7 @@ def test_waits_grow_are_jittered_and_end_within_the_deadline() -> None:
         assert clock.now + following.timeout <= 110 + 1e-9
         return following
 
-    attempt = attempts.first()
+    attempt = attempts.next()
     with pytest.raises(errors.Unavailable, match=r"gone \(\d tries in .* s, 10 s allowed\)"):
         deque(accumulate(repeat(attempt, 20), lambda last, _: fail(last)), maxlen=0)
     assert all(0.05 * 2**i <= wait <= 0.1 * 2**i for i, wait in enumerate(waits[:4]))
@@ -113,8 +112,8 @@ def test_waits_grow_are_jittered_and_end_within_the_deadline() -> None:
 def test_a_silent_address_costs_its_share_of_the_time_and_work_goes_to_the_idle_one() -> None:
     balancer = Balancer(["a:1", "b:1", "c:1"], Options(timeout=9))
     attempts = Attempts(balancer, Clock())
-    assert attempts.first().timeout == pytest.approx(3)
-    assert len({balancer.pick().address for _ in range(2)} | {attempts.first().endpoint.address}) == 3
+    assert attempts.next().timeout == pytest.approx(3)
+    assert len({balancer.pick().address for _ in range(2)} | {attempts.next().endpoint.address}) == 3
 
 
 @pytest.mark.parametrize("code", [CODE.UNAVAILABLE, CODE.CANCELLED])
@@ -223,8 +222,8 @@ class Relay:
 def test_a_machine_that_vanishes_is_noticed_and_connected_to_again(
     server: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "KEEPALIVE_SECONDS", 0.2)
-    monkeypatch.setattr(remote, "KEEPALIVE_TIMEOUT", 0.2)
+    monkeypatch.setattr(channels, "KEEPALIVE_SECONDS", 0.2)
+    monkeypatch.setattr(channels, "KEEPALIVE_TIMEOUT", 0.2)
     one = server()
     relay = Relay(one.port)
     with connect(f"grpc://{relay.address}/s", timeout=0.5, retries=0, breaker=1000) as source:
@@ -354,8 +353,8 @@ def test_a_token_is_sent_and_never_to_strangers_from_the_environment(
     with connect(f"grpc://{one.address}/s") as source:
         source.retrieve([b"1"])
     assert [m.get("authorization") for m in one.metadata] == ["Bearer given", "Bearer of the environment"]
-    assert connect("grpcs://example.org:1/s").backend.wire.metadata
-    assert not connect("grpc://example.org:1/s").backend.wire.metadata
+    assert connect("grpcs://example.org:1/s").backend.channels.metadata
+    assert not connect("grpc://example.org:1/s").backend.channels.metadata
 
 
 @pytest.fixture(scope="module")

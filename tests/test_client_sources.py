@@ -177,7 +177,7 @@ def test_embeddings_are_asked_for_once_and_cannot_be_changed(url: str) -> None:
             first[0].embedding[0] = 1
         everything = [t.tag_id for t in source.vocabulary()]
         assert len(source.tags(everything, embeddings=True)) == len(everything)
-        assert len(source._embeddings._tags) == 8
+        assert len(source._embedded) == 8
 
 
 def test_embeddings_of_an_answer_come_in_the_order_of_its_tags(url: str) -> None:
