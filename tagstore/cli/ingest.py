@@ -1,10 +1,10 @@
-"""ingest, retag, reembed, mine: what makes versions and tags."""
+"""Commands that read pairs and captions: ingest, mine."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import Any
 
 import click
@@ -16,23 +16,18 @@ from tagstore.errors import InvalidInput
 @click.command()
 @click.argument("source")
 @click.option("--root", metavar="DIR", help="Directory of the stores.")
-@click.option("--store", metavar="NAME", help="Store to add to; it is made if it isn't there.")
+@click.option("--store", metavar="NAME", help="Store to add to; made if it does not exist.")
 @click.option(
     "--to",
     "url",
     metavar="URL",
-    help="Instead of --root and --store; grpc://HOST:PORT/NAME sends the pairs to a server.",
+    help="In place of --root and --store; grpc://HOST:PORT/NAME sends to a server.",
 )
-@click.option(
-    "--format",
-    "format_",
-    metavar="F",
-    help="folder, csv, tsv, jsonl, parquet or webdataset; found by looking if not given.",
-)
+@options.format_
 @click.option(
     "--encoder",
     metavar="E",
-    help="mini, NAME/PRETRAINED or local-dir:PATH; the store's own, or mini, if not given.",
+    help="mini, NAME/PRETRAINED or local-dir:PATH; by default the store's own, or mini.",
 )
 @options.miner
 @options.stoplist
@@ -50,7 +45,7 @@ from tagstore.errors import InvalidInput
     type=click.Choice(["full", "batch"]),
     default="full",
     show_default=True,
-    help="When work reaches the disk.",
+    help="When data reaches the disk.",
 )
 @options.device
 @options.as_json
@@ -72,13 +67,13 @@ def ingest(
     device: str,
     as_json: bool,
 ) -> None:
-    """Make a version of a store out of SOURCE.
+    """Make a version of a store from a source of pairs.
 
-    SOURCE is a folder of images with same-name .txt files, a CSV, TSV, JSON Lines or Parquet file, or WebDataset .tar shards; globs and
-    brace patterns are understood (quote them). A pair that can't be used is quarantined with its reason, the rest goes on. An ingest that
-    was cut off goes on where it stopped when it is run again.
+    SOURCE is a folder of images with same-name .txt files, a CSV, TSV, JSON Lines or Parquet file, or
+    WebDataset .tar shards; globs and brace patterns work if quoted. A pair that cannot be used is quarantined
+    with its reason, the rest goes on. Run an interrupted ingest again to continue it.
     """
-    from tagstore.readers import Columns
+    from tagstore.readers import Columns, read
 
     if bool(url) == bool(root or store) or (not url and not (root and store)):
         raise InvalidInput("say where to: --root DIR --store NAME, or --to URL")
@@ -88,7 +83,15 @@ def ingest(
             raise InvalidInput(
                 "a server mines with its own stop list and synonyms: leave --stoplist and --synonyms out"
             )
-        _send(url, source, format_, columns, allow_outside, encoder, miner, as_json)
+        from tagstore.client.admin import administer
+
+        pairs = read(source, format=format_, columns=columns, allow_outside=allow_outside)
+        with output.progress() as progress, administer(url) as admin:
+            origin = os.path.abspath(source)
+            ingested = admin.ingest(
+                pairs, encoder=encoder or "", miner=miner, source=origin, progress=progress
+            )
+        output.print_report(ingested, as_json)
         return
     if url:
         root, store, _ = options.local(url)
@@ -112,56 +115,7 @@ def ingest(
             sync=sync,
             progress=progress,
         )
-    if as_json:
-        click.echo(json.dumps(asdict(report)))
-    else:
-        output.print_report(report)
-
-
-def _send(
-    url: str,
-    source: str,
-    format_: str | None,
-    columns: Any,
-    allow_outside: bool,
-    encoder: str | None,
-    miner: str,
-    as_json: bool,
-) -> None:
-    import os
-
-    from tagstore.client.admin import administer
-    from tagstore.readers import read
-
-    pairs = read(source, format=format_, columns=columns, allow_outside=allow_outside)
-    with output.progress() as progress, administer(url) as admin:
-        report = admin.ingest(
-            pairs, encoder=encoder or "", miner=miner, source=os.path.abspath(source), progress=progress
-        )
-    if as_json:
-        click.echo(json.dumps(asdict(report)))
-    else:
-        output.print_report(report)
-
-
-@click.command()
-@click.argument("url")
-@click.option("--encoder", required=True, metavar="E", help="mini, NAME/PRETRAINED or local-dir:PATH.")
-@click.option(
-    "--source",
-    "sources",
-    multiple=True,
-    metavar="SRC",
-    help="Where the images are, if not where they were ingested from.",
-)
-@options.device
-def reembed(url: str, encoder: str, sources: tuple[str, ...], device: str) -> None:
-    """Make a version with another encoder's vectors, from the original images; the old one is served until then."""
-    from tagstore.upkeep.edits import reembed as run
-
-    root, store, _ = options.local(url)
-    version = run(root, store, encoder, sources=sources, device=device)
-    click.echo(f"{store}@{version.number}: {version.entries} entries, vectors of {version.fingerprint}")
+    output.print_report(report, as_json)
 
 
 @click.command()
@@ -169,7 +123,10 @@ def reembed(url: str, encoder: str, sources: tuple[str, ...], device: str) -> No
 @options.miner
 @options.as_json
 def mine(file: Any, miner: str, as_json: bool) -> None:
-    """Tags of captions: one caption a line of FILE, or of standard input for -."""
+    """Print the tags of captions, one caption a line.
+
+    FILE is a text file, or - for standard input.
+    """
     from tagstore.mining import mine as run
 
     captions: list[str] = []
@@ -183,37 +140,10 @@ def mine(file: Any, miner: str, as_json: bool) -> None:
     for tags in run(lines(), miner):
         caption = captions.pop(0)
         if as_json:
-            found = [
+            values = [
                 {"text": t.text, "kind": t.kind, "span": list(t.span), "score": round(t.score, 3)}
                 for t in tags
             ]
-            click.echo(json.dumps({"caption": caption, "tags": found}, ensure_ascii=False))
+            click.echo(json.dumps({"caption": caption, "tags": values}, ensure_ascii=False))
         else:
             click.echo(f"{caption}\n    " + (", ".join(f"{t.text} ({t.kind})" for t in tags) or "no tags"))
-
-
-@click.command()
-@click.argument("url")
-@options.miner
-@options.stoplist
-@options.synonyms
-@click.option(
-    "--min-count",
-    type=click.IntRange(1),
-    default=1,
-    show_default=True,
-    help="Leave out tags that fewer entries carry.",
-)
-def retag(url: str, miner: str, stoplist: str | None, synonyms: str | None, min_count: int) -> None:
-    """Make a version whose tags are mined again from the stored captions; no image is read or embedded."""
-    from tagstore.mining import load_rules
-    from tagstore.upkeep.edits import retag as run
-
-    root, store, _ = options.local(url)
-    version = run(root, store, miner=miner, vocabulary=load_rules(stoplist, synonyms, min_count))
-    click.echo(
-        f"{store}@{version.number}: {version.entries} entries, {version.tags} tags, {version.unique_tags} unique tags"
-    )
-
-
-COMMANDS = (ingest, retag, reembed, mine)

@@ -1,4 +1,4 @@
-"""record, verify-map: the answers to a data set in one file that needs no server."""
+"""Commands for maps, the answers to a data set in one file that needs no server: record, verify-map."""
 
 from __future__ import annotations
 
@@ -21,22 +21,17 @@ from tagstore.cli import options, output
     help="The map; connect to it with replay://FILE.",
 )
 @click.option(
-    "--images",
-    metavar="DIR",
-    help="DATASET is LLaVA-style JSON or JSON Lines, its image paths relative to DIR.",
+    "--images", metavar="DIR", help="DATASET is LLaVA-style JSON or JSON Lines, its images are in DIR."
 )
-@click.option(
-    "--format",
-    "format_",
-    metavar="F",
-    help="folder, csv, tsv, jsonl, parquet or webdataset; found by looking if not given.",
-)
+@options.format_
 @click.option("--key-column", metavar="C", help="Column or field with the unique key.")
 @click.option("--image-column", metavar="C", help="Column or field with the image or its path.")
 @click.option(
     "--workers", type=click.IntRange(1, 64), default=4, show_default=True, help="Requests at a time."
 )
-@click.option("--batch", type=click.IntRange(1, 32), default=16, show_default=True, help="Samples a request.")
+@click.option(
+    "--batch", type=click.IntRange(1, 32), default=16, show_default=True, help="Samples in a request."
+)
 @options.as_json
 def record(
     url: str,
@@ -50,42 +45,38 @@ def record(
     batch: int,
     as_json: bool,
 ) -> None:
-    """Ask URL once for every image of DATASET and keep the answers in a file.
+    """Keep the answers to a data set in one file.
 
-    DATASET is anything that `tagstore ingest` reads, or LLaVA-style JSON with --images. Options of the answers stand in the URL, as in
-    "grpc://localhost:50051/flickr8k@7?k=10&exclude=self". A recording that was cut off goes on where it stopped when it is run again.
+    DATASET is anything that `tagstore ingest` reads, or LLaVA-style JSON with --images. Its images are each
+    asked for once. Options of the answers stand in the URL, as in
+    "grpc://localhost:50051/flickr8k@7?k=10&exclude=self". Run an interrupted recording again to continue it.
     """
     from tagstore.client import connect
     from tagstore.client.datasets import samples
     from tagstore.client.recording import record as run
 
-    found = samples(dataset, images=images, format=format_, key=key_column, image=image_column)
+    pairs = samples(dataset, images=images, format=format_, key=key_column, image=image_column)
     with output.progress() as progress, connect(url, retries=20) as source:
-        recorded = run(source, found, out, workers=workers, batch=batch, progress=progress)
+        r = run(source, pairs, out, workers=workers, batch=batch, progress=progress)
     if as_json:
-        click.echo(json.dumps(asdict(recorded)))
+        click.echo(json.dumps(asdict(r)))
         return
-    r = recorded
-    click.echo(
-        f"{r.path}: {r.samples} samples of {r.store}@{r.version}, {r.tags} tags, {r.bytes:,} bytes, checksum {r.checksum}"
-    )
-    click.echo(
-        f"asked for {r.asked} in {r.seconds:.1f} s"
-        + (f"; {r.refused} were refused, the map says why" if r.refused else "")
-    )
+    size = f"{r.tags} tags, {r.bytes:,} bytes, checksum {r.checksum}"
+    click.echo(f"{r.path}: {r.samples} samples of {r.store}@{r.version}, {size}")
+    refused = f"; {r.refused} were refused, the map says why" if r.refused else ""
+    click.echo(f"asked for {r.asked} in {r.seconds:.1f} s{refused}")
 
 
 @click.command("verify-map")
-@click.argument("path", type=click.Path(exists=True, dir_okay=False))
+@click.argument("path", type=options.existing_file)
 def verify_map(path: str) -> None:
-    """Compare all of a recorded map with its checksums: exit code 1 and what is wrong if it differs."""
+    """Compare a recorded file with its checksums.
+
+    Exit code 1 if it differs.
+    """
     from tagstore.client.mapfile import Map
 
     map_ = Map(path)
     map_.verify()
-    click.echo(
-        f"{path} is sound: {map_.meta['samples']} samples of {map_.meta['store']}@{map_.meta['version']}"
-    )
-
-
-COMMANDS = (record, verify_map)
+    meta = map_.meta
+    click.echo(f"{path} is sound: {meta['samples']} samples of {meta['store']}@{meta['version']}")
