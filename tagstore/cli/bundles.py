@@ -42,20 +42,11 @@ def export(
 @click.command("import")
 @click.argument("path", type=options.existing_file)
 @options.root
+@click.option("--store", metavar="NAME", help="Name of the new store; by default the exported one's.")
 @click.option(
-    "--store", metavar="NAME", help="Name of the new store; by default the one it was exported from."
+    "--key", type=options.existing_file, metavar="PEM", help="Ed25519 public key that must have signed it."
 )
-@click.option(
-    "--key",
-    type=options.existing_file,
-    metavar="PEM",
-    help="Accept it only if this Ed25519 public key signed it.",
-)
-@click.option(
-    "--images",
-    metavar="DIR",
-    help="Unpack the images to a new folder DIR, with a pairs.jsonl that lists them.",
-)
+@click.option("--images", metavar="DIR", help="Unpack the images to a new folder, listed in pairs.jsonl.")
 def import_(path: str, root: str, store: str | None, key: str | None, images: str | None) -> None:
     """Make a store from an exported file.
 

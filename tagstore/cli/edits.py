@@ -26,19 +26,9 @@ from tagstore.errors import InvalidInput
     metavar="IMAGE",
     help="Entries that look like IMAGE.",
 )
-@click.option(
-    "--distance",
-    type=click.IntRange(0, 64),
-    default=4,
-    show_default=True,
-    help="For --near: bits of 64 in which perceptual hashes may differ.",
-)
-@click.option(
-    "--where", multiple=True, metavar="FIELD=VALUE", help="Entries with this metadata; several must all fit."
-)
-@click.option(
-    "--purge", is_flag=True, help="Remove their bytes from disk, and every version that held them, for good."
-)
+@options.number("--distance", 4, "For --near: bits in which perceptual hashes may differ.", least=0, most=64)
+@click.option("--where", multiple=True, metavar="FIELD=VALUE", help="Entries with all of this metadata.")
+@click.option("--purge", is_flag=True, help="Remove their bytes too, and every version that held them.")
 @click.option("--reason", default="", help="Why, for the takedown's record; required with --purge.")
 @click.option("--by", default="", help="Who, for the takedown's record; by default the user's name.")
 @options.as_json
@@ -132,13 +122,7 @@ def rollback(url: str, version: int) -> None:
 @options.miner
 @options.stoplist
 @options.synonyms
-@click.option(
-    "--min-count",
-    type=click.IntRange(1),
-    default=1,
-    show_default=True,
-    help="Leave out tags that fewer entries carry.",
-)
+@options.number("--min-count", 1, "Leave out tags that fewer entries carry.")
 def retag(url: str, miner: str, stoplist: str | None, synonyms: str | None, min_count: int) -> None:
     """Mine the stored captions again.
 

@@ -20,12 +20,7 @@ if TYPE_CHECKING:
 
 @click.command("build-index")
 @click.argument("url")
-@click.option(
-    "--recall",
-    default=0.95,
-    show_default=True,
-    help="Least share of the true neighbours that a search must find.",
-)
+@click.option("--recall", default=0.95, show_default=True, help="Least share of the true neighbours found.")
 @click.option("--k", default=5, show_default=True, help="Neighbours that recall is measured for.")
 @click.option("--memory", metavar="SIZE", help="Most memory of the index: 500M, 4G.")
 @click.option("--latency", metavar="TIME", help="Most time of one search, median: 5ms, 0.2s.")

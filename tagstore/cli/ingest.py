@@ -17,29 +17,16 @@ from tagstore.errors import InvalidInput
 @click.argument("source")
 @click.option("--root", metavar="DIR", help="Directory of the stores.")
 @click.option("--store", metavar="NAME", help="Store to add to; made if it does not exist.")
-@click.option(
-    "--to",
-    "url",
-    metavar="URL",
-    help="In place of --root and --store; grpc://HOST:PORT/NAME sends to a server.",
-)
+@click.option("--to", "url", metavar="URL", help="In place of --root and --store; may be a server's.")
 @options.format_
-@click.option(
-    "--encoder",
-    metavar="E",
-    help="mini, NAME/PRETRAINED or local-dir:PATH; by default the store's own, or mini.",
-)
+@click.option("--encoder", metavar="E", help="mini, NAME/PRETRAINED, local-dir:PATH; by default the store's.")
 @options.miner
 @options.stoplist
 @options.synonyms
 @click.option("--image-column", metavar="C", help="Column with the image or its path.")
-@click.option(
-    "--caption-column", metavar="C", multiple=True, help="Column with captions; may be given several times."
-)
+@click.option("--caption-column", metavar="C", multiple=True, help="Columns with captions; repeatable.")
 @click.option("--key-column", metavar="C", help="Column with the unique key.")
-@click.option(
-    "--allow-outside", is_flag=True, help="Follow image paths that lead out of the source's folder."
-)
+@click.option("--allow-outside", is_flag=True, help="Follow image paths out of the source's folder.")
 @click.option(
     "--sync",
     type=click.Choice(["full", "batch"]),

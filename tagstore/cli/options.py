@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import click
 
 from tagstore.client import parse
 from tagstore.errors import InvalidInput
+
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 root = click.option("--root", required=True, metavar="DIR", help="Directory of the stores.")
@@ -38,6 +43,20 @@ sources = click.option(
 )
 existing_file = click.Path(exists=True, dir_okay=False)
 version_number = click.IntRange(1, (1 << 63) - 1)
+
+
+def number(
+    name: str,
+    default: int | None,
+    help: str,
+    *,
+    least: int = 1,
+    most: int | None = None,
+    metavar: str | None = None,
+) -> Callable[[Command], Command]:
+    """Declare an option that takes a whole number."""
+    kind = click.IntRange(least, most)
+    return click.option(name, type=kind, default=default, show_default=True, metavar=metavar, help=help)
 
 
 def remote(url: str) -> bool:

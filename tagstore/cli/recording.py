@@ -14,24 +14,14 @@ from tagstore.cli import options, output
 @click.argument("url")
 @click.argument("dataset")
 @click.option(
-    "--out",
-    required=True,
-    type=click.Path(dir_okay=False),
-    metavar="FILE",
-    help="The map; connect to it with replay://FILE.",
+    "--out", required=True, type=click.Path(dir_okay=False), metavar="FILE", help="The map to write."
 )
-@click.option(
-    "--images", metavar="DIR", help="DATASET is LLaVA-style JSON or JSON Lines, its images are in DIR."
-)
+@click.option("--images", metavar="DIR", help="Folder of the images of LLaVA-style JSON or JSON Lines.")
 @options.format_
 @click.option("--key-column", metavar="C", help="Column or field with the unique key.")
 @click.option("--image-column", metavar="C", help="Column or field with the image or its path.")
-@click.option(
-    "--workers", type=click.IntRange(1, 64), default=4, show_default=True, help="Requests at a time."
-)
-@click.option(
-    "--batch", type=click.IntRange(1, 32), default=16, show_default=True, help="Samples in a request."
-)
+@options.number("--workers", 4, "Requests at a time.", most=64)
+@options.number("--batch", 16, "Samples in a request.", most=32)
 @options.as_json
 def record(
     url: str,

@@ -11,8 +11,6 @@ import click
 from tagstore.cli import options, output
 from tagstore.errors import InvalidInput, NotFound
 
-_AT_LEAST_1 = click.IntRange(1)
-
 
 @click.command()
 @options.root
@@ -24,67 +22,30 @@ _AT_LEAST_1 = click.IntRange(1)
     help="Port 0 picks a free one.",
 )
 @options.device
-@click.option("--workers", type=_AT_LEAST_1, help="Processes that serve; by default one for every two cores.")
+@options.number("--workers", None, "Processes that serve; by default one for every two cores.")
 @click.option(
-    "--tls-certificate",
-    default="",
-    metavar="PEM",
-    help="The server's certificate chain; reloaded when it changes.",
+    "--tls-certificate", default="", metavar="PEM", help="Certificate chain; reloaded when it changes."
 )
 @click.option("--tls-key", default="", metavar="PEM", help="The certificate's private key.")
 @click.option(
-    "--tls-client-ca", default="", metavar="PEM", help="Ask every client for a certificate of this authority."
+    "--tls-client-ca", default="", metavar="PEM", help="Require client certificates of this authority."
 )
 @click.option(
-    "--tokens", default="", metavar="FILE", help="Callers and their rights, JSON; by default TAGSTORE_TOKENS."
+    "--tokens", default="", metavar="FILE", help="Callers and rights, JSON; by default TAGSTORE_TOKENS."
 )
 @click.option(
-    "--anonymous",
-    type=click.Choice(["read", "ingest", "admin"]),
-    help="What callers without a token may do on every store.",
+    "--anonymous", type=click.Choice(["read", "ingest", "admin"]), help="What callers without a token may do."
 )
-@click.option(
-    "--insecure", is_flag=True, help="Listen where other machines can reach it, without encryption or tokens."
-)
+@click.option("--insecure", is_flag=True, help="Serve other machines without encryption or tokens.")
 @click.option("--audit", default="", metavar="FILE", help="Append writes and refusals, JSON Lines.")
 @click.option("--metrics", default="", metavar="HOST:PORT", help="Serve metrics for Prometheus there.")
-@click.option(
-    "--tracing", is_flag=True, help="Send spans to an OpenTelemetry collector (OTEL_EXPORTER_OTLP_ENDPOINT)."
-)
+@click.option("--tracing", is_flag=True, help="Send OpenTelemetry spans to OTEL_EXPORTER_OTLP_ENDPOINT.")
 @click.option("--json-logs", is_flag=True, help="Log JSON, one object a line.")
-@click.option(
-    "--threads",
-    type=_AT_LEAST_1,
-    default=8,
-    show_default=True,
-    help="Threads of a worker for all but searches.",
-)
-@click.option(
-    "--max-in-flight",
-    type=_AT_LEAST_1,
-    default=1024,
-    show_default=True,
-    help="Calls in flight in a worker; more are refused.",
-)
-@click.option(
-    "--max-per-client", type=_AT_LEAST_1, default=64, show_default=True, help="Calls in flight of one client."
-)
-@click.option(
-    "--max-message",
-    type=_AT_LEAST_1,
-    default=64,
-    show_default=True,
-    metavar="MIB",
-    help="Size of a request or an answer.",
-)
-@click.option(
-    "--max-image",
-    type=_AT_LEAST_1,
-    default=32,
-    show_default=True,
-    metavar="MIB",
-    help="Size of one encoded image.",
-)
+@options.number("--threads", 8, "Threads of a worker for all but searches.")
+@options.number("--max-in-flight", 1024, "Calls in flight in a worker; more are refused.")
+@options.number("--max-per-client", 64, "Calls in flight of one client.")
+@options.number("--max-message", 64, "Size of a request or an answer.", metavar="MIB")
+@options.number("--max-image", 32, "Size of one encoded image.", metavar="MIB")
 def serve(
     root: str,
     address: str,
@@ -139,9 +100,7 @@ def serve(
     metavar="TEXT",
     help="What the pictures should show; may be given several times.",
 )
-@click.option(
-    "--k", type=click.IntRange(1, 1000), default=5, show_default=True, help="Neighbours of each query."
-)
+@options.number("--k", 5, "Neighbours of each query.", most=1000)
 @click.option(
     "--max-tags", type=click.IntRange(0), default=0, help="Tags of each query, best first; 0 for all."
 )

@@ -51,12 +51,7 @@ def repair(url: str) -> None:
 
 @click.command()
 @click.argument("url")
-@click.option(
-    "--keep",
-    type=click.IntRange(1),
-    metavar="N",
-    help="Drop all but the newest N versions, this one included; by default all stay.",
-)
+@options.number("--keep", None, "Drop all but the newest N versions; by default all stay.", metavar="N")
 def compact(url: str, keep: int | None) -> None:
     """Rewrite a store without slack, its index in one file."""
     from tagstore.upkeep.compact import compact as run
