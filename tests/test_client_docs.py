@@ -1,4 +1,4 @@
-"""docs/client.md says what there is, and its example without our client works."""
+"""docs/client.md lists every option, and its example without our client works."""
 
 from __future__ import annotations
 

@@ -271,8 +271,8 @@ async def test_a_slow_address_is_hedged(server: Make) -> None:
     with connect(url) as source:
         assert {source.retrieve([b"1"])[0][0].tag for _ in range(4)} == {"fast"}
         assert source.stats().hedges >= 1
-        slow.go_on.set()
-    slow.go_on.clear()
+        slow.released.set()
+    slow.released.clear()
     async with aio.connect(url) as source:
         assert {(await source.retrieve([b"1"]))[0][0].tag for _ in range(4)} == {"fast"}
         assert source.stats().hedges >= 1
@@ -283,7 +283,7 @@ def test_a_hedge_survives_an_address_that_fails(server: Make) -> None:
     slow, bad = server(name="slow"), server(*[fails(CODE.UNAVAILABLE)] * 50, name="bad")
     slow.script = [slow.stalls]
     with connect(f"grpc://{slow.address},{bad.address}/s?hedge=0.05&timeout=20") as source:
-        letting_go = threading.Timer(0.3, slow.go_on.set)
+        letting_go = threading.Timer(0.3, slow.released.set)
         letting_go.start()
         assert {source.retrieve([b"1"])[0][0].tag for _ in range(3)} == {"slow"}
         letting_go.join()
@@ -304,7 +304,7 @@ def test_a_server_that_dies_and_comes_back_costs_exactly_the_samples_in_between(
         during = [source.retrieve([b"1", b"2"]) for _ in range(20)]
         assert source.stats().addresses[one.address] in ("open", "half-open")
         sent = source.stats().requests
-        one.go_on.clear()
+        one.released.clear()
         one.start()
         after: list = []
         while not (after and not after[-1][0].degraded):
@@ -334,7 +334,7 @@ def test_embeddings_come_with_the_answers_if_asked_for(server: Make) -> None:
         assert tag.embedding.tolist() == [1.0]
         assert not tag.embedding.flags.writeable
         assert (source.stats().embedding_hits, source.stats().embedding_misses) == (1, 1)
-        one.go_on.clear()
+        one.released.clear()
         one.script = [lambda context: None, fails(CODE.UNAVAILABLE)]
         one.start()
         # an answer whose embeddings could not be fetched is no answer that a model can use

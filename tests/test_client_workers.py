@@ -1,4 +1,4 @@
-"""DataLoader workers, however they are started, each with a parent that has used the source and goes on using it."""
+"""DataLoader workers, however they are started, while their parent goes on using the source."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ os.wait()
     assert "import tagstore.client before grpc" in out
 
 
-def _ask(source, data: bytes) -> tuple[str, bool]:
+def _nearest(source, data: bytes) -> tuple[str, bool]:
     [answer] = source.retrieve([data], keys=["red-circle"])
     return answer.neighbours[0].key, answer.version == 1
 
@@ -68,10 +68,10 @@ def test_a_source_travels_as_its_configuration(server_address: str) -> None:
     copy = pickle.loads(pickle.dumps(source))
     assert (copy.options, copy.pin()) == (source.options, source.pin())
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        key, pinned = pool.apply(_ask, (source, picture("red", "circle")))
+        key, pinned = pool.apply(_nearest, (source, picture("red", "circle")))
     assert pinned
     assert key != "red-circle"
-    # the worker's doings are in its parent's sums
+    # the parent's counts include the worker's
     stats = source.stats()
     assert (stats.queries, stats.guarded) == (1, 1)
     assert stats.excluded >= 1

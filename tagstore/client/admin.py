@@ -13,7 +13,6 @@ from typing import Any, Self, TypeVar, Unpack
 
 import grpc
 
-from tagstore.client import forks as _forks  # noqa: F401  before anything imports grpc
 from tagstore.client.channels import Channels
 from tagstore.client.options import ConnectOptions, Options
 from tagstore.client.urls import Location, locate

@@ -10,7 +10,7 @@ from tagstore.errors import InvalidInput
 from tagstore.types import Exclude, Order, Search, current_names
 
 OnFailure = Literal["raise", "empty"]
-Self = Literal["self"]
+ExcludeOption = Literal["self"] | Exclude | None
 
 
 class SearchOptions(TypedDict, total=False):
@@ -26,7 +26,7 @@ class SearchOptions(TypedDict, total=False):
     ef_search: int
     with_neighbours: bool
     with_texts: bool
-    exclude: Self | Exclude | None
+    exclude: ExcludeOption
     exclude_distance: int
     exclude_keys: Sequence[str]
     on_failure: OnFailure
@@ -59,7 +59,7 @@ class Options:
 
     search: Search = Search()  # noqa: RUF009  frozen
     """How queries are answered, unless a call says otherwise."""
-    exclude: Self | Exclude | None = None
+    exclude: ExcludeOption = None
     """The leak guard. `self`: the query's own image, by its key, sha256 and perceptual hash where known."""
     exclude_distance: int = 4
     """For `exclude="self"`: bits of 64 in which hashes of the same image may differ; -1 to compare none."""
@@ -129,8 +129,9 @@ class Options:
         Args:
             of_call: accept only what a single call may set.
         """
-        values = current_names(Search, values)
         known = _SEARCH | (_OF_CALL if of_call else _OWN)
+        if not known.issuperset(values):
+            values = current_names(Search, values)
         unknown = [name for name in values if name not in known]
         if unknown:
             problem = "retrieve takes no option" if of_call else "there is no option"

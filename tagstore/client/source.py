@@ -49,7 +49,7 @@ class BaseSource(ForkSafe):
     ) -> None:
         """
         Args:
-            reopen: makes this source in another process, of URL, location, options and the counters' path.
+            reopen: opens this source in another process; gets URL, location, options, path of the counters.
         """
         super().__init__()
         self.url, self.location, self.options = url, location, options

@@ -26,13 +26,13 @@ from tagstore.wire.status import error_of, retry_after_of
 from tagstore_proto.v1 import tagstore_pb2 as pb
 from tagstore_proto.v1 import tagstore_pb2_grpc
 
-Outcome = tuple[Attempt, Any, TagstoreError | None]
-"""An attempt with the message that answered it, or the error that ended it."""
+AttemptResult = tuple[Attempt, Any, TagstoreError | None]
+"""An attempt with the message that answered it, or with the error that ended it."""
 _HEDGE_THREADS = 16
 """Threads that send hedged requests, in each process."""
 
 
-class Call(NamedTuple):
+class RemoteCall(NamedTuple):
     """A call of the service `TagStore`."""
 
     method: str
@@ -51,7 +51,7 @@ class RemoteCalls:
         self.channels = Channels(location, options)
         self._insist = options.on_failure == "raise"
 
-    def retrieve_call(self, batch: QueryBatch) -> Call:
+    def retrieve_call(self, batch: QueryBatch) -> RemoteCall:
         request = pb.RetrieveRequest(
             store=self.location.store,
             version=batch.version,
@@ -63,15 +63,15 @@ class RemoteCalls:
             request.vectors.CopyFrom(convert.vectors_to_proto(batch.vectors))
         convert.search_to_proto(request, batch.search, batch.identities)
         insist = batch.options.on_failure == "raise"
-        return Call("Retrieve", request, convert.retrievals_from_proto, insist)
+        return RemoteCall("Retrieve", request, convert.retrievals_from_proto, insist)
 
-    def tags_call(self, tag_ids: Sequence[int], version: int, embeddings: bool) -> Call:
+    def tags_call(self, tag_ids: Sequence[int], version: int, embeddings: bool) -> RemoteCall:
         request = pb.GetTagsRequest(
             store=self.location.store, version=version, tag_ids=tag_ids, embeddings=embeddings
         )
-        return Call("GetTags", request, lambda r: (convert.tags_from_proto(r), r.version), self._insist)
+        return RemoteCall("GetTags", request, lambda r: (convert.tags_from_proto(r), r.version), self._insist)
 
-    def page_call(self, first: int, version: int, embeddings: bool) -> Call:
+    def page_call(self, first: int, version: int, embeddings: bool) -> RemoteCall:
         request = pb.GetTagsRequest(
             store=self.location.store, version=version, first_tag_id=first, embeddings=embeddings
         )
@@ -79,11 +79,11 @@ class RemoteCalls:
         def decode(response: Any) -> tuple[list[TagInfo], int, int]:
             return convert.tags_from_proto(response), response.next_tag_id, response.version
 
-        return Call("GetTags", request, decode, self._insist)
+        return RemoteCall("GetTags", request, decode, self._insist)
 
-    def info_call(self, version: int) -> Call:
+    def info_call(self, version: int) -> RemoteCall:
         request = pb.GetStoreRequest(store=self.location.store, version=version)
-        return Call("GetStore", request, lambda r: convert.info_from_proto(r.store), self._insist)
+        return RemoteCall("GetStore", request, lambda r: convert.info_from_proto(r.store), self._insist)
 
     def first_attempt(self, attempts: Attempts) -> Attempt:
         """Return the first attempt, or count the request as not sent."""
@@ -173,7 +173,7 @@ class RemoteBackend(RemoteCalls, Backend):
         if (connections := self._connections.take()) is not None:
             connections.close()
 
-    def _answer(self, call: Call) -> Any:
+    def _answer(self, call: RemoteCall) -> Any:
         connections = self._connections.get()
         attempts = Attempts(connections.balancer, insist=call.insist)
         attempt = self.first_attempt(attempts)
@@ -188,7 +188,9 @@ class RemoteBackend(RemoteCalls, Backend):
             attempt = attempts.failed(attempt, error)
             self.counters.add(retries=1)
 
-    def _send(self, connections: _Connections, attempts: Attempts, attempt: Attempt, call: Call) -> Outcome:
+    def _send(
+        self, connections: _Connections, attempts: Attempts, attempt: Attempt, call: RemoteCall
+    ) -> AttemptResult:
         self.counters.add(requests=1)
         try:
             return attempt, hold_forks(self._send_once, connections, attempt, call), None
@@ -197,19 +199,19 @@ class RemoteBackend(RemoteCalls, Backend):
         except TagstoreError as error:
             return attempt, None, error
 
-    def _send_once(self, connections: _Connections, attempt: Attempt, call: Call) -> Any:
+    def _send_once(self, connections: _Connections, attempt: Attempt, call: RemoteCall) -> Any:
         method = getattr(connections.stub(attempt.endpoint.address), call.method)
         return method(call.request, timeout=attempt.timeout, metadata=self.channels.metadata)
 
     def _send_hedged(
-        self, connections: _Connections, attempts: Attempts, first: Attempt, call: Call
-    ) -> Outcome:
+        self, connections: _Connections, attempts: Attempts, first: Attempt, call: RemoteCall
+    ) -> AttemptResult:
         """Ask a second address if the first one takes long, and return the outcome of the faster one.
 
         Blocking calls in threads, not gRPC's futures: a fork hangs while those are under way. So the slower
         call cannot be cancelled; it ends with the request's deadline.
         """
-        outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+        outcomes: queue.SimpleQueue[AttemptResult] = queue.SimpleQueue()
         lock, answered = threading.Lock(), threading.Event()
 
         def run(attempt: Attempt) -> None:

@@ -15,7 +15,7 @@ from tagstore.client.forks import PerProcess, hold_forks
 from tagstore.client.options import Options
 from tagstore.client.queries import QueryBatch
 from tagstore.client.resilience import Attempt, Attempts, Balancer
-from tagstore.client.sources.remote import Call, Outcome, RemoteCalls
+from tagstore.client.sources.remote import AttemptResult, RemoteCall, RemoteCalls
 from tagstore.client.stats import Counters
 from tagstore.client.urls import Location
 from tagstore.errors import Unavailable
@@ -82,7 +82,7 @@ class RemoteAioBackend(RemoteCalls):
             for channel, _ in channels.values():
                 await channel.close()
 
-    async def _answer(self, call: Call) -> Any:
+    async def _answer(self, call: RemoteCall) -> Any:
         attempts = Attempts(self._balancer.get(), insist=call.insist)
         attempt = self.first_attempt(attempts)
         while True:
@@ -95,7 +95,7 @@ class RemoteAioBackend(RemoteCalls):
             attempt = attempts.failed(attempt, error)
             self.counters.add(retries=1)
 
-    async def _send_hedged(self, attempts: Attempts, first: Attempt, call: Call) -> Outcome:
+    async def _send_hedged(self, attempts: Attempts, first: Attempt, call: RemoteCall) -> AttemptResult:
         """Send an attempt, and a second one if it is slow and hedging is on; the slower one is cancelled."""
         tasks = {asyncio.create_task(self._send(first, call)): first}
         try:
@@ -119,7 +119,7 @@ class RemoteAioBackend(RemoteCalls):
                 task.cancel()
                 attempts.abandoned(attempt)
 
-    async def _send(self, attempt: Attempt, call: Call) -> Outcome:
+    async def _send(self, attempt: Attempt, call: RemoteCall) -> AttemptResult:
         self.counters.add(requests=1)
         method = getattr(self._stub(attempt.endpoint.address), call.method)
         try:
