@@ -1,9 +1,9 @@
-"""One epoch for each way of starting DataLoader workers, after the parent has used its channel, and while its threads go on using it.
+"""Run epochs for each way of starting DataLoader workers, while the parent's threads use its channel.
 
     python tests/fork_matrix.py URL [--rounds N] [--epochs N] [--combinations fork:0 fork:2 spawn:8 ...]
 
-Prints a line for each combination, and exits with 1 if any sample is missing, twice or degraded. Run by tests/test_client_workers.py in a
-process of its own, as training jobs are: gRPC servers and fork don't go together.
+Prints a line for each combination, and exits with 1 if any sample is missing, doubled or degraded.
+tests/test_client_workers.py runs it in a process of its own: gRPC servers and fork don't mix.
 """
 
 from __future__ import annotations
@@ -66,16 +66,17 @@ def main() -> None:
     stop = threading.Event()
     vector = np.ones((1, info.fingerprint.dimension), np.float32)
 
-    own = [0, 0]
+    parent_queries = [0, 0]
+    """Queries of each thread of the parent."""
 
-    def keep_asking(number: int) -> None:
+    def keep_asking(thread: int) -> None:
         while not stop.is_set():
             source.retrieve(vectors=vector, fingerprint=info.fingerprint)
-            own[number] += 1
+            parent_queries[thread] += 1
             stop.wait(0.002)  # a training loop's own use, not a load test
 
-    asking = [threading.Thread(target=keep_asking, args=(i,), daemon=True) for i in range(2)]
-    for thread in asking:
+    threads = [threading.Thread(target=keep_asking, args=(i,), daemon=True) for i in range(2)]
+    for thread in threads:
         thread.start()
     dataset = TagPrefetcher(
         Samples(info.fingerprint.dimension),
@@ -84,7 +85,7 @@ def main() -> None:
         fingerprint=info.fingerprint,
         into="tags",
     )
-    asked = 0
+    samples = 0
     for number in range(arguments.rounds):
         for method, workers in (
             (m, int(w)) for m, _, w in (c.partition(":") for c in arguments.combinations)
@@ -107,18 +108,18 @@ def main() -> None:
                         not tags or degraded for _, tags, degraded in seen
                     ):
                         sys.exit(f"{method}, {workers} workers: samples are missing or degraded: {seen}")
-                    asked += SAMPLES
+                    samples += SAMPLES
                 del loader
                 kept = "persistent" if persistent else "fresh"
                 print(f"{number} {method} {workers} {kept} {time.perf_counter() - start:.2f} s", flush=True)
     faulthandler.cancel_dump_traceback_later()
     stop.set()
-    for thread in asking:
+    for thread in threads:
         thread.join()
     # the parent's counters hold what all workers did
-    if source.stats().queries != asked + sum(own):
-        sys.exit(f"{asked} samples and {sum(own)} queries of the parent, but {source.stats()}")
-    print(f"all there: {asked} samples, {sum(own)} queries of the parent meanwhile")
+    if source.stats().queries != samples + sum(parent_queries):
+        sys.exit(f"{samples} samples and {sum(parent_queries)} queries of the parent, but {source.stats()}")
+    print(f"all there: {samples} samples, {sum(parent_queries)} queries of the parent meanwhile")
 
 
 if __name__ == "__main__":

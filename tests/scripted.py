@@ -1,4 +1,4 @@
-"""A real gRPC server that does what a test tells it: answers, refuses, stalls until it is let go, dies and comes back."""
+"""A real gRPC server that does what a test says: answer, refuse, stall until released, die and come back."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def fails(code: grpc.StatusCode, retry_after_ms: int = 0) -> Behaviour:
 
 
 class Scripted(pb_grpc.TagStoreServicer):
-    """Does one behaviour a call, then answers for ever. Each query gets a tag with the server's name."""
+    """Follows its script, a behaviour a call, then answers. Each query gets a tag with the server's name."""
 
     def __init__(
         self, name: str = "one", *script: Behaviour, tls: tuple[tuple[bytes, bytes], bytes] | None = None
@@ -33,7 +33,7 @@ class Scripted(pb_grpc.TagStoreServicer):
         self.name, self.script = name, list(script)
         self.calls = 0
         self.metadata: list[dict[str, str]] = []
-        self.go_on = threading.Event()
+        self.released = threading.Event()
         self.port = 0
         self._tls = grpc.ssl_server_credentials([tls[0]], tls[1], require_client_auth=True) if tls else None
         self.start()
@@ -57,12 +57,12 @@ class Scripted(pb_grpc.TagStoreServicer):
         self._server.start()
 
     def stop(self) -> None:
-        self.go_on.set()
+        self.released.set()
         self._server.stop(0).wait()
 
     def stalls(self, context: grpc.ServicerContext) -> None:
-        """Until the test lets it go."""
-        self.go_on.wait(30)
+        """Stall a call until the test releases it."""
+        self.released.wait(30)
 
     def Retrieve(self, request: pb.RetrieveRequest, context: grpc.ServicerContext) -> pb.RetrieveResponse:  # noqa: N802
         self.calls += 1

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from pictures import picture, write_shapes
-from tagstore.cli import cli
+from tagstore.cli import COMMANDS, cli
 from tagstore.errors import TagstoreError
 
 README = Path(__file__).parent.parent / "README.md"
@@ -95,13 +95,14 @@ def test_mine_prints_one_line_a_caption_in_order(tmp_path: Path) -> None:
     assert "blue sky (attribute)" in run("mine", str(file)).stdout
 
 
-def test_stores_and_stats(server_address: str, shapes_root: Path, tmp_path: Path) -> None:
+def test_stores_and_info(server_address: str, shapes_root: Path, tmp_path: Path) -> None:
     [store] = json.loads(run("stores", "--root", str(shapes_root), "--json").stdout)
-    remote = json.loads(run("stats", f"grpc://{server_address}/shapes", "--json").stdout)
+    remote = json.loads(run("info", f"grpc://{server_address}/shapes", "--json").stdout)
     assert remote == json.loads(run("stats", f"file://{shapes_root}/shapes", "--json").stdout) == store
     assert {"store", "version", "entries", "tags", "unique_tags", "fingerprint", "index"} <= set(remote)
     assert "shapes" in run("stores", "--root", str(shapes_root)).stdout
-    assert "entries" in run("stats", f"file://{shapes_root}/shapes").stdout
+    assert "entries" in run("info", f"file://{shapes_root}/shapes").stdout
+    assert "entries" in run("stats", f"file://{shapes_root}/shapes").stdout  # the former name
     assert "no stores" in run("stores", "--root", str(tmp_path)).stdout
 
 
@@ -182,6 +183,53 @@ def test_a_store_is_kept_from_the_command_line(tmp_path: Path) -> None:
         run("export", "grpc://127.0.0.1:1/s", bundle)
     with pytest.raises(TagstoreError, match="--reason"):
         run("delete", url.removesuffix("s") + "t", "--key", "x", "--purge")
+
+
+def test_help_lists_every_command_once_by_job() -> None:
+    text = run("--help").stdout
+    lines = [line.split()[0] for line in text.splitlines() if line.startswith("  ")]
+    for name in cli.commands:
+        assert lines.count(name) == 1
+    sections = [line for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert sections[1:] == [f"{job}:" for job in COMMANDS]
+    assert "..." not in text.partition("Make a store")[2]
+
+
+def test_every_option_of_serve_reaches_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tagstore.serving import server, settings, signals
+
+    started: dict[str, object] = {}
+    monkeypatch.setattr(signals, "run", lambda *_: None)
+    monkeypatch.setattr(
+        server, "Server", lambda root, address, **values: started.update(values, root=root, address=address)
+    )
+    numbers = {
+        "threads": 3,
+        "in_flight": 5,
+        "per_client": 7,
+        "message_bytes": 11 << 20,
+        "image_bytes": 13 << 20,
+    }
+    texts = {"tls_certificate": "c", "tls_key": "k", "tls_client_ca": "a", "tokens": "t", "anonymous": "read"}
+    texts |= {"audit": "log", "metrics": "127.0.0.1:9"}
+    flags = ("insecure", "tracing", "json_logs")
+    arguments = ["--root", str(tmp_path), "--address", "127.0.0.1:0", "--device", "cpu", "--workers", "1"]
+    for option, value in zip(
+        ("--threads", "--max-in-flight", "--max-per-client", "--max-message", "--max-image"),
+        (3, 5, 7, 11, 13),
+        strict=True,
+    ):
+        arguments += [option, str(value)]
+    for name, value in texts.items():
+        arguments += [f"--{name.replace('_', '-')}", value]
+    monkeypatch.setattr("tagstore.serving.logs.use_json", lambda: None)
+    run("serve", *arguments, *(f"--{name.replace('_', '-')}" for name in flags))
+    assert (started["root"], started["address"], started["device"]) == (str(tmp_path), "127.0.0.1:0", "cpu")
+    passed = started["settings"]
+    assert isinstance(passed, settings.Settings)
+    assert {name: getattr(passed.limits, name) for name in numbers} == numbers
+    assert {name: getattr(passed, name) for name in texts} == texts
+    assert all(getattr(passed, name) for name in flags)
 
 
 def test_the_readme_names_every_command() -> None:

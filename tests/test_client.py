@@ -1,4 +1,4 @@
-"""The client: light to import, strict about URLs, plain about what went wrong."""
+"""The client is light to import, strict about URLs, and plain about what went wrong."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HEAVY = {"torch", "faiss", "spacy", "open_clip", "timm", "transformers", "lmdb",
 
 
 def loaded_by(code: str) -> set[str]:
-    """Which heavy modules a fresh interpreter has after some code."""
+    """Name the heavy modules that a fresh interpreter has loaded after running some code."""
     program = f"import sys\n{code}\nprint(*sys.modules)"
     out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     return HEAVY & {name.partition(".")[0] for name in out.split()}
@@ -77,7 +77,7 @@ def test_a_url_that_names_no_store_is_refused_with_an_example(url: str) -> None:
         connect(url)
 
 
-def test_no_server_is_said_with_its_address() -> None:
+def test_an_error_names_the_address_where_no_server_answers() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"

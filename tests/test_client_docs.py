@@ -1,4 +1,4 @@
-"""docs/client.md says what there is, and its example without our client works."""
+"""docs/client.md lists every option, and its example without our client works."""
 
 from __future__ import annotations
 
@@ -30,6 +30,8 @@ def test_every_option_is_documented_and_typed() -> None:
     assert set(SearchOptions.__annotations__) == {f.name for f in fields(Search)} | {
         "exclude_distance",
         "exclude_keys",
+        "on_failure",
+        "preload",
     }
 
 

@@ -22,31 +22,30 @@ from cryptography.x509.oid import NameOID
 
 from scripted import Behaviour, Scripted, fails
 from tagstore import errors
-from tagstore.client import aio, connect
+from tagstore.client import aio, channels, connect
 from tagstore.client.options import Options
 from tagstore.client.resilience import Attempts, Balancer, Breaker
-from tagstore.client.sources import remote
 from waiting import wait_until
 
 CODE = grpc.StatusCode
-Make = Callable[..., Scripted]
+StartServer = Callable[..., Scripted]
 
 
 @pytest.fixture
-def server() -> Iterator[Make]:
-    made: list[Scripted] = []
+def start_server() -> Iterator[StartServer]:
+    servers: list[Scripted] = []
 
-    def make(*script: Behaviour, name: str = "one") -> Scripted:
-        made.append(Scripted(name, *script))
-        return made[-1]
+    def start(*script: Behaviour, name: str = "one") -> Scripted:
+        servers.append(Scripted(name, *script))
+        return servers[-1]
 
-    yield make
-    for one in made:
-        one.stop()
+    yield start
+    for server in servers:
+        server.stop()
 
 
 async def both(url: str, images: list[bytes], **options):
-    """What the two faces answer, or the errors that they raise, with their counts."""
+    """Ask with the blocking and the asyncio client. Returns answers or errors of each, and their counts."""
     with connect(url, **options) as source:
         try:
             blocking = source.retrieve(images)
@@ -104,7 +103,7 @@ def test_waits_grow_are_jittered_and_end_within_the_deadline() -> None:
         assert clock.now + following.timeout <= 110 + 1e-9
         return following
 
-    attempt = attempts.first()
+    attempt = attempts.next()
     with pytest.raises(errors.Unavailable, match=r"gone \(\d tries in .* s, 10 s allowed\)"):
         deque(accumulate(repeat(attempt, 20), lambda last, _: fail(last)), maxlen=0)
     assert all(0.05 * 2**i <= wait <= 0.1 * 2**i for i, wait in enumerate(waits[:4]))
@@ -114,14 +113,14 @@ def test_waits_grow_are_jittered_and_end_within_the_deadline() -> None:
 def test_a_silent_address_costs_its_share_of_the_time_and_work_goes_to_the_idle_one() -> None:
     balancer = Balancer(["a:1", "b:1", "c:1"], Options(timeout=9))
     attempts = Attempts(balancer, Clock())
-    assert attempts.first().timeout == pytest.approx(3)
-    assert len({balancer.pick().address for _ in range(2)} | {attempts.first().endpoint.address}) == 3
+    assert attempts.next().timeout == pytest.approx(3)
+    assert len({balancer.pick().address for _ in range(2)} | {attempts.next().endpoint.address}) == 3
 
 
 @pytest.mark.parametrize("code", [CODE.UNAVAILABLE, CODE.CANCELLED])
-async def test_what_another_try_may_mend_is_tried_again(server: Make, code) -> None:
-    one = server(fails(code), fails(code))
-    blocking, _, stats, _ = await both(f"grpc://{one.address}/s", [b"1"])
+async def test_what_another_try_may_mend_is_tried_again(start_server: StartServer, code) -> None:
+    server = start_server(fails(code), fails(code))
+    blocking, _, stats, _ = await both(f"grpc://{server.address}/s", [b"1"])
     assert blocking[0][0].tag == "one"
     assert (stats.requests, stats.retries, stats.failures, stats.queries, stats.excluded) == (3, 2, 2, 1, 2)
 
@@ -137,44 +136,53 @@ async def test_what_another_try_may_mend_is_tried_again(server: Make, code) -> N
         (CODE.RESOURCE_EXHAUSTED, errors.InvalidInput),
     ],
 )
-async def test_what_the_caller_did_wrong_is_raised_at_once_in_any_mode(server: Make, code, kind) -> None:
-    one = server(*[fails(code)] * 4)
+async def test_what_the_caller_did_wrong_is_raised_at_once_in_any_mode(
+    start_server: StartServer, code, kind
+) -> None:
+    server = start_server(*[fails(code)] * 4)
     for mode in ("raise", "empty"):
-        blocking, awaited, stats, _ = await both(f"grpc://{one.address}/s?on_failure={mode}", [b"1"])
+        blocking, awaited, stats, _ = await both(f"grpc://{server.address}/s?on_failure={mode}", [b"1"])
         assert type(blocking) is type(awaited) is kind
         assert "as the test says" in str(blocking)
         assert stats.requests == 1
-    assert one.calls == 4
+    assert server.calls == 4
 
 
-async def test_a_server_with_too_much_to_do_is_asked_again_when_it_says(server: Make) -> None:
-    one = server(fails(CODE.RESOURCE_EXHAUSTED, retry_after_ms=120))
+async def test_a_server_with_too_much_to_do_is_asked_again_when_it_says(start_server: StartServer) -> None:
+    server = start_server(fails(CODE.RESOURCE_EXHAUSTED, retry_after_ms=120))
     start = time.monotonic()
-    with connect(f"grpc://{one.address}/s") as source:
+    with connect(f"grpc://{server.address}/s") as source:
         assert source.retrieve([b"1"])[0][0].tag == "one"
     assert time.monotonic() - start >= 0.12
     # a wait beyond the deadline is not begun
-    two = server(*[fails(CODE.RESOURCE_EXHAUSTED, retry_after_ms=600_000)] * 4)
+    other = start_server(*[fails(CODE.RESOURCE_EXHAUSTED, retry_after_ms=600_000)] * 4)
     start = time.monotonic()
-    blocking, awaited, _, _ = await both(f"grpc://{two.address}/s?timeout=60", [b"1"])
+    blocking, awaited, _, _ = await both(f"grpc://{other.address}/s?timeout=60", [b"1"])
     assert type(blocking) is type(awaited) is errors.Overloaded
-    degraded, _, stats, _ = await both(f"grpc://{two.address}/s?timeout=60&on_failure=empty", [b"1", b"2"])
+    degraded, _, stats, _ = await both(f"grpc://{other.address}/s?timeout=60&on_failure=empty", [b"1", b"2"])
     assert [list(a) for a in degraded] == [[], []]
     assert (stats.degraded, stats.queries) == (2, 2)
     assert time.monotonic() - start < 60
 
 
-async def test_a_server_that_does_not_answer_ends_with_the_deadline_and_is_named(server: Make) -> None:
-    one = server()
-    one.script = [one.stalls] * 8
-    blocking, awaited, _, _ = await both(f"grpc://{one.address}/s?timeout=0.2", [b"1"])
+async def test_a_server_that_does_not_answer_ends_with_the_deadline_and_is_named(
+    start_server: StartServer,
+) -> None:
+    server = start_server()
+    server.script = [server.stalls] * 8
+    blocking, awaited, _, _ = await both(f"grpc://{server.address}/s?timeout=0.2", [b"1"])
     for error in (blocking, awaited):
         assert type(error) is errors.Unavailable
-        assert one.address in str(error)
+        assert server.address in str(error)
         assert "0.2 s" in str(error)
-    blocking, awaited, stats, _ = await both(f"grpc://{one.address}/s?timeout=0.2&on_failure=empty", [b"1"])
+    blocking, awaited, stats, _ = await both(
+        f"grpc://{server.address}/s?timeout=0.2&on_failure=empty", [b"1"]
+    )
     assert blocking == awaited
     assert (blocking[0].degraded, blocking[0].version, len(blocking[0]), stats.degraded) == (True, 0, 0, 1)
+    with connect(f"grpc://{server.address}/s?timeout=0.2") as source:  # a single call may say so as well
+        assert source.retrieve([b"1"], on_failure="empty")[0].degraded
+        assert server.address in source.stats().last_error
 
 
 class Relay:
@@ -196,8 +204,8 @@ class Relay:
 
     def close(self) -> None:
         self._silent.set()
-        for one in self._held:
-            one.close()
+        for connection in self._held:
+            connection.close()
 
     def _accept(self) -> None:
         with suppress(OSError):
@@ -209,22 +217,22 @@ class Relay:
                 for ends in ((ours, theirs), (theirs, ours)):
                     threading.Thread(target=self._pass, args=(*ends, self._silent), daemon=True).start()
 
-    def _pass(self, one: socket.socket, other: socket.socket, silent: threading.Event) -> None:
+    def _pass(self, source: socket.socket, target: socket.socket, silent: threading.Event) -> None:
         with suppress(OSError):
-            while (data := one.recv(1 << 16)) and not silent.is_set():
-                other.sendall(data)
+            while (data := source.recv(1 << 16)) and not silent.is_set():
+                target.sendall(data)
         if not silent.is_set():
             with suppress(OSError):
-                other.shutdown(socket.SHUT_WR)
+                target.shutdown(socket.SHUT_WR)
 
 
 def test_a_machine_that_vanishes_is_noticed_and_connected_to_again(
-    server: Make, monkeypatch: pytest.MonkeyPatch
+    start_server: StartServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "KEEPALIVE_SECONDS", 0.2)
-    monkeypatch.setattr(remote, "KEEPALIVE_TIMEOUT", 1.0)
-    one = server()
-    relay = Relay(one.port)
+    monkeypatch.setattr(channels, "KEEPALIVE_SECONDS", 0.2)
+    monkeypatch.setattr(channels, "KEEPALIVE_TIMEOUT", 1.0)
+    server = start_server()
+    relay = Relay(server.port)
     with connect(f"grpc://{relay.address}/s", timeout=5, retries=0, breaker=1000) as source:
         assert source.retrieve([b"image"])
         relay.vanish()
@@ -242,69 +250,69 @@ def test_a_machine_that_vanishes_is_noticed_and_connected_to_again(
     relay.close()
 
 
-async def test_the_other_address_answers_when_one_is_gone(server: Make) -> None:
-    one, two = server(name="one"), server(name="two")
-    one.stop()
-    url = f"grpc://{one.address},{two.address}/s"
+async def test_the_other_address_answers_when_one_is_gone(start_server: StartServer) -> None:
+    server, other = start_server(name="one"), start_server(name="two")
+    server.stop()
+    url = f"grpc://{server.address},{other.address}/s"
     with connect(url) as source:
         assert [source.retrieve([b"1"])[0][0].tag for _ in range(20)] == ["two"] * 20
         states = source.stats().addresses
-        assert (states[one.address], states[two.address]) == ("open", "closed")
+        assert (states[server.address], states[other.address]) == ("open", "closed")
     async with aio.connect(url) as source:
         assert [(await source.retrieve([b"1"]))[0][0].tag for _ in range(20)] == ["two"] * 20
 
 
-def test_addresses_share_the_work(server: Make) -> None:
-    one, two = server(name="one"), server(name="two")
-    with connect(f"grpc://{one.address},{two.address}/s") as source:
+def test_addresses_share_the_work(start_server: StartServer) -> None:
+    server, other = start_server(name="one"), start_server(name="two")
+    with connect(f"grpc://{server.address},{other.address}/s") as source:
         for _ in range(20):
             source.retrieve([b"1"])
-    assert one.calls == two.calls == 10
+    assert server.calls == other.calls == 10
 
 
-async def test_a_slow_address_is_hedged(server: Make) -> None:
-    slow, fast = server(name="slow"), server(name="fast")
+async def test_a_slow_address_is_hedged(start_server: StartServer) -> None:
+    slow, fast = start_server(name="slow"), start_server(name="fast")
     slow.script = [slow.stalls] * 50
     url = f"grpc://{slow.address},{fast.address}/s?hedge=0.05&timeout=20"
     start = time.monotonic()
     with connect(url) as source:
         assert {source.retrieve([b"1"])[0][0].tag for _ in range(4)} == {"fast"}
         assert source.stats().hedges >= 1
-        slow.go_on.set()
-    slow.go_on.clear()
+        slow.released.set()
+    slow.released.clear()
     async with aio.connect(url) as source:
         assert {(await source.retrieve([b"1"]))[0][0].tag for _ in range(4)} == {"fast"}
         assert source.stats().hedges >= 1
     assert time.monotonic() - start < 20
 
 
-def test_a_hedge_survives_an_address_that_fails(server: Make) -> None:
-    slow, bad = server(name="slow"), server(*[fails(CODE.UNAVAILABLE)] * 50, name="bad")
+def test_a_hedge_survives_an_address_that_fails(start_server: StartServer) -> None:
+    slow, bad = start_server(name="slow"), start_server(*[fails(CODE.UNAVAILABLE)] * 50, name="bad")
     slow.script = [slow.stalls]
     with connect(f"grpc://{slow.address},{bad.address}/s?hedge=0.05&timeout=20") as source:
-        letting_go = threading.Timer(0.3, slow.go_on.set)
+        letting_go = threading.Timer(0.3, slow.released.set)
         letting_go.start()
         assert {source.retrieve([b"1"])[0][0].tag for _ in range(3)} == {"slow"}
         letting_go.join()
 
 
 def test_a_server_that_dies_and_comes_back_costs_exactly_the_samples_in_between(
-    server: Make, caplog: pytest.LogCaptureFixture
+    start_server: StartServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    one = server()
+    server = start_server()
     with (
         connect(
-            f"grpc://{one.address}/s?on_failure=empty&timeout=2&retries=1&breaker=2&cooldown=0.2"
+            f"grpc://{server.address}/s?on_failure=empty&timeout=2&retries=1&breaker=2&cooldown=0.2"
         ) as source,
         caplog.at_level(logging.WARNING),
     ):
         before = [source.retrieve([b"1", b"2"]) for _ in range(3)]
-        one.stop()
+        server.stop()
         during = [source.retrieve([b"1", b"2"]) for _ in range(20)]
-        assert source.stats().addresses[one.address] in ("open", "half-open")
+        assert source.stats().addresses[server.address] in ("open", "half-open")
         sent = source.stats().requests
-        one.go_on.clear()
-        one.start()
+        server.released.clear()
+        server.start()
         after: list = []
 
         def answered() -> bool:
@@ -322,42 +330,42 @@ def test_a_server_that_dies_and_comes_back_costs_exactly_the_samples_in_between(
     assert sent < 20  # an open circuit isn't knocked at
     assert stats.skipped > 0
     assert len([r for r in caplog.records if "gives no tags" in r.message]) == 1  # once a minute
-    with connect(f"grpc://{one.address}/s?timeout=1") as source:
-        one.stop()
-        with pytest.raises(errors.Unavailable, match=f"{one.address}.*1 s allowed"):
+    with connect(f"grpc://{server.address}/s?timeout=1") as source:
+        server.stop()
+        with pytest.raises(errors.Unavailable, match=f"{server.address}.*1 s allowed"):
             source.retrieve([b"1"])
 
 
-def test_embeddings_come_with_the_answers_if_asked_for(server: Make) -> None:
-    one = server()
-    with connect(f"grpc://{one.address}/s?preload=true&on_failure=empty&retries=0") as source:
+def test_embeddings_come_with_the_answers_if_asked_for(start_server: StartServer) -> None:
+    server = start_server()
+    with connect(f"grpc://{server.address}/s?preload=true&on_failure=empty&retries=0") as source:
         [answer] = source.retrieve([b"1"])
-        one.stop()
+        server.stop()
         [tag] = source.tags([t.tag_id for t in answer], embeddings=True)
         assert tag.embedding.tolist() == [1.0]
         assert not tag.embedding.flags.writeable
         assert (source.stats().embedding_hits, source.stats().embedding_misses) == (1, 1)
-        one.go_on.clear()
-        one.script = [lambda context: None, fails(CODE.UNAVAILABLE)]
-        one.start()
+        server.released.clear()
+        server.script = [lambda context: None, fails(CODE.UNAVAILABLE)]
+        server.start()
         # an answer whose embeddings could not be fetched is no answer that a model can use
-        fresh = connect(f"grpc://{one.address}/s?preload=true&on_failure=empty&retries=0")
+        fresh = connect(f"grpc://{server.address}/s?preload=true&on_failure=empty&retries=0")
         assert fresh.retrieve([b"1"])[0].degraded
         fresh.close()
 
 
 def test_a_token_is_sent_and_never_to_strangers_from_the_environment(
-    server: Make, monkeypatch: pytest.MonkeyPatch
+    start_server: StartServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one = server()
-    with connect(f"grpc://{one.address}/s", token="given") as source:
+    server = start_server()
+    with connect(f"grpc://{server.address}/s", token="given") as source:
         source.retrieve([b"1"])
     monkeypatch.setenv("TAGSTORE_TOKEN", "of the environment")
-    with connect(f"grpc://{one.address}/s") as source:
+    with connect(f"grpc://{server.address}/s") as source:
         source.retrieve([b"1"])
-    assert [m.get("authorization") for m in one.metadata] == ["Bearer given", "Bearer of the environment"]
-    assert connect("grpcs://example.org:1/s").backend.wire.metadata
-    assert not connect("grpc://example.org:1/s").backend.wire.metadata
+    assert [m.get("authorization") for m in server.metadata] == ["Bearer given", "Bearer of the environment"]
+    assert connect("grpcs://example.org:1/s").backend.channels.metadata
+    assert not connect("grpc://example.org:1/s").backend.channels.metadata
 
 
 @pytest.fixture(scope="module")
@@ -369,7 +377,7 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     def name(text: str) -> x509.Name:
         return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
 
-    def made(
+    def signed(
         subject: str, issuer: str, key: ec.EllipticCurvePrivateKey, by: ec.EllipticCurvePrivateKey
     ) -> bytes:
         builder = x509.CertificateBuilder(
@@ -382,22 +390,24 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         builder = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName(subject)]), critical=False)
         return builder.sign(by, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
 
-    keys = {one: ec.generate_private_key(ec.SECP256R1()) for one in ("authority", "store.test", "trainer")}
+    keys = {
+        owner: ec.generate_private_key(ec.SECP256R1()) for owner in ("authority", "store.test", "trainer")
+    }
     paths = {}
-    for one, key in keys.items():
+    for owner, key in keys.items():
         pem = key.private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )
-        for suffix, data in (("key", pem), ("pem", made(one, "authority", key, keys["authority"]))):
-            paths[f"{one}.{suffix}"] = str(folder / f"{one}.{suffix}")
-            (folder / f"{one}.{suffix}").write_bytes(data)
+        for suffix, data in (("key", pem), ("pem", signed(owner, "authority", key, keys["authority"]))):
+            paths[f"{owner}.{suffix}"] = str(folder / f"{owner}.{suffix}")
+            (folder / f"{owner}.{suffix}").write_bytes(data)
     return paths
 
 
 async def test_tls_with_certificates_of_both_sides(certificates: dict[str, str]) -> None:
     read = {file: Path(path).read_bytes() for file, path in certificates.items()}
-    one = Scripted("one", tls=((read["store.test.key"], read["store.test.pem"]), read["authority.pem"]))
-    url = f"grpcs://{one.address}/s?timeout=5&retries=0"
+    server = Scripted("one", tls=((read["store.test.key"], read["store.test.pem"]), read["authority.pem"]))
+    url = f"grpcs://{server.address}/s?timeout=5&retries=0"
     both_sides = {
         "ca": certificates["authority.pem"],
         "cert": certificates["trainer.pem"],
@@ -407,13 +417,13 @@ async def test_tls_with_certificates_of_both_sides(certificates: dict[str, str])
     try:
         blocking, awaited, _, _ = await both(url, [b"1"], **both_sides, token="secret")
         assert blocking[0][0].tag == awaited[0][0].tag == "one"
-        assert one.metadata[0]["authorization"] == "Bearer secret"
+        assert server.metadata[0]["authorization"] == "Bearer secret"
         for missing in ("ca", "server_name"):
             error, _, _, _ = await both(url, [b"1"], **{k: v for k, v in both_sides.items() if k != missing})
             assert type(error) is errors.Unavailable
-            assert one.address in str(error)
+            assert server.address in str(error)
     finally:
-        one.stop()
+        server.stop()
     for options, message in (
         ({"cert": "a"}, "both cert and cert_key"),
         ({"ca": "/nowhere"}, "option ca: cannot read /nowhere"),

@@ -1,4 +1,4 @@
-"""Options in code and URL, the leak guard's arguments, caches, controls, pins, and the asyncio face."""
+"""Options in code and URL, arguments of the leak guard, caches, controls, pins, and the asyncio client."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from pictures import COLOURS, picture
 from tagstore import errors
-from tagstore.client import aio, connect
+from tagstore.client import aio, connect, require
 from tagstore.client.urls import locate
 from tagstore.types import Exclude, Identity, Search
 
@@ -46,6 +46,14 @@ def test_options_in_code_and_url_mean_the_same_and_code_wins(url: str) -> None:
     assert locate(f"{url}@7?k=2").version == 7
 
 
+def test_former_names_of_options_mean_the_same(url: str) -> None:
+    options = connect(url, with_neighbours=False, with_texts=False).options
+    with pytest.warns(DeprecationWarning, match="with_neighbours"):
+        assert connect(f"{url}?neighbours=false&texts=false").options == options
+    with pytest.warns(DeprecationWarning, match="with_texts"):
+        assert connect(url, neighbours=False, texts=False).options == options
+
+
 @pytest.mark.parametrize(
     ("query", "message"),
     [
@@ -61,7 +69,7 @@ def test_options_in_code_and_url_mean_the_same_and_code_wins(url: str) -> None:
         ("exclude_distance=65", "64 bits"),
     ],
 )
-def test_options_that_mean_nothing_are_refused_by_name(url: str, query: str, message: str) -> None:
+def test_meaningless_options_are_refused_by_name(url: str, query: str, message: str) -> None:
     with pytest.raises(errors.InvalidInput, match=message):
         connect(f"{url}?{query}")
 
@@ -89,12 +97,12 @@ def test_unknown_options_in_code_are_refused_by_name(url: str) -> None:
         "grpc://a:1/x@y",
     ],
 )
-def test_urls_that_mean_nothing_are_refused(bad: str) -> None:
+def test_meaningless_urls_are_refused(bad: str) -> None:
     with pytest.raises(errors.InvalidInput):
         connect(bad)
 
 
-def test_all_of_a_search_reaches_the_store(url: str) -> None:
+def test_every_search_option_reaches_the_store(url: str) -> None:
     with connect(url) as source:
         [plain] = source.retrieve([picture("red", "circle")], k=4)
         [bare] = source.retrieve(
@@ -175,9 +183,36 @@ def test_embeddings_are_asked_for_once_and_cannot_be_changed(url: str) -> None:
         assert source.stats().embedding_hit_rate == 7 / 13
         with pytest.raises(ValueError, match="read-only"):
             first[0].embedding[0] = 1
-        everything = [t.tag_id for t in source.vocabulary()]
-        assert len(source.tags(everything, embeddings=True)) == len(everything)
-        assert len(source._embeddings._tags) == 8
+        vocabulary = [t.tag_id for t in source.vocabulary()]
+        assert len(source.tags(vocabulary, embeddings=True)) == len(vocabulary)
+        assert len(source._embedded) == 8
+    with connect(url, embedding_cache=0) as source:
+        first, again = (source.tags(ids, embeddings=True) for _ in range(2))
+        np.testing.assert_array_equal(first[5].embedding, again[5].embedding)
+        assert source.stats().embedding_hits == 0
+
+
+def test_embeddings_of_an_answer_come_in_the_order_of_its_tags(url: str) -> None:
+    with connect(url) as source:
+        [answer] = source.retrieve(IMAGES[:1], preload=True)
+        requests = source.stats().requests
+        rows = source.embeddings(answer)
+        assert source.stats().requests == requests
+        tags = source.tags([t.tag_id for t in answer], embeddings=True)
+        np.testing.assert_array_equal(rows, [tag.embedding for tag in tags])
+        [nothing] = source.retrieve(IMAGES[:1], where={"no": "such"})
+        assert len(source.embeddings(nothing)) == 0
+
+
+def test_answers_of_another_store_or_version_are_refused(url: str) -> None:
+    with connect(url) as source, connect(f"random+{url}") as control, connect("null://") as nothing:
+        answers = source.retrieve(IMAGES[:2])
+        require(answers)
+        require(answers, "shapes", 1)
+        for store, version in (("flickr8k", 0), ("shapes", 7), ("", 7)):
+            with pytest.raises(errors.InvalidInput, match=r"required, and shapes@1 answered"):
+                require(answers, store, version)
+        require([*control.retrieve(IMAGES[:1]), *nothing.retrieve(IMAGES[:1])], "flickr8k", 7)
 
 
 def _cached(source) -> tuple[int, int, list]:
@@ -265,7 +300,7 @@ def test_no_tags_and_random_tags(url: str, tmp_path: Path) -> None:
             source.tags([0], embeddings=True)
 
 
-async def test_the_asyncio_face_gives_the_same(url: str, shapes_root: Path) -> None:
+async def test_the_asyncio_client_gives_the_same(url: str, shapes_root: Path) -> None:
     with connect(url, k=3) as source:
         expected = source.retrieve(IMAGES * 8, keys=list(COLOURS) * 8, exclude="self")
         vocabulary = list(source.vocabulary())

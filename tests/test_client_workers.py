@@ -1,4 +1,4 @@
-"""DataLoader workers, however they are started, each with a parent that has used the source and goes on using it."""
+"""DataLoader workers, however they are started, while their parent goes on using the source."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ os.wait()
     assert "import tagstore.client before grpc" in out
 
 
-def _ask(source, data: bytes) -> tuple[str, bool]:
+def _nearest(source, data: bytes) -> tuple[str, bool]:
     [answer] = source.retrieve([data], keys=["red-circle"])
     return answer.neighbours[0].key, answer.version == 1
 
@@ -68,10 +68,10 @@ def test_a_source_travels_as_its_configuration(server_address: str) -> None:
     copy = pickle.loads(pickle.dumps(source))
     assert (copy.options, copy.pin()) == (source.options, source.pin())
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        key, pinned = pool.apply(_ask, (source, picture("red", "circle")))
+        key, pinned = pool.apply(_nearest, (source, picture("red", "circle")))
     assert pinned
     assert key != "red-circle"
-    # the worker's doings are in its parent's sums
+    # the parent's counts include the worker's
     stats = source.stats()
     assert (stats.queries, stats.guarded) == (1, 1)
     assert stats.excluded >= 1
@@ -87,9 +87,8 @@ def test_a_token_travels_and_is_not_shown() -> None:
 
 def test_counters_of_another_machine_start_anew(server_address: str, tmp_path: Path) -> None:
     source = connect(f"grpc://{server_address}/shapes")
-    state = source.__getstate__() | {"counters": str(tmp_path / "is not here")}
-    copy = connect("null://")
-    copy.__setstate__(state)
+    reopen, (url, location, options, _) = source.__reduce__()
+    copy = reopen(url, location, options, str(tmp_path / "is not here"))
     assert copy.stats().queries == 0
     copy.counters.add(queries=3)
     assert (copy.stats().queries, source.stats().queries) == (3, 0)

@@ -1,4 +1,4 @@
-"""Prefetching: order kept, bounded, errors in their place, nothing left behind, and no time of the step's."""
+"""Prefetching keeps the order, is bounded, raises errors in their place and leaves no thread behind."""
 
 from __future__ import annotations
 
@@ -16,26 +16,24 @@ from tagstore.types import Identity, Retrieval, RetrievedTag
 
 
 class Recording:
-    """A source that answers with what it was asked, and may be held up."""
+    """A source that answers with what it was asked, and counts its calls."""
 
     def __init__(self) -> None:
         self.calls: list[int] = []
-        self.going = 0
-        self.most = 0
+        """Images in each call."""
+        self.in_flight = 0
+        self.most_in_flight = 0
         self.lock = threading.Lock()
-        self.gate = threading.Event()
-        self.gate.set()
 
     def retrieve(
         self, images=(), *, vectors=None, fingerprint="", keys=(), identities=(), **options
     ) -> list[Retrieval]:
         with self.lock:
             self.calls.append(len(images))
-            self.going += 1
-            self.most = max(self.most, self.going)
-        self.gate.wait(30)
+            self.in_flight += 1
+            self.most_in_flight = max(self.most_in_flight, self.in_flight)
         with self.lock:
-            self.going -= 1
+            self.in_flight -= 1
         if b"bad" in images:
             raise errors.InvalidInput("bad image")
         names = [data.decode() for data in images] if vectors is None else [str(v[0]) for v in vectors]
@@ -45,15 +43,15 @@ class Recording:
         ]
 
 
-def numbers(n: int) -> Iterator[dict[str, object]]:
-    for i in range(n):
+def numbered(count: int) -> Iterator[dict[str, object]]:
+    for i in range(count):
         yield {"n": i, "image": str(i).encode()}
 
 
-def test_order_is_kept_whoever_is_faster() -> None:
+def test_order_is_kept_whichever_request_is_faster() -> None:
     source = Recording()
     fetched = list(
-        TagPrefetcher(numbers(103), source, image="image", key="n", into="tags", batch=5, workers=4, k=7)
+        TagPrefetcher(numbered(103), source, image="image", key="n", into="tags", batch=5, workers=4, k=7)
     )
     assert [s["n"] for s in fetched] == list(range(103))
     assert [s["tags"][0].tag for s in fetched] == [f"{i} {{'k': 7}}" for i in range(103)]
@@ -65,7 +63,7 @@ def test_no_more_is_read_than_depth_allows() -> None:
     source, read = Recording(), []
 
     def samples() -> Iterator[dict[str, object]]:
-        for sample in numbers(1000):
+        for sample in numbered(1000):
             read.append(sample)
             yield sample
 
@@ -74,14 +72,14 @@ def test_no_more_is_read_than_depth_allows() -> None:
     assert len(taken) == 4
     # three batches held, one being filled, one taken
     assert len(read) <= 5 * 4
-    assert source.most <= 2
+    assert source.most_in_flight <= 2
     stream.close()
     assert not [t for t in threading.enumerate() if t.name.startswith("prefetch")]
 
 
-def test_what_goes_wrong_is_raised_where_it_belongs() -> None:
+def test_an_error_is_raised_in_the_place_of_its_sample() -> None:
     def samples() -> Iterator[dict[str, object]]:
-        yield from numbers(10)
+        yield from numbered(10)
         raise OSError("the disk is gone")
 
     seen = []
@@ -105,7 +103,7 @@ def test_what_goes_wrong_is_raised_where_it_belongs() -> None:
 
 def test_a_loop_that_is_left_early_leaves_nothing_behind() -> None:
     source = Recording()
-    for sample, _ in TagPrefetcher(numbers(10_000), source, image="image", batch=2, depth=2):
+    for sample, _ in TagPrefetcher(numbered(10_000), source, image="image", batch=2, depth=2):
         if sample["n"] == 3:
             break
     assert not [t for t in threading.enumerate() if t.name.startswith("prefetch")]
@@ -125,16 +123,16 @@ def test_batches_of_a_loader_are_taken_as_they_are() -> None:
 
 def test_a_map_style_dataset_is_answered_a_batch_at_a_time() -> None:
     source = Recording()
-    dataset = TagPrefetcher(list(numbers(10)), source, image="image", into="tags")
+    dataset = TagPrefetcher(list(numbered(10)), source, image="image", into="tags")
     assert len(dataset) == 10
     assert [s["n"] for s in dataset.__getitems__([3, 1, 2])] == [3, 1, 2]
     assert dataset[4]["n"] == 4
     assert source.calls == [3, 1]
     with pytest.raises(TypeError):
-        len(TagPrefetcher(numbers(3), source, image="image"))
+        len(TagPrefetcher(numbered(3), source, image="image"))
 
 
-def test_what_makes_no_sense_is_refused() -> None:
+def test_arguments_that_make_no_sense_are_refused() -> None:
     for options in ({}, {"image": "i", "vector": "v"}, {"image": "i", "depth": 0}):
         with pytest.raises(errors.InvalidInput):
             TagPrefetcher([], Recording(), **options)

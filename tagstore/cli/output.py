@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
     from tagstore.client.admin import Ingested
     from tagstore.ingest import Advance, Report
     from tagstore.types import Retrieval, StoreInfo
+
+_MAX_REASONS = 10
+"""Reasons for quarantine that a report lists, the most frequent first."""
 
 
 def retrieval_json(retrieval: Retrieval) -> dict[str, Any]:
@@ -38,40 +42,37 @@ def retrieval_json(retrieval: Retrieval) -> dict[str, Any]:
 
 
 def info_json(info: StoreInfo) -> dict[str, Any]:
-    return {
-        **asdict(info),
-        "fingerprint": {**asdict(info.fingerprint), "digest": info.fingerprint.digest},
-        "index": dict(info.index),
-    }
+    fingerprint = {**asdict(info.fingerprint), "digest": info.fingerprint.digest}
+    return {**asdict(info), "fingerprint": fingerprint, "index": dict(info.index)}
 
 
-def print_report(report: Report | Ingested) -> None:
-    s = report.seconds
-    click.echo(
-        f"{report.store}@{report.version}: {report.entries} entries, {report.tags} tags, {report.unique_tags} unique tags"
-    )
-    click.echo(
-        f"read {report.pairs} pairs: {report.added} added, {report.unchanged} unchanged, {sum(report.reasons.values())} quarantined"
-    )
-    for reason, count in sorted(report.reasons.items(), key=lambda item: -item[1])[:10]:
+def print_report(report: Report | Ingested, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(asdict(report)))
+        return
+    place = f"{report.store}@{report.version}"
+    click.echo(f"{place}: {report.entries} entries, {report.tags} tags, {report.unique_tags} unique tags")
+    quarantined = sum(report.reasons.values())
+    added = f"{report.added} added, {report.unchanged} unchanged"
+    click.echo(f"read {report.pairs} pairs: {added}, {quarantined} quarantined")
+    for reason, count in sorted(report.reasons.items(), key=lambda item: -item[1])[:_MAX_REASONS]:
         example = next((r for r in report.quarantined if r.reason.startswith(reason)), None)
-        click.echo(
-            f"  {count} x {reason}" + (f", for example {example.key}: {example.reason}" if example else "")
-        )
-    if s:
-        click.echo("seconds: " + ", ".join(f"{stage} {spent:.1f}" for stage, spent in s.items()))
+        suffix = f", for example {example.key}: {example.reason}" if example else ""
+        click.echo(f"  {count} x {reason}{suffix}")
+    if report.seconds:
+        click.echo("seconds: " + ", ".join(f"{stage} {spent:.1f}" for stage, spent in report.seconds.items()))
 
 
-def print_retrieval(asked: str, retrieval: Retrieval) -> None:
-    click.echo(f"{asked}  ({retrieval.store}@{retrieval.version})")
-    table(("neighbour", "similarity"), [(n.key, f"{n.similarity:.3f}") for n in retrieval.neighbours])
+def print_retrieval(query: str, retrieval: Retrieval) -> None:
+    click.echo(f"{query}  ({retrieval.store}@{retrieval.version})")
+    table(("neighbour", "similarity"), ((n.key, f"{n.similarity:.3f}") for n in retrieval.neighbours))
     table(
         ("tag", "kind", "votes", "similarity", "relevance"),
-        [(t.tag, t.kind, t.votes, f"{t.similarity:.3f}", f"{t.relevance:.3f}") for t in retrieval.tags],
+        ((t.tag, t.kind, t.votes, f"{t.similarity:.3f}", f"{t.relevance:.3f}") for t in retrieval.tags),
     )
 
 
-def table(columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
+def table(columns: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -84,16 +85,12 @@ def table(columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
 
 @contextmanager
 def progress() -> Iterator[Advance]:
+    """Show a progress bar for each stage on stderr; yields a function of stage and further units done."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeElapsedColumn(),
-    )
+    name, rate = TextColumn("{task.description}"), TextColumn("{task.fields[rate]}")
+    columns = (name, BarColumn(), MofNCompleteColumn(), rate, TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         tasks: dict[str, Any] = {}
 

@@ -1,4 +1,4 @@
-"""Changing stores behind a server: the calls of `tagstore.v1.Admin` as functions of a URL.
+"""Change stores behind a server: the calls of `tagstore.v1.Admin` as methods.
 
 with administer("grpc://localhost:50051/fashion") as admin:
     admin.delete(keys=["a.jpg"])
@@ -11,19 +11,26 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar, Unpack
 
+import grpc
+
+from tagstore.client.channels import Channels
 from tagstore.client.options import ConnectOptions, Options
-from tagstore.client.sources.remote import Wire
-from tagstore.client.stats import counters
-from tagstore.client.urls import locate
+from tagstore.client.urls import Location, locate
 from tagstore.errors import InvalidInput, Unavailable
 from tagstore.types import Fingerprint, Kind, Pair, Rejected, StoreInfo
+from tagstore.wire import convert
+from tagstore.wire.status import error_of, retry_after_of
+from tagstore_proto.v1 import tagstore_pb2 as pb
+from tagstore_proto.v1 import tagstore_pb2_grpc
 
 T = TypeVar("T")
+_MAX_QUARANTINED = 1000
+"""Quarantined pairs that an ingest reports with their reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class VersionInfo:
-    """What is known of a version without opening it."""
+    """What a server tells about a version without opening it."""
 
     number: int
     parent: int
@@ -48,15 +55,15 @@ class Ingested:
     tags: int
     unique_tags: int
     reasons: dict[str, int] = field(default_factory=dict)
-    """How many were quarantined for what, without the particulars."""
+    """Quarantined pairs, by reason without its particulars."""
     quarantined: list[Rejected] = field(default_factory=list)
-    """The first thousand."""
+    """The first thousand of them."""
     seconds: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """What lies between two versions; as `maintenance.Diff`."""
+    """What differs between two versions."""
 
     before: int
     after: int
@@ -67,37 +74,39 @@ class Difference:
 
 
 def administer(url: str, **options: Unpack[ConnectOptions]) -> RemoteAdmin:
-    """What a server lets its administrators do to a store.
+    """Open what a server lets its administrators do to a store.
 
     Args:
         url: grpc:// or grpcs://, of one address.
         options: those of `connect` that concern the connection: token, ca, cert, cert_key, server_name.
 
     Raises:
-        InvalidInput: a URL of something else.
+        InvalidInput: the URL is not that of a server with one address.
     """
     location = locate(url)
     if location.scheme not in ("grpc", "grpcs") or len(location.addresses) != 1:
         raise InvalidInput(f"'{url}' is no server of one address: write grpc://HOST:PORT/NAME")
     if location.version:
         raise InvalidInput(
-            f"{url} names version {location.version}, but this is about the store as a whole: leave @{location.version} out"
+            f"{url} names version {location.version}, but this is about the store as a whole: "
+            f"leave @{location.version} out"
         )
-    return RemoteAdmin(Wire(location, Options().merged({**location.options, **options}), counters()))
+    return RemoteAdmin(location, Options().merged({**location.options, **options}))
 
 
 class RemoteAdmin:
-    """See `administer`. Methods raise what the library's functions of the same name raise, and `NotAuthenticated`, `NotPermitted`."""
+    """See `administer`.
 
-    def __init__(self, wire: Wire) -> None:
-        import grpc
+    Methods raise what the functions of the same name in `tagstore.upkeep` raise, and `NotAuthenticated`,
+    `NotPermitted`.
+    """
 
-        from tagstore_proto.v1 import tagstore_pb2_grpc
-
-        self._wire = wire
-        self._store = wire.location.store
-        self._address = wire.location.addresses[0]
-        self._channel = wire.channel(self._address, grpc.insecure_channel, grpc.secure_channel)
+    def __init__(self, location: Location, options: Options) -> None:
+        channels = Channels(location, options)
+        self._metadata = channels.metadata
+        self._store = location.store
+        [self._address] = location.addresses
+        self._channel = channels.open(self._address)
         self._stub = tagstore_pb2_grpc.AdminStub(self._channel)
 
     def __enter__(self) -> Self:
@@ -118,10 +127,7 @@ class RemoteAdmin:
         source: str = "",
         progress: Callable[[str, int], None] = lambda stage, done: None,
     ) -> Ingested:
-        """Send pairs; they are a version of the store when this returns. Pairs are read as the server takes them."""
-        from tagstore.wire import convert
-        from tagstore_proto.v1 import tagstore_pb2 as pb
-
+        """Send pairs; they are a version of the store when this returns. Pairs are read as they are sent."""
         failure: list[Exception] = []
 
         def requests() -> Iterator[pb.IngestRequest]:
@@ -136,41 +142,32 @@ class RemoteAdmin:
                         )
                     else:
                         yield pb.IngestRequest(pair=convert.pair_to_proto(item))
-            except Exception as error:  # noqa: BLE001  gRPC would swallow it and half-close: what came so far must not become a version
+            # gRPC would end the stream without error: what came so far must not become a version
+            except Exception as error:  # noqa: BLE001
                 failure.append(error)
                 call.cancel()
 
-        done: Ingested | None = None
+        report: pb.IngestReport | None = None
         reasons: dict[str, int] = {}
         quarantined: list[Rejected] = []
-        call = self._stub.Ingest(requests(), metadata=self._wire.metadata)
+        call = self._stub.Ingest(requests(), metadata=self._metadata)
         for response in self._errors(lambda: call, failure):
             for result in response.results:
                 if result.outcome == pb.OUTCOME_QUARANTINED:
                     reason = result.reason.split(":")[0]
                     reasons[reason] = reasons.get(reason, 0) + 1
-                    if len(quarantined) < 1000:
+                    if len(quarantined) < _MAX_QUARANTINED:
                         quarantined.append(Rejected(result.key, result.reason))
             progress("pairs", len(response.results))
             if response.HasField("report"):
-                r = response.report
-                done = Ingested(
-                    r.store,
-                    r.version,
-                    r.pairs,
-                    r.added,
-                    r.unchanged,
-                    r.entries,
-                    r.tags,
-                    r.unique_tags,
-                    reasons,
-                    quarantined,
-                )
-        if done is None:
+                report = response.report
+        if report is None:
             raise Unavailable(
                 f"the server at {self._address} ended the ingest without a report: nothing was changed"
             )
-        return done
+        read = (report.pairs, report.added, report.unchanged)
+        counts = (*read, report.entries, report.tags, report.unique_tags)
+        return Ingested(report.store, report.version, *counts, reasons, quarantined)
 
     def delete(
         self,
@@ -180,9 +177,7 @@ class RemoteAdmin:
         near: Sequence[tuple[int, int]] = (),
         where: Mapping[str, str] | None = None,
     ) -> tuple[VersionInfo, list[str]]:
-        """As `maintenance.delete`: the version made, and the keys of what it lacks."""
-        from tagstore_proto.v1 import tagstore_pb2 as pb
-
+        """Make a version without some entries. Returns it and their keys."""
         hashes = [pb.Near(perceptual_hash=value, distance=distance) for value, distance in near]
         request = pb.DeleteRequest(
             store=self._store, keys=keys, sha256=sha256, near=hashes, where=where or {}
@@ -191,21 +186,16 @@ class RemoteAdmin:
         return _version(response.version), list(response.keys)
 
     def rollback(self, version: int) -> VersionInfo:
-        """As `maintenance.rollback`."""
-        from tagstore_proto.v1 import tagstore_pb2 as pb
-
-        return _version(
-            self._call("Rollback", pb.RollbackRequest(store=self._store, version=version)).version
-        )
+        """Make a version that holds what an old one held."""
+        request = pb.RollbackRequest(store=self._store, version=version)
+        return _version(self._call("Rollback", request).version)
 
     def build_index(
-        self, *, progress: Callable[[str], None] = lambda what: None, **budget: Any
+        self, *, progress: Callable[[str], None] = lambda message: None, **budget: Any
     ) -> tuple[VersionInfo, dict[str, Any]]:
-        """Build an index within a budget (recall, memory_bytes, latency_ms, kind): the version made, and the report."""
-        from tagstore_proto.v1 import tagstore_pb2 as pb
-
+        """Build an index within a budget of recall, memory_bytes, latency_ms. Returns version and report."""
         request = pb.BuildIndexRequest(store=self._store, **budget)
-        for response in self._errors(lambda: self._stub.BuildIndex(request, metadata=self._wire.metadata)):
+        for response in self._errors(lambda: self._stub.BuildIndex(request, metadata=self._metadata)):
             if response.progress:
                 progress(response.progress)
             if response.HasField("version"):
@@ -213,71 +203,46 @@ class RemoteAdmin:
         raise Unavailable(f"the server at {self._address} ended the build without a report")
 
     def load(self) -> StoreInfo:
-        """Have the store served."""
-        from tagstore.wire import convert
-        from tagstore_proto.v1 import tagstore_pb2 as pb
-
+        """Let the server serve the store."""
         return convert.info_from_proto(self._call("Load", pb.LoadRequest(store=self._store)).store)
 
     def unload(self) -> None:
-        """Have the store served no more, and its memory given back."""
-        from tagstore_proto.v1 import tagstore_pb2 as pb
-
+        """Let the server stop serving the store, and free its memory."""
         self._call("Unload", pb.UnloadRequest(store=self._store))
 
     def versions(self) -> list[VersionInfo]:
-        """All versions, oldest first."""
-        from tagstore_proto.v1 import tagstore_pb2 as pb
-
-        return [
-            _version(v)
-            for v in self._call("ListVersions", pb.ListVersionsRequest(store=self._store)).versions
-        ]
+        """List all versions, oldest first."""
+        response = self._call("ListVersions", pb.ListVersionsRequest(store=self._store))
+        return [_version(version) for version in response.versions]
 
     def diff(self, before: int, after: int) -> Difference:
-        """As `maintenance.diff`."""
-        from tagstore.wire import convert
-        from tagstore_proto.v1 import tagstore_pb2 as pb
-
-        r = self._call("Diff", pb.DiffRequest(store=self._store, before=before, after=after))
-        tags = [(t.text, convert.KIND_FROM_WIRE[t.kind], t.before, t.after) for t in r.tags]
-        return Difference(r.before, r.after, list(r.added), list(r.removed), list(r.changed), tags)
+        """Compare two versions."""
+        diff = self._call("Diff", pb.DiffRequest(store=self._store, before=before, after=after))
+        tags = [(t.text, convert.KIND_FROM_WIRE[t.kind], t.before, t.after) for t in diff.tags]
+        keys = (list(diff.added), list(diff.removed), list(diff.changed))
+        return Difference(diff.before, diff.after, *keys, tags)
 
     def _call(self, method: str, request: Any) -> Any:
-        [response] = self._errors(
-            lambda: [getattr(self._stub, method)(request, metadata=self._wire.metadata)]
-        )
+        [response] = self._errors(lambda: [getattr(self._stub, method)(request, metadata=self._metadata)])
         return response
 
     def _errors(self, call: Callable[[], Iterable[T]], failure: Sequence[Exception] = ()) -> Iterator[T]:
-        """The answers of a call, its errors as ours. What changes a store is never sent twice."""
-        import grpc
-
-        from tagstore.wire.status import error_of, retry_after_of
-
+        """Yield the responses of a call, its errors as ours. What changes a store is never sent twice."""
         try:
             yield from call()
         except grpc.RpcError as error:
             if failure:
                 raise failure[0] from None
-            code, said = error.code(), error.details()
+            code, details = error.code(), error.details()
             if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
                 raise Unavailable(
-                    f"no server answers at {self._address} ({said}): check the address, then `tagstore versions`"
+                    f"no server answers at {self._address} ({details}): "
+                    "check the address, then `tagstore versions`"
                 ) from None
-            raise error_of(code, said, retry_after_of(error.trailing_metadata())) from None
+            raise error_of(code, details, retry_after_of(error.trailing_metadata())) from None
 
 
 def _version(message: Any) -> VersionInfo:
-    from tagstore.wire import convert
-
-    return VersionInfo(
-        message.number,
-        message.parent,
-        message.created,
-        message.operation,
-        message.entries,
-        message.tags,
-        message.unique_tags,
-        convert.fingerprint_from_proto(message.fingerprint),
-    )
+    origin = (message.number, message.parent, message.created, message.operation)
+    counts = (message.entries, message.tags, message.unique_tags)
+    return VersionInfo(*origin, *counts, convert.fingerprint_from_proto(message.fingerprint))

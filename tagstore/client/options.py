@@ -1,4 +1,4 @@
-"""What a source may be told, at `connect`, in the URL's query string, and what of it at each call."""
+"""The options of a source: given to `connect`, in the URL's query string, and in part to each call."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from tagstore.errors import InvalidInput
 from tagstore.types import Exclude, Order, Search, current_names
 
 OnFailure = Literal["raise", "empty"]
-Self = Literal["self"]
+ExcludeOption = Literal["self"] | Exclude | None
 
 
 class SearchOptions(TypedDict, total=False):
-    """What each call of `retrieve` may set; the source's own settings are the defaults. See `tagstore.types.Search`."""
+    """What a call of `retrieve` may set. The defaults are the source's options; see `Options`, `Search`."""
 
     k: int
     max_tags: int
@@ -26,16 +26,17 @@ class SearchOptions(TypedDict, total=False):
     ef_search: int
     with_neighbours: bool
     with_texts: bool
-    exclude: Self | Exclude | None
+    exclude: ExcludeOption
     exclude_distance: int
     exclude_keys: Sequence[str]
+    on_failure: OnFailure
+    preload: bool
 
 
 class ConnectOptions(SearchOptions, total=False):
     """What `connect` takes. See `Options`."""
 
     timeout: float
-    on_failure: OnFailure
     retries: int
     hedge: float
     breaker: int
@@ -48,29 +49,28 @@ class ConnectOptions(SearchOptions, total=False):
     cache: str
     cache_bytes: int
     embedding_cache: int
-    preload: bool
     seed: int
     tags: int
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """The settings of a source."""
+    """The options of a source."""
 
     search: Search = Search()  # noqa: RUF009  frozen
-    """What each call asks for unless it says otherwise."""
-    exclude: Self | Exclude | None = None
-    """The leak guard. `self`: the query's own image, by everything that is known of it: key, sha256, perceptual hash."""
+    """How queries are answered, unless a call says otherwise."""
+    exclude: ExcludeOption = None
+    """The leak guard. `self`: the query's own image, by its key, sha256 and perceptual hash where known."""
     exclude_distance: int = 4
-    """For `exclude="self"`: images whose perceptual hash differs in at most so many of 64 bits count as the same; -1 for no such test."""
+    """For `exclude="self"`: bits of 64 in which hashes of the same image may differ; -1 to compare none."""
     exclude_keys: tuple[str, ...] = ()
     """Keys that no query may find, whatever `exclude` says."""
     timeout: float = 30.0
-    """Seconds that a request may take, retries included. A call with more queries than fit one request has as much for each."""
+    """Seconds that a request may take, retries included. A call of several requests has as many for each."""
     on_failure: OnFailure = "raise"
-    """`raise`, or `empty`: answer with no tags where no server does in time; counted, and logged once a minute."""
+    """`raise`, or `empty`: answer without tags if no server does in time; counted, logged once a minute."""
     retries: int = 4
-    """At most so many tries after the first, within `timeout`."""
+    """Tries after the first, within `timeout`."""
     hedge: float = 0.0
     """Seconds after which a request without an answer is also sent to another address; 0 for never."""
     breaker: int = 5
@@ -84,131 +84,113 @@ class Options:
     cert: str = ""
     """For grpcs://: PEM file of the client's certificate chain, where the server asks for one."""
     cert_key: str = ""
-    """For grpcs://: PEM file of its private key."""
+    """For grpcs://: PEM file of the client's private key."""
     server_name: str = ""
     """For grpcs://: the name that the server's certificate must be for, if not the one in the URL."""
     cache: str = ""
-    """Directory of a cache of answers, shared by the processes of the machine; needs lmdb, and a version in the URL or `pin()`."""
+    """Directory of a cache of answers, shared by the machine's processes; needs lmdb and a pinned version."""
     cache_bytes: int = 1 << 30
-    """What the cached answers may take; the file is at most twice that."""
+    """Bytes that the cached answers may take; the file is at most twice as large."""
     embedding_cache: int = 1 << 15
-    """Tags whose embeddings are kept in memory."""
+    """Tags whose embeddings are kept in memory; 0 for none."""
     preload: bool = False
-    """Fetch with each answer the embeddings of its tags, so that `tags` finds them in memory."""
+    """Fetch the embeddings of an answer's tags with the answer, so that `tags` finds them in memory."""
     seed: int = 0
-    """Of random://."""
+    """For random://: which draw."""
     tags: int = 10
-    """Of random://: how many tags a query."""
+    """For random://: tags for each query."""
 
     def __post_init__(self) -> None:
-        for name, good in (
-            ("timeout", self.timeout > 0),
-            ("on_failure", self.on_failure in get_args(OnFailure)),
-            ("retries", self.retries >= 0),
-            ("hedge", self.hedge >= 0),
-            ("breaker", self.breaker >= 0),
-            ("cooldown", self.cooldown > 0),
-            ("exclude", self.exclude is None or self.exclude == "self" or isinstance(self.exclude, Exclude)),
-            ("exclude_distance", -1 <= self.exclude_distance <= 64),
-            ("cache_bytes", self.cache_bytes >= 1 << 20),
-            ("embedding_cache", self.embedding_cache >= 0),
-            ("seed", self.seed >= 0),
-            ("tags", self.tags >= 0),
+        exclude = self.exclude
+        for name, valid, rule in (
+            ("timeout", self.timeout > 0, "seconds, more than 0"),
+            ("on_failure", self.on_failure in get_args(OnFailure), "'raise' or 'empty'"),
+            ("retries", self.retries >= 0, _NOT_NEGATIVE),
+            ("hedge", self.hedge >= 0, _NOT_NEGATIVE),
+            ("breaker", self.breaker >= 0, _NOT_NEGATIVE),
+            ("cooldown", self.cooldown > 0, "seconds, more than 0"),
+            (
+                "exclude",
+                exclude in (None, "self") or isinstance(exclude, Exclude),
+                "'self', an Exclude or None",
+            ),
+            ("exclude_distance", -1 <= self.exclude_distance <= 64, "0 to 64 bits, or -1 to compare none"),
+            ("cache_bytes", self.cache_bytes >= 1 << 20, "at least 1 MiB"),
+            ("embedding_cache", self.embedding_cache >= 0, _NOT_NEGATIVE),
+            ("seed", self.seed >= 0, _NOT_NEGATIVE),
+            ("tags", self.tags >= 0, _NOT_NEGATIVE),
         ):
-            if not good:
-                raise InvalidInput(
-                    f"option {name} cannot be {getattr(self, name)!r}: {_HINTS.get(name, 'it must not be negative')}"
-                )
+            if not valid:
+                raise InvalidInput(f"option {name} cannot be {getattr(self, name)!r}: {rule}")
 
-    def merged(self, options: Mapping[str, Any], *, call: bool = False) -> Options:
-        """These with some replaced. `call`: only what a single call may set.
+    def merged(self, values: Mapping[str, Any], *, of_call: bool = False) -> Options:
+        """Return these options with some replaced. Raises `InvalidInput` for an unknown option, by name.
 
-        Raises `InvalidInput` for an option that there is not, by name.
+        Args:
+            of_call: accept only what a single call may set.
         """
-        options = current_names(Search, options)
-        known = _SEARCH | _GUARD if call else _SEARCH | _OWN
-        unknown = [name for name in options if name not in known]
+        known = _SEARCH | (_OF_CALL if of_call else _OWN)
+        if not known.issuperset(values):
+            values = current_names(Search, values)
+        unknown = [name for name in values if name not in known]
         if unknown:
-            where = "retrieve takes no option" if call else "there is no option"
+            problem = "retrieve takes no option" if of_call else "there is no option"
             raise InvalidInput(
-                f"{where} {', '.join(map(repr, unknown))}; there are: {', '.join(sorted(known))}"
+                f"{problem} {', '.join(map(repr, unknown))}; there are: {', '.join(sorted(known))}"
             )
-        if not isinstance(options.get("with_texts", True), bool):
+        if not isinstance(values.get("with_texts", True), bool):
             raise InvalidInput(
-                "with_texts says whether answers hold the tags' texts, true or false: queries by text are captions=[...]"
+                "with_texts says whether answers hold the tags' texts, true or false: "
+                "queries by text are captions=[...]"
             )
-        search = {name: value for name, value in options.items() if name in _SEARCH}
-        own = {name: value for name, value in options.items() if name in _OWN}
+        search = {name: value for name, value in values.items() if name in _SEARCH}
+        own = {name: value for name, value in values.items() if name in _OWN}
         if "exclude_keys" in own:
-            own["exclude_keys"] = tuple(_listed("exclude_keys", own["exclude_keys"]))
-        return (
-            replace(self, search=replace(self.search, **search) if search else self.search, **own)
-            if options
-            else self
-        )
+            if isinstance(own["exclude_keys"], str):
+                raise InvalidInput(f"exclude_keys is a list: pass [{own['exclude_keys']!r}] for one")
+            own["exclude_keys"] = tuple(own["exclude_keys"])
+        return replace(self, search=replace(self.search, **search), **own)
 
 
+_NOT_NEGATIVE = "it must not be negative"
 _SEARCH = {f.name for f in fields(Search)} - {"exclude"}
 _OWN = {f.name for f in fields(Options)} - {"search"}
-_GUARD = {"exclude", "exclude_distance", "exclude_keys"}
-_HINTS = {
-    "timeout": "seconds, more than 0",
-    "cooldown": "seconds, more than 0",
-    "on_failure": "'raise' or 'empty'",
-    "exclude": "'self', an Exclude or None",
-    "exclude_distance": "0 to 64 bits, or -1 for no comparison of perceptual hashes",
-    "cache_bytes": "at least 1 MiB",
+_OF_CALL = {"exclude", "exclude_distance", "exclude_keys", "on_failure", "preload"}
+_DEFAULTS: dict[str, Any] = {f.name: getattr(Search(), f.name) for f in fields(Search)} | {
+    name: getattr(Options(), name) for name in _OWN
 }
-
-
-def from_query(pairs: Iterable[tuple[str, str]]) -> dict[str, Any]:
-    """Options of a URL's query string, as text. Raises `InvalidInput` for one that has no such meaning, by name."""
-    found: dict[str, Any] = {}
-    where: dict[str, str] = {}
-    defaults = {
-        **{f.name: getattr(_PLAIN.search, f.name) for f in fields(Search)},
-        **{name: getattr(_PLAIN, name) for name in _OWN},
-    }
-    for name, text in pairs:
-        (name,) = current_names(Search, {name: text})
-        if name == "token":
-            raise InvalidInput(
-                "a token does not belong in a URL, which is logged: pass token=, or set TAGSTORE_TOKEN"
-            )
-        if name.startswith("where."):
-            where[name.removeprefix("where.")] = text
-        elif name in ("where", "exclude_keys") or name not in defaults:
-            hint = {"where": "write where.FIELD=VALUE", "exclude_keys": "pass it in code"}.get(
-                name,
-                f"there are: {', '.join(sorted(set(defaults) - {'token', 'where', 'exclude_keys'}))}, where.FIELD",
-            )
-            raise InvalidInput(f"'{name}' is no option of a URL: {hint}")
-        else:
-            found[name] = _value(name, text, defaults[name])
-    return {**found, "where": where} if where else found
-
-
-_PLAIN = Options()
+_NOT_IN_A_URL = {
+    "token": "a token does not belong in a URL, which is logged: pass token=, or set TAGSTORE_TOKEN",
+    "where": "'where' is no option of a URL: write where.FIELD=VALUE",
+    "exclude_keys": "'exclude_keys' is no option of a URL: pass it in code",
+}
 _BOOLEANS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 
 
-def _value(name: str, text: str, default: Any) -> Any:
+def from_query(pairs: Iterable[tuple[str, str]]) -> dict[str, Any]:
+    """Read the options of a URL's query string. Raises `InvalidInput` for one that means nothing, by name."""
+    values: dict[str, Any] = {}
+    where: dict[str, str] = {}
+    for name, text in pairs:
+        (name,) = current_names(Search, {name: text})
+        if name.startswith("where."):
+            where[name.removeprefix("where.")] = text
+        elif name in _NOT_IN_A_URL:
+            raise InvalidInput(_NOT_IN_A_URL[name])
+        elif name not in _DEFAULTS:
+            known = ", ".join(sorted(set(_DEFAULTS) - set(_NOT_IN_A_URL)))
+            raise InvalidInput(f"'{name}' is no option of a URL: there are: {known}, where.FIELD")
+        else:
+            values[name] = _value(name, text)
+    return {**values, "where": where} if where else values
+
+
+def _value(name: str, text: str) -> Any:
+    kind = type(_DEFAULTS[name])
     try:
         if name == "exclude":
             return {"self": "self", "none": None}[text]
-        if isinstance(default, bool):
-            return _BOOLEANS[text.lower()]
-        return type(default)(text)
+        return _BOOLEANS[text.lower()] if kind is bool else kind(text)
     except (KeyError, ValueError):
-        kind = (
-            "self or none"
-            if name == "exclude"
-            else {bool: "true or false", int: "a whole number", float: "a number"}[type(default)]
-        )
-        raise InvalidInput(f"option {name}={text}: write {kind}") from None
-
-
-def _listed(name: str, value: Any) -> Sequence[str]:
-    if isinstance(value, str):
-        raise InvalidInput(f"{name} is a list: pass [{value!r}] for one")
-    return list(value)
+        hint = {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, "self or none")
+        raise InvalidInput(f"option {name}={text}: write {hint}") from None

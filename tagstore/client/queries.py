@@ -1,4 +1,4 @@
-"""From what a caller passes to requests: images read, identities matched to queries, the leak guard resolved, batches cut."""
+"""Turn what a caller passes into requests: read images, match identities, resolve the guard, cut batches."""
 
 from __future__ import annotations
 
@@ -18,28 +18,34 @@ from tagstore.types import Exclude, Fingerprint, Identity, Search
 Image = bytes | str | os.PathLike[str]
 """An encoded image, or the path of a file that holds one."""
 
-BATCH_IMAGES = BATCH_CAPTIONS = 32
-BATCH_ROWS = 256
+BATCH_IMAGES = 32
+"""Images in a request."""
+_BATCH_CAPTIONS = 32
+"""Captions in a request."""
+_BATCH_VECTORS = 256
+"""Vectors in a request."""
 _BATCH_BYTES = 16 << 20
+"""Bytes of images in a request, but for a single larger image."""
 _BATCH_NEIGHBOURS = 1 << 14
+"""Neighbours that a request may ask for, over all its queries."""
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
-    """One request: queries of one kind, few enough for the wire."""
+class QueryBatch:
+    """One request: queries of one kind, few enough for one message."""
 
     images: tuple[bytes, ...]
     vectors: NDArray[np.floating] | None
     """`[N, D]` float16 or float32."""
+    captions: tuple[str, ...]
     fingerprint: str
-    """Digest of the encoder that made `vectors`, or empty."""
+    """Digest of the encoder that computed `vectors`, or empty."""
     search: Search
+    """The search that `options` ask for, its leak guard resolved for these queries."""
     identities: tuple[Identity, ...]
     """None, or one for each query."""
     options: Options
-    """What the caller asked for; `search` is that with the leak guard made out for these queries."""
-    captions: tuple[str, ...] = ()
-    """Queries by text."""
+    """What the caller asked for."""
     version: int = 0
 
     def __len__(self) -> int:
@@ -51,15 +57,15 @@ class Ask:
             return "vector"
         return "caption" if self.captions else "image"
 
-    def query(self, row: int) -> bytes:
-        """One of the queries; equal bytes of another kind are another query."""
+    def query_bytes(self, row: int) -> bytes:
+        """Return the bytes of one query. Queries of different kinds may have equal bytes."""
         if self.vectors is not None:
             data: bytes = self.vectors[row].tobytes()
             return data
         return self.captions[row].encode() if self.captions else self.images[row]
 
-    def only(self, rows: Sequence[int]) -> Ask:
-        """The same of some of its queries."""
+    def select(self, rows: Sequence[int]) -> QueryBatch:
+        """Return a batch of only these queries."""
         return replace(
             self,
             images=tuple(self.images[i] for i in rows) if self.images else (),
@@ -69,7 +75,7 @@ class Ask:
         )
 
 
-def asks(
+def query_batches(
     images: Iterable[Image],
     vectors: NDArray[np.floating] | None,
     captions: Sequence[str],
@@ -77,69 +83,72 @@ def asks(
     keys: Sequence[str],
     identities: Sequence[Identity],
     options: Options,
-) -> Iterator[Ask]:
-    """Requests small enough for the wire: first of the images, then of the vectors, then of the captions. Images are read as they are
-    asked for.
+) -> Iterator[QueryBatch]:
+    """Cut queries into requests: images, then vectors, then captions. Images are read batch by batch.
 
     Raises `InvalidInput`, `BadVector`, or `NotFound` for a path that cannot be read.
     """
     if isinstance(images, bytes | str | os.PathLike):
         raise InvalidInput("images is a list: pass [image] for one")
     images = list(images)
-    rows = None if vectors is None else _matrix(vectors)
-    captions = _captions(captions)
-    before = len(images) + (0 if rows is None else len(rows))
-    known = _identities(before + len(captions), keys, identities)
+    matrix = None if vectors is None else _checked_vectors(vectors)
+    captions = _checked_captions(captions)
+    first_vector = len(images)
+    first_caption = first_vector + (0 if matrix is None else len(matrix))
+    known = _merged_identities(first_caption + len(captions), keys, identities)
     digest = fingerprint if isinstance(fingerprint, str) else fingerprint.digest
     limit = max(1, _BATCH_NEIGHBOURS // max(1, options.search.k))
 
-    def ask(
+    def batch(
         first: int,
-        some: tuple[bytes, ...] = (),
-        matrix: NDArray[np.floating] | None = None,
-        said: tuple[str, ...] = (),
-    ) -> Ask:
-        count = len(some or said) if matrix is None else len(matrix)
+        count: int,
+        images: tuple[bytes, ...] = (),
+        vectors: NDArray[np.floating] | None = None,
+        captions: tuple[str, ...] = (),
+    ) -> QueryBatch:
         own = known[first : first + count]
-        return Ask(
-            some,
-            matrix,
-            digest,
-            replace(options.search, exclude=_guard(options, own, bool(some))),
-            own,
-            options,
-            said,
-        )
+        search = options.search
+        if options.exclude is not None or options.exclude_keys:
+            search = replace(search, exclude=_resolved_guard(options, own, by_image=bool(images)))
+        return QueryBatch(images, vectors, captions, digest, search, own, options)
 
-    batch: list[bytes] = []
-    first = size = 0
-    for image in images:
-        data = _read(image)
-        if batch and (size + len(data) > _BATCH_BYTES or len(batch) == min(BATCH_IMAGES, limit)):
-            yield ask(first, tuple(batch))
-            first += len(batch)
-            batch, size = [], 0
-        batch.append(data)
-        size += len(data)
-    if batch:
-        yield ask(first, tuple(batch))
-    if rows is not None:
-        step = min(BATCH_ROWS, limit)
-        for start in range(0, len(rows), step):
-            yield ask(len(images) + start, matrix=rows[start : start + step])
-    step = min(BATCH_CAPTIONS, limit)
+    first = 0
+    for group in _image_groups(images, min(BATCH_IMAGES, limit)):
+        yield batch(first, len(group), images=group)
+        first += len(group)
+    if matrix is not None:
+        step = min(_BATCH_VECTORS, limit)
+        for start in range(0, len(matrix), step):
+            rows = matrix[start : start + step]
+            yield batch(first_vector + start, len(rows), vectors=rows)
+    step = min(_BATCH_CAPTIONS, limit)
     for start in range(0, len(captions), step):
-        yield ask(before + start, said=captions[start : start + step])
+        texts = captions[start : start + step]
+        yield batch(first_caption + start, len(texts), captions=texts)
 
 
-def _matrix(vectors: NDArray[np.floating]) -> NDArray[np.floating]:
+def _image_groups(images: Sequence[Image], limit: int) -> Iterator[tuple[bytes, ...]]:
+    group: list[bytes] = []
+    size = 0
+    for image in images:
+        data = image if isinstance(image, bytes) else _read(image)
+        if group and (size + len(data) > _BATCH_BYTES or len(group) == limit):
+            yield tuple(group)
+            group, size = [], 0
+        group.append(data)
+        size += len(data)
+    if group:
+        yield tuple(group)
+
+
+def _checked_vectors(vectors: NDArray[np.floating]) -> NDArray[np.floating]:
     vectors = np.asarray(vectors)
     if vectors.ndim != 2:
         raise BadVector(f"vectors have shape {list(vectors.shape)}: pass [N, D]")
     return vectors if vectors.dtype in (np.float16, np.float32) else vectors.astype(np.float32)
 
 
-def _captions(captions: Sequence[str]) -> tuple[str, ...]:
+def _checked_captions(captions: Sequence[str]) -> tuple[str, ...]:
     if isinstance(captions, str):
         raise InvalidInput(f"captions is a list: pass [{captions!r}] for one")
     for position, caption in enumerate(captions):
@@ -152,13 +161,15 @@ def _captions(captions: Sequence[str]) -> tuple[str, ...]:
     return tuple(captions)
 
 
-def _identities(queries: int, keys: Sequence[str], identities: Sequence[Identity]) -> tuple[Identity, ...]:
+def _merged_identities(
+    count: int, keys: Sequence[str], identities: Sequence[Identity]
+) -> tuple[Identity, ...]:
     if isinstance(keys, str):
         raise InvalidInput(f"keys is a list: pass [{keys!r}] for one")
-    for name, given in (("keys", keys), ("identities", identities)):
-        if len(given) not in (0, queries):
+    for name, values in (("keys", keys), ("identities", identities)):
+        if len(values) not in (0, count):
             raise InvalidInput(
-                f"{len(given)} {name} for {queries} queries: pass one for each, images first, or none"
+                f"{len(values)} {name} for {count} queries: pass one for each, images first, or none"
             )
     if not keys:
         return tuple(identities)
@@ -170,18 +181,17 @@ def _identities(queries: int, keys: Sequence[str], identities: Sequence[Identity
     )
 
 
-def _guard(options: Options, own: Sequence[Identity], by_image: bool) -> Exclude:
-    """What the server is to keep out. Of a query by image it computes the hashes; another is known by what its identity says."""
+def _resolved_guard(options: Options, identities: Sequence[Identity], *, by_image: bool) -> Exclude:
+    """Name what the store has to keep out. It hashes images itself; other queries bring their identity."""
     exclude = options.exclude
     if exclude is None:
         exclude = Exclude()
     elif exclude == "self":
+        hashed = by_image or any(i.perceptual_hash is not None for i in identities)
         exclude = Exclude(
-            key=any(i.key for i in own),
-            sha256=by_image or any(i.sha256 for i in own),
-            hash_distance=options.exclude_distance
-            if by_image or any(i.perceptual_hash is not None for i in own)
-            else -1,
+            key=any(i.key for i in identities),
+            sha256=by_image or any(i.sha256 for i in identities),
+            hash_distance=options.exclude_distance if hashed else -1,
         )
         if not (exclude.key or exclude.sha256 or exclude.hash_distance >= 0):
             raise InvalidInput(
@@ -190,10 +200,8 @@ def _guard(options: Options, own: Sequence[Identity], by_image: bool) -> Exclude
     return replace(exclude, keys=(*exclude.keys, *options.exclude_keys)) if options.exclude_keys else exclude
 
 
-def _read(image: Image) -> bytes:
-    if isinstance(image, bytes):
-        return image
+def _read(path: str | os.PathLike[str]) -> bytes:
     try:
-        return Path(image).read_bytes()
+        return Path(path).read_bytes()
     except OSError as error:
-        raise NotFound(f"cannot read image {os.fspath(image)}: {error.strerror}") from error
+        raise NotFound(f"cannot read image {os.fspath(path)}: {error.strerror}") from error

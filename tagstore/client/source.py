@@ -1,105 +1,84 @@
-"""The blocking face of a tag source, and the flows that it shares with the asyncio one.
+"""The blocking tag source, and what it shares with the asyncio one.
 
-A flow is a generator: it yields what to ask of a backend (`retrieve`, `tags`, `page`, `info` with arguments) and is sent the answer, so
-that batches, caches, the leak guard, degraded answers and counting are written once, and each face only drives.
+The shared part is written as generators: each yields calls of the backend, as a method's name and arguments,
+and is sent the answers. So batches, caches, degraded answers and counts are written once; a source only runs
+the calls in its own way.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol, Self, Unpack
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, Self, Unpack
 
 import numpy as np
+from cachetools import LRUCache
 from numpy.typing import NDArray
 
-from tagstore.client.caches import AnswerCache, EmbeddingCache
-from tagstore.client.forks import Lock
+from tagstore.client.answer_cache import AnswerCache
+from tagstore.client.forks import ForkSafe
 from tagstore.client.options import Options, SearchOptions
-from tagstore.client.queries import Ask, Image, asks
+from tagstore.client.queries import Image, QueryBatch, query_batches
 from tagstore.client.stats import Counters, Stats
+from tagstore.client.tag_source import Pin
 from tagstore.client.urls import Location
 from tagstore.errors import Damaged, InvalidInput, TagstoreError, Unavailable
 from tagstore.types import Fingerprint, Identity, Retrieval, StoreInfo, TagInfo
 
 log = logging.getLogger(__name__)
 
-Flow = Generator[tuple[str, tuple[Any, ...]], Any, Any]
-_TAGS_AT_ONCE = 1000
-_LOG_EVERY = 60.0
+BackendCalls = Generator[tuple[str, tuple[Any, ...]], Any, Any]
+_TAGS_PER_REQUEST = 1000
+_WARN_INTERVAL = 60.0
+"""Seconds between two warnings about degraded answers."""
 
 
-class Backend(Protocol):
-    """What answers: a server, a directory, a map. Opened at first use in each process."""
-
-    def retrieve(self, ask: Ask) -> list[Retrieval]: ...
-
-    def tags(self, tag_ids: Sequence[int], version: int, embeddings: bool) -> tuple[list[TagInfo], int]:
-        """The tags, and the version that they are of."""
-        ...
-
-    def page(self, first: int, version: int, embeddings: bool) -> tuple[list[TagInfo], int, int]:
-        """Some tags from an id on, the id to go on with (0 at the end), the version."""
-        ...
-
-    def info(self, version: int) -> StoreInfo: ...
-
-    def health(self) -> dict[str, str]: ...
-
-    def close(self) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Pin:
-    """Which version of which store answers: what a checkpoint has to remember."""
-
-    store: str
-    version: int
-    fingerprint: Fingerprint
-
-    def __str__(self) -> str:
-        return f"{self.store}@{self.version}"
-
-
-class Flows:
-    """What a source does, whichever way it waits."""
+class BaseSource(ForkSafe):
+    """What a source does, whether it blocks or is awaited."""
 
     def __init__(
-        self, url: str, location: Location, options: Options, counters: Counters, backend: Any
+        self,
+        url: str,
+        location: Location,
+        options: Options,
+        counters: Counters,
+        backend: Any,
+        reopen: Callable[[str, Location, Options, str], BaseSource],
     ) -> None:
-        self.url, self.location, self.options, self.counters, self.backend = (
-            url,
-            location,
-            options,
-            counters,
-            backend,
-        )
+        """
+        Args:
+            reopen: opens this source in another process; gets URL, location, options, path of the counters.
+        """
+        super().__init__()
+        self.url, self.location, self.options = url, location, options
+        self.counters, self.backend, self._reopen = counters, backend, reopen
         self._version = location.version
-        self._embeddings = EmbeddingCache(options.embedding_cache)
+        """The version to ask for; 0 for the current one."""
+        self._newest = 0
+        """The newest version that has answered."""
+        self._embedded: LRUCache[tuple[int, int], TagInfo] = LRUCache(options.embedding_cache)
+        """Tags with their embeddings, by version and id."""
         place = f"{location.scheme}://{location.place}/{location.store}"
         self._cache = AnswerCache(options.cache, options.cache_bytes, place) if options.cache else None
-        self._log = _Seldom()
+        self._last_error = ""
+        self._next_warning = 0.0
+        self._held_warnings = 0
 
     def stats(self) -> Stats:
-        """What was done so far, by all processes that share this source."""
-        return Stats(**self.counters.read(), addresses=self.backend.health())
+        """Sum up what all processes that share this source have done."""
+        return Stats(**self.counters.read(), addresses=self.backend.health(), last_error=self._last_error)
 
     def __repr__(self) -> str:
         version = f" at version {self._version}" if self._version else ""
         return f"<{type(self).__name__} {self.url}{version}>"
 
-    def __getstate__(self) -> dict[str, Any]:
-        """The configuration: what a worker needs to connect for itself."""
-        return {
-            "url": self.url,
-            "location": self.location._replace(version=self._version),
-            "options": self.options,
-            "counters": self.counters.path,
-        }
+    def __reduce__(self) -> tuple[Any, ...]:
+        location = self.location._replace(version=self._version)
+        return self._reopen, (self.url, location, self.options, self.counters.path)
 
-    def _retrieving(
+    def _retrieve_calls(
         self,
         images: Sequence[Image],
         vectors: NDArray[np.floating] | None,
@@ -107,80 +86,119 @@ class Flows:
         fingerprint: Fingerprint | str,
         keys: Sequence[str],
         identities: Sequence[Identity],
-        given: SearchOptions,
-    ) -> Flow:
-        options = self.options.merged(given, call=True)
+        call_options: SearchOptions,
+    ) -> BackendCalls:
+        options = self.options.merged(call_options, of_call=True) if call_options else self.options
         answers: list[Retrieval] = []
         version = self._version
-        for ask in asks(images, vectors, captions, fingerprint, keys, identities, options):
-            some: list[Retrieval] = yield from self._answering(replace(ask, version=version))
-            # later requests come from the version that answered the first
-            version = version or next((a.version for a in some), 0)
-            answers += some
+        for batch in query_batches(images, vectors, captions, fingerprint, keys, identities, options):
+            if version:
+                batch = replace(batch, version=version)
+            retrievals: list[Retrieval] = yield from self._answer_calls(batch)
+            # later requests ask for the version that answered the first
+            version = version or next((r.version for r in retrievals), 0)
+            answers += retrievals
         return answers
 
-    def _answering(self, ask: Ask) -> Flow:
+    def _answer_calls(self, batch: QueryBatch) -> BackendCalls:
+        """Answer a batch; without tags, where no server does and that is allowed."""
         try:
-            answers: list[Retrieval] = yield from self._cached(ask)
-            if self.options.preload and any(answers):
-                version = answers[0].version
-                yield from self._tags(list({t.tag_id for a in answers for t in a}), True, version)
+            answers: list[Retrieval]
+            if self._cache is None:
+                answers = yield "retrieve", (batch,)
+            else:
+                answers = yield from self._cached_calls(self._cache, batch)
+            if batch.options.preload and any(answers):
+                tag_ids = list({t.tag_id for a in answers for t in a})
+                yield from self._tags_calls(tag_ids, True, answers[0].version)
         except TagstoreError as error:
-            if self.options.on_failure == "raise" or not _is_failure(error):
+            if batch.options.on_failure == "raise" or not _is_outage(error):
                 raise
-            self.counters.add(queries=len(ask), degraded=len(ask))
-            self._log.warning("%s gives no tags: %s", self.url, error)
-            return [Retrieval(self.location.store, 0, "", (), (), degraded=True)] * len(ask)
+            self.counters.add(queries=len(batch), degraded=len(batch))
+            self._last_error = str(error)
+            self._warn(error)
+            return [Retrieval(self.location.store, 0, "", (), (), degraded=True)] * len(batch)
         excluded = [a.excluded for a in answers]
-        self.counters.add(queries=len(ask), excluded=sum(excluded), guarded=sum(map(bool, excluded)))
+        self.counters.add(queries=len(batch), excluded=sum(excluded), guarded=sum(map(bool, excluded)))
         if answers:
-            self._embeddings.see(answers[0].version)
+            self._newest = max(self._newest, answers[0].version)
         return answers
 
-    def _cached(self, ask: Ask) -> Flow:
-        if self._cache is None:
-            return (yield "retrieve", (ask,))
-        if not ask.version:
+    def _cached_calls(self, cache: AnswerCache, batch: QueryBatch) -> BackendCalls:
+        if not batch.version:
             raise InvalidInput(
-                f"a cache of answers needs to know the version: call pin(), or write {self.url.partition('?')[0]}@VERSION"
+                "a cache of answers needs to know the version: "
+                f"call pin(), or write {self.url.partition('?')[0]}@VERSION"
             )
-        keys = [self._cache.key(ask, row) for row in range(len(ask))]
-        answers = self._cache.get(keys)
+        keys = [cache.key(batch, row) for row in range(len(batch))]
+        answers = cache.get(keys)
         missing = [row for row, answer in enumerate(answers) if answer is None]
-        self.counters.add(cache_hits=len(ask) - len(missing), cache_misses=len(missing))
+        self.counters.add(cache_hits=len(batch) - len(missing), cache_misses=len(missing))
         if missing:
-            fresh: list[Retrieval] = yield (
-                "retrieve",
-                (ask.only(missing) if len(missing) < len(ask) else ask,),
-            )
-            self._cache.put([keys[row] for row in missing], fresh)
-            for row, answer in zip(missing, fresh, strict=True):
-                answers[row] = answer
+            retrievals: list[Retrieval] = yield "retrieve", (batch.select(missing),)
+            cache.put([keys[row] for row in missing], retrievals)
+            for row, retrieval in zip(missing, retrievals, strict=True):
+                answers[row] = retrieval
         return answers
 
-    def _tags(self, tag_ids: Sequence[int], embeddings: bool, version: int) -> Flow:
-        known = self._embeddings.get(tag_ids, version) if embeddings else {}
-        missing = list(dict.fromkeys(i for i in tag_ids if i not in known))
+    def _tags_calls(self, tag_ids: Sequence[int], embeddings: bool, version: int) -> BackendCalls:
+        tags = self._remembered(tag_ids, version or self._newest) if embeddings else {}
+        missing = list(dict.fromkeys(i for i in tag_ids if i not in tags))
         if embeddings:
             self.counters.add(embedding_hits=len(tag_ids) - len(missing), embedding_misses=len(missing))
-        for start in range(0, len(missing), _TAGS_AT_ONCE):
-            found, version = yield "tags", (missing[start : start + _TAGS_AT_ONCE], version, embeddings)
-            known |= {tag.tag_id: tag for tag in found}
+        for start in range(0, len(missing), _TAGS_PER_REQUEST):
+            page, version = yield "tags", (missing[start : start + _TAGS_PER_REQUEST], version, embeddings)
+            tags |= {tag.tag_id: tag for tag in page}
             if embeddings:
-                self._embeddings.put(found, version)
-        return [known[i] for i in tag_ids]
+                self._remember(page, version)
+        return [tags[i] for i in tag_ids]
+
+    def _remembered(self, tag_ids: Sequence[int], version: int) -> dict[int, TagInfo]:
+        with self.lock:
+            return {i: self._embedded[version, i] for i in tag_ids if (version, i) in self._embedded}
+
+    def _remember(self, tags: Sequence[TagInfo], version: int) -> None:
+        with self.lock:
+            self._newest = max(self._newest, version)
+            for tag in tags:
+                if tag.embedding is not None:
+                    tag.embedding.flags.writeable = False  # every caller gets the same array
+                    if self._embedded.maxsize:
+                        self._embedded[version, tag.tag_id] = tag
+
+    def _embedding_calls(self, answer: Retrieval) -> BackendCalls:
+        tags: list[TagInfo] = yield from self._tags_calls([t.tag_id for t in answer], True, answer.version)
+        rows = [tag.embedding for tag in tags if tag.embedding is not None]
+        if len(rows) < len(tags):
+            raise InvalidInput(
+                f"the tags of store '{answer.store}' have no text embeddings: "
+                "it was made without; embed its tags"
+            )
+        return np.stack(rows) if rows else np.zeros((0, 0), np.float32)
+
+    def _pin_calls(self, version: int) -> BackendCalls:
+        info: StoreInfo = yield "info", (version or self._version,)
+        self._version = info.version
+        return Pin(info.store, info.version, info.fingerprint)
 
     def _close_cache(self) -> None:
         if self._cache is not None:
             self._cache.close()
 
-    def _pinning(self, version: int) -> Flow:
-        info: StoreInfo = yield "info", (version or self._version,)
-        self._version = info.version
-        return Pin(info.store, info.version, info.fingerprint)
+    def _warn(self, error: TagstoreError) -> None:
+        """Log a degraded answer, at most once in `_WARN_INTERVAL`."""
+        with self.lock:
+            now = time.monotonic()
+            if now < self._next_warning:
+                self._held_warnings += 1
+                return
+            held, self._held_warnings, self._next_warning = self._held_warnings, 0, now + _WARN_INTERVAL
+        log.warning(
+            "%s gives no tags: %s%s", self.url, error, f" (and {held} times before this)" if held else ""
+        )
 
 
-class Source(Flows):
+class Source(BaseSource):
     """A tag source that blocks. See `TagSource`."""
 
     def retrieve(
@@ -195,13 +213,17 @@ class Source(Flows):
         **options: Unpack[SearchOptions],
     ) -> list[Retrieval]:
         answers: list[Retrieval] = self._run(
-            self._retrieving(images, vectors, captions, fingerprint, keys, identities, options)
+            self._retrieve_calls(images, vectors, captions, fingerprint, keys, identities, options)
         )
         return answers
 
     def tags(self, tag_ids: Sequence[int], *, embeddings: bool = False) -> list[TagInfo]:
-        found: list[TagInfo] = self._run(self._tags(tag_ids, embeddings, self._version))
-        return found
+        tags: list[TagInfo] = self._run(self._tags_calls(tag_ids, embeddings, self._version))
+        return tags
+
+    def embeddings(self, answer: Retrieval) -> NDArray[np.float32]:
+        rows: NDArray[np.float32] = self._run(self._embedding_calls(answer))
+        return rows
 
     def vocabulary(self, *, embeddings: bool = False) -> Iterator[TagInfo]:
         first, version = 0, self._version
@@ -216,7 +238,7 @@ class Source(Flows):
         return info
 
     def pin(self, version: int = 0) -> Pin:
-        pin: Pin = self._run(self._pinning(version))
+        pin: Pin = self._run(self._pin_calls(version))
         return pin
 
     def close(self) -> None:
@@ -229,43 +251,20 @@ class Source(Flows):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        from tagstore.client.connecting import reconnect
-
-        self.__dict__.update(reconnect(**state).__dict__)
-
-    def _run(self, flow: Flow) -> Any:
+    def _run(self, calls: BackendCalls) -> Any:
         try:
-            name, arguments = next(flow)
+            method, arguments = next(calls)
             while True:
                 try:
-                    result = getattr(self.backend, name)(*arguments)
+                    result = getattr(self.backend, method)(*arguments)
                 except TagstoreError as error:
-                    name, arguments = flow.throw(error)
+                    method, arguments = calls.throw(error)
                 else:
-                    name, arguments = flow.send(result)
+                    method, arguments = calls.send(result)
         except StopIteration as end:
             return end.value
 
 
-def _is_failure(error: TagstoreError) -> bool:
-    """Whether it is the server's doing; what the caller did wrong is raised in any mode, for it would be wrong the next time as well."""
+def _is_outage(error: TagstoreError) -> bool:
+    """Say whether the server failed. A caller's mistake is raised in any mode: it would fail again."""
     return isinstance(error, Unavailable | Damaged) or type(error) is TagstoreError
-
-
-class _Seldom:
-    """A log that speaks once a minute, and then says how often it would have."""
-
-    def __init__(self) -> None:
-        self._lock = Lock()
-        self._next = 0.0
-        self._held = 0
-
-    def warning(self, message: str, *arguments: object) -> None:
-        with self._lock:
-            now = time.monotonic()
-            if now < self._next:
-                self._held += 1
-                return
-            held, self._held, self._next = self._held, 0, now + _LOG_EVERY
-        log.warning(message + (f" (and {held} times before this)" if held else ""), *arguments)

@@ -1,1 +1,1 @@
-"""What answers behind a source: servers, directories, recorded maps, controls."""
+"""The backends of a source: servers, directories, recorded maps, control experiments."""

@@ -1,0 +1,136 @@
+"""Commands that read pairs and captions: ingest, mine."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import click
+
+from tagstore.cli import options, output
+from tagstore.errors import InvalidInput
+
+
+@click.command()
+@click.argument("source")
+@click.option("--root", metavar="DIR", help="Directory of the stores.")
+@click.option("--store", metavar="NAME", help="Store to add to; made if it does not exist.")
+@click.option("--to", "url", metavar="URL", help="In place of --root and --store; may be a server's.")
+@options.format_
+@click.option("--encoder", metavar="E", help="mini, NAME/PRETRAINED, local-dir:PATH; by default the store's.")
+@options.miner
+@options.stoplist
+@options.synonyms
+@click.option("--image-column", metavar="C", help="Column with the image or its path.")
+@click.option("--caption-column", metavar="C", multiple=True, help="Columns with captions; repeatable.")
+@click.option("--key-column", metavar="C", help="Column with the unique key.")
+@click.option("--allow-outside", is_flag=True, help="Follow image paths out of the source's folder.")
+@click.option(
+    "--sync",
+    type=click.Choice(["full", "batch"]),
+    default="full",
+    show_default=True,
+    help="When data reaches the disk.",
+)
+@options.device
+@options.as_json
+def ingest(
+    source: str,
+    root: str | None,
+    store: str | None,
+    url: str | None,
+    format_: str | None,
+    encoder: str | None,
+    miner: str,
+    stoplist: str | None,
+    synonyms: str | None,
+    image_column: str | None,
+    caption_column: tuple[str, ...],
+    key_column: str | None,
+    allow_outside: bool,
+    sync: Any,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Make a version of a store from a source of pairs.
+
+    SOURCE is a folder of images with same-name .txt files, a CSV, TSV, JSON Lines or Parquet file, or
+    WebDataset .tar shards; globs and brace patterns work if quoted. A pair that cannot be used is quarantined
+    with its reason, the rest goes on. Run an interrupted ingest again to continue it.
+    """
+    from tagstore.readers import Columns, read
+
+    if bool(url) == bool(root or store) or (not url and not (root and store)):
+        raise InvalidInput("say where to: --root DIR --store NAME, or --to URL")
+    columns = Columns(image=image_column, caption=caption_column, key=key_column)
+    if url and options.remote(url):
+        if stoplist or synonyms:
+            raise InvalidInput(
+                "a server mines with its own stop list and synonyms: leave --stoplist and --synonyms out"
+            )
+        from tagstore.client.admin import administer
+
+        pairs = read(source, format=format_, columns=columns, allow_outside=allow_outside)
+        with output.progress() as progress, administer(url) as admin:
+            origin = os.path.abspath(source)
+            ingested = admin.ingest(
+                pairs, encoder=encoder or "", miner=miner, source=origin, progress=progress
+            )
+        output.print_report(ingested, as_json)
+        return
+    if url:
+        root, store, _ = options.local(url)
+    assert root is not None
+    assert store is not None
+    from tagstore.ingest import ingest as run
+    from tagstore.mining import load_rules
+
+    with output.progress() as progress:
+        report = run(
+            source,
+            root=root,
+            store=store,
+            format=format_,
+            columns=columns,
+            allow_outside=allow_outside,
+            encoder=encoder,
+            miner=miner,
+            vocabulary=load_rules(stoplist, synonyms),
+            device=device,
+            sync=sync,
+            progress=progress,
+        )
+    output.print_report(report, as_json)
+
+
+@click.command()
+@click.argument("file", type=click.File("r", encoding="utf-8", errors="replace"))
+@options.miner
+@options.as_json
+def mine(file: Any, miner: str, as_json: bool) -> None:
+    """Print the tags of captions, one caption a line.
+
+    FILE is a text file, or - for standard input.
+    """
+    from tagstore.mining import mine as run
+
+    captions: list[str] = []
+
+    def lines() -> Iterator[str]:
+        for line in file:
+            captions.append(line.rstrip("\r\n"))
+            yield captions[-1]
+
+    # tags come in order, a batch behind the captions that were read for them
+    for tags in run(lines(), miner):
+        caption = captions.pop(0)
+        if as_json:
+            values = [
+                {"text": t.text, "kind": t.kind, "span": list(t.span), "score": round(t.score, 3)}
+                for t in tags
+            ]
+            click.echo(json.dumps({"caption": caption, "tags": values}, ensure_ascii=False))
+        else:
+            click.echo(f"{caption}\n    " + (", ".join(f"{t.text} ({t.kind})" for t in tags) or "no tags"))
