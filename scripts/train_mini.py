@@ -3,7 +3,7 @@
     python scripts/train_mini.py --data DIR --cache DIR [--out tagstore/mini/mini.safetensors] [--seed 0]
 
 DIR holds Flickr8k as WebDataset shards (`flickr8k/train-*.tar`, `flickr8k/val-*.tar`). Only its training split is trained on; recall on the
-validation split is printed, benchmarks/encoder_mini.py prints the rest. The image tower is frozen and its features are cached, so that a
+validation split is printed, benchmarks/model/encoder_mini.py prints the rest. The image tower is frozen and its features are cached, so that a
 second run starts at once.
 
 An image's vector has two halves. The first, trained by open_clip's contrastive loss, is where the texts live. The second keeps what the
