@@ -1,9 +1,10 @@
-"""clip-retrieval's back end over a FAISS index and Parquet metadata, for `other_engines.py`; run in the environment of the other engines.
+"""clip-retrieval's back end over a FAISS index and Parquet metadata, for `other_engines.py`.
 
     OTHERS/bin/python benchmarks/serving/clip_retrieval_server.py FOLDER PORT EF
 
-Its own service, providers and Flask server, as its `clip_back` starts them; only its model is not loaded, because queries are vectors. The
-package's `__init__` imports its training tools too (wandb, torch): it is passed over.
+It has clip-retrieval's own service, providers and Flask server, started as its `clip_back` does. Only the
+model is not loaded, because queries are vectors. The package's `__init__` imports training tools (wandb,
+torch) and is skipped.
 """
 
 from __future__ import annotations
@@ -25,18 +26,17 @@ def main(folder: str, port: int, ef: int) -> None:
     package = types.ModuleType("clip_retrieval")
     package.__path__ = list(spec.submodule_search_locations)
     sys.modules["clip_retrieval"] = package
-    sys.modules.setdefault(
-        "torch", types.ModuleType("torch")
-    )  # imported for each query, used for none by vector
-    from clip_retrieval import clip_back as theirs
+    # imported for each query, used for none by vector
+    sys.modules.setdefault("torch", types.ModuleType("torch"))
+    from clip_retrieval import clip_back
 
     index = faiss.read_index(f"{folder}/index.faiss")
     index.hnsw.efSearch = ef
-    nothing = dict.fromkeys(theirs.ClipResource.__dataclass_fields__)
-    resource = theirs.ClipResource(
+    no_fields = dict.fromkeys(clip_back.ClipResource.__dataclass_fields__)
+    resource = clip_back.ClipResource(
         **{
-            **nothing,
-            "metadata_provider": theirs.ParquetMetadataProvider(str(Path(folder) / "metadata")),
+            **no_fields,
+            "metadata_provider": clip_back.ParquetMetadataProvider(str(Path(folder) / "metadata")),
             "image_index": index,
             "columns_to_return": ["caption"],
             "metadata_is_ordered_by_ivf": False,
@@ -44,7 +44,7 @@ def main(folder: str, port: int, ef: int) -> None:
     )
     app = Flask(__name__)
     Api(app).add_resource(
-        theirs.KnnService, "/knn-service", resource_class_kwargs={"clip_resources": {"bench": resource}}
+        clip_back.KnnService, "/knn-service", resource_class_kwargs={"clip_resources": {"bench": resource}}
     )
     app.run(host="127.0.0.1", port=port, debug=False)
 

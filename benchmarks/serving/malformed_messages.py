@@ -1,15 +1,14 @@
-"""Malformed messages against a server: none may be a fault of its own, none may stop it.
+"""Malformed messages against a server: none may cause a fault or stop the server.
 
     python -m benchmarks.serving.malformed_messages [--minutes 5] [--quick]
 
-Valid requests of every method are damaged at random (bits, pieces, lengths, fields of other messages) and sent as raw bytes, unary and on
-streams. An answer is an answer, or a status that names the caller's mistake. Anything else, a log line of a fault, or a call that is still
-in hand at the end fails the run.
+Valid requests of every method are damaged at random (bits, pieces, lengths, fields of other messages) and
+sent as raw bytes, unary and on streams. Each must get an answer or a status that names the caller's mistake.
+The run fails on any other status, on a logged fault, and on a call that is still in flight at the end.
 """
 
 from __future__ import annotations
 
-import argparse
 import logging
 import random
 import sys
@@ -21,6 +20,8 @@ from pathlib import Path
 import grpc
 import numpy as np
 
+from benchmarks.report import arguments_parser, table, write
+from benchmarks.synthetic import build, fingerprint
 from tagstore.wire import convert
 from tagstore_proto.v1 import tagstore_pb2 as pb
 
@@ -35,36 +36,20 @@ METHODS = {
     "Admin/Diff": pb.DiffRequest,
 }
 STREAMS = ("TagStore/RetrieveStream", "Admin/Ingest")
-REFUSED = (
-    "INVALID_ARGUMENT",
-    "NOT_FOUND",
-    "FAILED_PRECONDITION",
-    "PERMISSION_DENIED",
-    "RESOURCE_EXHAUSTED",
+REFUSED = {
+    "INVALID_ARGUMENT", "NOT_FOUND", "FAILED_PRECONDITION", "PERMISSION_DENIED", "RESOURCE_EXHAUSTED",
     "ABORTED",
-)
+}  # fmt: skip
 
 
-def seeds(store: str, fingerprint: str, dimension: int) -> list[bytes]:
-    """Requests that mean something."""
-    vectors = convert.vectors_to_proto(
-        np.random.default_rng(0).standard_normal((2, dimension)).astype(np.float16)
-    )
+def valid_messages(store: str, digest: str, dimension: int) -> list[bytes]:
+    rows = np.random.default_rng(0).standard_normal((2, dimension)).astype(np.float16)
+    query = {"store": store, "vectors": convert.vectors_to_proto(rows), "fingerprint": digest}
     exclude = pb.Exclude(key=True, sha256=True, perceptual_hash=4, keys=["a"], entry_ids=[1])
     identities = [pb.Identity(key="a", sha256=bytes(32), perceptual_hash=1)] * 2
     messages = [
-        pb.RetrieveRequest(
-            store=store, vectors=vectors, fingerprint=fingerprint, k=3, exclude=exclude, identities=identities
-        ),
-        pb.RetrieveRequest(
-            store=store,
-            vectors=vectors,
-            fingerprint=fingerprint,
-            where={"a": "b"},
-            min_similarity=0.5,
-            order=2,
-            exact=True,
-        ),
+        pb.RetrieveRequest(**query, k=3, exclude=exclude, identities=identities),
+        pb.RetrieveRequest(**query, where={"a": "b"}, min_similarity=0.5, order=2, exact=True),
         pb.RetrieveRequest(store=store, images=[b"\x89PNG\r\n\x1a\n" + bytes(50)], version=1),
         pb.GetTagsRequest(store=store, tag_ids=[1, 2, 3], embeddings=True),
         pb.GetTagsRequest(store=store, first_tag_id=5, page_size=10),
@@ -80,39 +65,40 @@ def seeds(store: str, fingerprint: str, dimension: int) -> list[bytes]:
 
 
 def damage(data: bytes, rng: random.Random, others: list[bytes]) -> bytes:
+    """Change bits, insert, delete, cut off or append bytes, one to four times."""
     value = bytearray(data)
     for _ in range(rng.randint(1, 4)):
-        at = rng.randrange(len(value) + 1)
+        offset = rng.randrange(len(value) + 1)
         match rng.randrange(6):
             case 0 if value:
-                value[at % len(value)] ^= 1 << rng.randrange(8)
+                value[offset % len(value)] ^= 1 << rng.randrange(8)
             case 1:
-                value[at:at] = rng.randbytes(rng.randint(1, 9))
+                value[offset:offset] = rng.randbytes(rng.randint(1, 9))
             case 2:
-                del value[at : at + rng.randint(1, 20)]
+                del value[offset : offset + rng.randint(1, 20)]
             case 3:
-                value = value[:at]
+                value = value[:offset]
             case 4:
                 value += rng.choice(others)
             case _:
-                value[at:at] = b"\xff" * rng.randint(1, 10)
+                value[offset:offset] = b"\xff" * rng.randint(1, 10)
     return bytes(value)
 
 
 def fuzz(
     address: str,
     store: str,
-    fingerprint: str,
+    digest: str,
     dimension: int,
     *,
     messages: int = 0,
     seconds: float = 0.0,
     seed: int = 0,
 ) -> Counter[str]:
-    """Send so many damaged messages, or for so long; what they were answered with, by status."""
+    """Send `messages` damaged messages, or for `seconds`; returns the number of calls by status."""
     rng = random.Random(seed)
-    valid = seeds(store, fingerprint, dimension)
-    found: Counter[str] = Counter()
+    valid = valid_messages(store, digest, dimension)
+    outcomes: Counter[str] = Counter()
     end = time.monotonic() + seconds if seconds else float("inf")
     sent = 0
     with grpc.insecure_channel(address) as channel:
@@ -123,19 +109,18 @@ def fuzz(
             sent += len(batch)
             try:
                 if rng.random() < 0.2:
-                    name = rng.choice(STREAMS)
-                    for _ in streams[name](iter(batch), timeout=30):
-                        found["OK"] += 1
+                    for _ in streams[rng.choice(STREAMS)](iter(batch), timeout=30):
+                        outcomes["OK"] += 1
                     continue
                 for data in batch:
                     calls[rng.choice(list(METHODS))](data, timeout=30)
-                    found["OK"] += 1
+                    outcomes["OK"] += 1
             except grpc.RpcError as error:
-                name = error.code().name
-                if name == "INTERNAL":
+                code = error.code().name
+                if code == "INTERNAL":
                     raise AssertionError(f"a fault of the server: {error.details()}") from error
-                found[name] += 1
-    return found
+                outcomes[code] += 1
+    return outcomes
 
 
 class _Faults(logging.Handler):
@@ -149,46 +134,38 @@ class _Faults(logging.Handler):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments_parser(__doc__)
     parser.add_argument("--minutes", type=float, default=5.0)
-    parser.add_argument("--quick", action="store_true", help="ten seconds")
+    parser.add_argument("--quick", action="store_true", help="ten seconds; not kept")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    from benchmarks.report import table, write
-    from benchmarks.synthetic import build, fingerprint
     from tagstore.serving.server import Server
     from tagstore.serving.settings import Settings
 
     faults = _Faults()
     logging.getLogger().addHandler(faults)
+    seconds, seed, digest = arguments.minutes * 60, arguments.seed, fingerprint(64).digest
+    if arguments.quick:
+        seconds = 10.0
     with tempfile.TemporaryDirectory() as scratch:
         build(Path(scratch), 500, 64)
         server = Server(scratch, "127.0.0.1:0", device="cpu", settings=Settings(anonymous="admin"))
         server.start()
-        seconds = 10.0 if arguments.quick else arguments.minutes * 60
-        found = fuzz(
-            server.address, "bench", fingerprint(64).digest, 64, seconds=seconds, seed=arguments.seed
-        )
+        outcomes = fuzz(server.address, "bench", digest, 64, seconds=seconds, seed=seed)
         start = time.monotonic()
         server.stop(5)
         if time.monotonic() - start > 5:
-            faults.records.append("calls were in hand after their end")
-    strange = [name for name in found if name not in (*REFUSED, "OK")]
-    rows = [[name, n] for name, n in found.most_common()]
-    how = f"unary and on streams, seed {arguments.seed}"
-    about = f"{found.total():,} calls in {seconds:.0f} s, {how}; {len(faults.records)} faults of the server."
-    write(
-        "fuzz",
-        "Malformed messages",
-        about,
-        table(["answered with", "calls"], rows),
-        packages=("grpcio", "protobuf"),
-        keep=not arguments.quick,
+            faults.records.append("calls were still in flight at the end")
+    about = (
+        f"{outcomes.total():,} calls in {seconds:.0f} s, unary and on streams, seed {seed}; "
+        f"{len(faults.records)} faults of the server."
     )
-    if strange or faults.records:
-        sys.exit(f"unexpected: {strange} {faults.records[:3]}")
+    rows = table(["answered with", "calls"], outcomes.most_common())
+    packages = ("grpcio", "protobuf")
+    write("fuzz", "Malformed messages", about, rows, packages=packages, keep=not arguments.quick)
+    unexpected = set(outcomes) - REFUSED - {"OK"}
+    if unexpected or faults.records:
+        sys.exit(f"unexpected: {sorted(unexpected)} {faults.records[:3]}")
 
 
 if __name__ == "__main__":

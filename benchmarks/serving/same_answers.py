@@ -1,4 +1,4 @@
-"""Correctness, before anything is timed: every way to ask a store gives the same answer."""
+"""Correctness, before anything is timed: all ways to query a store give the same answer."""
 
 from __future__ import annotations
 
@@ -9,71 +9,69 @@ from pathlib import Path
 import grpc
 import numpy as np
 
-from benchmarks.serving.callers import LOCAL, RETRIEVE, STREAM
+from benchmarks.serving.callers import CHANNEL_OPTIONS, RETRIEVE, STREAM
 from benchmarks.serving.prepared_stores import FLAT, RECALL
-from benchmarks.serving.query_paths import K, found, in_process, raw, recall, requests_of
+from benchmarks.serving.query_paths import (
+    K,
+    engine_in_process,
+    entry_ids,
+    raw_faiss_lmdb,
+    recall,
+    request_messages,
+)
 from benchmarks.synthetic import fingerprint
 from tagstore.types import Retrieval, Search
 from tagstore.wire import convert
 from tagstore_proto.v1 import tagstore_pb2 as pb
 
 JUDGED = 1000
+"""Queries on which the recall of our engine is measured."""
+RAW_TOLERANCE = 0.03
+"""Recall that raw FAISS may lack: it is judged on fewer queries and has no spare candidates."""
 
 
 def check(
     root: Path, version: int, addresses: Mapping[str, str], small: str, queries: np.ndarray, compared: int
 ) -> dict[str, float]:
-    """Recall@5 against exact search: of our engine on `JUDGED` queries, of the others on the first `compared` of them.
+    """Recall@5 against exact search: our engine on `JUDGED` queries, the others on the first `compared`.
 
-    Raises `RuntimeError` where calls, batches or streams of a server differ from the engine in process in any field, where raw FAISS or the
-    server of forty lines find clearly less, or where recall is below what the index was tuned to.
+    Raises `RuntimeError` where calls, batches or streams of a server differ in any field from the engine in
+    process, where raw FAISS or the server of forty lines (at `small`) find clearly less, or where recall is
+    below the one that the index was tuned to.
     """
     digest, vectors = fingerprint(queries.shape[1]).digest, queries[:compared]
-    judged = in_process(root, version)(queries[: JUDGED if version != FLAT else compared])
-    truth = found(in_process(root, version, Search(k=K, exact=True))(queries[: len(judged)]))
-    local = judged[:compared]
+    judged = engine_in_process(root, version)(queries[: JUDGED if version != FLAT else compared])
+    truth = entry_ids(engine_in_process(root, version, Search(k=K, exact=True))(queries[: len(judged)]))
+    singles = request_messages(vectors, 1, digest, version=version)
+    [whole] = request_messages(vectors, len(vectors), digest, version=version)
     for name, address in addresses.items():
-        for way, answers in _asked(
-            address,
-            requests_of(vectors, 1, digest, version=version),
-            requests_of(vectors, len(vectors), digest, version=version),
-        ).items():
-            if answers != local:
-                raise RuntimeError(f"{way} of the server with {name} are answered otherwise than in process")
-    least = 0.999 if version == FLAT else RECALL
-    with grpc.insecure_channel(small, LOCAL) as channel:
-        [data] = [
-            channel.unary_unary(RETRIEVE)(message) for message in requests_of(vectors, len(vectors), digest)
-        ]
-    of_small = [
-        [n.entry_id for n in one.neighbours] for one in pb.RetrieveResponse.FromString(data).retrievals
-    ]
-    of_raw = [ids for ids, _ in raw(root, version)(vectors)]
+        for path, answers in _server_answers(address, singles, whole).items():
+            if answers != judged[:compared]:
+                raise RuntimeError(f"{path} of the server with {name} differ from the engine in process")
+    with grpc.insecure_channel(small, CHANNEL_OPTIONS) as channel:
+        [message] = request_messages(vectors, len(vectors), digest)
+        response = pb.RetrieveResponse.FromString(channel.unary_unary(RETRIEVE)(message))
+    small_ids = [[n.entry_id for n in retrieval.neighbours] for retrieval in response.retrievals]
+    raw_ids = [ids for ids, _ in raw_faiss_lmdb(root, version)(vectors)]
+    required = 0.999 if version == FLAT else RECALL
     shares = {
-        f"our engine (on {len(judged)} queries)": recall(found(judged), truth),
-        f"raw FAISS (on {compared})": recall(of_raw, truth[:compared]),
-        f"the server of forty lines (on {compared})": recall(of_small, truth[:compared]),
+        f"our engine (on {len(judged)} queries)": recall(entry_ids(judged), truth),
+        f"raw FAISS (on {compared})": recall(raw_ids, truth[:compared]),
+        f"the server of forty lines (on {compared})": recall(small_ids, truth[:compared]),
     }
     for name, share in shares.items():
-        if share < least - (
-            0.0 if name.startswith("our") else 0.03
-        ):  # fewer queries, and no spare candidates
-            raise RuntimeError(f"recall@{K} of {name} is {share:.3f}, and {least:g} is wanted")
+        if share < required - (0.0 if name.startswith("our") else RAW_TOLERANCE):
+            raise RuntimeError(f"recall@{K} of {name} is {share:.3f}, required is {required:g}")
     return shares
 
 
-def _asked(address: str, singles: list[bytes], whole: list[bytes]) -> dict[str, list[Retrieval]]:
-    with grpc.insecure_channel(address, LOCAL) as channel:
+def _server_answers(address: str, singles: list[bytes], whole: bytes) -> dict[str, list[Retrieval]]:
+    with grpc.insecure_channel(address, CHANNEL_OPTIONS) as channel:
         call = channel.unary_unary(RETRIEVE, None, pb.RetrieveResponse.FromString)
         stream = channel.stream_stream(STREAM, None, pb.RetrieveStreamResponse.FromString)
         with ThreadPoolExecutor(8) as pool:
-            unary = [
-                one for response in pool.map(call, singles) for one in convert.retrievals_from_proto(response)
-            ]
-        streamed = [
-            one
-            for response in stream(iter(singles))
-            for one in convert.retrievals_from_proto(response.response)
+            calls = [answer for r in pool.map(call, singles) for answer in convert.retrievals_from_proto(r)]
+        streams = [
+            answer for r in stream(iter(singles)) for answer in convert.retrievals_from_proto(r.response)
         ]
-        batch = convert.retrievals_from_proto(call(whole[0]))
-    return {"calls": unary, "streams": streamed, "batches": batch}
+        return {"calls": calls, "streams": streams, "batches": convert.retrievals_from_proto(call(whole))}
