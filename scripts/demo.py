@@ -4,7 +4,8 @@ and TUNA says what it sees in some of them, with those tags and without.
     make demo                 the pictures of Debian's tuxpaint-stamps-default
     make demo DATA=path       anything that `tagstore ingest` can read
 
-Some pictures are held out, the others become the store. Ends with a table and one self-contained page, OUT/index.html.
+Some pictures are held out, the others become the store. Ends with a table and one self-contained page,
+OUT/index.html.
 """
 
 from __future__ import annotations

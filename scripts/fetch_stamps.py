@@ -1,6 +1,7 @@
 """Fetch the demo's pictures: the photographs and drawings of Tux Paint, each with a line of English, from Debian's tuxpaint-stamps-default.
 
-`apt-get download` needs no root rights and checks signatures; nothing is installed. Letters, symbols and SVGs are left out.
+`apt-get download` needs no root rights and checks signatures; nothing is installed. Letters, symbols and SVGs
+are left out.
 """
 
 from __future__ import annotations

@@ -2,14 +2,15 @@
 
     python scripts/train_mini.py --data DIR --cache DIR [--out tagstore/mini/mini.safetensors] [--seed 0]
 
-DIR holds Flickr8k as WebDataset shards (`flickr8k/train-*.tar`, `flickr8k/val-*.tar`). Only its training split is trained on; recall on the
-validation split is printed, benchmarks/model/encoder_mini.py prints the rest. The image tower is frozen and its features are cached, so that a
-second run starts at once.
+DIR holds Flickr8k as WebDataset shards (`flickr8k/train-*.tar`, `flickr8k/val-*.tar`). Only its training
+split is trained on; recall on the validation split is printed, benchmarks/model/encoder_mini.py prints the
+rest. The image tower is frozen and its features are cached, so that a second run starts at once.
 
-An image's vector has two halves. The first, trained by open_clip's contrastive loss, is where the texts live. The second keeps what the
-tower itself sees: the leading principal components of its features, a little whitened; texts are zero there. So an image ranks texts by the
-first half alone, and the cosine of two images also counts what no caption of 6,000 photographs ever named. Both are one linear map of the
-tower's features: open_clip's `timm_proj: linear`.
+An image's vector has two halves. The first, trained by open_clip's contrastive loss, is where the texts live.
+The second keeps what the tower itself sees: the leading principal components of its features, a little
+whitened; texts are zero there. So an image ranks texts by the first half alone, and the cosine of two images
+also counts what no caption of 6,000 photographs ever named. Both are one linear map of the tower's features:
+open_clip's `timm_proj: linear`.
 """
 
 from __future__ import annotations
@@ -269,7 +270,8 @@ def _run(
 def recall(model: Joint, split: Split, at: tuple[int, ...] = (1, 5, 10)) -> dict[str, list[float]]:
     """Recall@k in percent, text to image and image to text, in the half where texts live.
 
-    A whole vector finds images for a text a little worse: the other half stretches some images more than others.
+    A whole vector finds images for a text a little worse: the other half stretches some images more than
+    others.
     """
     model.eval()
     captions = [caption for row in split.captions for caption in row]

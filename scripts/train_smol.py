@@ -3,9 +3,10 @@
     python scripts/train_smol.py --data FLICKR8K --out runs/smol-caption             # all of it; goes on where it was cut off
     python scripts/train_smol.py --data FLICKR8K --out /tmp/quick --quick            # the same in small, to see that it works
 
-FLICKR8K is a folder of WebDataset shards with splits train and test (train-*.tar, test-*.tar). 1. the store is made of train, 2. features
-of its photographs are computed once, 3. three arms learn with the same seed, data order and budget, side by side, one core each, 4. each
-captions photographs of test, which no arm and no store has seen. The decoder is frozen: what is trained is connector and tag path.
+FLICKR8K is a folder of WebDataset shards with splits train and test (train-*.tar, test-*.tar). 1. the store
+is made of train, 2. features of its photographs are computed once, 3. three arms learn with the same seed,
+data order and budget, side by side, one core each, 4. each captions photographs of test, which no arm and no
+store has seen. The decoder is frozen: what is trained is connector and tag path.
 """
 
 from __future__ import annotations

@@ -2,13 +2,13 @@
 
     python -m benchmarks.client.plain_grpc_forks [--workers 8] [--timeout 10]
 
-A parent queries a server once, then forks workers that query it too. Each way runs in its own process, so that a
-hang can be ended:
+A parent queries a server once, then forks workers that query it too. Each way runs in its own process, so
+that a hang can be ended:
 
     inherited   workers use the parent's channel
     reopened    workers open their own channel, the usual advice
     busy        as reopened, while other threads of the parent send queries
-    tagstore    workers use the parent's `tagstore.client` source, while other threads of the parent send queries
+    tagstore    as busy, but workers use the parent's `tagstore.client` source
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""What the retrieval client promises, measured: same answers, no hangs, outages counted, no leaks, no time of the step's.
+"""The promises of the retrieval client: equal answers, no hangs, counted outages, no leaks, no time lost.
 
-    python -m benchmarks.client.promises [--data DIR] [--quick] [--rounds 50] [--only matrix outage overlap cache install guard record same]
+    python -m benchmarks.client.promises [--data DIR] [--quick] [--rounds 50] [--only PART ...]
 
-`--data` is the folder with Flickr8k's shards (train-*.tar, test-*.tar), which `guard`, `record` and `same` need; without it they are left
-out. Servers are real ones in processes of their own. Each part checks before it times, and fails loudly.
+`--data` is the folder with Flickr8k's shards (train-*.tar, test-*.tar); `guard`, `record` and `same` need it
+and are left out without it. Servers run in their own processes. Each part checks before it times, and ends
+the run with an error if a check fails.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
@@ -25,7 +25,8 @@ import numpy as np
 
 from benchmarks import synthetic
 from benchmarks.client import plain_grpc_forks
-from benchmarks.report import table, write
+from benchmarks.processes import start_server
+from benchmarks.report import arguments_parser, table, write
 from tagstore.client import TagPrefetcher, connect
 from tagstore.client.recording import record
 from tagstore.errors import Unavailable
@@ -49,28 +50,15 @@ OPTIONS: list[dict] = [
 
 
 class Served:
-    """`tagstore serve` in a process of its own, which may be killed and started again at the same address."""
+    """`tagstore serve` in its own process, which can be killed and started again at the same address."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.address = root, "127.0.0.1:0"
         self.start()
 
     def start(self) -> None:
-        command = [
-            sys.executable,
-            "-m",
-            "tagstore.cli",
-            "serve",
-            "--root",
-            str(self.root),
-            "--address",
-            self.address,
-            "--device",
-            "cpu",
-        ]
-        self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=ENV
-        )
+        options = "--address", self.address
+        self.process = start_server(self.root, *options, stderr=subprocess.DEVNULL, env=ENV)
         assert self.process.stdout is not None
         self.address = self.process.stdout.readline().split()[-1]
 
@@ -89,7 +77,7 @@ def served(root: Path) -> Iterator[Served]:
 
 
 def matrix(scratch: Path, quick: bool, rounds: int, data: Path | None) -> str:
-    """Every way of starting workers, with a parent that asks meanwhile; beside it what a plain gRPC client does."""
+    """All ways to start workers while the parent sends queries; beside it a plain gRPC client."""
     root = small_store(scratch)
     combinations = ["fork:0", "fork:2", "fork:8", "forkserver:2", "forkserver:8", "spawn:2", "spawn:8"]
     command = [sys.executable, str(ROOT / "tests" / "fork_matrix.py")]
@@ -126,7 +114,7 @@ def matrix(scratch: Path, quick: bool, rounds: int, data: Path | None) -> str:
         [
             f"## DataLoader workers\n\n{lines[-1]}; {time.perf_counter() - start:.0f} s. Two epochs each.",
             table(["start method", "workers", "passed", "median", "longest"], rows),
-            "A plain gRPC client in 8 forked workers (`benchmarks/client/plain_grpc_forks.py` says what each line is):",
+            "A plain gRPC client in 8 forked workers (`plain_grpc_forks.py` explains the rows):",
             table(["client", "GRPC_ENABLE_FORK_SUPPORT", "answered", "failed", "hung"], naive),
         ]
     )
@@ -174,18 +162,21 @@ def outage(scratch: Path, quick: bool, rounds: int, data: Path | None) -> str:
                 raise SystemExit("a dead server answered")
             except Unavailable as error:
                 message = str(error)
-    rows_ = [
+    figures = [
         ["samples of the epoch, all with an answer", samples],
         ["server gone before it was started again", f"{again - killed:.1f} s"],
         ["answers without tags, returned / counted by `stats()`", f"{returned[True]} / {stats.degraded}"],
         ["slowest answer (`timeout=1`)", f"{slowest:.2f} s"],
         ["requests not sent while the circuit was open", stats.skipped],
     ]
-    return f"## A server killed in mid-epoch and started again\n\n{table(['', ''], rows_)}\n\nWith `on_failure=raise`: `{message}`"
+    text = table(["", ""], figures)
+    return (
+        f"## A server killed in mid-epoch and started again\n\n{text}\n\nWith `on_failure=raise`: `{message}`"
+    )
 
 
 def overlap(scratch: Path, quick: bool, rounds: int, data: Path | None) -> str:
-    """Step time with retrieval in the step, beside it, and without it. A step is a wait, as for an accelerator."""
+    """Step time with retrieval in the step, beside it, and without it. A step waits, as for an accelerator."""
     steps, batch = (30, 32) if quick else (200, 32)
     root = small_store(scratch)
     rows = synthetic.queries(steps * batch, 20_000, 512)
@@ -228,8 +219,11 @@ def overlap(scratch: Path, quick: bool, rounds: int, data: Path | None) -> str:
         "in the step costs",
         "TagPrefetcher costs",
     ]
-    what = f"{steps} steps of {batch} queries by vector, k = 10, 20,000 entries, server on the same machine; medians, and whole epochs."
-    return f"## Retrieval beside the step\n\n{what}\n\n{table(header, lines)}"
+    about = (
+        f"{steps} steps of {batch} queries by vector, k = 10, 20,000 entries, server on the same machine; "
+        "medians, and whole epochs."
+    )
+    return f"## Retrieval beside the step\n\n{about}\n\n{table(header, lines)}"
 
 
 def _stepped(
@@ -291,7 +285,8 @@ def cache(scratch: Path, quick: bool, rounds: int, data: Path | None) -> str:
                     ]
                 )
     header = ["epoch", "answers from the node's cache", "time", "embeddings from memory", "time"]
-    return f"## Caches\n\n{n} queries by vector in batches of 32, and the embeddings of their tags.\n\n{table(header, lines)}"
+    about = f"{n} queries by vector in batches of 32, and the embeddings of their tags."
+    return f"## Caches\n\n{about}\n\n{table(header, lines)}"
 
 
 def install(scratch: Path, quick: bool, rounds: int, data: Path | None) -> str:
@@ -338,9 +333,12 @@ with connect("grpc://{server.address}/{synthetic.STORE}") as source:
     rows = [
         [n, f"{s / 1e6:.2f} MB"] for n, s in sorted(beyond.items(), key=lambda item: -item[1]) if s > 1000
     ]
-    text = f"Beyond numpy, grpcio and protobuf: {total / 1e6:.1f} MB. `import tagstore.client`: {wall * 1e3:.0f} ms, "
-    text += f"of which the processor was busy {busy * 1e3:.0f} ms; medians of 5."
-    return f"## The base install\n\n{text} A query by vector over gRPC was answered.\n\n{table(['package', 'size'], rows)}"
+    text = (
+        f"Beyond numpy, grpcio and protobuf: {total / 1e6:.1f} MB. `import tagstore.client`: "
+        f"{wall * 1e3:.0f} ms, {busy * 1e3:.0f} ms of them CPU; medians of 5. "
+        "A query by vector over gRPC was answered."
+    )
+    return f"## The base install\n\n{text}\n\n{table(['package', 'size'], rows)}"
 
 
 def guard(scratch: Path, quick: bool, rounds: int, data: Path | None) -> str:
@@ -419,7 +417,8 @@ def guard(scratch: Path, quick: bool, rounds: int, data: Path | None) -> str:
         "excluded",
         "32 queries",
     ]
-    return f"## Leak guard\n\n{len(entries)} photographs, each asked about in a store of them, by vector.\n\n{table(header, lines)}"
+    about = f"{len(entries)} photographs, each a query by vector to a store of them."
+    return f"## Leak guard\n\n{about}\n\n{table(header, lines)}"
 
 
 def recording(scratch: Path, quick: bool, rounds: int, data: Path | None) -> str:
@@ -447,7 +446,8 @@ def recording(scratch: Path, quick: bool, rounds: int, data: Path | None) -> str
         lines.append(
             ["replay by key, batches of 32", f"{len(keys) / (time.perf_counter() - start):.0f} samples/s"]
         )
-    return f"## Recording\n\n{len(pairs)} photographs, embedded by the server on this machine's CPU.\n\n{table(['', ''], lines)}"
+    about = f"{len(pairs)} photographs, embedded by the server on this machine's CPU."
+    return f"## Recording\n\n{about}\n\n{table(['', ''], lines)}"
 
 
 def same(scratch: Path, quick: bool, rounds: int, data: Path | None) -> str:
@@ -470,11 +470,11 @@ def same(scratch: Path, quick: bool, rounds: int, data: Path | None) -> str:
 def _bytes(answers: list[Retrieval]) -> bytes:
     from tagstore.wire import convert
 
-    parts = [
-        f"{a.store}@{a.version} {a.fingerprint} {convert.retrieval_to_proto(a).SerializeToString(deterministic=True).hex()}"
-        for a in answers
-    ]
-    return "\n".join(parts).encode()
+    lines = []
+    for a in answers:
+        message = convert.retrieval_to_proto(a).SerializeToString(deterministic=True)
+        lines.append(f"{a.store}@{a.version} {a.fingerprint} {message.hex()}")
+    return "\n".join(lines).encode()
 
 
 def small_store(scratch: Path) -> Path:
@@ -516,9 +516,7 @@ NEED_DATA = ("guard", "record", "same")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments_parser(__doc__)
     parser.add_argument("--data", type=Path, help="folder with train-*.tar and test-*.tar")
     parser.add_argument(
         "--quick", action="store_true", help="small numbers, to see that it runs; nothing is written"

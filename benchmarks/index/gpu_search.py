@@ -1,15 +1,15 @@
-"""Search on one GPU: exact float16 search of a store of the paper's size, milliseconds a batch beside the memory-bandwidth floor; builds.
+"""Search on one GPU: exact float16 search of a store of the paper's size, beside the memory-bandwidth floor.
 
     python -m benchmarks.index.gpu_search [--entries 15000000] [--dimension 768] [--device 0] [--dry-run]
 
-Needs the `gpu` extra in place of faiss-cpu, and a CUDA device with the memory that the first line states. --dry-run goes through
-every step with the CPU's FAISS on 10,000 vectors of 64 dimensions. Correctness first: what the device finds
-is compared with a matrix product on the CPU.
+Needs the `gpu` extra in place of faiss-cpu, and a CUDA device with the memory that the first line states.
+--dry-run runs every step with the CPU's FAISS on 10,000 vectors of 64 dimensions. The device's results are
+compared with a matrix product on the CPU before anything is timed. Inverted files and CAGRA are built and
+searched too.
 """
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable, Iterator
 from statistics import median
@@ -19,7 +19,7 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.report import seconds, table, write
+from benchmarks.report import arguments_parser, seconds, table, write
 from tagstore.indexing import gpu
 
 K = 13
@@ -29,7 +29,7 @@ BATCHES = (1, 64, 1024)
 
 
 def vectors(n: int, dimension: int) -> Iterator[NDArray[np.float32]]:
-    """Unit vectors in pieces, each of a random half and a half that the piece shares: neighbours are neither equal nor far."""
+    """Unit vectors in pieces, each the sum of a random vector and one of the centres of its piece."""
     for start in range(0, n, PIECE):
         rng = np.random.default_rng(start)
         centres = rng.standard_normal((256, dimension), dtype=np.float32)
@@ -94,9 +94,7 @@ class Device:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments_parser(__doc__)
     parser.add_argument("--entries", type=int, default=15_000_000)
     parser.add_argument("--dimension", type=int, default=768)
     parser.add_argument("--device", type=int, default=0, help="number of the CUDA device")
@@ -111,13 +109,10 @@ def main() -> None:
         n, listed, d = min(n, 10_000), min(listed, 10_000), min(d, 64)
         faiss.omp_set_num_threads(1)
     size = n * d * 2
-    print(
-        f"exact: {size / 2**30:.1f} GiB of float16 rows, up to {(1 << (size - 1).bit_length()) * 1.5 / 2**30:.1f} GiB while they are loaded"
-    )
+    peak = (1 << (size - 1).bit_length()) * 3 // 2
+    print(f"exact: {size / 2**30:.1f} GiB of float16 rows, up to {peak / 2**30:.1f} GiB while they load")
     if number is not None:
-        gpu.check_fits(
-            (1 << (size - 1).bit_length()) * 3 // 2 + gpu.TEMPORARY, gpu.free_memory(number), number
-        )
+        gpu.check_fits(peak + gpu.TEMPORARY, gpu.free_memory(number), number)
     device = Device(number)
     bandwidth = device.bandwidth(min(1 << 30, size))
 
@@ -134,12 +129,12 @@ def main() -> None:
         (min(len(first), max(BATCHES)), d), dtype=np.float32
     )
     queries /= np.linalg.norm(queries, axis=1, keepdims=True)
-    found = index.search(queries[:64], K)
+    scores, _ = index.search(queries[:64], K)
     best = np.full((64, K), -np.inf, np.float32)
     for rows in vectors(n, d):
         product = np.concatenate([best, queries[:64] @ rows.T], axis=1)
         best = -np.sort(-product, axis=1)[:, :K]
-    np.testing.assert_allclose(found[0], best, atol=gpu.TOLERANCE)
+    np.testing.assert_allclose(scores, best, atol=gpu.TOLERANCE)
     lines: list[list[object]] = []
     floor = size / bandwidth * 1e3
     for batch in BATCHES:
@@ -156,7 +151,7 @@ def main() -> None:
             ]
         )
     del index
-    some = np.concatenate(list(vectors(listed, d)))
+    rows = np.concatenate(list(vectors(listed, d)))
     builds = {
         "IVF, float16": f"IVF{min(4096, listed // 39)},SQfp16",
         "IVF-PQ": f"IVF{min(4096, listed // 39)},PQ{d // 16}",
@@ -164,13 +159,13 @@ def main() -> None:
     for name, recipe in builds.items():
         start = time.perf_counter()
         lists = device.moved(faiss.index_factory(d, recipe, faiss.METRIC_INNER_PRODUCT))
-        lists.train(some[: 1 << 17])
-        lists.add(some)
+        lists.train(rows[: 1 << 17])
+        lists.add(rows)
         seconds = time.perf_counter() - start
         for batch in BATCHES:
-            told = faiss.SearchParametersIVF(nprobe=16)
+            params = faiss.SearchParametersIVF(nprobe=16)
             took = milliseconds(
-                lambda batch=batch, lists=lists, told=told: lists.search(queries[:batch], K, params=told), 10
+                lambda batch=batch, lists=lists, p=params: lists.search(queries[:batch], K, params=p), 10
             )
             lines.append(
                 [
@@ -188,7 +183,7 @@ def main() -> None:
         config.device = number
         start = time.perf_counter()
         graph = faiss.GpuIndexCagra(device.resources, d, faiss.METRIC_INNER_PRODUCT, config)
-        graph.train(some)
+        graph.train(rows)
         seconds = time.perf_counter() - start
         for batch in BATCHES:
             took = milliseconds(lambda batch=batch, graph=graph: graph.search(queries[:batch], K), 10)
@@ -206,7 +201,7 @@ def main() -> None:
     else:
         lines.append(["CAGRA", "", "", "", "", "", "this FAISS is built without cuVS"])
     header = ["index", "queries", "ms", "floor: rows / bandwidth, ms", "ms / floor", "queries/s", "built in"]
-    about = f"{device.name}: {bandwidth / 1e9:,.0f} GB/s read; {n:,} rows of {d} loaded in {loaded:.0f} s, vectors made on the way."
+    about = f"{device.name}: {bandwidth / 1e9:,.0f} GB/s read; {n:,} rows of {d} made and loaded in {loaded:.0f} s."
     report = table(header, lines)
     if arguments.dry_run:
         print(f"{about}\n\n{report}")

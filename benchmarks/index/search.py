@@ -1,14 +1,14 @@
-"""What search costs beside its parts: exact search and BLAS, an engine's answer and raw FAISS + raw LMDB, a cold start, memory let go.
+"""Search beside its parts: exact search and BLAS, answers and raw FAISS + LMDB, cold start, memory.
 
     python -m benchmarks.index.search [--entries 200000] [--dimension 512] [--directory DIR] [--quick]
 
-The store is made of vectors in groups of look-alikes (`synthetic.py`); with --directory it is kept there and used again. Correctness
-first: exact search agrees with numpy, and the graph's recall is measured. Both sides of every ratio are timed in this run, in turn.
+The vectors lie in groups of look-alikes (`synthetic.py`); --directory keeps the store for the next run. Exact
+search is compared with numpy and the graph's recall is measured before anything is timed. Both sides of every
+ratio are timed in this run, in turn.
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
 import subprocess
 import sys
@@ -24,7 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks import synthetic
-from benchmarks.report import seconds, table, write
+from benchmarks.processes import memory_mib
+from benchmarks.report import arguments_parser, seconds, table, write
 from tagstore.indexing import exact, faiss_index, plans
 from tagstore.indexing.protocol import Allowed
 from tagstore.retrieval.engine import Engine
@@ -47,9 +48,9 @@ def exactly(snapshot: Snapshot, queries: NDArray[np.float32], times: int) -> str
     live = Allowed(snapshot.array("live", np.uint8), snapshot.version.entries)
     rows = snapshot.vectors(snapshot.live())
     halves = rows.astype(np.float16)
-    few = queries[:16]
-    best = -np.sort(-(few @ rows.T), axis=1)[:, :K]
-    np.testing.assert_allclose(exact.search(snapshot, few, K, live)[0], best, atol=1e-5)
+    sample = queries[:16]
+    best = -np.sort(-(sample @ rows.T), axis=1)[:, :K]
+    np.testing.assert_allclose(exact.search(snapshot, sample, K, live)[0], best, atol=1e-5)
     engine = Engine(snapshot)
     part = faiss_index.Part(
         snapshot.store.index_directory / snapshot.version.index["files"][0]["file"],
@@ -67,16 +68,27 @@ def exactly(snapshot: Snapshot, queries: NDArray[np.float32], times: int) -> str
     as_integers = halves.view(np.uint64).reshape(-1)
     read = median(seconds(lambda: as_integers.max(), times))
     for batch in (1, 4, 8, 64, 256):
-        some = np.resize(queries, (batch, snapshot.dimension))
+        batch_queries = np.resize(queries, (batch, snapshot.dimension))
         out = np.empty((batch, len(rows)), np.float32)
-        blas = seconds(lambda some=some, out=out: np.dot(some, rows.T, out=out), times)
-        ours = seconds(lambda some=some: exact.search(snapshot, some, K, live), times)
-        index = seconds(lambda some=some: engine.index.search(some, K, search=Search(exact=True)), times)
-        alone = seconds(lambda some=some: part.index.search(some, K), min(times, 3))
+        blas = seconds(
+            lambda batch_queries=batch_queries, out=out: np.dot(batch_queries, rows.T, out=out), times
+        )
+        ours = seconds(
+            lambda batch_queries=batch_queries: exact.search(snapshot, batch_queries, K, live), times
+        )
+        index = seconds(
+            lambda batch_queries=batch_queries: engine.index.search(
+                batch_queries, K, search=Search(exact=True)
+            ),
+            times,
+        )
+        alone = seconds(
+            lambda batch_queries=batch_queries: part.index.search(batch_queries, K), min(times, 3)
+        )
         as_installed, as_was = [], []
         for threshold, kept in ((128_000, as_installed), (20, as_was)):
             faiss.cvar.distance_compute_blas_threshold = threshold
-            kept += seconds(lambda some=some: flat.search(some, K), min(times, 3))
+            kept += seconds(lambda batch_queries=batch_queries: flat.search(batch_queries, K), min(times, 3))
         faiss.cvar.distance_compute_blas_threshold = 1
         limit = max(median(blas), read)
         lines.append(
@@ -116,8 +128,8 @@ def answers(snapshot: Snapshot, queries: NDArray[np.float32], what: str) -> list
     raw = faiss_index.Part(snapshot.store.index_directory / about["file"], about, live, snapshot.dimension)
     db = snapshot.store.db["entries"]
 
-    def told(k: int) -> Any:
-        return plans.parameters(raw.plan, Search(), k, 1.0, None)
+    def search_params() -> Any:
+        return plans.parameters(raw.plan, Search(), K, 1.0, None)
 
     def look_up(ids: list[int]) -> dict[int, int]:
         votes: dict[int, int] = {}
@@ -127,16 +139,16 @@ def answers(snapshot: Snapshot, queries: NDArray[np.float32], what: str) -> list
                     votes[tag] = votes.get(tag, 0) + 1
         return votes
 
-    found = [engine.nearest(q[None], Search(k=K))[0][0] for q in queries]
+    ids = [engine.nearest(q[None], Search(k=K))[0][0] for q in queries]
     truth = [engine.nearest(q[None], Search(k=K, exact=True))[0][0] for q in queries[:200]]
-    recall = np.mean([len(set(a) & set(b)) / K for a, b in zip(found, truth, strict=False)])
+    recall = np.mean([len(set(a) & set(b)) / K for a, b in zip(ids, truth, strict=False)])
     costs: dict[str, list[float]] = {"faiss": [], "lmdb": [], "engine": [], "values": []}
     cpu: list[float] = []
     for position, query in enumerate(queries):
         one = query[None]
         for name, work in (
-            ("faiss", lambda one=one: raw.index.search(one, K, params=told(K))),
-            ("lmdb", lambda position=position: look_up(found[position])),
+            ("faiss", lambda one=one: raw.index.search(one, K, params=search_params())),
+            ("lmdb", lambda position=position: look_up(ids[position])),
             ("engine", lambda one=one: engine.answers(one)),
             ("values", lambda one=one: engine.retrieve(one)),
         ):
@@ -148,7 +160,7 @@ def answers(snapshot: Snapshot, queries: NDArray[np.float32], what: str) -> list
     parts = median(costs["faiss"]) + median(costs["lmdb"])
     p99 = np.percentile(costs["engine"], 99) * 1e3
     batch = np.ascontiguousarray(queries[:64])
-    many = median(seconds(lambda: raw.index.search(batch, K, params=told(K)), 7))
+    many = median(seconds(lambda: raw.index.search(batch, K, params=search_params()), 7))
     ours = median(seconds(lambda: engine.answers(batch), 7))
     with ThreadPoolExecutor(8) as clients:
         each = [queries[i::8] for i in range(8)]
@@ -156,14 +168,22 @@ def answers(snapshot: Snapshot, queries: NDArray[np.float32], what: str) -> list
             seconds(
                 lambda: list(
                     clients.map(
-                        lambda some: [raw.index.search(q[None], K, params=told(K)) for q in some], each
+                        lambda batch_queries: [
+                            raw.index.search(q[None], K, params=search_params()) for q in batch_queries
+                        ],
+                        each,
                     )
                 ),
                 3,
             )
         )
         ours_8 = median(
-            seconds(lambda: list(clients.map(lambda some: [engine.answers(q[None]) for q in some], each)), 3)
+            seconds(
+                lambda: list(
+                    clients.map(lambda batch_queries: [engine.answers(q[None]) for q in batch_queries], each)
+                ),
+                3,
+            )
         )
     return [
         [f"{what}: recall@5 of 200 queries", f"{recall:.3f}"],
@@ -197,7 +217,8 @@ engine = Engine(Store(sys.argv[1], sys.argv[2]).snapshot(int(sys.argv[3])))
 opened = time.perf_counter()
 query = np.ones((1, engine.fingerprint.dimension), np.float32)
 engine.retrieve(query)
-print(numpy_there - start, faiss_there - numpy_there, imported - faiss_there, opened - imported, time.perf_counter() - opened, flush=True)
+times = [start, numpy_there, faiss_there, imported, opened, time.perf_counter()]
+print(*(later - earlier for earlier, later in zip(times, times[1:])), flush=True)
 """
 
 
@@ -223,28 +244,23 @@ def cold(root: Path, snapshot: Snapshot, what: str, times: int) -> list[list[obj
     ]
 
 
-def resident() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith(("RssAnon", "RssFile"))) // 1024
-
-
-def let_go(snapshot: Snapshot, queries: NDArray[np.float32], what: str) -> list[list[object]]:
-    """Resident memory before an engine, with it warm, and after it is let go; the database's pages stay with the store."""
+def released(snapshot: Snapshot, queries: NDArray[np.float32], what: str) -> list[list[object]]:
+    """Resident MiB before an engine, with a warm one, and after its end; database pages stay."""
     gc.collect()
-    before = resident()
+    before = round(sum(memory_mib()))
     engine = Engine(snapshot)
     for query in queries:
         engine.retrieve(query[None])
-    warm = resident()
+    warm = round(sum(memory_mib()))
     del engine
     gc.collect()
-    return [[f"{what}: resident MiB before / warm / let go", f"{before} / {warm} / {resident()}"]]
+    return [
+        [f"{what}: resident MiB before / warm / released", f"{before} / {warm} / {sum(memory_mib()):.0f}"]
+    ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments_parser(__doc__)
     parser.add_argument("--entries", type=int, default=200_000)
     parser.add_argument("--dimension", type=int, default=512)
     parser.add_argument(
@@ -287,7 +303,7 @@ def measure(root: Path, n: int, dimension: int, times: int) -> None:
         ["hnsw: searched with", str(dict(graph.version.index["tuned"]["search"]))],
     ]
     for snapshot, what in ((flat, "flat"), (graph, "hnsw")):
-        lines += let_go(snapshot, queries, what)
+        lines += released(snapshot, queries, what)
     for snapshot, what in ((graph, "hnsw"), (flat, "flat")):
         lines += answers(snapshot, queries if what == "hnsw" else queries[:100], what)
         lines += cold(root, snapshot, what, times)

@@ -5,9 +5,9 @@
     python -m benchmarks.kernels.ahead_of_time --candidates         # the block sizes that the search on a GPU tries
     python -m benchmarks.kernels.ahead_of_time --markdown > table.md
 
-A kernel that compiles here for an H100 compiles there: the compiler is the same, and it never looks at the device. Registers and
-spills are read from the machine code with the disassembler that Triton's wheel carries. Exits with 1 if a variant spills more
-than its limit.
+A kernel that compiles here for an H100 compiles there: the compiler is the same, and it never looks at the
+device. Registers and spills are read from the machine code with the disassembler that Triton's wheel carries.
+Exits with 1 if a variant spills more than its limit.
 """
 
 from __future__ import annotations

@@ -8,10 +8,11 @@
     PYTHONPATH=kernels python -m benchmarks.kernels.speed   # from a checkout that is not installed
     ncu --set full -k regex:'forward_kernel|backward_kernel' -o kernels python -m benchmarks.kernels.speed --profile
 
-Everyone is checked against float64 before anyone is timed. Times are medians on the device with a cold L2 cache: each
-contender is captured in a CUDA graph where it can be, so that no one waits for Python ("eager" says who could not). The padded
-contenders get their queries padded beforehand, and FlexAttention its block mask: only our side pays for its own ragged layout.
-Images have 40 x Beta(1.5, 2.5) tags: 15 on average, 40 at most.
+Everyone is checked against float64 before anyone is timed. Times are medians on the device with a cold L2
+cache: each contender is captured in a CUDA graph where it can be, so that no one waits for Python ("eager"
+says who could not). The padded contenders get their queries padded beforehand, and FlexAttention its block
+mask: only our side pays for its own ragged layout. Images have 40 x Beta(1.5, 2.5) tags: 15 on average, 40 at
+most.
 """
 
 from __future__ import annotations
@@ -472,8 +473,8 @@ def time_small_operators(device: str, dry: bool) -> list[str]:
 def roofline(bandwidth: float, rate: float) -> list[str]:
     """What must move and be computed, counted, and the time no kernel can beat at these rates. Needs no GPU.
 
-    Issued: GFLOP with the rows rounded up to the default blocks, which the tensor cores compute anyway; beside it, rounded up to
-    128 rows an image, FlashAttention's block.
+    Issued: GFLOP with the rows rounded up to the default blocks, which the tensor cores compute anyway;
+    beside it, rounded up to 128 rows an image, FlashAttention's block.
     """
     from tuna_kernels.tag_attention.tuning import backward_default, forward_default
 

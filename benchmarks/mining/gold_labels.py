@@ -21,7 +21,7 @@ PLURALS = ("objects", "attributes", "entities")
 
 @dataclass(frozen=True)
 class Label:
-    """A caption with what a person wants of it: for each kind a list of alternatives, each a tuple of folded texts."""
+    """A caption and its wanted tags: for each kind a list of tags, each a tuple of alternative folded texts."""
 
     data: str
     caption: str
@@ -70,7 +70,7 @@ def table(path: Path) -> list[dict[str, str]]:
 
 
 def load(part: str, data: Path) -> list[Label]:
-    """The labels of `develop` or `sealed`; stops if a caption is not the one that was labelled."""
+    """The labels of a part. Ends the program if a caption is not the labelled one."""
     rows = list(lines(GOLD / f"{part}.jsonl"))
     sources = captions(data, {row["data"] for row in rows})
     labels = []
@@ -78,9 +78,8 @@ def load(part: str, data: Path) -> list[Label]:
         caption = sources[row["data"], row["id"]][row["caption"]]
         digest = sha256(caption.encode()).hexdigest()[:16]
         if digest != row["sha256"]:
-            raise SystemExit(
-                f"{part}: caption {row['caption']} of {row['data']} {row['id']} is not the one that was labelled"
-            )
+            where = f"caption {row['caption']} of {row['data']} {row['id']}"
+            raise SystemExit(f"{part}: {where} is not the labelled one")
         wanted = {
             kind: [tuple(map(fold, label.split("|"))) for label in row[plural]]
             for kind, plural in zip(KINDS, PLURALS, strict=True)
@@ -90,7 +89,7 @@ def load(part: str, data: Path) -> list[Label]:
 
 
 def errors(label: Label, tags: Iterable[tuple[str, str]]) -> tuple[Counter[tuple[str, str]], list[str]]:
-    """Counts of (kind, "tp" | "fp" | "fn") for `(kind, text)` tags of one caption, and the errors in words."""
+    """Counts of (kind, "tp" | "fp" | "fn") for the `(kind, text)` tags of a caption, and the errors."""
     counts: Counter[tuple[str, str]] = Counter()
     wrong = []
     said = {kind: dict.fromkeys(fold(text) for k, text in tags if k == kind) for kind in KINDS}

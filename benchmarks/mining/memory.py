@@ -1,27 +1,34 @@
-"""Resident memory of the default miner while it reads very many different captions, each with a word never seen before.
+"""Resident memory of the default miner while it reads many different captions, each with a new word.
 
-Run alone:  python -m benchmarks.mining.memory --captions 1000000
-Prints a line of JSON at every tenth of the way; run in a process of its own by benchmarks/mining/quality.py.
+    python -m benchmarks.mining.memory --captions 1000000
+
+Prints a line of JSON at every tenth of the way; `quality.py` runs it in its own process.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
+from benchmarks.processes import memory_mib
+from benchmarks.report import arguments_parser
 from tagstore.mining import load_miner
 from tagstore.types import Pair
 
-THINGS = "dog cat horse car bus train boat bench table chair lamp bottle cup plate bowl bird tree house bridge street window door".split()  # noqa: SIM905
-LOOKS = "red blue green black white old young small large wooden plastic striped wet dirty shiny broken empty parked narrow bright".split()  # noqa: SIM905
+THINGS = (
+    "dog", "cat", "horse", "car", "bus", "train", "boat", "bench", "table", "chair", "lamp", "bottle", "cup", "plate",
+    "bowl", "bird", "tree", "house", "bridge", "street", "window", "door",
+)  # fmt: skip
+LOOKS = (
+    "red", "blue", "green", "black", "white", "old", "young", "small", "large", "wooden", "plastic", "striped", "wet",
+    "dirty", "shiny", "broken", "empty", "parked", "narrow", "bright",
+)  # fmt: skip
 
 
 def captions(n: int, seed: int = 0) -> Iterator[Pair]:
-    """Short captions, every one different, with an invented name in it: what lets spaCy's string store grow."""
+    """Short captions, each with an invented name, which makes spaCy's string store grow."""
     rng = random.Random(seed)
     for i in range(n):
         name = "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(4)) + f"{i:x}"
@@ -33,27 +40,20 @@ def captions(n: int, seed: int = 0) -> Iterator[Pair]:
         )
 
 
-def resident() -> int:
-    """Bytes of this process that are in memory now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments_parser(__doc__)
     parser.add_argument("--captions", type=int, default=1_000_000)
     arguments = parser.parse_args()
     miner = load_miner("rules")
     start = time.perf_counter()
     tags = 0
     every = max(1, arguments.captions // 10)
-    for done, found in enumerate(miner.mine(captions(arguments.captions)), 1):
-        tags += len(found)
+    for done, mined in enumerate(miner.mine(captions(arguments.captions)), 1):
+        tags += len(mined)
         if done % every == 0 or done == 100_000:
             line = {
                 "captions": done,
-                "rss_mib": round(resident() / 2**20, 1),
+                "rss_mib": round(sum(memory_mib()), 1),
                 "tags": tags,
                 "seconds": round(time.perf_counter() - start, 1),
             }

@@ -1,14 +1,14 @@
-"""Everything that is claimed of tag mining: quality on gold captions, recall of annotated objects, product titles, speed, memory.
+"""Tag mining: quality on gold captions, recall of annotated objects, product titles, speed, memory.
 
     python -m benchmarks.mining.quality --data PATH [--comparison DIR] [--memory N] [--docs docs/mining.md]
 
-PATH holds the data sets (flickr8k/, coco_mini/, captions/, fashion/, pope/). DIR holds SceneGraphParser, see scene_graph_parser.py;
-without it the comparison is left out and the report says so. With --docs, the figures and the examples of that page are rewritten too.
+PATH holds the data sets (flickr8k/, coco_mini/, captions/, fashion/, pope/). DIR holds SceneGraphParser, see
+`scene_graph_parser.py`; without it the report says that it was not measured. --docs also rewrites the figures
+and examples of that page.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import re
@@ -69,7 +69,7 @@ def quality_table(results: dict[tuple[str, str], dict[str, Counter[tuple[str, st
 
 
 def annotated_objects(data: Path) -> str:
-    """Recall of the COCO categories that people annotated in a photograph and that one of its captions names."""
+    """Recall of COCO categories that are annotated in a photograph and named by one of its captions."""
     groups = [
         [name.strip() for name in line.split(",")]
         for line in (data / "pope" / "chair_synonyms.txt").read_text().splitlines()
@@ -78,7 +78,7 @@ def annotated_objects(data: Path) -> str:
     synonyms = {group[0]: sorted({singular(name) for name in group}) for group in groups}
     rows = [row for row in gold_labels.lines(data / "coco_mini" / "captions.jsonl") if row.get("objects")]
     pairs = [Pair(str(row["coco_id"]), b"", tuple(row["captions"])) for row in rows]
-    named = found = 0
+    named = hits = 0
     missed: Counter[str] = Counter()
     for row, tags in zip(rows, load_miner("rules").mine(pairs), strict=True):
         objects = {tag.canonical for tag in tags if tag.kind == "object"}
@@ -91,7 +91,7 @@ def annotated_objects(data: Path) -> str:
             if any(re.search(rf"\b{re.escape(name)}\b", words) for name in names):
                 named += 1
                 hit = any(thing == name or thing.endswith(f" {name}") for thing in objects for name in names)
-                found += hit
+                hits += hit
                 missed[category] += not hit
     worst = ", ".join(f"{category} {n}" for category, n in missed.most_common(6) if n)
     header = [
@@ -101,7 +101,7 @@ def annotated_objects(data: Path) -> str:
         "recall",
         "missed most",
     ]
-    return report.table(header, [[len(rows), named, found, f"{found / named:.3f}", worst]])
+    return report.table(header, [[len(rows), named, hits, f"{hits / named:.3f}", worst]])
 
 
 def titles(data: Path) -> str:
@@ -132,7 +132,7 @@ def titles(data: Path) -> str:
 
 
 def title_facts(row: dict[str, str], tags: Iterable[Tag]) -> list[tuple[str, str, bool]]:
-    """`(what, value as the title would say it, whether a tag says it)`; the brand is not given, its first word is the title's."""
+    """`(fact, value in the words of the title, whether a tag has it)`; the brand is the title's first word."""
     texts = [(tag.kind, tag.canonical) for tag in tags]
     said = [canonical for kind, canonical in texts if kind in ("attribute", "custom")]
     brand = row["title"].split()[0].casefold() if row["title"].split() else ""
@@ -151,7 +151,7 @@ def title_facts(row: dict[str, str], tags: Iterable[Tag]) -> list[tuple[str, str
 
 
 def speed(data: Path, comparison: Any, n: int, block: int = 250) -> str:
-    """Captions a second of raw spaCy, of the miner and of SceneGraphParser, in turns over the same blocks of captions in one process."""
+    """Captions a second of raw spaCy, the miner and SceneGraphParser, in turns over the same captions."""
     captions = [
         c for row in gold_labels.lines(data / "captions" / "coco_val2017.jsonl.gz") for c in row["captions"]
     ]
@@ -225,8 +225,8 @@ def bounds() -> str:
 
 
 def memory(n: int, log: Path | None) -> str:
-    """Resident memory along the way, in a process of its own; or what `memory.py` wrote to `log` before."""
-    command = [sys.executable, str(Path(__file__).parent / "memory.py"), "--captions", str(n)]
+    """Resident memory along the way, from a run of `memory.py` or from its output in `log`."""
+    command = [sys.executable, "-m", "benchmarks.mining.memory", "--captions", str(n)]
     text = (
         log.read_text() if log else subprocess.run(command, check=True, capture_output=True, text=True).stdout
     )
@@ -247,7 +247,7 @@ def memory(n: int, log: Path | None) -> str:
 
 
 def judged() -> str:
-    """The captions of examples.txt with their tags, and what a person has to say of them."""
+    """The captions of examples.txt with their tags and a person's remarks."""
     lines = [
         line.split("\t")
         for line in (Path(__file__).parent / "examples.txt").read_text(encoding="utf-8").splitlines()
@@ -281,9 +281,7 @@ def examples(rows: list[tuple[str, list[tuple[str, str]], list[str]]], n: int = 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = report.arguments_parser(__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
     parser.add_argument("--comparison", type=Path, help="folder that SceneGraphParser was installed into")
     parser.add_argument(

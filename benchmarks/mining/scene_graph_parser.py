@@ -1,11 +1,11 @@
 """SceneGraphParser (0.1.0: noun chunks and dependency rules on spaCy) as `(kind, text)` tags, for comparison.
 
-Its package is not a dependency of ours; put it beside the benchmark, without its dependencies but one:
+Its package is not a dependency of ours. Install it beside the benchmark, with one dependency of its own:
 
     uv pip install --no-deps --target DIR SceneGraphParser==0.1.0 tabulate
 
-It names objects with their modifiers and knows no named entities. Determiners are dropped here, and so are pronouns, which it takes for
-objects since spaCy 3; both in its favour.
+It names objects with their modifiers and knows no named entities. To its advantage we drop determiners, and
+pronouns, which it takes for objects since spaCy 3.
 """
 
 from __future__ import annotations
@@ -15,16 +15,15 @@ from pathlib import Path
 from typing import Any
 
 _PRONOUNS = frozenset(
-    {
-        "i", "you", "he", "she", "it", "we", "they", "me", "him", "her", "us", "them", "that", "this", "these", "those", "who", "which",
-        "what", "himself", "herself", "itself", "themselves", "each", "one", "another", "others", "some", "someone", "something", "all",
-        "both", "there",
-    }
-)  # fmt: skip
+    (
+        "i you he she it we they me him her us them that this these those who which what himself herself itself "
+        "themselves each one another others some someone something all both there"
+    ).split()
+)
 
 
 def load(folder: Path) -> Any:
-    """Its parser on the same language model as ours, with spaCy's whole pipeline, as it loads it."""
+    """Load its parser on our language model, with spaCy's whole pipeline, as it does by default."""
     sys.path.insert(0, str(folder))
     import sng_parser
 
@@ -33,13 +32,13 @@ def load(folder: Path) -> Any:
 
 def tags(parser: Any, caption: str) -> list[tuple[str, str]]:
     """Objects and attributes of a caption's graph."""
-    found = []
+    pairs = []
     for entity in parser.parse(caption)["entities"]:
         head = entity["head"].lower()
         if head in _PRONOUNS:
             continue
-        found.append(("object", head))
+        pairs.append(("object", head))
         for modifier in entity["modifiers"]:
             if modifier["dep"] in ("amod", "nummod"):
-                found.append(("attribute", f"{modifier['span'].lower()} {head}"))
-    return found
+                pairs.append(("attribute", f"{modifier['span'].lower()} {head}"))
+    return pairs

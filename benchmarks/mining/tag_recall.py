@@ -2,19 +2,19 @@
 
     python -m benchmarks.mining.tag_recall --data DIR_WITH_SHARDS [--root DIR]
 
-Ingests train-*.tar (or takes the store "flickr8k" that is under --root), serves it, and asks about every picture of
-test-*.tar over gRPC and in process; both must answer alike. The truth of a picture is what is mined from its own captions.
+Ingests train-*.tar (or takes the store "flickr8k" that is under --root), serves it, and asks about every
+picture of test-*.tar over gRPC and in process; both must answer alike. The truth of a picture is what is
+mined from its own captions.
 """
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import time
 from pathlib import Path
 from statistics import mean
 
-from benchmarks.report import table, write
+from benchmarks.report import arguments_parser, table, write
 from tagstore.client import connect
 from tagstore.ingest import ingest
 from tagstore.mining import load_miner, merge
@@ -27,9 +27,7 @@ STORE = "flickr8k"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments_parser(__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with train-*.tar and test-*.tar")
     parser.add_argument("--root", type=Path, help="where the store is kept; a temporary folder if not given")
     parser.add_argument("--k", type=int, default=5)
@@ -80,6 +78,7 @@ def measure(data: Path, root: Path, k: int) -> None:
         for o, a in zip(own, answers, strict=True)
         if (objects := [t for t in shown(a) if t[0] == "object"])
     )
+    miner = snapshot.version.miner
     write(
         "tag-recall",
         f"Tags of {len(images)} test pictures from {snapshot.version.entries} training pictures, k = {k}",
@@ -94,7 +93,7 @@ def measure(data: Path, root: Path, k: int) -> None:
                 ["pictures a second over gRPC, by image bytes", f"{len(images) / seconds:.0f}"],
             ],
         ),
-        f"Encoder {snapshot.version.fingerprint}, miner {snapshot.version.miner['name']} {snapshot.version.miner['version']}.",
+        f"Encoder {snapshot.version.fingerprint}, miner {miner['name']} {miner['version']}.",
         packages=("torch", "open-clip-torch", "spacy", "lmdb", "faiss-cpu"),
     )
 

@@ -1,14 +1,14 @@
-"""The figures of the encoder mini's card: does text find image, and do pictures of an unseen domain still find their like?
+"""The figures of mini's card: do texts find images, and do pictures of an unseen domain find similar ones?
 
     python -m benchmarks.model.encoder_mini --data DIR [--split test] [--weights FILE]
 
-DIR holds flickr8k/, grocery/, fashion/ and coco_mini/. Everything goes through the encoder as the store uses it. Beside mini's vectors
-stand the raw features of its image tower, from the same forward: what a head can lose.
+DIR holds flickr8k/, grocery/, fashion/ and coco_mini/. Everything goes through the encoder as the store uses
+it. Beside mini's vectors are the raw features of its image tower from the same forward pass, which show what
+a head loses.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import time
@@ -30,9 +30,7 @@ AT = (1, 5, 10)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = report.arguments_parser(__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument(
         "--split", choices=("val", "test"), default="test", help="val for every choice, test once"
@@ -59,7 +57,8 @@ def main() -> None:
             for row in nearest_rows(encoder, options.data / name, labels, options.split)
         ],
     )
-    size = f"{options.weights.name}: {options.weights.stat().st_size / 1e6:.2f} MB; loaded in {loaded:.1f} s; {encoder.fingerprint}."
+    megabytes = options.weights.stat().st_size / 1e6
+    size = f"{options.weights.name}: {megabytes:.2f} MB; loaded in {loaded:.1f} s; {encoder.fingerprint}."
     packages = ("torch", "open-clip-torch", "timm", "transformers")
     report.write(
         f"encoder-mini-{options.split}",
@@ -90,9 +89,8 @@ def recall_row(
     texts = encoder.encode_texts([caption for row in captions for caption in row])
     own = np.repeat(np.arange(len(images)), [len(row) for row in captions])
     scores = vectors @ texts.T  # [images, texts]
-    of_text = (scores > scores[own, np.arange(len(own))]).sum(
-        axis=0
-    )  # how many images stand before the text's own
+    # images that rank above the text's own
+    of_text = (scores > scores[own, np.arange(len(own))]).sum(axis=0)
     of_image = np.array([(scores[i] > scores[i, own == i].max()).sum() for i in range(len(images))])
     return [name, len(images), *(percent(places < k) for places in (of_text, of_image) for k in AT)]
 

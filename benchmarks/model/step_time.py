@@ -1,15 +1,15 @@
-"""Where the time of one answer and of one training step goes on `smol`: vision, retrieval, the tag path, the decoder.
+"""The parts of an answer and of a training step on `smol`: vision, retrieval, the tag path, the decoder.
 
     python -m benchmarks.model.step_time            # --quick: fewer repeats and a smaller batch
     python -m benchmarks.model.step_time --store grpc://localhost:50051/flickr8k --images DIR
 
-Without --store it draws pictures, puts them into a store of its own and asks that. The parts of a step are timed one by one on the very
-inputs of the step, since the difference of two steps would drown in noise; a step with tags and one without are timed too, in turns.
+Without --store it draws pictures, ingests them into its own store and queries that. The parts of a step are
+timed one by one on the inputs of the step, since the difference of two steps would be smaller than the noise.
+Steps with and without tags are timed too, in turns.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import statistics
 import tempfile
@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 
-from benchmarks.report import table, write
+from benchmarks.report import arguments_parser, table, write
 from tagstore.client import connect
 from tagstore.ingest import ingest
 from tuna_model import Pipeline, presets
@@ -35,9 +35,7 @@ LIMIT = 0.10
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments_parser(__doc__)
     parser.add_argument("--quick", action="store_true", help="few repeats, small batch")
     parser.add_argument("--store", help="URL of a store of the encoder mini")
     parser.add_argument("--images", type=Path, help="pictures to ask about, with --store")
@@ -47,7 +45,9 @@ def main() -> None:
     repeats, batch, new_tokens = (3, 2, 16) if args.quick else (9, 8, 32)
 
     with tempfile.TemporaryDirectory() as scratch:
-        pictures, url = (sorted(args.images.iterdir()), args.store) if args.store else drawn(Path(scratch))
+        pictures, url = (
+            (sorted(args.images.iterdir()), args.store) if args.store else drawn_store(Path(scratch))
+        )
         with connect(url) as source:
             model, processor = presets.load(args.preset, device=args.device)
             tuna = Pipeline(model, processor, source, any_store=True)
@@ -55,12 +55,14 @@ def main() -> None:
             answer, answer_tags = generation(tuna, pictures, repeats, new_tokens)
             step, step_tags = training(tuna, pictures, repeats, batch)
     parts = [
-        f"One answer of {new_tokens} tokens about one picture (batch 1, greedy), {answer_tags} tags.\n\n{answer}",
-        f"One training step of {batch} pictures: forward, backward, AdamW over all of decoder, connector and tag path, fp32; "
-        f"{step_tags} tags in all. A decoder that is frozen takes less, features from a cache take the vision away.\n\n{step}",
+        f"One answer of {new_tokens} tokens about one picture (batch 1, greedy), {answer_tags} tags.",
+        answer,
+        f"One training step of {batch} pictures: forward, backward, AdamW over decoder, connector and tag path, "
+        f"fp32; {step_tags} tags in all. A frozen decoder takes less; cached features take no vision.",
+        step,
         "Median of the repeats, in milliseconds, and the range from the first to the third quartile. "
-        "`tag path` is weight tuner, tag encoder, connector on what it gives, and putting the pairs into the prompt; what the decoder "
-        "takes for a prompt that is longer by the tags is the line `of which longer prompt`.",
+        "`tag path` is weight tuner, tag encoder, its connector, and writing the pairs into the prompt; "
+        "`of which longer prompt` is the decoder's time for the tokens of the tags.",
     ]
     write(
         "tuna-step",
@@ -70,7 +72,7 @@ def main() -> None:
     )
 
 
-def drawn(scratch: Path) -> tuple[list[Path], str]:
+def drawn_store(scratch: Path) -> tuple[list[Path], str]:
     """Pictures with captions, and the URL of a store of them."""
     folder = scratch / "pictures"
     folder.mkdir()
@@ -91,7 +93,7 @@ def drawn(scratch: Path) -> tuple[list[Path], str]:
 
 
 def check(tuna: Pipeline, picture: Path) -> None:
-    """What is timed must be right: features made before give the answer of pixels, and no tags no tag path."""
+    """Check that the picture has tags, and that prepared features give the logits of pixels."""
     prepared = tuna.prepare([[picture]], [[user_message("What is it?", 1)]])
     assert prepared.tags[0], "the store gives no tags for this picture"
     pixels = tuna.processor.image_processor([picture])["pixel_values"].to(tuna.model.device)
@@ -168,8 +170,8 @@ def generation(tuna: Pipeline, pictures: list[Path], repeats: int, new_tokens: i
     )  # fmt: skip
     extra = [a - b for a, b in zip(long, short, strict=True)]
     rows = [
-        ("decoding and resizing", preparing), ("vision", [a - b for a, b in zip(vision, preparing, strict=True)]), ("retrieval", retrieval),
-        ("tag path", path), ("decoder", long), ("of which longer prompt", extra),
+        ("decoding and resizing", preparing), ("vision", [a - b for a, b in zip(vision, preparing, strict=True)]),
+        ("retrieval", retrieval), ("tag path", path), ("decoder", long), ("of which longer prompt", extra),
     ]  # fmt: skip
     return split(rows, whole), len(given["tag_embeddings"])
 
@@ -216,8 +218,8 @@ def training(tuna: Pipeline, pictures: list[Path], repeats: int, batch: int) -> 
     )  # fmt: skip
     extra = [a - b for a, b in zip(long, short, strict=True)]
     rows = [
-        ("vision", vision), ("retrieval", retrieval), ("tag path", path), ("connector, decoder, optimizer", long),
-        ("of which longer prompt", extra),
+        ("vision", vision), ("retrieval", retrieval), ("tag path", path),
+        ("connector, decoder, optimizer", long), ("of which longer prompt", extra),
     ]  # fmt: skip
     model.eval()
     return split(rows, all_of_it), len(given["tag_embeddings"])

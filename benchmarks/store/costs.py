@@ -1,15 +1,14 @@
-"""What a store costs: bytes an entry and what they are for, memory of a long ingest, time to open, and to commit after many commits.
+"""The costs of a store: bytes an entry and their use, memory of a long ingest, time to open and to commit.
 
     python -m benchmarks.store.costs [--entries 1000000] [--dimension 512] [--versions 10000] [--quick]
 
-Synthetic entries: clustered unit vectors are given, captions of 40 to 70 characters, five tags each from a Zipf distribution.
-Correctness first: the store is verified in full, which compares every vector of the index, and sampled entries are compared with what
-was put in.
+Entries are synthetic: clustered unit vectors, captions of 40 to 70 characters, five tags each from a Zipf
+distribution. The store is verified in full, which compares every vector of the index, and sampled entries are
+compared with the input.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import os
 import subprocess
@@ -24,7 +23,8 @@ from statistics import median
 import numpy as np
 import zstandard
 
-from benchmarks.report import table, write
+from benchmarks.processes import drop_from_page_cache, memory_mib
+from benchmarks.report import arguments_parser, table, write
 from tagstore.indexing import faiss_index
 from tagstore.mining import MergedTag
 from tagstore.storage.codec import encode_entry
@@ -62,13 +62,6 @@ def batches(n: int, dimension: int) -> Iterator[tuple[list[Draft], np.ndarray]]:
         yield [draft(start + i, tags[i]) for i in range(size)], vectors
 
 
-def memory() -> dict[str, int]:
-    """Resident MiB of this process: its own (anonymous), and pages of files it has mapped."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    found = {line.split(":")[0]: int(line.split()[1]) // 1024 for line in lines if line.startswith("Rss")}
-    return {"own": found["RssAnon"], "mapped": found["RssFile"] + found["RssShmem"]}
-
-
 OPEN = """
 import sys, time
 start = time.perf_counter()
@@ -84,9 +77,7 @@ print(imported - start, opened - imported, time.perf_counter() - opened)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments_parser(__doc__)
     parser.add_argument("--entries", type=int, default=1_000_000)
     parser.add_argument("--dimension", type=int, default=512)
     parser.add_argument(
@@ -104,7 +95,7 @@ def main() -> None:
 
 
 def account(snapshot: Snapshot, captions: int) -> list[list[str]]:
-    """What the bytes of the database are for, an entry. Tables by the pages they take, parts of a record from 10,000 of them."""
+    """Bytes of the database an entry, by use: tables by their pages, parts of a record by samples."""
     store, n = snapshot.store, snapshot.version.entries
     with store.env.begin() as txn:
         stats = {name: txn.stat(store.db[name]) for name in TABLES}
@@ -146,46 +137,36 @@ def account(snapshot: Snapshot, captions: int) -> list[list[str]]:
         ],
         ["free pages", whole - sum(pages.values())],
     ]
-    also = f"A record has {mean:.0f} bytes; in zstd blocks of 256 records, which nothing does, it would have {packed:.0f}."
-    return [*([name, f"{value:.1f}"] for name, value in rows), ["", also]]
-
-
-def evict(root: Path) -> None:
-    """Drop the files of a store from the page cache, so that the next to open it reads from the disk."""
-    for path in root.rglob("*"):
-        if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(descriptor)
+    note = f"A record has {mean:.0f} bytes; in zstd blocks of 256 records it would have {packed:.0f}."
+    return [*([name, f"{value:.1f}"] for name, value in rows), ["", note]]
 
 
 def opens(root: Path, *, cold: bool) -> str:
     """Milliseconds to import, open and answer a first query, each median of 5 fresh processes."""
-    found = []
+    runs = []
     for _ in range(5):
         if cold:
-            evict(root)
+            drop_from_page_cache(root)
         out = subprocess.run(
             [sys.executable, "-c", OPEN, str(root)], check=True, capture_output=True, text=True
         ).stdout
-        found.append([float(x) for x in out.split()])
-    return " / ".join(f"{median(c) * 1e3:.0f} ms" for c in zip(*found, strict=True))
+        runs.append([float(x) for x in out.split()])
+    return " / ".join(f"{median(c) * 1e3:.0f} ms" for c in zip(*runs, strict=True))
 
 
 def deletions(root: Path, first: int) -> float:
     """Milliseconds that a committed deletion by key takes, median of 5."""
-    found = []
+    durations = []
     for i in range(first, first + 5):
         begin = time.perf_counter()
         delete(root, "bench", Selection(keys=[f"{i:012d}"]))
-        found.append(time.perf_counter() - begin)
-    return median(found) * 1e3
+        durations.append(time.perf_counter() - begin)
+    return median(durations) * 1e3
 
 
 def measure(root: Path, n: int, dimension: int, versions: int) -> None:
     fingerprint = Fingerprint("bench", "00", {}, False, True, dimension)
-    peak = {"own": 0, "mapped": 0}
+    peak = np.zeros(2)  # MiB: private, mapped
     captions = 0
     load = os.getloadavg()[0]
     start = time.perf_counter()
@@ -193,14 +174,14 @@ def measure(root: Path, n: int, dimension: int, versions: int) -> None:
         for drafts, vectors in batches(n, dimension):
             writer.append(drafts, vectors)
             captions += sum(len(d.captions[0]) for d in drafts)
-            peak = {k: max(v, memory()[k]) for k, v in peak.items()}
+            peak = np.maximum(peak, memory_mib())
         while texts := writer.new_tags(limit=4096):
             writer.embed_tags(np.eye(1, dimension, dtype=np.float32).repeat(len(texts), 0))
         appended = time.perf_counter() - start
-        before_index = memory()["own"]
+        before_index = round(memory_mib()[0])
         writer.commit(operation="ingest", indexer=faiss_index.extend)
     total = time.perf_counter() - start
-    peak = {k: max(v, memory()[k]) for k, v in peak.items()}
+    peak = np.maximum(peak, memory_mib())
 
     store = Store(root, "bench")
     snapshot = store.snapshot()
@@ -249,10 +230,10 @@ def measure(root: Path, n: int, dimension: int, versions: int) -> None:
                 ["appends", f"{n / appended:,.0f} entries/s"],
                 ["whole ingest, index and checksums included", f"{total:.0f} s"],
                 ["bytes on disk: database / index", f"{database:,} / {index:,}"],
-                ["peak memory of the process's own during appends", f"{before_index} MiB"],
+                ["peak private memory during appends", f"{before_index} MiB"],
                 [
-                    "peak memory with the index built, own / mapped file pages",
-                    f"{peak['own']} / {peak['mapped']} MiB",
+                    "peak memory with the index built, private / mapped file pages",
+                    f"{peak[0]:.0f} / {peak[1]:.0f} MiB",
                 ],
                 [
                     "import / open / first query, a fresh process, files out of the page cache, median of 5",

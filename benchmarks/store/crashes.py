@@ -1,28 +1,25 @@
-"""Whether anything acknowledged is ever lost: a store's process dies again and again, in every way that `tests/crash.py` knows.
+"""Whether a store loses what it acknowledged when its process dies, in every way of `tests/crash.py`.
 
     python -m benchmarks.store.crashes [--deaths 300] [--seed 0]
 
-The short version of this is part of the test suite.
+The test suite runs a short version of this.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.report import table, write
+from benchmarks.report import arguments_parser, table, write
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 from crash import WAYS, Harness
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments_parser(__doc__)
     parser.add_argument("--deaths", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -33,9 +30,7 @@ def main() -> None:
     start = time.perf_counter()
     harness = Harness(directory, arguments.seed)
     if harness.shim is None:
-        sys.exit(
-            "no C compiler: without one only the kills by the clock can be made, and that is not what this measures"
-        )
+        sys.exit("a C compiler is needed: without one, only kills at random instants are possible")
     figures = harness.run(arguments.deaths)
     names = {
         "clock": "SIGKILL at a random instant",

@@ -1,49 +1,35 @@
-"""What an ingest costs, beside what its parts cost alone: the towers' work, and spaCy's.
+"""An ingest beside its parts alone: the work of the towers, and spaCy's.
 
     python -m benchmarks.store.ingest --data DIR_WITH_SHARDS
 
-Ingests the training shards twice in processes of their own, with and without mining, and times `nlp.pipe` with the miner's
-own pipeline on the same captions. Correctness first: every pair must be in, none quarantined.
+Ingests the training shards twice in their own processes, with and without mining, and times `nlp.pipe` with
+the miner's own pipeline on the same captions. Every pair must be in, none quarantined.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import resource
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.report import table, write
+from benchmarks.processes import tagstore
+from benchmarks.report import arguments_parser, table, write
 
 
 def ingest(source: str, root: Path, miner: str) -> tuple[dict, int]:
     """Report of `tagstore ingest` in a fresh process, and its peak resident memory in MiB."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    command = [
-        sys.executable,
-        "-m",
-        "tagstore.cli",
-        "ingest",
-        source,
-        "--root",
-        str(root),
-        "--store",
-        miner,
-        "--miner",
-        miner,
-        "--json",
-    ]
+    command = tagstore("ingest", source, "--root", root, "--store", miner, "--miner", miner, "--json")
     report = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     return report, max(peak, before) // 1024
 
 
 def raw_spacy(source: str) -> tuple[int, float]:
-    """Captions of a source and the seconds that the miner's pipeline takes for them, no rule of ours applied."""
+    """Number of captions of a source, and seconds of the miner's pipeline for them without our rules."""
     from tagstore.mining.parse import load_pipeline
     from tagstore.readers import read
     from tagstore.types import Pair
@@ -58,9 +44,7 @@ def raw_spacy(source: str) -> tuple[int, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments_parser(__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with train-*.tar")
     parser.add_argument("--shards", default="train-*.tar")
     arguments = parser.parse_args()
