@@ -176,7 +176,7 @@ def outage(scratch: Path, quick: bool, rounds: int, data: Path | None) -> str:
 
 
 def overlap(scratch: Path, quick: bool, rounds: int, data: Path | None) -> str:
-    """Step time with retrieval in the step, beside it, and without it. A step waits, as for an accelerator."""
+    """Step time with retrieval in the step, beside it, and without. A step waits, as for an accelerator."""
     steps, batch = (30, 32) if quick else (200, 32)
     root = small_store(scratch)
     rows = synthetic.queries(steps * batch, 20_000, 512)

@@ -201,7 +201,8 @@ def main() -> None:
     else:
         lines.append(["CAGRA", "", "", "", "", "", "this FAISS is built without cuVS"])
     header = ["index", "queries", "ms", "floor: rows / bandwidth, ms", "ms / floor", "queries/s", "built in"]
-    about = f"{device.name}: {bandwidth / 1e9:,.0f} GB/s read; {n:,} rows of {d} made and loaded in {loaded:.0f} s."
+    rows_loaded = f"{n:,} rows of {d} made and loaded in {loaded:.0f} s."
+    about = f"{device.name}: {bandwidth / 1e9:,.0f} GB/s read; {rows_loaded}"
     report = table(header, lines)
     if arguments.dry_run:
         print(f"{about}\n\n{report}")

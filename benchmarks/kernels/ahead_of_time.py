@@ -1,13 +1,13 @@
-"""Compile every kernel variant ahead of time, without a GPU, and print what each takes: registers, shared memory, spills.
+"""Compile every kernel variant without a GPU, and print its registers, shared memory and spills.
 
-    python -m benchmarks.kernels.ahead_of_time                      # the whole table, for sm_80, sm_90 and sm_100
+    python -m benchmarks.kernels.ahead_of_time                 # the whole table, for sm_80, sm_90 and sm_100
     python -m benchmarks.kernels.ahead_of_time --arch 90 --only backward
-    python -m benchmarks.kernels.ahead_of_time --candidates         # the block sizes that the search on a GPU tries
+    python -m benchmarks.kernels.ahead_of_time --candidates    # block sizes that the search on a GPU tries
     python -m benchmarks.kernels.ahead_of_time --markdown > table.md
 
 A kernel that compiles here for an H100 compiles there: the compiler is the same, and it never looks at the
-device. Registers and spills are read from the machine code with the disassembler that Triton's wheel carries.
-Exits with 1 if a variant spills more than its limit.
+device. Registers and spills are read from the machine code with the disassembler in Triton's wheel. Exits
+with 1 if a variant spills more than its limit.
 """
 
 from __future__ import annotations
@@ -45,9 +45,12 @@ class Variant:
 
     @property
     def spill_limit(self) -> int:
-        """Bytes of stack it may take: 16, because ptxas may park a few values outside of the loops to reach the next step of
-        occupancy. Float32 beyond D = 128 takes more: exact products without tensor cores hold whole rows of both operands in
-        registers. That is right, and slow, and nobody trains in it."""
+        """Bytes of stack that the variant may use.
+
+        16, because ptxas may park a few values outside of the loops to reach the next step of occupancy.
+        Float32 beyond D = 128 uses more: exact products without tensor cores hold whole rows of both operands
+        in registers. That is correct and slow, and nobody trains in it.
+        """
         wide = self.dim > 128 and self.kernel in ("forward", "maps", "backward", "dbias")
         return 512 if self.dtype == "fp32" and wide else 16
 
@@ -218,7 +221,11 @@ def _kernel(variant: Variant) -> tuple[Any, dict[str, Any], tuple[int, int, int,
 
 _POINTERS = {
     "cu_tags": "*i32", "mask": "*i1", "ids": "*i64", "order": "*i64",
-    **dict.fromkeys(("stats", "weights", "dweights", "cosine", "tag_norm", "image_norm", "temperature", "dtemperature", "grad"), "*fp32"),
+    **dict.fromkeys(
+        ("stats", "weights", "dweights", "cosine", "tag_norm", "image_norm", "temperature", "dtemperature",
+         "grad"),
+        "*fp32",
+    ),
 }  # fmt: skip
 _FLOATS = ("scale", "tau", "threshold")
 _INTEGERS = (
@@ -252,7 +259,7 @@ def _absent(name: str, variant: Variant) -> bool:
 def _signature(
     function: Any, constants: dict[str, Any], variant: Variant
 ) -> tuple[dict[str, str], dict[str, Any], dict[Any, Any]]:
-    """Types of the arguments as a launch with aligned tensors has them; absent pointers and unit strides are constants."""
+    """Argument types of a launch with aligned tensors; absent pointers and unit strides are constants."""
     signature: dict[str, str] = {}
     fixed: dict[str, Any] = {}
     attributes: dict[Any, Any] = {}

@@ -1,18 +1,19 @@
-"""The kernels on a GPU: are they right, are they the same every time, how fast are they, and beside what.
+"""The kernels on a GPU: correctness, determinism, and speed beside other implementations.
 
-    python -m benchmarks.kernels.speed                      # everything; writes benchmarks/results/kernels-DEVICE-DATE.md
-    python -m benchmarks.kernels.speed --check              # only: right, and the same bits in 100 runs
-    python -m benchmarks.kernels.speed --dry-run            # every step on tiny sizes, on the CPU; with TRITON_INTERPRET=1 the kernels too
-    python -m benchmarks.kernels.speed --roofline           # only what can be counted; needs no GPU
+    python -m benchmarks.kernels.speed               # everything; writes results/kernels-DEVICE-DATE.md
+    python -m benchmarks.kernels.speed --check       # only: correct, and the same bits in 100 runs
+    python -m benchmarks.kernels.speed --dry-run     # every step on tiny sizes, on the CPU;
+                                                     # with TRITON_INTERPRET=1 the kernels too
+    python -m benchmarks.kernels.speed --roofline    # only the counts; needs no GPU
     compute-sanitizer --tool memcheck python -m benchmarks.kernels.speed --check --small
-    PYTHONPATH=kernels python -m benchmarks.kernels.speed   # from a checkout that is not installed
-    ncu --set full -k regex:'forward_kernel|backward_kernel' -o kernels python -m benchmarks.kernels.speed --profile
+    PYTHONPATH=kernels python -m benchmarks.kernels.speed      # from a checkout that is not installed
+    ncu --set full -k regex:'forward_kernel|backward_kernel' -o kernels \\
+        python -m benchmarks.kernels.speed --profile
 
-Everyone is checked against float64 before anyone is timed. Times are medians on the device with a cold L2
-cache: each contender is captured in a CUDA graph where it can be, so that no one waits for Python ("eager"
-says who could not). The padded contenders get their queries padded beforehand, and FlexAttention its block
-mask: only our side pays for its own ragged layout. Images have 40 x Beta(1.5, 2.5) tags: 15 on average, 40 at
-most.
+All contenders are checked against float64 before any is timed. Times are medians on the device with a cold L2
+cache. Each contender is captured in a CUDA graph where possible, so that none waits for Python ("eager" marks
+the others). Padded contenders get queries that are padded beforehand, FlexAttention its block mask: only our
+side pays for its ragged layout. Images have 40 x Beta(1.5, 2.5) tags: 15 on average, at most 40.
 """
 
 from __future__ import annotations
@@ -182,7 +183,8 @@ def contenders(p: Problem, skip: set[str], dry: bool) -> Iterator[Contender]:
         flex = flex_attention if dry else torch.compile(flex_attention, dynamic=False)
         packed = tuple(x.transpose(0, 1)[None] for x in (p.q, *flat))
         yield Contender(
-            "FlexAttention, block mask", packed, lambda q, k, v: flex(q, k, v, block_mask=mask), p.dout.transpose(0, 1)[None],
+            "FlexAttention, block mask", packed, lambda q, k, v: flex(q, k, v, block_mask=mask),
+            p.dout.transpose(0, 1)[None],
             lambda x: x[0].transpose(0, 1),
         )  # fmt: skip
     if "compile" not in skip:
@@ -214,7 +216,7 @@ def error(got: Tensor, want: Tensor) -> float:
 
 
 def check(device: str, dry: bool, small: bool) -> list[str]:
-    """Kernel errors against twice plain torch's, for every dtype, and the bits of 100 runs; raises if either fails."""
+    """Check kernel errors against twice plain torch's for every dtype, and the bits of 100 runs."""
     impl = "triton" if device == "cuda" or interpreting() else "reference"
     dtypes = [torch.float32, torch.float16] + ([torch.bfloat16] if device == "cuda" else [])
     rows = [
@@ -238,7 +240,8 @@ def check(device: str, dry: bool, small: bool) -> list[str]:
             e, allowed = error(ours[what], want[what]), error(plain[what], want[what])
             name, extra = str(dtype).removeprefix("torch."), "weights, bias, mask" if full else "-"
             rows.append(
-                f"| {name} | {heads} x {dim} | {extra} | {what} | {e:.2e} | {allowed:.2e} | {e / allowed:.2f} |"
+                f"| {name} | {heads} x {dim} | {extra} | {what} | {e:.2e} | {allowed:.2e} | "
+                f"{e / allowed:.2f} |"
             )
             assert e <= 2 * allowed + torch.finfo(dtype).eps / 2, rows[-1]
     p = Problem(counts, patches, *shapes[0], dtypes[-1], device)
@@ -255,7 +258,8 @@ def check(device: str, dry: bool, small: bool) -> list[str]:
     return [
         *rows,
         "",
-        f"Gradients of {runs} runs on the same inputs: the same bits. tag_weights and gather_tags agree with plain torch.",
+        f"Gradients of {runs} runs on the same inputs: the same bits. "
+        "tag_weights and gather_tags agree with plain torch.",
     ]
 
 
@@ -362,10 +366,13 @@ def report(p: Problem, rows: list[tuple[str, Any, Any, str]], bandwidth: float) 
     move, work = p.bytes, p.flops
     ours = rows[0]
     lines = [
-        "", f"### B {len(p.counts)}, H x D {p.heads} x {p.dim}, P {p.patches}, T {sum(p.counts)} (at most {p.most} an image)", "",
+        "",
+        f"### B {len(p.counts)}, H x D {p.heads} x {p.dim}, P {p.patches}, T {sum(p.counts)} "
+        f"(at most {p.most} an image)", "",
         f"Least bytes: forward {move[0] / 1e6:.2f} MB, backward {move[1] / 1e6:.2f} MB; "
         f"FLOP {work[0] / 1e9:.2f} and {work[1] / 1e9:.2f} G.", "",
-        "| | forward us (iqr) | forward + backward us (iqr) | ours is faster by, forward | both | how | relative error |",
+        "| | forward us (iqr) | forward + backward us (iqr) | ours is faster by, forward | both | how | "
+        "relative error |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]  # fmt: skip
     for name, forward, both, note in rows:
@@ -373,7 +380,8 @@ def report(p: Problem, rows: list[tuple[str, Any, Any, str]], bandwidth: float) 
             lines.append(f"| {name} | - | - | - | - | - | {note} |")
             continue
         lines.append(
-            f"| {name} | {forward[0]:.1f} ({forward[1]:.1f}) | {both[0]:.1f} ({both[1]:.1f}) | {forward[0] / ours[1][0]:.2f} | "
+            f"| {name} | {forward[0]:.1f} ({forward[1]:.1f}) | {both[0]:.1f} ({both[1]:.1f}) | "
+            f"{forward[0] / ours[1][0]:.2f} | "
             f"{both[0] / ours[2][0]:.2f} | {forward[2]}/{both[2]} | {note} |"
         )
     others = [row for row in rows[1:] if row[1] is not None]
@@ -382,7 +390,8 @@ def report(p: Problem, rows: list[tuple[str, Any, Any, str]], bandwidth: float) 
         share = move[0] / (1e-6 * ours[1][0]) / bandwidth
         lines += [
             "",
-            f"Over the best other: forward + backward {best:.2f}x. Forward moves its least bytes at {100 * share:.0f} % of a copy's rate.",
+            f"Over the best other: forward + backward {best:.2f}x. "
+            f"Forward moves its least bytes at {100 * share:.0f} % of a copy's rate.",
         ]
     return lines
 
@@ -479,8 +488,10 @@ def roofline(bandwidth: float, rate: float) -> list[str]:
     from tuna_kernels.tag_attention.tuning import backward_default, forward_default
 
     lines = [
-        f"At {bandwidth / 1e12:g} TB/s and {rate / 1e12:g} TFLOP/s (bf16); the ridge is at {rate / bandwidth:.0f} FLOP a byte.", "",
-        "| B | H x D | T | pass | MB | GFLOP | issued | padded to 128 rows | issued FLOP a byte | floor us: bytes | issued FLOP |",
+        f"At {bandwidth / 1e12:g} TB/s and {rate / 1e12:g} TFLOP/s (bf16); "
+        f"the ridge is at {rate / bandwidth:.0f} FLOP a byte.", "",
+        "| B | H x D | T | pass | MB | GFLOP | issued | padded to 128 rows | issued FLOP a byte | "
+        "floor us: bytes | issued FLOP |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]  # fmt: skip
     for (heads, dim), batch in product([(16, 64), (8, 128)], (1, 8, 64, 256)):
@@ -489,7 +500,11 @@ def roofline(bandwidth: float, rate: float) -> list[str]:
         rows = -(-sum(counts) // batch)
         for name, move, work, block in zip(
             ("forward", "backward"), p.bytes, p.flops,
-            (forward_default(dim, torch.bfloat16, rows).block_m, backward_default(dim, torch.bfloat16, rows).block_m), strict=True,
+            (
+                forward_default(dim, torch.bfloat16, rows).block_m,
+                backward_default(dim, torch.bfloat16, rows).block_m,
+            ),
+            strict=True,
         ):  # fmt: skip
             issued, padded = (
                 work * sum(-(-max(n, 1) // m) * m for n in counts) / sum(counts) for m in (block, 128)
@@ -497,13 +512,14 @@ def roofline(bandwidth: float, rate: float) -> list[str]:
             numbers = [f"{x / 1e9:.2f}" for x in (work, issued, padded)]
             numbers += [f"{issued / move:.0f}", f"{1e6 * move / bandwidth:.1f}", f"{1e6 * issued / rate:.1f}"]
             lines.append(
-                f"| {batch} | {heads} x {dim} | {sum(counts)} | {name} | {move / 1e6:.2f} | {' | '.join(numbers)} |"
+                f"| {batch} | {heads} x {dim} | {sum(counts)} | {name} | {move / 1e6:.2f} | "
+                f"{' | '.join(numbers)} |"
             )
     return lines
 
 
 def memory(dry: bool) -> list[str]:
-    """What training keeps beyond inputs, output and row statistics, and what the backward needs for a moment."""
+    """Memory that training keeps beyond inputs, output and row statistics, and the backward's peak."""
     p = Problem([3] if dry else ragged(64), 33 if dry else 576, 16, 64, torch.bfloat16, "cuda")
     leaves = [x.detach().requires_grad_() for x in (p.q, p.k, p.v)]
     torch.autograd.grad(tag_attention(*leaves, p.cu, impl="triton"), leaves, p.dout)
@@ -592,7 +608,10 @@ def main() -> int:
 
     name = platform.processor() or platform.machine() if dry else torch.cuda.get_device_name()
     today = datetime.now(UTC).date().isoformat()
-    versions = f"torch {torch.__version__}, CUDA {torch.version.cuda}, Triton {triton.__version__}, Python {platform.python_version()}"
+    versions = (
+        f"torch {torch.__version__}, CUDA {torch.version.cuda}, Triton {triton.__version__}, "
+        f"Python {platform.python_version()}"
+    )
     head = f"{name}; {versions}; {today}"
     lines = [
         "# Kernels",
@@ -612,7 +631,8 @@ def main() -> int:
         "",
         "## The roofs",
         "",
-        f"Copy {bandwidth / 1e12:.2f} TB/s (read + written), bf16 product {rate / 1e12:.0f} TFLOP/s, measured in this run.",
+        f"Copy {bandwidth / 1e12:.2f} TB/s (read + written), bf16 product {rate / 1e12:.0f} TFLOP/s, "
+        "measured in this run.",
     ]
     lines += ["", "## Latency of the tag path", "", *latency(device, dry)]
     lines += ["", "## Small operators", "", *time_small_operators(device, dry)]
@@ -625,7 +645,8 @@ def main() -> int:
     ]
     lines += [
         "",
-        f"`{' '.join(['python', '-m', 'benchmarks.kernels.speed', *sys.argv[1:]])}`, {time.monotonic() - started:.0f} s.",
+        f"`{' '.join(['python -m benchmarks.kernels.speed', *sys.argv[1:]])}`, "
+        f"{time.monotonic() - started:.0f} s.",
     ]
     text = "\n".join(lines) + "\n"
     if dry:

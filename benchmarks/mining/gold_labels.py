@@ -21,7 +21,7 @@ PLURALS = ("objects", "attributes", "entities")
 
 @dataclass(frozen=True)
 class Label:
-    """A caption and its wanted tags: for each kind a list of tags, each a tuple of alternative folded texts."""
+    """A caption and its wanted tags: for each kind a list of tuples of alternative, folded texts."""
 
     data: str
     caption: str

@@ -18,12 +18,12 @@ from tagstore.mining import load_miner
 from tagstore.types import Pair
 
 THINGS = (
-    "dog", "cat", "horse", "car", "bus", "train", "boat", "bench", "table", "chair", "lamp", "bottle", "cup", "plate",
-    "bowl", "bird", "tree", "house", "bridge", "street", "window", "door",
+    "dog", "cat", "horse", "car", "bus", "train", "boat", "bench", "table", "chair", "lamp", "bottle", "cup",
+    "plate", "bowl", "bird", "tree", "house", "bridge", "street", "window", "door",
 )  # fmt: skip
 LOOKS = (
-    "red", "blue", "green", "black", "white", "old", "young", "small", "large", "wooden", "plastic", "striped", "wet",
-    "dirty", "shiny", "broken", "empty", "parked", "narrow", "bright",
+    "red", "blue", "green", "black", "white", "old", "young", "small", "large", "wooden", "plastic",
+    "striped", "wet", "dirty", "shiny", "broken", "empty", "parked", "narrow", "bright",
 )  # fmt: skip
 
 

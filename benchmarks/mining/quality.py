@@ -132,7 +132,7 @@ def titles(data: Path) -> str:
 
 
 def title_facts(row: dict[str, str], tags: Iterable[Tag]) -> list[tuple[str, str, bool]]:
-    """`(fact, value in the words of the title, whether a tag has it)`; the brand is the title's first word."""
+    """`(fact, value as the title would say it, whether a tag has it)`; the brand is the first word."""
     texts = [(tag.kind, tag.canonical) for tag in tags]
     said = [canonical for kind, canonical in texts if kind in ("attribute", "custom")]
     brand = row["title"].split()[0].casefold() if row["title"].split() else ""

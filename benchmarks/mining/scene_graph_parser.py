@@ -14,12 +14,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-_PRONOUNS = frozenset(
-    (
-        "i you he she it we they me him her us them that this these those who which what himself herself itself "
-        "themselves each one another others some someone something all both there"
-    ).split()
-)
+_PRONOUNS = {
+    "i", "you", "he", "she", "it", "we", "they", "me", "him", "her", "us", "them", "that", "this", "these",
+    "those", "who", "which", "what", "himself", "herself", "itself", "themselves", "each", "one", "another",
+    "others", "some", "someone", "something", "all", "both", "there",
+}  # fmt: skip
 
 
 def load(folder: Path) -> Any:

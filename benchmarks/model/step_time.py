@@ -57,8 +57,8 @@ def main() -> None:
     parts = [
         f"One answer of {new_tokens} tokens about one picture (batch 1, greedy), {answer_tags} tags.",
         answer,
-        f"One training step of {batch} pictures: forward, backward, AdamW over decoder, connector and tag path, "
-        f"fp32; {step_tags} tags in all. A frozen decoder takes less; cached features take no vision.",
+        f"One training step of {batch} pictures: forward, backward, AdamW over decoder, connector and tag "
+        f"path, fp32; {step_tags} tags in all. A frozen decoder takes less; cached features take no vision.",
         step,
         "Median of the repeats, in milliseconds, and the range from the first to the third quartile. "
         "`tag path` is weight tuner, tag encoder, its connector, and writing the pairs into the prompt; "
@@ -170,7 +170,8 @@ def generation(tuna: Pipeline, pictures: list[Path], repeats: int, new_tokens: i
     )  # fmt: skip
     extra = [a - b for a, b in zip(long, short, strict=True)]
     rows = [
-        ("decoding and resizing", preparing), ("vision", [a - b for a, b in zip(vision, preparing, strict=True)]),
+        ("decoding and resizing", preparing),
+        ("vision", [a - b for a, b in zip(vision, preparing, strict=True)]),
         ("retrieval", retrieval), ("tag path", path), ("decoder", long), ("of which longer prompt", extra),
     ]  # fmt: skip
     return split(rows, whole), len(given["tag_embeddings"])
