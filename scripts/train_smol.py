@@ -1,6 +1,6 @@
 """Train `smol` for real: does it caption better with retrieved tags than without, or with random ones?
 
-    python scripts/train_smol.py --data FLICKR8K --out runs/smol-caption    # all; continues an interrupted run
+    python scripts/train_smol.py --data FLICKR8K --out runs/smol-caption    # all; continues a killed run
     python scripts/train_smol.py --data FLICKR8K --out /tmp/quick --quick   # a small run, as a check
 
 FLICKR8K is a folder of WebDataset shards with splits train and test (train-*.tar, test-*.tar). 1. The store
