@@ -52,24 +52,24 @@ test: lint
 bench-mining: setup
 	@test -n "$(DATA)" || { echo "make bench-mining DATA=path: the folder that holds flickr8k/, coco_mini/, captions/ ..."; exit 1; }
 	$(BIN)/uv pip install --quiet --no-deps --target .bench SceneGraphParser==0.1.0 tabulate==0.9.0
-	$(BIN)/python benchmarks/mining.py --data '$(DATA)' --comparison .bench --docs docs/mining.md
+	$(BIN)/python -m benchmarks.mining.quality --data '$(DATA)' --comparison .bench --docs docs/mining.md
 
 # what the service adds to its parts; STORES=path keeps what is built for the next run, DATA=path (the folder that holds flickr8k/) for the
 # figures by image, OTHERS=path of a Python that has other engines
 bench-retrieval: setup
-	$(BIN)/python benchmarks/faces.py --seconds 1 --repeats 1
-	$(BIN)/python benchmarks/retrieval.py $(if $(STORES),--directory '$(STORES)') $(if $(DATA),--data '$(DATA)') $(if $(OTHERS),--others '$(OTHERS)')
+	$(BIN)/python -m benchmarks.serving.grpc_echo --seconds 1 --repeats 1
+	$(BIN)/python -m benchmarks.serving.retrieval $(if $(STORES),--directory '$(STORES)') $(if $(DATA),--data '$(DATA)') $(if $(OTHERS),--others '$(OTHERS)')
 
 # every figure of the docs; needs the data sets: make bench DATA=path (the folders flickr8k, coco_mini, ... under it)
 bench: setup bench-mining
 	@test -n "$(DATA)" || { echo "make bench DATA=path: the folder that holds flickr8k/, coco_mini/, captions/ ..."; exit 1; }
-	$(BIN)/python benchmarks/ingest.py --data '$(DATA)/flickr8k'
-	$(BIN)/python benchmarks/tag_recall.py --data '$(DATA)/flickr8k'
-	$(BIN)/python benchmarks/encoder_mini.py --data '$(DATA)'
-	$(BIN)/python benchmarks/store.py
-	$(BIN)/python benchmarks/client.py --data '$(DATA)/flickr8k'
-	$(BIN)/python benchmarks/index.py
-	$(BIN)/python benchmarks/crash.py
+	$(BIN)/python -m benchmarks.store.ingest --data '$(DATA)/flickr8k'
+	$(BIN)/python -m benchmarks.mining.tag_recall --data '$(DATA)/flickr8k'
+	$(BIN)/python -m benchmarks.model.encoder_mini --data '$(DATA)'
+	$(BIN)/python -m benchmarks.store.costs
+	$(BIN)/python -m benchmarks.client.promises --data '$(DATA)/flickr8k'
+	$(BIN)/python -m benchmarks.index.search
+	$(BIN)/python -m benchmarks.store.crashes
 
 lint: setup
 	$(BIN)/ruff check .

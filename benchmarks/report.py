@@ -1,7 +1,8 @@
-"""Where figures go: printed, and kept in benchmarks/results/ with the machine, the versions and the date they were taken on."""
+"""Reports: printed, and kept in `benchmarks/results/` with machine, versions and date."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import subprocess
@@ -15,25 +16,22 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 
 
-def machine(*packages: str) -> str:
-    """Processor, cores, Python and the packages that matter, in one line."""
-    model = next(
-        (
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        "",
+def arguments_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser whose `--help` shows a module's docstring as it is written."""
+    return argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=RESULTS.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
-    versions = ", ".join(f"{p} {version(p)}" for p in packages)
-    return f"{model or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}, commit {commit}"
+
+
+def machine(*packages: str) -> str:
+    """Processor, cores, Python, versions of packages and commit, in one line."""
+    processors = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":")[1].strip() for line in processors if line.startswith("model name")), "")
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(command, cwd=RESULTS, capture_output=True, text=True, check=False).stdout.strip()
+    versions = ", ".join(f"{package} {version(package)}" for package in packages)
+    python = f"Python {platform.python_version()}"
+    return f"{model or platform.machine()}, {os.cpu_count()} cores, {python}, {versions}, commit {commit}"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -43,7 +41,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def write(theme: str, title: str, *parts: str, packages: Sequence[str] = (), keep: bool = True) -> Path:
-    """Print a report and keep it as `results/THEME-DATE.md`; with `keep` false, as one of a quick run, only print it."""
+    """Print a report and, unless `keep` is false, write it to `results/THEME-DATE.md`."""
     path = RESULTS / f"{theme}-{date.today().isoformat()}.md"
     text = "\n\n".join([f"# {title}", f"{date.today().isoformat()}. {machine(*packages)}.", *parts]) + "\n"
     print(text)
@@ -55,11 +53,11 @@ def write(theme: str, title: str, *parts: str, packages: Sequence[str] = (), kee
 
 
 def seconds(work: Callable[[], Any], times: int) -> list[float]:
-    """What each of so many runs of `work` took, after one that does not count."""
+    """Seconds of each of `times` runs of `work`, after a run that does not count."""
     work()
-    found = []
+    durations = []
     for _ in range(times):
         start = time.perf_counter()
         work()
-        found.append(time.perf_counter() - start)
-    return found
+        durations.append(time.perf_counter() - start)
+    return durations

@@ -1,7 +1,8 @@
-"""A store like those that are served, made without images: vectors in groups of look-alikes, tags by Zipf's law.
+"""Stores made without images: vectors in groups of look-alikes, tags by Zipf's law.
 
-A vector is a coarse centre, moved to a fine one, moved a little: entries of a fine centre have cosine 0.90 with each other. A query is an
-entry moved by a tenth, so its first neighbour is that entry, and the next ones its look-alikes.
+A vector is a coarse centre, moved to a fine centre, then moved a little: entries of a fine centre have cosine
+0.90 with each other. A query is an entry moved by a tenth, so its first neighbour is that entry, and the next
+ones are the entry's look-alikes.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from tagstore.storage.writer import Writer
 from tagstore.types import Fingerprint
 
 STORE = "bench"
-COARSE, ALIKE, WORDS, BATCH = 1000, 20, 200_000, 4096
-APART, NEAR, QUERY = 0.7, 0.333, 0.1
+COARSE_CENTRES, LOOK_ALIKES, WORDS, BATCH = 1000, 20, 200_000, 4096
+FINE_DISTANCE, ENTRY_DISTANCE, QUERY_DISTANCE = 0.7, 0.333, 0.1
+"""Lengths of the random moves: coarse to fine centre, fine centre to entry, entry to query."""
 
 
 def fingerprint(dimension: int) -> Fingerprint:
@@ -39,21 +41,23 @@ def _noise(rng: np.random.Generator, n: int, dimension: int) -> NDArray[np.float
 
 
 def vectors(n: int, dimension: int) -> Iterator[NDArray[np.float32]]:
-    """Unit rows in batches; the same for the same numbers."""
-    coarse = _unit(np.random.default_rng(0).standard_normal((COARSE, dimension), dtype=np.float32))
+    """Unit rows in batches; equal arguments give equal rows."""
+    coarse = _unit(np.random.default_rng(0).standard_normal((COARSE_CENTRES, dimension), dtype=np.float32))
     for start in range(0, n, BATCH):
         rng = np.random.default_rng(start + 1)
         size = min(BATCH, n - start)
-        groups = -(-size // ALIKE)
-        fine = _unit(coarse[rng.integers(COARSE, size=groups)] + APART * _noise(rng, groups, dimension))
-        yield _unit(np.repeat(fine, ALIKE, axis=0)[:size] + NEAR * _noise(rng, size, dimension))
+        groups = -(-size // LOOK_ALIKES)
+        centres = coarse[rng.integers(COARSE_CENTRES, size=groups)]
+        fine = _unit(centres + FINE_DISTANCE * _noise(rng, groups, dimension))
+        entries = np.repeat(fine, LOOK_ALIKES, axis=0)[:size]
+        yield _unit(entries + ENTRY_DISTANCE * _noise(rng, size, dimension))
 
 
-def queries(n: int, of: int, dimension: int, seed: int = 7) -> NDArray[np.float32]:
-    """`[n, dimension]` near-duplicates of entries, from the first batches of a store of `of`."""
+def queries(n: int, entries: int, dimension: int, seed: int = 7) -> NDArray[np.float32]:
+    """`[n, dimension]` near-duplicates of entries, from the first batches of a store of `entries`."""
     rng = np.random.default_rng(seed)
-    pool = np.concatenate([batch for batch, _ in zip(vectors(of, dimension), range(8), strict=False)])
-    return _unit(pool[rng.integers(len(pool), size=n)] + QUERY * _noise(rng, n, dimension))
+    pool = np.concatenate([batch for batch, _ in zip(vectors(entries, dimension), range(8), strict=False)])
+    return _unit(pool[rng.integers(len(pool), size=n)] + QUERY_DISTANCE * _noise(rng, n, dimension))
 
 
 def build(root: Path, n: int, dimension: int, store: str = STORE) -> Version:
@@ -71,6 +75,6 @@ def build(root: Path, n: int, dimension: int, store: str = STORE) -> Version:
 
 
 def _draft(i: int, tags: list[int]) -> Draft:
-    words = [f"word{t}" for t in dict.fromkeys(tags)]
-    merged = tuple(MergedTag(w, "object", w, 0.9, 1, ((0, 0, len(w)),)) for w in words)
+    words = [f"word{tag}" for tag in dict.fromkeys(tags)]
+    merged = tuple(MergedTag(word, "object", word, 0.9, 1, ((0, 0, len(word)),)) for word in words)
     return Draft(f"{i:012d}", hashlib.sha256(str(i).encode()).digest(), i, (" ".join(words),), merged)

@@ -1,10 +1,10 @@
-"""The whole way in one go: captioned pictures -> `tagstore ingest` -> `tagstore serve` -> a client asks for the tags of unseen pictures,
-and TUNA says what it sees in some of them, with those tags and without.
+"""The whole way: pictures -> `tagstore ingest` -> `tagstore serve` -> tags of unseen pictures -> TUNA.
 
     make demo                 the pictures of Debian's tuxpaint-stamps-default
     make demo DATA=path       anything that `tagstore ingest` can read
 
-Some pictures are held out, the others become the store. Ends with a table and one self-contained page, OUT/index.html.
+Some pictures are held out, the others become the store. TUNA describes some held-out pictures with their tags
+and without. Ends with a table and one self-contained page, OUT/index.html.
 """
 
 from __future__ import annotations
@@ -46,22 +46,14 @@ from fetch_stamps import PACKAGE, NoPictures, fetch
 HELD_OUT = 40
 ANSWERED = 8
 QUESTION = "Describe the image in one sentence."
-"""As `smol` was trained to be asked."""
+"""The prompt that `smol` was trained with."""
 STORE = "demo"
 TAGSTORE = (sys.executable, "-m", "tagstore.cli")
 SHOWN_TAGS = 10
 HUES = (
-    "#8a6f9e",
-    "#c9a227",
-    "#5b8fb9",
-    "#a3a38f",
-    "#c4683a",
-    "#2e7f79",
-    "#b5838d",
-    "#6d8b4f",
-    "#3d405b",
+    "#8a6f9e", "#c9a227", "#5b8fb9", "#a3a38f", "#c4683a", "#2e7f79", "#b5838d", "#6d8b4f", "#3d405b",
     "#d98c5f",
-)
+)  # fmt: skip
 console = Console()
 
 
@@ -74,7 +66,7 @@ class Asked:
     captions: tuple[str, ...]
     retrieval: Retrieval
     answers: tuple[str, str] | None = None
-    """What TUNA said with the tags, and without."""
+    """TUNA's answers with the tags and without."""
 
 
 def main() -> None:
@@ -95,15 +87,14 @@ def main() -> None:
     page.write_text(
         render(asked, info, seconds, origin, lambda key: picture(out / "train", key)), encoding="utf-8"
     )
-    console.print(
-        f"\n{summary(asked)}\nThe page: [bold]{page}[/bold]  ({page.stat().st_size / 1e6:.1f} MB, self-contained)"
-    )
+    size = f"{page.stat().st_size / 1e6:.1f} MB"
+    console.print(f"\n{summary(asked)}\nThe page: [bold]{page}[/bold]  ({size}, self-contained)")
 
 
 def run(
     source: str, format: str | None, columns: Columns, out: Path
 ) -> tuple[list[Asked], StoreInfo, dict[str, float]]:
-    """Split, ingest, serve, ask. Returns the answers, what the store says of itself, and the seconds each stage took."""
+    """Split, ingest, serve, query. Returns the answers, the store's info, and the seconds of each stage."""
     seconds: dict[str, float] = {}
     clock = time.perf_counter()
     held_out = split(source, format, columns, out / "train", out / "heldout")
@@ -134,7 +125,7 @@ def run(
 
 
 def answered(asked: Sequence[Asked], url: str) -> list[Asked]:
-    """The same with what TUNA says of each picture: with the tags that it looks up at `url`, and without any."""
+    """Add TUNA's answers about each picture: with the tags that it looks up at `url`, and without."""
     from tuna_model import ImageTags, Pipeline
 
     console.print(
@@ -159,9 +150,10 @@ def answered(asked: Sequence[Asked], url: str) -> list[Asked]:
 
 
 def split(source: str, format: str | None, columns: Columns, train: Path, heldout: Path) -> list[Pair]:
-    """Write a source as two folders of pictures with .txt, `HELD_OUT` (or a tenth, if that is less) in the second; always the same ones.
+    """Write a source as two folders of pictures with .txt, and return the pairs of the second folder.
 
-    A reservoir sample: one pass, and only the pictures held out are in memory.
+    It holds `HELD_OUT` pictures, or a tenth if that is less, always the same ones: a reservoir sample, so one
+    pass is enough and only these pictures are in memory.
     """
     for folder in (train, heldout):
         shutil.rmtree(folder, ignore_errors=True)
@@ -190,7 +182,8 @@ def split(source: str, format: str | None, columns: Columns, train: Path, heldou
     held_out = sorted((pair for pair in reservoir[:keep] if _decodes(pair)), key=lambda pair: pair.key)
     if count < 2 or not held_out:
         raise InvalidInput(
-            f"{source}: the demo needs at least two captioned pictures, one to hold out and one to find; there are {count}"
+            f"{source}: the demo needs at least two captioned pictures, one to hold out and one to find; "
+            f"there are {count}"
         )
     for pair in held_out:
         write(heldout, pair)
@@ -217,7 +210,7 @@ def write(folder: Path, pair: Pair) -> None:
 
 
 def ingest(source: Path, root: Path) -> dict[str, float]:
-    """`tagstore ingest`, as anybody would call it. Returns the seconds by stage."""
+    """Run `tagstore ingest`. Returns the seconds by stage."""
     command = ("ingest", str(source), "--root", str(root), "--store", STORE)
     console.print(f"[bold]$[/bold] tagstore {shlex.join(command)}", soft_wrap=True)
     done = subprocess.run([*TAGSTORE, *command, "--json"], stdout=subprocess.PIPE, check=False)
@@ -230,7 +223,7 @@ def ingest(source: Path, root: Path) -> dict[str, float]:
 
 @contextmanager
 def serving(root: Path) -> Iterator[str]:
-    """`tagstore serve` on a free port, stopped at the end; gives HOST:PORT."""
+    """Run `tagstore serve` on a free port; gives HOST:PORT."""
     command = ("serve", "--root", str(root), "--address", "127.0.0.1:0")
     console.print(f"[bold]$[/bold] tagstore {shlex.join(command)}", soft_wrap=True)
     with subprocess.Popen([*TAGSTORE, *command], stdout=subprocess.PIPE, text=True) as process:
@@ -245,7 +238,7 @@ def serving(root: Path) -> Iterator[str]:
 
 
 def print_table(asked: Sequence[Asked]) -> None:
-    """A row for each picture; tags that its own description names are green."""
+    """Print a row for each picture; tags that its own description names are green."""
     table = Table(
         "picture",
         "its own description",
@@ -266,7 +259,7 @@ def print_table(asked: Sequence[Asked]) -> None:
 
 
 def print_answers(asked: Sequence[Asked]) -> None:
-    """What TUNA said of the first pictures."""
+    """Print TUNA's answers about the first pictures."""
     table = Table(
         "picture", "TUNA with the tags", "TUNA without", box=None, header_style="bold", padding=(0, 2, 0, 0)
     )
@@ -283,7 +276,7 @@ def named(tag: RetrievedTag, captions: Sequence[str]) -> bool:
 
 
 def summary(asked: Sequence[Asked]) -> str:
-    """What came of it, in a sentence."""
+    """The result in a sentence."""
     hits = sum(any(named(tag, one.captions) for tag in one.retrieval.tags) for one in asked)
     return f"For {hits} of {len(asked)} unseen pictures, a retrieved tag is also in their own description."
 
@@ -291,7 +284,7 @@ def summary(asked: Sequence[Asked]) -> str:
 def render(
     asked: Sequence[Asked], info: StoreInfo, seconds: dict[str, float], origin: str, picture: Any
 ) -> str:
-    """The page. `picture(key)` gives the bytes and the caption of an entry."""
+    """The page as HTML. `picture(key)` gives the bytes and the caption of an entry."""
     thumbnails: dict[str, dict[str, str]] = {}
 
     def neighbour(key: str) -> dict[str, str]:

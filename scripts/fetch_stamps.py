@@ -1,6 +1,7 @@
-"""Fetch the demo's pictures: the photographs and drawings of Tux Paint, each with a line of English, from Debian's tuxpaint-stamps-default.
+"""Fetch the demo's pictures: photographs and drawings of Tux Paint with captions, from a Debian package.
 
-`apt-get download` needs no root rights and checks signatures; nothing is installed. Letters, symbols and SVGs are left out.
+`apt-get download` needs no root rights and checks signatures; nothing is installed. Letters, symbols and SVGs
+are left out.
 """
 
 from __future__ import annotations
@@ -19,17 +20,18 @@ _INSTEAD = "pass a folder of your own captioned pictures instead: make demo DATA
 
 
 class NoPictures(Exception):
-    """Why there are none, and what to do."""
+    """Why the pictures are missing, and what to do."""
 
 
 def fetch(out: Path) -> Path:
-    """Make `out` a folder of PNGs with same-name .txt; if it is there, nothing is downloaded. Raises `NoPictures`."""
+    """Make `out` a folder of PNGs with same-name .txt unless it exists. Raises `NoPictures`."""
     if out.is_dir():
         return out
     missing = [tool for tool in ("apt-get", "dpkg-deb") if shutil.which(tool) is None]
     if missing:
         raise NoPictures(
-            f"no {' and no '.join(missing)} on this machine to fetch the demo's pictures from Debian: {_INSTEAD}"
+            f"no {' and no '.join(missing)} on this machine to fetch the demo's pictures from Debian: "
+            f"{_INSTEAD}"
         )
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix="fetching-") as folder:
@@ -43,20 +45,13 @@ def fetch(out: Path) -> Path:
 def _download(folder: Path) -> Path:
     error = _apt(folder, "download", PACKAGE)
     if error:
-        # A fresh container has no package lists, and the machine's own are root's: fetch them into a place of ours.
+        # a fresh container has no package lists, and only root may write the machine's: fetch private ones
         for inner in ("lists/partial", "cache/archives/partial"):
             Path(folder, inner).mkdir(parents=True)
-        private = [
-            "-o",
-            f"Dir::State::Lists={folder}/lists",
-            "-o",
-            f"Dir::Cache={folder}/cache",
-            "-o",
-            "APT::Sandbox::User=root",
-        ]
-        _apt(
-            folder, *private, "update"
-        )  # a mirror that fails doesn't matter unless it is the one with the package
+        lists, cache = f"Dir::State::Lists={folder}/lists", f"Dir::Cache={folder}/cache"
+        private = ["-o", lists, "-o", cache, "-o", "APT::Sandbox::User=root"]
+        # a mirror that fails does not matter unless it is the one with the package
+        _apt(folder, *private, "update")
         error = _apt(folder, *private, "download", PACKAGE)
     packages = list(folder.glob("*.deb"))
     if error or not packages:
@@ -65,7 +60,7 @@ def _download(folder: Path) -> Path:
 
 
 def _apt(folder: Path, *arguments: str) -> str:
-    """Run apt-get; the last line of what it complained about, empty if it did what it was told."""
+    """Run apt-get. Returns the last line of its errors, empty if it succeeded."""
     done = subprocess.run(
         ["apt-get", "-q", *arguments],
         cwd=folder.resolve(),
@@ -78,7 +73,7 @@ def _apt(folder: Path, *arguments: str) -> str:
 
 
 def _unpack(package: Path, out: Path) -> None:
-    """The package holds sounds and translations too: only what is wanted is written, straight from the stream."""
+    """Write the captioned pictures; the package also holds sounds and translations."""
     images: dict[PurePosixPath, bytes] = {}
     captions: dict[PurePosixPath, str] = {}
     with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", package], stdout=subprocess.PIPE) as process:
@@ -96,10 +91,10 @@ def _unpack(package: Path, out: Path) -> None:
                 else:
                     # the first line is English, the others are `language=translation`
                     captions[name] = content.read().decode("utf-8", "replace").partition("\n")[0].strip()
-    found = [name for name in sorted(images) if captions.get(name.with_suffix(".txt"))]
-    if not found:
+    captioned = [name for name in sorted(images) if captions.get(name.with_suffix(".txt"))]
+    if not captioned:
         raise NoPictures(f"{package.name} holds no captioned pictures where they used to be: {_INSTEAD}")
-    for name in found:
+    for name in captioned:
         target = out / name
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(images[name])

@@ -1,15 +1,16 @@
-"""Train what joins the towers of the encoder `mini`: an image head, a text head, and low-rank updates of the text tower.
+"""Train the parts between the towers of `mini`: image head, text head, low-rank updates of the text tower.
 
-    python scripts/train_mini.py --data DIR --cache DIR [--out tagstore/mini/mini.safetensors] [--seed 0]
+    python scripts/train_mini.py --data DIR --cache DIR [--out FILE] [--seed 0]
 
-DIR holds Flickr8k as WebDataset shards (`flickr8k/train-*.tar`, `flickr8k/val-*.tar`). Only its training split is trained on; recall on the
-validation split is printed, benchmarks/encoder_mini.py prints the rest. The image tower is frozen and its features are cached, so that a
-second run starts at once.
+DIR holds Flickr8k as WebDataset shards (`flickr8k/train-*.tar`, `flickr8k/val-*.tar`). Only the training
+split trains; the script prints recall on the validation split, and `benchmarks/model/encoder_mini.py` the
+rest. The image tower is frozen and its features are cached, so a second run starts at once.
 
-An image's vector has two halves. The first, trained by open_clip's contrastive loss, is where the texts live. The second keeps what the
-tower itself sees: the leading principal components of its features, a little whitened; texts are zero there. So an image ranks texts by the
-first half alone, and the cosine of two images also counts what no caption of 6,000 photographs ever named. Both are one linear map of the
-tower's features: open_clip's `timm_proj: linear`.
+An image's vector has two halves. The first is trained with open_clip's contrastive loss; texts live there.
+The second keeps the tower's own view: the leading principal components of its features, a little whitened;
+texts are zero there. So an image ranks texts by the first half alone, and the cosine of two images also
+counts what no caption of 6,000 photographs named. Both are one linear map of the tower's features:
+open_clip's `timm_proj: linear`.
 """
 
 from __future__ import annotations
@@ -163,7 +164,7 @@ class Joint(nn.Module):
         return F.normalize(self.text_head(F.dropout(states, drop)), dim=-1)
 
     def states(self, tokens: Tensor, rows: int = 128) -> Tensor:
-        """Mean token states `[N, 384]`. Texts of like length go together: half of a caption batch would be padding otherwise."""
+        """Mean token states `[N, 384]`, of texts of similar length together, to save padding."""
         lengths = (tokens != 0).sum(1)
         order = lengths.argsort()
         parts = []
@@ -180,7 +181,7 @@ class Joint(nn.Module):
 
     @torch.inference_mode()
     def trained(self, train: Split) -> dict[str, Tensor]:
-        """The tensors of mini.safetensors: both halves as one linear map, the text head with nothing in the kept half."""
+        """The tensors of mini.safetensors: both halves as one map, the text head zero in the kept half."""
         centred = train.features - self.mean
         variance, directions = torch.linalg.eigh(centred.T @ centred / len(centred))
         variance, directions = variance.flip(0)[:KEPT_HALF], directions.flip(1)[:, :KEPT_HALF]
@@ -210,7 +211,10 @@ class Joint(nn.Module):
 
 
 def train_heads(model: Joint, train: Split, *, epochs: int, batch: int = 1000, lr: float = 1e-3) -> None:
-    """Both heads on cached states of the untouched text tower. Half of the features are dropped: 6,000 photographs are few."""
+    """Train both heads on cached states of the untouched text tower.
+
+    Half of the features are dropped, because 6,000 photographs are few.
+    """
     model.eval()
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         states = torch.stack(
@@ -224,7 +228,7 @@ def train_heads(model: Joint, train: Split, *, epochs: int, batch: int = 1000, l
 def train_text_tower(
     model: Joint, train: Split, val: Split, *, epochs: int, lr: float, batch: int = 500
 ) -> None:
-    """The updates, with the heads going along slowly."""
+    """Train the updates, and the heads at a third of the rate."""
     tokens = torch.stack([model.tokenizer(list(row)) for row in zip(*train.captions, strict=True)], dim=1)
     updates = [p for layer in model.updates.values() for p in (layer.up, layer.down)]
     groups = [{**group, "lr": lr / 3} for group in model.groups(0.5)]
@@ -260,7 +264,8 @@ def _run(
             schedule.step()
         if report and (epoch % 4 == 3 or epoch == epochs - 1):
             print(
-                f"epoch {epoch + 1}: loss {loss.item():.3f}, {report()} [{time.perf_counter() - start:.0f} s]",
+                f"epoch {epoch + 1}: loss {loss.item():.3f}, {report()} "
+                f"[{time.perf_counter() - start:.0f} s]",
                 flush=True,
             )
 
@@ -269,7 +274,8 @@ def _run(
 def recall(model: Joint, split: Split, at: tuple[int, ...] = (1, 5, 10)) -> dict[str, list[float]]:
     """Recall@k in percent, text to image and image to text, in the half where texts live.
 
-    A whole vector finds images for a text a little worse: the other half stretches some images more than others.
+    A whole vector finds images for a text a little worse: the other half stretches some images more than
+    others.
     """
     model.eval()
     captions = [caption for row in split.captions for caption in row]

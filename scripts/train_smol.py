@@ -1,11 +1,12 @@
-"""A first real training run of `smol`: does it caption better with retrieved tags than without, or with random ones?
+"""Train `smol` for real: does it caption better with retrieved tags than without, or with random ones?
 
-    python scripts/train_smol.py --data FLICKR8K --out runs/smol-caption             # all of it; goes on where it was cut off
-    python scripts/train_smol.py --data FLICKR8K --out /tmp/quick --quick            # the same in small, to see that it works
+    python scripts/train_smol.py --data FLICKR8K --out runs/smol-caption    # all; continues a killed run
+    python scripts/train_smol.py --data FLICKR8K --out /tmp/quick --quick   # a small run, as a check
 
-FLICKR8K is a folder of WebDataset shards with splits train and test (train-*.tar, test-*.tar). 1. the store is made of train, 2. features
-of its photographs are computed once, 3. three arms learn with the same seed, data order and budget, side by side, one core each, 4. each
-captions photographs of test, which no arm and no store has seen. The decoder is frozen: what is trained is connector and tag path.
+FLICKR8K is a folder of WebDataset shards with splits train and test (train-*.tar, test-*.tar). 1. The store
+is made of train. 2. The features of its photographs are computed once. 3. Three arms learn with the same
+seed, data order and budget, side by side, one core each. 4. Each captions photographs of test, which no arm
+and no store has seen. The decoder is frozen; connector and tag path are trained.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from pathlib import Path
 from typing import Any
 
 ARMS = {"none": "null://", "retrieved": "file://{root}/flickr8k", "random": "random+file://{root}/flickr8k"}
-"""Where each arm's tags come from, in training and when it is tested. Random ones: ten of the vocabulary for each photograph."""
+"""The tag source of each arm, in training and test. Random tags are ten of the vocabulary a picture."""
 
 
 def main() -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    options = parser().parse_args()
+    options = arguments_parser().parse_args()
     if options.quick:
         options.steps, options.limit, options.photographs = 6, 64, 8
     if options.arm:
@@ -38,24 +39,12 @@ def main() -> None:
     root = options.out / "stores"
     if not (root / "flickr8k" / "CURRENT").exists():
         source = str(options.data / "train-*.tar")
-        subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "tagstore.cli",
-                "ingest",
-                source,
-                "--root",
-                str(root),
-                "--store",
-                "flickr8k",
-            ],
-            check=True,
-        )
+        command = [sys.executable, "-m", "tagstore.cli", "ingest", source, "--root", str(root)]
+        subprocess.run([*command, "--store", "flickr8k"], check=True)
     recipe = recipe_of("none", options)
     embed(recipe)
     clock = time.perf_counter()
-    # one core an arm: matrices this small don't share cores well, and a busy machine stalls threads that wait for each other
+    # one core an arm: small matrices share cores badly, and a busy machine stalls waiting threads
     threads = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     waiting = list(options.arms)
     running: dict[str, subprocess.Popen[bytes]] = {}
@@ -73,7 +62,7 @@ def main() -> None:
     text = report(options)
     print(text)
     if options.docs:
-        put(options.docs, text)
+        write_into(options.docs, text)
     if options.export:
         from tuna_model.training.runs import export
 
@@ -90,15 +79,16 @@ def recipe_of(arm: str, options: argparse.Namespace) -> Any:
         if not (shards / shard.name).exists():
             (shards / shard.name).symlink_to(shard.resolve())
     settings = [
-        f"out={options.out / arm}", f"steps={options.steps}", f"data.path={shards}", f"data.features={options.out / 'features'}",
-        f"data.limit={options.limit}", f"tags.store={ARMS[arm].format(root=options.out / 'stores')}", f"seed={options.seed}",
+        f"out={options.out / arm}", f"steps={options.steps}", f"data.path={shards}",
+        f"data.features={options.out / 'features'}", f"data.limit={options.limit}",
+        f"tags.store={ARMS[arm].format(root=options.out / 'stores')}", f"seed={options.seed}",
         f"precision={options.precision}", f"batch_size={options.batch}",
     ]  # fmt: skip
     return Recipe.read("smol-caption").with_values(settings)
 
 
 def embed(recipe: Any) -> None:
-    """The cache of features, before the arms that share it begin."""
+    """Fill the cache of features before the arms that share it start."""
     from accelerate import Accelerator
     from rich.progress import track
 
@@ -115,7 +105,7 @@ def embed(recipe: Any) -> None:
 
 
 def run_arm(arm: str, options: argparse.Namespace) -> None:
-    """Train one arm, then let it caption, with its own kind of tags and, if that is not none, without."""
+    """Train one arm, then let it caption with its own kind of tags and without."""
     from tagstore.client import connect
     from tuna_model.evaluation import TaskOptions, evaluate, load_task
     from tuna_model.evaluation.answerer import PipelineAnswerer
@@ -128,7 +118,8 @@ def run_arm(arm: str, options: argparse.Namespace) -> None:
     def show(line: Any) -> None:
         if line.step % 10 == 0 or line.step == 1:
             print(
-                f"{arm} {line.step}/{recipe.steps}: loss {line.loss:.3f}, {line.samples_a_second:.2f} samples/s",
+                f"{arm} {line.step}/{recipe.steps}: loss {line.loss:.3f}, "
+                f"{line.samples_a_second:.2f} samples/s",
                 flush=True,
             )
 
@@ -163,8 +154,8 @@ def report(options: argparse.Namespace) -> str:
     width = max(1, options.steps // 16)
 
     def loss(arm: str, step: int) -> float:
-        some = [line["loss"] for line in curves[arm] if step - width < line["step"] <= step]
-        return sum(some) / len(some)
+        losses = [line["loss"] for line in curves[arm] if step - width < line["step"] <= step]
+        return sum(losses) / len(losses)
 
     lines = [
         "| arm | " + " | ".join(f"step {step}" for step in marks) + " |",
@@ -178,30 +169,28 @@ def report(options: argparse.Namespace) -> str:
         for name in ("own", "without"):
             path = options.out / arm / name / "captions.json"
             if path.exists():
-                found = {one["name"]: one for one in json.loads(path.read_text())["metrics"]}
+                metrics = {metric["name"]: metric for metric in json.loads(path.read_text())["metrics"]}
                 figures = [
-                    f"{found[m]['value']:.3f} ({found[m]['low']:.3f} to {found[m]['high']:.3f})"
-                    for m in ("CIDEr", "BLEU-4", "ROUGE-L")
+                    f"{m['value']:.3f} ({m['low']:.3f} to {m['high']:.3f})"
+                    for m in (metrics[name] for name in ("CIDEr", "BLEU-4", "ROUGE-L"))
                 ]
-                tags = (
-                    {"none": "none", "retrieved": "retrieved", "random": "random"}[arm]
-                    if name == "own"
-                    else "none"
-                )
+                tags = arm if name == "own" else "none"
                 lines.append(f"| {arm} | {tags} | " + " | ".join(figures) + " |")
     recipe = recipe_of("none", options)
     seen = recipe.steps * recipe.batch_size
     head = (
         f"`python scripts/train_smol.py --data FLICKR8K --steps {options.steps} --batch {options.batch} "
-        f"--photographs {options.photographs}`: {recipe.steps} steps of {recipe.batch_size} captioned photographs "
+        f"--photographs {options.photographs}`: {recipe.steps} steps of {recipe.batch_size} captioned "
+        "photographs "
         f"({seen:,} of the 6,000 x 5 captions), seed {recipe.seed}; "
-        f"{options.photographs} test photographs, greedy. Losses are means of {width} steps; intervals are 95 %, over photographs.\n"
+        f"{options.photographs} test photographs, greedy. Losses are means of {width} steps; "
+        "intervals are 95 %, over photographs.\n"
     )
     return "\n".join([head, *lines]) + "\n"
 
 
-def put(path: Path, text: str) -> None:
-    """Into a page, between its markers."""
+def write_into(path: Path, text: str) -> None:
+    """Replace the text between the markers of a page."""
     begin, end = "<!-- smol-caption -->", "<!-- /smol-caption -->"
     page = path.read_text(encoding="utf-8")
     if begin not in page:
@@ -211,27 +200,33 @@ def put(path: Path, text: str) -> None:
     )
 
 
-def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--data", type=Path, required=True, help="folder with train-*.tar and test-000.tar")
-    made.add_argument("--out", type=Path, default=Path("runs/smol-caption"))
-    made.add_argument("--steps", type=int, default=300)
-    made.add_argument("--batch", type=int, default=8)
-    made.add_argument("--photographs", type=int, default=1000, help="of the test split, the first")
-    made.add_argument("--limit", type=int, default=0, help="training photographs; 0 for all")
-    made.add_argument("--seed", type=int, default=0)
-    made.add_argument("--precision", default="bf16")
-    made.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
-    made.add_argument("--parallel", type=int, default=os.cpu_count() or 1, help="arms that run side by side")
-    made.add_argument("--quick", action="store_true", help="6 steps on 64 photographs, 8 to test")
-    made.add_argument("--docs", type=Path, help="page to write the figures into, such as docs/experiments.md")
-    made.add_argument(
+def arguments_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True, help="folder with train-*.tar and test-000.tar")
+    parser.add_argument("--out", type=Path, default=Path("runs/smol-caption"))
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--photographs", type=int, default=1000, help="of the test split, the first")
+    parser.add_argument("--limit", type=int, default=0, help="training photographs; 0 for all")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--precision", default="bf16")
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument(
+        "--parallel", type=int, default=os.cpu_count() or 1, help="arms that run side by side"
+    )
+    parser.add_argument("--quick", action="store_true", help="6 steps on 64 photographs, 8 to test")
+    parser.add_argument(
+        "--docs", type=Path, help="page to write the figures into, such as docs/experiments.md"
+    )
+    parser.add_argument(
         "--export",
         type=Path,
         help="the trained part of the arm `retrieved`: tuna_model/presets/smol/trained.safetensors",
     )
-    made.add_argument("--arm", choices=list(ARMS), help=argparse.SUPPRESS)
-    return made
+    parser.add_argument("--arm", choices=list(ARMS), help=argparse.SUPPRESS)
+    return parser
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def server_address(shapes_root: Path) -> Iterator[str]:
 
 @pytest.fixture
 def served(shapes_root: Path, mini, monkeypatch: pytest.MonkeyPatch) -> Iterator:
-    """Makes servers that have their encoder already, and stops them: called with limits, returns a server and its stub."""
+    """Makes servers with a loaded encoder: call it with limits for a server and its stub."""
     import grpc
 
     from serving import limited

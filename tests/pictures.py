@@ -72,8 +72,7 @@ def write_table(folder: Path) -> Path:
     for i in range(200):
         colour, shape = COLOURS[i % 6], SHAPES[i // 6 % 3]
         (folder / f"{colour}-{shape}.png").write_bytes(picture(colour, shape))
-        rows.append(
-            f"{i if i != 150 else 20},{'broken' if i == 70 else f'{colour}-{shape}'}.png,A {colour} {shape} number {i}."
-        )
+        key, name = (20 if i == 150 else i), ("broken" if i == 70 else f"{colour}-{shape}")
+        rows.append(f"{key},{name}.png,A {colour} {shape} number {i}.")
     (folder / "items.csv").write_text("\n".join(rows))
     return folder / "items.csv"

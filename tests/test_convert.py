@@ -100,7 +100,7 @@ def test_the_options_of_a_request_survive_the_wire(search: Search) -> None:
     convert.search_to_proto(request, search, identities)
     back = pb.RetrieveRequest.FromString(request.SerializeToString())
     assert convert.search_from_proto(back) == search
-    assert convert.identities_from_proto(back) == identities
+    assert convert.queries_from_proto(back, 4)[1] == identities
 
 
 def test_an_empty_request_asks_for_the_defaults() -> None:

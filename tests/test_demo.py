@@ -1,4 +1,4 @@
-"""The demo's own parts: where its pictures come from, how they are split, and that its page is whole and safe by itself."""
+"""The demo's parts: it fetches pictures, splits them, and writes a complete and safe page."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def png(colour: str, size: tuple[int, int] = (8, 6)) -> bytes:
     return buffer.getvalue()
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------------------------------
+# --- pictures
 
 
 @pytest.fixture
 def debian(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A machine whose `apt-get` and `dpkg-deb` are scripts: a package is a plain tar, and what apt-get was told is in `calls`."""
+    """A machine whose `apt-get` and `dpkg-deb` are scripts: a package is a tar, `calls` lists calls."""
     machine = tmp_path / "machine"
     machine.mkdir()
     root = "./usr/share/tuxpaint/stamps"
@@ -91,8 +91,9 @@ def test_pictures_come_from_the_package_and_are_kept(tmp_path: Path, debian: Pat
 
 
 def test_a_machine_without_package_lists_gets_its_own(tmp_path: Path, debian: Path) -> None:
-    only_there = f'case "$*" in *Dir::State::Lists=*) /bin/cp {debian}/package x.deb;; *) echo "E: Unable to locate" >&2; exit 100;; esac'
-    (debian / "download").write_text(f"#!/bin/sh\n{only_there}\n")
+    download = f"*Dir::State::Lists=*) /bin/cp {debian}/package x.deb;;"
+    script = f'case "$*" in {download} *) echo "E: Unable to locate" >&2; exit 100;; esac'
+    (debian / "download").write_text(f"#!/bin/sh\n{script}\n")
     assert len(list(read(str(stamps.fetch(tmp_path / "pictures"))))) == 2
     first, update, second = (debian / "calls").read_text().splitlines()
     assert "-o" not in first
@@ -123,7 +124,7 @@ def test_no_network_is_one_clear_line(tmp_path: Path, debian: Path) -> None:
     assert not (tmp_path / "pictures").exists()
 
 
-# --- split ------------------------------------------------------------------------------------------------------------------------------
+# --- split
 
 
 @pytest.mark.parametrize(("count", "held"), [(2, 1), (50, 5), (430, 40)])
@@ -165,7 +166,7 @@ def test_odd_keys_make_names_that_stay_in_the_folder(tmp_path: Path) -> None:
         assert demo.picture(tmp_path / "train", item.key) == (item.image, item.captions[0])
 
 
-# --- page -------------------------------------------------------------------------------------------------------------------------------
+# --- page
 
 EVIL = '<script>alert("1")</script>'
 

@@ -1,6 +1,6 @@
 """Triton's compiler, which needs no GPU, compiles every kernel for sm_80, sm_90 and sm_100 without spills.
 
-The whole table (every dtype, head size and flag) is `python benchmarks/kernels_aot.py`.
+The whole table (every dtype, head size and flag) is `python -m benchmarks.kernels.ahead_of_time`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "kernels_aot.py"
+SCRIPT = Path(__file__).parent.parent / "benchmarks" / "kernels" / "ahead_of_time.py"
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])

@@ -423,7 +423,7 @@ def test_compute_sanitizer_finds_nothing() -> None:
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         pytest.skip("compute-sanitizer is not installed")
-    script = Path(__file__).parent.parent / "benchmarks" / "kernels.py"
+    script = Path(__file__).parent.parent / "benchmarks" / "kernels" / "speed.py"
     for check in ("memcheck", "racecheck"):
         done = subprocess.run(
             [

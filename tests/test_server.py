@@ -151,7 +151,7 @@ def test_connections_that_never_speak_or_speak_nonsense_do_no_harm(server_addres
 def test_malformed_messages_are_refused_and_never_a_fault(
     server_address: str, mini, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from benchmarks.fuzz import fuzz
+    from benchmarks.serving.malformed_messages import fuzz
 
     outcome = fuzz(server_address, "shapes", mini.fingerprint.digest, mini.dimension, messages=1500, seed=1)
     assert set(outcome) <= {"OK", "INVALID_ARGUMENT", "NOT_FOUND", "FAILED_PRECONDITION", "PERMISSION_DENIED"}

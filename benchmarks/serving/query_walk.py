@@ -1,6 +1,6 @@
 """The walk of one query by vector over gRPC: how many files, calls and moves from file to file it takes.
 
-    python benchmarks/serving/query_walk.py [--root DIR --store NAME --queries FILE.npy] [--trace] [--keep]
+    python -m benchmarks.serving.query_walk [--root DIR --store NAME --queries FILE.npy] [--trace] [--keep]
 
 Client and server run in this process. Every call of a function of `tagstore` is noted, in every thread, for one
 query after five others; a move is a call in another file than the call before. The answer must equal that of file://.
@@ -13,16 +13,15 @@ import sys
 import tarfile
 import tempfile
 import threading
+from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 
 import numpy as np
 
 import tagstore
-from tagstore.client import connect
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks import report
+from tagstore.client import connect
 
 PACKAGE = f"{Path(tagstore.__file__).parent}/"
 FIXTURES = Path(__file__).parents[2] / "tests" / "written_before"
@@ -89,7 +88,7 @@ def main() -> None:
                 archive.extractall(root, filter="data")
         calls = walk(root, options.store, np.load(options.queries).astype(np.float32)[:1])
     files = sorted({file for file, _ in calls})
-    moves = sum(before[0] != after[0] for before, after in zip(calls, calls[1:], strict=False))
+    moves = sum(before[0] != after[0] for before, after in pairwise(calls))
     if options.trace:
         print(*(f"{file} {function}" for file, function in calls), sep="\n")
     figures = report.table(["files", "calls", "moves"], [[len(files), len(calls), moves]])

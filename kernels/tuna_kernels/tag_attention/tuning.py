@@ -33,7 +33,7 @@ class Config:
 
 
 def forward_default(dim: int, dtype: torch.dtype, rows: int, bias: bool = False) -> Config:
-    """Return a config that spills no registers (`benchmarks/kernels_aot.py`).
+    """Return a config that spills no registers (`benchmarks/kernels/ahead_of_time.py`).
 
     `rows` counts the queries of an average image for one key/value head.
     """

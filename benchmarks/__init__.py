@@ -1,0 +1,1 @@
+"""Measurements. Run one from the repository root: `python -m benchmarks.serving.retrieval`."""
