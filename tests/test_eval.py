@@ -321,6 +321,20 @@ def test_errors_say_which_line(files: Path):
 # the judge
 
 
+def test_images_outside_of_the_folder_are_read_where_that_is_allowed(files: Path):
+    for name, line in (
+        ("vqa", {"image": "../outside.png", "question": "colour?", "answers": ["red"]}),
+        ("captions", {"image": "../outside.png", "captions": ["a red square"]}),
+    ):
+        (files.parent / "outside.png").write_bytes(picture("red", "square"))
+        data = files / f"outside-{name}.jsonl"
+        data.write_text(json.dumps(line) + "\n")
+        with pytest.raises(InvalidInput, match="--allow-outside"):
+            load_task(name, TaskOptions(data))
+        [question] = load_task(name, TaskOptions(data, allow_outside=True)).questions
+        assert question.image.read() == picture("red", "square")
+
+
 @pytest.fixture
 def endpoint() -> Iterator[tuple[str, list[dict], list[str]]]:
     """A real HTTP server that speaks chat completions: (url, requests it got, texts it will say)."""

@@ -166,13 +166,13 @@ def read_images(
     return read_files(dataset, located.files, lambda shard: _images_of(_read_shard(shard, columns)))
 
 
-def image_place(name: str, folder: Path, where: str) -> Place:
-    """The place of an image that a record names by its path.
+def image_place(name: str, folder: Path, where: str, *, allow_outside: bool = False) -> Place:
+    """Return the place of an image that a record names by its path.
 
-    Raises `InvalidInput` if it leads out of the folder.
+    Raises `InvalidInput` if it leads out of the folder and may not.
     """
     try:
-        return _place(name, folder, allow_outside=False)
+        return _place(name, folder, allow_outside=allow_outside)
     except RecordError as error:
         raise InvalidInput(f"{where}: {error}") from None
 

@@ -34,6 +34,11 @@ def with_task(command: Callable[..., Any]) -> Callable[..., Any]:
                 type=_PATH,
                 help="Directory that image names are relative to; that of --data if not given.",
             ),
+            click.option(
+                "--allow-outside",
+                is_flag=True,
+                help="Read images whose path leads out of --data's folder, or of --images.",
+            ),
             click.option("--labels", type=_PATH, help="pope: RePOPE's corrected labels."),
             click.option("--synonyms", type=_PATH, help="chair: the paper's synonym list."),
             click.option("--split", default="", help="Only captioned images of this split."),

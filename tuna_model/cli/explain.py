@@ -33,9 +33,12 @@ from tuna_model.cli.options import generation, load, with_generation, with_model
     metavar="PATH",
     help="Data set that the store was made of: pictures and captions of the neighbours.",
 )
+@click.option(
+    "--allow-outside", is_flag=True, help="Read images of --samples whose path leads out of its folder."
+)
 def explain(
     image: str, question: str, model: str, store: str, max_tokens: int, temperature: float, out: Path,
-    ban: tuple[str, ...], samples: str | None, **options: Any,
+    ban: tuple[str, ...], samples: str | None, allow_outside: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Write a page that explains the model's answer to QUESTION about IMAGE."""
     from tagstore.readers.samples import read_samples
@@ -43,7 +46,7 @@ def explain(
     from tuna_model.evaluation.run import write_atomically
 
     tuna = load(model, store, **options)
-    known = read_samples(samples) if samples else ()
+    known = read_samples(samples, allow_outside=allow_outside) if samples else ()
     page = write_page(
         tuna, image, question, ban=ban, samples=known, name=model, **generation(max_tokens, temperature)
     )

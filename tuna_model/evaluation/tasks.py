@@ -54,6 +54,8 @@ class TaskOptions:
     """Questions (JSON lines), or captioned images (JSON lines, JSON, WebDataset)."""
     images: Path | None = None
     """Directory that image names are relative to; by default that of `data`."""
+    allow_outside: bool = False
+    """Whether image paths, and links, may lead out of that directory."""
     labels: Path | None = None
     """pope: RePOPE's file; its labels replace those of `data`, and only its questions are asked."""
     synonyms: Path | None = None
@@ -228,7 +230,7 @@ def _questions(o: TaskOptions, suffix: str) -> list[Question]:
             raise InvalidInput(f"{where}: a question has 'image' and 'text', this has {', '.join(line)}")
         prompt = "\n".join(part for part in (text, o.prompt or suffix) if part)
         key = str(line.get("question_id", len(questions)))
-        image = image_place(line["image"], folder, where)
+        image = image_place(line["image"], folder, where, allow_outside=o.allow_outside)
         questions.append(Question(key, image, line["image"], prompt, {**line, "text": text}))
         if len(questions) == o.limit:
             break
@@ -238,7 +240,9 @@ def _questions(o: TaskOptions, suffix: str) -> list[Question]:
 
 
 def _captioned(o: TaskOptions, prompt: str) -> list[Question]:
-    samples = read_samples(o.data, images=o.images, split=o.split, limit=o.limit)
+    samples = read_samples(
+        o.data, images=o.images, split=o.split, limit=o.limit, allow_outside=o.allow_outside
+    )
     questions = []
     for sample in samples:
         if not sample.captions or not sample.images:
