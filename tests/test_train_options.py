@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 
 from pictures import write_shapes
 from tagstore.errors import InvalidInput
-from tuna_model.processing.data import read_samples
+from tagstore.readers.samples import read_samples
 from tuna_model.training import checkpoint
 from tuna_model.training.loader import Loader
 from tuna_model.training.recipe import Recipe
@@ -70,6 +70,7 @@ ELSEWHERE = {
     "stage": "test_a_run_of_another_stage_is_refused",
     "micro_batch": "test_micro_batches_learn_what_a_whole_batch_does",
     "gradient_checkpointing": "test_gradient_checkpointing_learns_the_same",
+    "data.allow_outside": "test_a_recipe_may_allow_images_outside_of_the_folder",
     "data.features": "test_cached_features_are_the_live_ones_in_float16",
     "tags.any_store": "test_another_version_of_the_store_is_refused_unless_told",
 }
@@ -154,6 +155,22 @@ def test_a_run_writes_what_it_is_told_to(place: Path, shapes_root: Path):
     assert sorted(path.name for path in last.parent.glob("step-*")) == ["step-000004", "step-000005"]
     lines = (last.parent / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [2, 4, 5]
+
+
+def test_a_recipe_may_allow_images_outside_of_the_folder(place: Path, shapes_root: Path):
+    (place / "inside").mkdir()
+    records = json.loads((place / "data.json").read_text())
+    moved = [{**record, "image": f"../{record['image']}"} for record in records]
+    (place / "inside" / "moved.json").write_text(json.dumps(moved))
+    settings = {
+        "steps": 1,
+        "tags.store": "null://",
+        "data.path": "inside/moved.json",
+        "out": str(place / "moved"),
+    }
+    with pytest.raises(InvalidInput, match=r"data\.allow_outside"):
+        train(recipe_of(place, shapes_root, settings))
+    assert train(recipe_of(place, shapes_root, {**settings, "data.allow_outside": True})).exists()
 
 
 def test_a_run_of_another_stage_is_refused(place: Path, shapes_root: Path):
