@@ -43,15 +43,15 @@ def read(
 ) -> Iterator[Pair | Rejected]:
     """Read the pairs of a source, always in the same order, with memory that does not grow with the source.
 
-    `source` is a folder, a file or a pattern (`train-{000..005}.tar`, `data/*.parquet`). A key is what the
-    `key` or `id` column says, else the image's path without extension relative to the source, the shard
-    member's stem, or `FILE:ROW` for embedded images; keys are not compared here, for that would take memory
-    for all of them. Image paths in tables are relative to the table's folder and may leave it only with
-    `allow_outside`.
+    `source` is a folder, a file or a pattern (`train-{000..005}.tar`, `data/*.parquet`). The key of a pair is
+    its `key` or `id` column; without one it is the image's path without extension relative to the source, the
+    shard member's stem, or `FILE:ROW` for embedded images. Keys are not compared here, which would take memory
+    for all of them. Image paths in tables are relative to the table's folder; only `allow_outside` lets them
+    leave it.
 
-    A record that cannot be used is yielded as `Rejected` and the rest goes on. Raises `NotFound` or
-    `InvalidInput`, at the call where possible, if the source as a whole cannot be used: nothing there, no
-    known format, an unknown column, not one readable file.
+    A record that cannot be used is yielded as `Rejected`, and reading continues. Raises `NotFound` or
+    `InvalidInput`, at the call where possible, if the whole source cannot be used: nothing there, an unknown
+    format or column, or no readable file.
     """
     located = locate(source, format)
     if located.format == "folder" and columns != Columns():
