@@ -45,9 +45,9 @@ def read(
 
     `source` is a folder, a file or a pattern (`train-{000..005}.tar`, `data/*.parquet`). The key of a pair is
     its `key` or `id` column; without one it is the image's path without extension relative to the source, the
-    shard member's stem, or `FILE:ROW` for embedded images. Keys are not compared here, which would take memory
-    for all of them. Image paths in tables are relative to the table's folder; only `allow_outside` lets them
-    leave it.
+    stem of a shard's member, or `FILE:ROW` for embedded images. Keys are not compared here, which would take
+    memory for all of them. Image paths in tables are relative to the table's folder; only `allow_outside`
+    lets them leave it.
 
     A record that cannot be used is yielded as `Rejected`, and reading continues. Raises `NotFound` or
     `InvalidInput`, at the call where possible, if the whole source cannot be used: nothing there, an unknown
