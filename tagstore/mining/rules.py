@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import gc
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
+
+from cachetools import FIFOCache
 
 from tagstore.errors import InvalidInput
 from tagstore.mining import lexicon
@@ -46,7 +47,7 @@ class RuleMiner:
         if max_chars < 1:
             raise InvalidInput(f"max_chars is {max_chars}: give at least 1")
         self._max_chars, self._entities, self._relations = max_chars, entities, relations
-        self._cache: OrderedDict[str, tuple[Tag, ...]] = OrderedDict()
+        self._cache: FIFOCache[str, tuple[Tag, ...]] = FIFOCache(CACHED_CAPTIONS)
         self._spacy: tuple[Any, frozenset[str]] | None = None
         self._parsed = 0
 
@@ -79,8 +80,6 @@ class RuleMiner:
         fresh = self._parse([c for c in captions if c not in tags])
         tags.update(fresh)
         self._cache.update(fresh)
-        while len(self._cache) > CACHED_CAPTIONS:
-            self._cache.popitem(last=False)
         return [
             tuple(
                 _in_caption(tag, n)

@@ -1,8 +1,8 @@
 """`tuna serve`: OpenAI's chat completions over a pipeline, with the tags beside the answer.
 
-    POST /v1/chat/completions    messages with text and images (data: URLs); "stream": true for server-sent
-    events GET  /v1/models              the model GET  /health                 counts of waiting and answered
-    requests, and whether the store answers
+    POST /v1/chat/completions  messages with text and images (data: URLs); "stream": true for server-sent events
+    GET  /v1/models            the model
+    GET  /health               counts of waiting and answered requests, and whether the store answers
 
 One request after the other reaches the model; those that wait and want the same settings share a batch, a
 stream is answered alone. When the store is down the model answers without tags and says so ("degraded":
