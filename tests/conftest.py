@@ -27,19 +27,19 @@ def mini():
     return load_encoder("mini", device="cpu")
 
 
-@pytest.fixture(scope="session")
-def shapes_root(tmp_path_factory: pytest.TempPathFactory, mini) -> Path:
-    """A root with the store "shapes" at version 1; tests must not write to it."""
+def ingest_shapes(tmp_path_factory: pytest.TempPathFactory, mini) -> Path:
+    """Return a new root with the store "shapes" at version 1."""
     from tagstore.ingest import ingest
 
-    root = tmp_path_factory.mktemp("root")
-    ingest(
-        str(write_shapes(tmp_path_factory.mktemp("source") / "shapes")),
-        root=root,
-        store="shapes",
-        encoder=mini,
-    )
+    root, source = tmp_path_factory.mktemp("root"), tmp_path_factory.mktemp("source")
+    ingest(str(write_shapes(source / "shapes")), root=root, store="shapes", encoder=mini)
     return root
+
+
+@pytest.fixture(scope="session")
+def shapes_root(tmp_path_factory, mini) -> Path:
+    """A root with the store "shapes" at version 1; tests must not write to it."""
+    return ingest_shapes(tmp_path_factory, mini)
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +53,7 @@ def server_address(shapes_root: Path) -> Iterator[str]:
 
 
 @pytest.fixture
-def served(shapes_root: Path, mini, monkeypatch: pytest.MonkeyPatch) -> Iterator:
+def served(shapes_root: Path, mini, monkeypatch) -> Iterator:
     """Makes servers with a loaded encoder: call it with limits for a server and its stub."""
     import grpc
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from pathlib import Path
 
@@ -22,6 +23,12 @@ def vector_request(mini, seed: int = 0, **fields) -> pb.RetrieveRequest:
         fingerprint=mini.fingerprint.digest,
         **fields,
     )
+
+
+def serve_command(root: Path, *options: str) -> list[str]:
+    """Return the command of a server process on a free port, without a GPU."""
+    place = ["--root", str(root), "--address", "127.0.0.1:0", "--device", "cpu"]
+    return [sys.executable, "-m", "tagstore.cli", "serve", *place, *options]
 
 
 class Held:

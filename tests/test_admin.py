@@ -11,6 +11,7 @@ import grpc
 import pytest
 from click.testing import CliRunner
 
+from conftest import ingest_shapes
 from pictures import picture, write_shapes
 from tagstore import errors
 from tagstore.client import connect
@@ -25,17 +26,8 @@ from tagstore_proto.v1 import tagstore_pb2_grpc as pb_grpc
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory, mini) -> Path:
-    from tagstore.ingest import ingest
-
-    root = tmp_path_factory.mktemp("admin")
-    ingest(
-        str(write_shapes(tmp_path_factory.mktemp("source") / "shapes")),
-        root=root,
-        store="shapes",
-        encoder=mini,
-    )
-    return root
+def root(tmp_path_factory, mini) -> Path:
+    return ingest_shapes(tmp_path_factory, mini)
 
 
 @pytest.fixture(scope="module")
@@ -48,16 +40,11 @@ def address(root: Path) -> Iterator[str]:
 
 def pairs(n: int) -> Iterator[Pair | Rejected]:
     for i in range(n):
-        yield Pair(
-            f"new-{i}",
-            picture("black", "circle", shift=i),
-            (f"A black hole in place {i}.",),
-            {"n": i},
-            f"pairs:{i}",
-        )
+        captions = (f"A black hole in place {i}.",)
+        yield Pair(f"new-{i}", picture("black", "circle", shift=i), captions, {"n": i}, f"pairs:{i}")
 
 
-def test_pairs_become_a_version_and_each_is_answered(address: str, root: Path) -> None:
+def test_pairs_become_a_version_and_each_is_answered(address: str, root: Path):
     def some() -> Iterator[Pair | Rejected]:
         yield from pairs(3)
         yield Pair("bad", b"no image", ("A caption.",))
@@ -76,7 +63,7 @@ def test_pairs_become_a_version_and_each_is_answered(address: str, root: Path) -
     assert {r.key for r in Store(root, "fresh").snapshot().quarantine()} >= {"bad", "unread"}
 
 
-def test_an_ingest_that_breaks_off_leaves_no_trace(address: str, root: Path) -> None:
+def test_an_ingest_that_breaks_off_leaves_no_trace(address: str, root: Path):
     def broken() -> Iterator[Pair | Rejected]:
         yield from pairs(3)
         raise OSError("the source is gone")
@@ -91,14 +78,14 @@ def test_an_ingest_that_breaks_off_leaves_no_trace(address: str, root: Path) -> 
         admin.ingest(pairs(1), encoder="no such encoder")
 
 
-def test_an_ingest_must_say_first_where_to(address: str) -> None:
+def test_an_ingest_must_say_first_where_to(address: str):
     with grpc.insecure_channel(address) as channel, pytest.raises(grpc.RpcError) as caught:
         list(pb_grpc.AdminStub(channel).Ingest(iter([pb.IngestRequest(pair=pb.Pair(key="x"))])))
     assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
     assert "send `start`" in caught.value.details()
 
 
-def test_delete_rollback_versions_and_diff(address: str, root: Path) -> None:
+def test_delete_rollback_versions_and_diff(address: str, root: Path):
     with administer(f"grpc://{address}/shapes") as admin, connect(f"grpc://{address}/shapes") as source:
         first = admin.versions()[-1].number
         version, keys = admin.delete(keys=["red-circle"])
@@ -107,11 +94,8 @@ def test_delete_rollback_versions_and_diff(address: str, root: Path) -> None:
         assert admin.diff(first, first + 1).removed == ["red-circle"]
         assert ("red circle", "attribute", 1, 0) in admin.diff(first, first + 1).tags
         rolled = admin.rollback(first)
-        assert (rolled.number, rolled.entries, rolled.fingerprint) == (
-            first + 2,
-            version.entries + 1,
-            source.info().fingerprint,
-        )
+        assert (rolled.number, rolled.entries) == (first + 2, version.entries + 1)
+        assert rolled.fingerprint == source.info().fingerprint
         assert source.retrieve([picture("red", "circle")], k=1)[0].neighbours[0].key == "red-circle"
         with pytest.raises(errors.NotFound, match="no entry"):
             admin.delete(keys=["nobody"])
@@ -120,16 +104,13 @@ def test_delete_rollback_versions_and_diff(address: str, root: Path) -> None:
         assert [v.operation for v in admin.versions()][-2:] == ["delete", f"rollback to {first}"]
 
 
-def test_an_index_is_built_with_progress_and_its_report(address: str, root: Path) -> None:
+def test_an_index_is_built_with_progress_and_its_report(address: str, root: Path):
     said: list[str] = []
     with administer(f"grpc://{address}/shapes") as admin, connect(f"grpc://{address}/shapes") as source:
         before = source.retrieve([picture("red", "circle")], k=3)[0]
         version, report = admin.build_index(progress=said.append, kind="hnsw", recall=0.9)
-        assert (version.operation, report["version"], report["index"]["kind"]) == (
-            "build-index",
-            version.number,
-            "hnsw",
-        )
+        assert (version.operation, report["index"]["kind"]) == ("build-index", "hnsw")
+        assert report["version"] == version.number
         assert said
         after = source.retrieve([picture("red", "circle")], k=3)[0]
         assert (after.version, after.neighbours) == (version.number, before.neighbours)
@@ -139,7 +120,7 @@ def test_an_index_is_built_with_progress_and_its_report(address: str, root: Path
             admin.build_index(recall=7)
 
 
-def test_another_writer_is_busy(address: str, root: Path) -> None:
+def test_another_writer_is_busy(address: str, root: Path):
     with administer(f"grpc://{address}/shapes") as admin, writer_lock(root / "shapes"):
         with pytest.raises(errors.Busy, match="is being written by process"):
             admin.delete(keys=["red-circle"])
@@ -147,7 +128,7 @@ def test_another_writer_is_busy(address: str, root: Path) -> None:
             admin.ingest(pairs(1))
 
 
-def test_a_store_that_is_unloaded_is_not_served_until_it_is_loaded(address: str) -> None:
+def test_a_store_that_is_unloaded_is_not_served_until_it_is_loaded(address: str):
     with (
         administer(f"grpc://{address}/shapes") as admin,
         connect(f"grpc://{address}/shapes", retries=0) as source,
@@ -162,7 +143,7 @@ def test_a_store_that_is_unloaded_is_not_served_until_it_is_loaded(address: str)
         admin.unload()
 
 
-def test_results_come_while_pairs_are_still_sent(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_come_while_pairs_are_still_sent(address: str, monkeypatch):
     monkeypatch.setattr("tagstore.ingest.BATCH", 8)
     go = threading.Event()
 
@@ -183,7 +164,7 @@ def test_results_come_while_pairs_are_still_sent(address: str, monkeypatch: pyte
     assert response.report.entries == 30
 
 
-def test_the_commands_take_a_servers_url(address: str, root: Path, tmp_path: Path) -> None:
+def test_the_commands_take_a_servers_url(address: str, root: Path, tmp_path: Path):
     from tagstore.cli import cli
 
     def run(*arguments: str) -> str:

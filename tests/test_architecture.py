@@ -26,7 +26,7 @@ def mapped(package: str) -> list[str]:
 
 
 @pytest.mark.parametrize("package", ["tagstore", "tuna_model"])
-def test_every_module_is_mapped_once(package: str) -> None:
+def test_every_module_is_mapped_once(package: str):
     named = mapped(package)
     files = (path.relative_to(ROOT).as_posix() for path in (ROOT / package).rglob("*.py"))
     modules = {name for name in files if not name.endswith(("/__init__.py", "/__main__.py"))}

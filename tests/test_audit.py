@@ -38,7 +38,7 @@ class Sceptic(PipelineAnswerer):
 
 
 @pytest.fixture(scope="module")
-def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def questions(tmp_path_factory) -> Path:
     """Twelve questions about six pictures: is the colour there that is, and one that is not?"""
     folder = tmp_path_factory.mktemp("questions")
     lines = []

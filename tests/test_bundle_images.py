@@ -27,12 +27,12 @@ from test_bundles import unpacked
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def source(tmp_path_factory) -> Path:
     return write_table(tmp_path_factory.mktemp("source") / "pictures")
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory, source: Path) -> Path:
+def root(tmp_path_factory, source: Path) -> Path:
     """A store of 195 entries; the version that read them is gone."""
     root = tmp_path_factory.mktemp("root")
     ingest(str(source), root=root, store="s", encoder=ToyEncoder(), miner="keywords")
@@ -42,7 +42,7 @@ def root(tmp_path_factory: pytest.TempPathFactory, source: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def bundle(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle(root: Path, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("bundle") / "s.tagstore"
     export(root, "s", path, images=True)
     return path
@@ -55,7 +55,7 @@ def packed(path: Path, files: dict[str, bytes]) -> Path:
     return path
 
 
-def test_images_are_in_a_bundle_only_if_asked_for(root: Path, bundle: Path, tmp_path: Path) -> None:
+def test_images_are_in_a_bundle_only_if_asked_for(root: Path, bundle: Path, tmp_path: Path):
     without = export(root, "s", tmp_path / "without")
     assert (without.images, without.image_bytes) == (False, 0)
     assert not [name for name in unpacked(tmp_path / "without") if name.startswith("images/")]
@@ -72,7 +72,7 @@ def test_images_are_in_a_bundle_only_if_asked_for(root: Path, bundle: Path, tmp_
 
 def test_the_same_bytes_whatever_order_the_images_are_found_in(
     root: Path, bundle: Path, source: Path, tmp_path: Path
-) -> None:
+):
     shutil.copytree(source.parent, tmp_path / "copy")
     head, *rows = source.read_text().splitlines()
     for name, some in (("a", rows[150:] + rows[:40]), ("b", rows[:160][::-1])):
@@ -89,7 +89,7 @@ def test_the_same_bytes_whatever_order_the_images_are_found_in(
 
 def test_unpacked_images_are_a_source_that_the_store_can_be_embedded_again_from(
     root: Path, bundle: Path, tmp_path: Path
-) -> None:
+):
     import_(tmp_path / "root", bundle, images=tmp_path / "pictures")
     before, after = Store(root, "s").snapshot(), Store(tmp_path / "root", "s").snapshot()
     assert list(before.entries()) == list(after.entries())
@@ -115,7 +115,7 @@ def test_unpacked_images_are_a_source_that_the_store_can_be_embedded_again_from(
     assert again.image_bytes == inspect(bundle).image_bytes
 
 
-def test_images_from_the_command_line(root: Path, bundle: Path, source: Path, tmp_path: Path) -> None:
+def test_images_from_the_command_line(root: Path, bundle: Path, source: Path, tmp_path: Path):
     def run(*arguments: object) -> str:
         result = CliRunner().invoke(cli, [str(argument) for argument in arguments], catch_exceptions=False)
         assert result.exit_code == 0, result.output
@@ -129,7 +129,7 @@ def test_images_from_the_command_line(root: Path, bundle: Path, source: Path, tm
     assert (tmp_path / "pictures" / "pairs.jsonl").exists()
 
 
-def test_images_are_checked_even_if_nobody_wants_them(bundle: Path, tmp_path: Path) -> None:
+def test_images_are_checked_even_if_nobody_wants_them(bundle: Path, tmp_path: Path):
     assert import_(tmp_path, bundle).entries == 195
     with pytest.raises(InvalidInput, match=r"195 of 195 entries .* have no image .* name with --source"):
         reembed(
@@ -140,7 +140,7 @@ def test_images_are_checked_even_if_nobody_wants_them(bundle: Path, tmp_path: Pa
 
 def test_an_image_that_is_gone_or_another_now_is_named_and_nothing_is_written(
     root: Path, source: Path, tmp_path: Path
-) -> None:
+):
     shutil.copytree(source.parent, tmp_path / "copy")
     (tmp_path / "copy" / "red-circle.png").write_bytes(picture("red", "circle", shift=1))
     with pytest.raises(InvalidInput, match=r"\d+ of 195 entries .* the first: 0 \(read from items.csv:2\)"):
@@ -168,9 +168,7 @@ def spoilt(files: dict[str, bytes], what: str) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("what", ["a bit", "missing", "swapped", "named", "more", "too many", "too few"])
-def test_images_that_are_not_those_of_the_entries_are_refused(
-    bundle: Path, tmp_path: Path, what: str
-) -> None:
+def test_images_that_are_not_those_of_the_entries_are_refused(bundle: Path, tmp_path: Path, what: str):
     path = packed(tmp_path / "bad", spoilt(unpacked(bundle), what))
     for images in (None, tmp_path / "pictures"):
         with pytest.raises(TagstoreError, match=r"image|where the archive should end"):
@@ -179,9 +177,7 @@ def test_images_that_are_not_those_of_the_entries_are_refused(
         assert sorted(os.listdir(tmp_path)) == ["bad", "root"]
 
 
-def test_images_are_unpacked_to_a_folder_that_is_new_or_empty(
-    root: Path, bundle: Path, tmp_path: Path
-) -> None:
+def test_images_are_unpacked_to_a_folder_that_is_new_or_empty(root: Path, bundle: Path, tmp_path: Path):
     export(root, "s", tmp_path / "without")
     with pytest.raises(InvalidInput, match="holds no images"):
         import_(tmp_path / "root", tmp_path / "without", images=tmp_path / "pictures")

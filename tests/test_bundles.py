@@ -82,7 +82,7 @@ def put(
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(tmp_path_factory) -> Path:
     """A store of four versions: ingest, upserts, a deletion that leaves gaps in ids and tags, an addition."""
     root = tmp_path_factory.mktemp("root")
     rng = np.random.default_rng(0)
@@ -103,14 +103,14 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def bundle(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle(root: Path, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("bundle") / "toy.tagstore"
     export(root, "toy", path, version=3, licence="CC-BY-4.0", note="three of four")
     return path
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def small(tmp_path_factory) -> Path:
     """A bundle small enough to be damaged many times in a short time."""
     path = tmp_path_factory.mktemp("small")
     tags = [[f"Tag {i % 7}", f"Tag {7 + i % 5}"][: i % 3] for i in range(60)]
@@ -121,14 +121,14 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def imported(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def imported(bundle: Path, tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("imported")
     import_(root, bundle)
     return root
 
 
 @pytest.fixture(scope="module")
-def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def keys(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("keys")
     for name in ("ours", "theirs"):
         write_key(path, name, Ed25519PrivateKey.generate())
@@ -175,7 +175,7 @@ def nothing_in(root: Path) -> None:
     assert [p.name for p in root.rglob("*") if p.name not in (".importing", "writer.lock")] == []
 
 
-def test_an_imported_store_gives_the_answers_of_the_exported_one(root: Path, imported: Path) -> None:
+def test_an_imported_store_gives_the_answers_of_the_exported_one(root: Path, imported: Path):
     before, after = Store(root, "toy").snapshot(3), Store(imported, "toy").snapshot()
     queries = np.concatenate([before.vectors(before.live()[::10]), unit(5, 40)])
     with connect(f"file://{root}/toy@3") as ours, connect(f"file://{imported}/toy") as theirs:
@@ -208,7 +208,7 @@ def test_an_imported_store_gives_the_answers_of_the_exported_one(root: Path, imp
 
 def test_the_manifest_says_what_is_in_it_and_where_it_is_from(
     bundle: Path, root: Path, imported: Path, tmp_path: Path
-) -> None:
+):
     info, version = inspect(bundle), Store(root, "toy").snapshot(3).version
     assert (info.store, info.version, info.created, info.entries) == (
         "toy",
@@ -231,7 +231,7 @@ def test_the_manifest_says_what_is_in_it_and_where_it_is_from(
     assert came["manifest_sha256"] == sha256(unpacked(bundle)["manifest.json"]).hexdigest()
 
 
-def test_the_same_version_gives_the_same_bytes_anywhere(root: Path, bundle: Path, tmp_path: Path) -> None:
+def test_the_same_version_gives_the_same_bytes_anywhere(root: Path, bundle: Path, tmp_path: Path):
     env = {**os.environ, "TZ": "Pacific/Auckland", "PYTHONHASHSEED": "7", "LC_ALL": "C"}
     options = "version=3, licence='CC-BY-4.0', note='three of four'"
     code = f"from tagstore.bundles import export; print(export({str(root)!r}, 'toy', 'b', {options}).sha256)"
@@ -242,7 +242,7 @@ def test_the_same_version_gives_the_same_bytes_anywhere(root: Path, bundle: Path
     assert out.strip() == sha256(bundle.read_bytes()).hexdigest()
 
 
-def test_the_bytes_of_an_archive_do_not_change_between_releases(tmp_path: Path) -> None:
+def test_the_bytes_of_an_archive_do_not_change_between_releases(tmp_path: Path):
     pieces = [b"%d" % (i * i) for i in range(100_000)]
     with ArchiveWriter(tmp_path / "a") as archive:
         archive.put("one", len(b"".join(pieces)), pieces)
@@ -255,7 +255,7 @@ def test_the_bytes_of_an_archive_do_not_change_between_releases(tmp_path: Path) 
     assert archive.sha256 == "d78bf197d6887b49e0d9a679116f61970ca4b15fd37f93fb3bba1f5d356bfff3"
 
 
-def test_an_imported_store_goes_on_like_any_other(bundle: Path, tmp_path: Path) -> None:
+def test_an_imported_store_goes_on_like_any_other(bundle: Path, tmp_path: Path):
     version = import_(tmp_path, bundle)
     put(tmp_path, [draft(21, ["Tag 3", "New"])], unit(1, 1))
     after = Store(tmp_path, "toy").snapshot()
@@ -265,7 +265,7 @@ def test_an_imported_store_goes_on_like_any_other(bundle: Path, tmp_path: Path) 
     assert verify(tmp_path, "toy", full=True) == []
 
 
-def test_a_version_without_entries_is_one_too(tmp_path: Path) -> None:
+def test_a_version_without_entries_is_one_too(tmp_path: Path):
     put(tmp_path / "a", [draft(0, ["Tag"])], unit(0, 1))
     put(tmp_path / "a", [], unit(0, 0), range(1))
     assert export(tmp_path / "a", "toy", tmp_path / "empty").entries == 0
@@ -274,7 +274,7 @@ def test_a_version_without_entries_is_one_too(tmp_path: Path) -> None:
     assert (version.number, version.entries, version.next_entry_id, version.next_tag_id) == (2, 0, 1, 1)
 
 
-def test_the_reader_in_the_documentation_reads_a_bundle(bundle: Path, root: Path) -> None:
+def test_the_reader_in_the_documentation_reads_a_bundle(bundle: Path, root: Path):
     [code] = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
     scope: dict = {"path": bundle}
     exec(code, scope)
@@ -286,9 +286,7 @@ def test_the_reader_in_the_documentation_reads_a_bundle(bundle: Path, root: Path
     ]
 
 
-def test_a_signature_is_checked_where_one_is_demanded(
-    root: Path, bundle: Path, keys: Path, tmp_path: Path
-) -> None:
+def test_a_signature_is_checked_where_one_is_demanded(root: Path, bundle: Path, keys: Path, tmp_path: Path):
     signed = tmp_path / "signed"
     info = export(root, "toy", signed, version=3, key=keys / "ours.pem")
     assert info.sha256 == export(root, "toy", tmp_path / "again", version=3, key=keys / "ours.pem").sha256
@@ -322,7 +320,7 @@ def test_a_signature_is_checked_where_one_is_demanded(
     assert import_(new, signed, key=keys / "ours.pub").number == 3
 
 
-def test_a_flipped_bit_is_found(small: Path, tmp_path: Path, rng: np.random.Generator) -> None:
+def test_a_flipped_bit_is_found(small: Path, tmp_path: Path, rng):
     data = small.read_bytes()
     (tmp_path / "root").mkdir()
     for at in [
@@ -349,9 +347,7 @@ def same_content(a: bytes, b: bytes) -> bool:
         return False
 
 
-def test_a_bundle_that_was_cut_off_or_added_to_is_refused(
-    small: Path, tmp_path: Path, rng: np.random.Generator
-) -> None:
+def test_a_bundle_that_was_cut_off_or_added_to_is_refused(small: Path, tmp_path: Path, rng):
     data = small.read_bytes()
     (tmp_path / "root").mkdir()
     for cut in [*range(1, 6), 100, *rng.integers(0, len(data), 10).tolist(), len(data)]:
@@ -384,7 +380,7 @@ def member(name: str, **fields: object) -> tarfile.TarInfo:
     return info
 
 
-def test_only_the_members_of_a_bundle_are_taken_in_their_order(small: Path, tmp_path: Path) -> None:
+def test_only_the_members_of_a_bundle_are_taken_in_their_order(small: Path, tmp_path: Path):
     files = unpacked(small)
     good = [(member(name), data) for name, data in files.items()]
     new = tmp_path / "root"
@@ -432,7 +428,7 @@ def test_only_the_members_of_a_bundle_are_taken_in_their_order(small: Path, tmp_
     assert not (tmp_path / "escape").exists()
 
 
-def test_a_bundle_packed_by_another_tar_and_zstd_is_read(bundle: Path, tmp_path: Path) -> None:
+def test_a_bundle_packed_by_another_tar_and_zstd_is_read(bundle: Path, tmp_path: Path):
     other = tarred(tmp_path / "other", [(member(name), data) for name, data in unpacked(bundle).items()])
     assert inspect(other) == inspect(bundle)
     assert other.read_bytes() != bundle.read_bytes()
@@ -532,7 +528,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_records_that_no_store_would_write_are_refused(small: Path, tmp_path: Path, what: str) -> None:
+def test_records_that_no_store_would_write_are_refused(small: Path, tmp_path: Path, what: str):
     change, message = BAD[what]
     files = unpacked(small)
     change(files)
@@ -566,14 +562,14 @@ def test_records_that_no_store_would_write_are_refused(small: Path, tmp_path: Pa
 )
 def test_a_manifest_that_contradicts_itself_is_refused(
     small: Path, tmp_path: Path, change: Callable, message: str
-) -> None:
+):
     (tmp_path / "root").mkdir()
     refused(tmp_path / "root", packed(tmp_path / "bad", unpacked(small), change), InvalidInput, message)
 
 
 def test_content_that_does_not_fit_its_checksum_is_damage_even_if_it_makes_no_sense(
     small: Path, tmp_path: Path
-) -> None:
+):
     files = unpacked(small)
     (tmp_path / "root").mkdir()
     for name in ("tags.jsonl", "embeddings.f16", "entries.jsonl", "vectors.f16"):
@@ -596,7 +592,7 @@ def test_content_that_does_not_fit_its_checksum_is_damage_even_if_it_makes_no_se
         )
 
 
-def test_a_bomb_is_refused_in_bounded_memory(small: Path, tmp_path: Path) -> None:
+def test_a_bomb_is_refused_in_bounded_memory(small: Path, tmp_path: Path):
     files = unpacked(small)
     root = tmp_path / "root"
     root.mkdir()
@@ -633,8 +629,8 @@ def test_a_bomb_is_refused_in_bounded_memory(small: Path, tmp_path: Path) -> Non
 
 
 def test_an_import_that_is_killed_leaves_nothing_to_see_and_the_next_one_tidies_up(
-    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    bundle: Path, tmp_path: Path, monkeypatch
+):
     def killed(seconds: float) -> int:
         child = os.fork()
         if child == 0:
@@ -664,16 +660,14 @@ def test_an_import_that_is_killed_leaves_nothing_to_see_and_the_next_one_tidies_
     assert store_names(tmp_path) == ["toy"]
 
 
-def test_one_import_into_a_root_at_a_time(small: Path, tmp_path: Path) -> None:
+def test_one_import_into_a_root_at_a_time(small: Path, tmp_path: Path):
     (tmp_path / ".importing").mkdir()
     with (tmp_path / ".importing" / "writer.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         refused(tmp_path, small, Busy, "another import into")
 
 
-def test_a_store_that_comes_up_meanwhile_is_kept(
-    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_store_that_comes_up_meanwhile_is_kept(small: Path, tmp_path: Path, monkeypatch):
     def other(*_: object, **__: object) -> list:
         (tmp_path / "toy").mkdir()
         (tmp_path / "toy" / "writer.lock").touch()
@@ -685,9 +679,7 @@ def test_a_store_that_comes_up_meanwhile_is_kept(
     assert os.listdir(tmp_path / "toy") == ["writer.lock"]
 
 
-def test_a_bundle_appears_whole_or_not_at_all(
-    root: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bundle_appears_whole_or_not_at_all(root: Path, bundle: Path, tmp_path: Path, monkeypatch):
     target = tmp_path / "b"
     target.write_text("what was there")
     partial = tmp_path / ".b.partial"
@@ -712,7 +704,7 @@ def test_a_bundle_appears_whole_or_not_at_all(
         export(root, "toy", target, version=9)
 
 
-def test_a_damaged_store_is_not_exported(tmp_path: Path) -> None:
+def test_a_damaged_store_is_not_exported(tmp_path: Path):
     put(tmp_path, [draft(0, ["Tag"])], unit(0, 1))
     with Writer(tmp_path, "toy") as writer, writer.env.begin(write=True) as txn:
         txn.put(block_key(0, 0), unit(1, 1).astype(np.float16).tobytes(), db=writer.db["vectors"])
@@ -721,7 +713,7 @@ def test_a_damaged_store_is_not_exported(tmp_path: Path) -> None:
     assert not (tmp_path / "b").exists()
 
 
-def test_what_json_cannot_hold_is_named(tmp_path: Path) -> None:
+def test_what_json_cannot_hold_is_named(tmp_path: Path):
     put(tmp_path, [Draft("odd", bytes(32), 0, ("c",), metadata={"x": float("nan")})], unit(0, 1))
     with pytest.raises(InvalidInput, match=r"entry 0 \(odd\) holds what JSON cannot"):
         export(tmp_path, "toy", tmp_path / "b")

@@ -39,7 +39,7 @@ def embedded(mini, captions: list[str]) -> np.ndarray:
     return np.concatenate([mini.encode_texts([caption]) for caption in captions])
 
 
-def test_a_caption_is_answered_as_its_embedding(urls: tuple[str, str], mini) -> None:
+def test_a_caption_is_answered_as_its_embedding(urls: tuple[str, str], mini):
     vectors = embedded(mini, CAPTIONS)
     for url in urls:
         with connect(url) as source:
@@ -55,7 +55,7 @@ def test_a_caption_is_answered_as_its_embedding(urls: tuple[str, str], mini) -> 
                 ] == by_vector
 
 
-def test_a_caption_finds_the_picture_that_it_describes(urls: tuple[str, str]) -> None:
+def test_a_caption_finds_the_picture_that_it_describes(urls: tuple[str, str]):
     for url in urls:
         with connect(url) as source:
             red, orange = source.retrieve(captions=["a red circle", "an orange circle"])
@@ -64,7 +64,7 @@ def test_a_caption_finds_the_picture_that_it_describes(urls: tuple[str, str]) ->
             assert "red circle" in {tag.tag for tag in red}
 
 
-def test_images_come_first_then_vectors_then_captions(urls: tuple[str, str], mini) -> None:
+def test_images_come_first_then_vectors_then_captions(urls: tuple[str, str], mini):
     images, vectors = [picture("blue", "circle", shift=2)], embedded(mini, CAPTIONS[:2])
     answers = []
     for url in urls:
@@ -84,7 +84,7 @@ def test_images_come_first_then_vectors_then_captions(urls: tuple[str, str], min
     assert answers[0] == answers[1]
 
 
-def test_one_message_and_a_stream_take_all_kinds(stub, mini) -> None:
+def test_one_message_and_a_stream_take_all_kinds(stub, mini):
     vectors = convert.vectors_to_proto(embedded(mini, CAPTIONS[:1]))
     mixed = pb.RetrieveRequest(
         store="shapes",
@@ -106,7 +106,7 @@ def test_one_message_and_a_stream_take_all_kinds(stub, mini) -> None:
     assert list(both.response.retrievals) == list(found)
 
 
-def test_texts_that_mean_nothing_are_refused_by_their_place(urls: tuple[str, str]) -> None:
+def test_texts_that_mean_nothing_are_refused_by_their_place(urls: tuple[str, str]):
     for url in urls:
         with connect(url) as source:
             for bad, message in (
@@ -126,14 +126,14 @@ def test_texts_that_mean_nothing_are_refused_by_their_place(urls: tuple[str, str
             assert source.retrieve(captions=[]) == []
 
 
-def test_a_server_takes_only_so_many_texts(stub) -> None:
+def test_a_server_takes_only_so_many_texts(stub):
     with pytest.raises(grpc.RpcError) as caught:
         stub.Retrieve(pb.RetrieveRequest(store="shapes", texts=["red"] * 257))
     assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
     assert "257 texts in one request: send at most 256" in caught.value.details()
 
 
-def test_the_guard_knows_a_caption_by_its_identity_only(urls: tuple[str, str]) -> None:
+def test_the_guard_knows_a_caption_by_its_identity_only(urls: tuple[str, str]):
     guard = Exclude(key=True)
     for url in urls:
         with connect(url) as source:
@@ -154,7 +154,7 @@ def test_the_guard_knows_a_caption_by_its_identity_only(urls: tuple[str, str]) -
                 source.retrieve(captions=["a red circle"], exclude=Exclude(sha256=True))
 
 
-def test_awaited_as_well(urls: tuple[str, str]) -> None:
+def test_awaited_as_well(urls: tuple[str, str]):
     async def ask(url: str) -> list:
         async with aio.connect(url) as source:
             return await source.retrieve(captions=CAPTIONS)
@@ -164,7 +164,7 @@ def test_awaited_as_well(urls: tuple[str, str]) -> None:
     assert [asyncio.run(ask(url)) for url in urls] == [expected, expected]
 
 
-def test_the_cache_of_answers_keeps_captions_and_vectors_apart(urls: tuple[str, str], tmp_path: Path) -> None:
+def test_the_cache_of_answers_keeps_captions_and_vectors_apart(urls: tuple[str, str], tmp_path: Path):
     with connect(f"{urls[0]}@1", cache=str(tmp_path / "cache")) as source:
         fresh = source.retrieve(captions=CAPTIONS)
         assert source.retrieve(captions=CAPTIONS[::-1]) == fresh[::-1]
@@ -175,7 +175,7 @@ def test_the_cache_of_answers_keeps_captions_and_vectors_apart(urls: tuple[str, 
         assert source.retrieve([image]) != fresh[:1]
 
 
-def test_controls_answer_captions_and_maps_refuse_them(urls: tuple[str, str], tmp_path: Path) -> None:
+def test_controls_answer_captions_and_maps_refuse_them(urls: tuple[str, str], tmp_path: Path):
     with connect("null://") as nothing:
         assert [len(answer) for answer in nothing.retrieve(captions=CAPTIONS)] == [0] * len(CAPTIONS)
     with connect(f"random+{urls[0]}", seed=1) as first, connect(f"random+{urls[1]}", seed=1) as second:
@@ -193,7 +193,7 @@ def test_controls_answer_captions_and_maps_refuse_them(urls: tuple[str, str], tm
         replayed.retrieve(captions=["red"], keys=["red"])
 
 
-def test_the_command_line_takes_words(urls: tuple[str, str], tmp_path: Path) -> None:
+def test_the_command_line_takes_words(urls: tuple[str, str], tmp_path: Path):
     photo = tmp_path / "photo.png"
     photo.write_bytes(picture("blue", "circle"))
     outputs = []

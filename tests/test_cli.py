@@ -24,7 +24,7 @@ def run(*arguments: str, stdin: str | None = None) -> Result:
     return result
 
 
-def test_ingest_prints_what_it_did(tmp_path: Path) -> None:
+def test_ingest_prints_what_it_did(tmp_path: Path):
     source = write_shapes(tmp_path / "shapes")
     (source / "bad.png").write_bytes(b"no image")
     (source / "bad.txt").write_text("A caption.")
@@ -41,7 +41,7 @@ def test_ingest_prints_what_it_did(tmp_path: Path) -> None:
     assert "bad" in again.stdout
 
 
-def test_query_prints_one_object_an_image(server_address: str, shapes_root: Path, tmp_path: Path) -> None:
+def test_query_prints_one_object_an_image(server_address: str, shapes_root: Path, tmp_path: Path):
     paths = []
     for colour in ("red", "blue"):
         paths.append(str(tmp_path / f"{colour}.png"))
@@ -60,9 +60,7 @@ def test_query_prints_one_object_an_image(server_address: str, shapes_root: Path
     assert "red circle" in table
 
 
-def test_a_bad_image_among_good_ones_is_named_and_the_others_answered(
-    server_address: str, tmp_path: Path
-) -> None:
+def test_a_bad_image_among_good_ones_is_named_and_the_others_answered(server_address: str, tmp_path: Path):
     good, bad = tmp_path / "good.png", tmp_path / "bad.png"
     good.write_bytes(picture("red", "circle"))
     bad.write_bytes(b"")
@@ -73,13 +71,13 @@ def test_a_bad_image_among_good_ones_is_named_and_the_others_answered(
 
 
 @pytest.mark.parametrize("k", ["0", "1001", "x"])
-def test_k_out_of_range_is_a_usage_error(server_address: str, k: str) -> None:
+def test_k_out_of_range_is_a_usage_error(server_address: str, k: str):
     result = run("query", f"grpc://{server_address}/shapes", "image", "--k", k)
     assert result.exit_code == 2
     assert "--k" in result.stderr
 
 
-def test_mine_prints_one_line_a_caption_in_order(tmp_path: Path) -> None:
+def test_mine_prints_one_line_a_caption_in_order(tmp_path: Path):
     result = run("mine", "-", "--json", stdin=f"{SENTENCE}\n\nTwo dogs on a beach\n")
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     assert [line["caption"] for line in lines] == [SENTENCE, "", "Two dogs on a beach"]
@@ -95,7 +93,7 @@ def test_mine_prints_one_line_a_caption_in_order(tmp_path: Path) -> None:
     assert "blue sky (attribute)" in run("mine", str(file)).stdout
 
 
-def test_stores_and_info(server_address: str, shapes_root: Path, tmp_path: Path) -> None:
+def test_stores_and_info(server_address: str, shapes_root: Path, tmp_path: Path):
     [store] = json.loads(run("stores", "--root", str(shapes_root), "--json").stdout)
     remote = json.loads(run("info", f"grpc://{server_address}/shapes", "--json").stdout)
     assert remote == json.loads(run("stats", f"file://{shapes_root}/shapes", "--json").stdout) == store
@@ -118,14 +116,12 @@ def test_stores_and_info(server_address: str, shapes_root: Path, tmp_path: Path)
         (("mine", "-", "--miner", "nope"), "nope"),
     ],
 )
-def test_errors_are_ours_and_name_the_fix(arguments: tuple[str, ...], message: str) -> None:
+def test_errors_are_ours_and_name_the_fix(arguments: tuple[str, ...], message: str):
     with pytest.raises(TagstoreError, match=re.escape(message)):
         run(*arguments, stdin="a caption\n")
 
 
-def test_an_error_is_one_line_on_stderr_and_exit_code_1(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_is_one_line_on_stderr_and_exit_code_1(capsys, monkeypatch):
     from tagstore.cli import main
 
     monkeypatch.setattr("sys.argv", ["tagstore", "stats", "file:///nowhere/x"])
@@ -139,7 +135,7 @@ def test_an_error_is_one_line_on_stderr_and_exit_code_1(
     assert "Traceback" not in err
 
 
-def test_a_store_is_kept_from_the_command_line(tmp_path: Path) -> None:
+def test_a_store_is_kept_from_the_command_line(tmp_path: Path):
     source = write_shapes(tmp_path / "shapes")
     (source / "bad.png").write_bytes(b"no image")
     (source / "bad.txt").write_text("A caption.")
@@ -185,7 +181,7 @@ def test_a_store_is_kept_from_the_command_line(tmp_path: Path) -> None:
         run("delete", url.removesuffix("s") + "t", "--key", "x", "--purge")
 
 
-def test_help_lists_every_command_once_by_job() -> None:
+def test_help_lists_every_command_once_by_job():
     text = run("--help").stdout
     lines = [line.split()[0] for line in text.splitlines() if line.startswith("  ")]
     for name in cli.commands:
@@ -195,7 +191,7 @@ def test_help_lists_every_command_once_by_job() -> None:
     assert "..." not in text.partition("Make a store")[2]
 
 
-def test_every_option_of_serve_reaches_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_option_of_serve_reaches_the_server(tmp_path: Path, monkeypatch):
     from tagstore.serving import server, settings, signals
 
     started: dict[str, object] = {}
@@ -232,7 +228,7 @@ def test_every_option_of_serve_reaches_the_server(tmp_path: Path, monkeypatch: p
     assert all(getattr(passed, name) for name in flags)
 
 
-def test_the_readme_names_every_command() -> None:
+def test_the_readme_names_every_command():
     text = README.read_text()
     for name in cli.commands:
         assert f"tagstore {name}" in text

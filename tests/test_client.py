@@ -35,11 +35,11 @@ def loaded_by(code: str) -> set[str]:
         "from tagstore.cli import cli\ntry: cli(['ingest', '--help'])\nexcept SystemExit: pass",
     ],
 )
-def test_nothing_heavy_is_loaded_before_it_is_needed(code: str) -> None:
+def test_nothing_heavy_is_loaded_before_it_is_needed(code: str):
     assert not loaded_by(code)
 
 
-def test_a_remote_query_loads_nothing_heavy(server_address: str) -> None:
+def test_a_remote_query_loads_nothing_heavy(server_address: str):
     assert not loaded_by(
         f"from tagstore.client import connect\nconnect('grpc://{server_address}/shapes').info()"
     )
@@ -55,7 +55,7 @@ def test_a_remote_query_loads_nothing_heavy(server_address: str) -> None:
         ("file:///f8", ("file", "/", "f8", 0)),
     ],
 )
-def test_urls_are_read(url: str, parts: tuple[str, str, str, int]) -> None:
+def test_urls_are_read(url: str, parts: tuple[str, str, str, int]):
     assert parse(url) == parts
 
 
@@ -72,12 +72,12 @@ def test_urls_are_read(url: str, parts: tuple[str, str, str, int]) -> None:
         "grpc:///f8",
     ],
 )
-def test_a_url_that_names_no_store_is_refused_with_an_example(url: str) -> None:
+def test_a_url_that_names_no_store_is_refused_with_an_example(url: str):
     with pytest.raises(errors.InvalidInput, match="://"):
         connect(url)
 
 
-def test_an_error_names_the_address_where_no_server_answers() -> None:
+def test_an_error_names_the_address_where_no_server_answers():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -88,7 +88,7 @@ def test_an_error_names_the_address_where_no_server_answers() -> None:
         source.info()
 
 
-def test_a_server_that_does_not_answer_ends_with_the_deadline() -> None:
+def test_a_server_that_does_not_answer_ends_with_the_deadline():
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -100,7 +100,7 @@ def test_a_server_that_does_not_answer_ends_with_the_deadline() -> None:
             source.info()
 
 
-def test_images_may_be_paths(server_address: str, tmp_path: Path) -> None:
+def test_images_may_be_paths(server_address: str, tmp_path: Path):
     path = tmp_path / "red.png"
     path.write_bytes(data := picture("red", "circle"))
     with connect(f"grpc://{server_address}/shapes") as source:
@@ -111,7 +111,7 @@ def test_images_may_be_paths(server_address: str, tmp_path: Path) -> None:
             source.retrieve(str(path))  # type: ignore[arg-type]
 
 
-def test_a_closed_source_opens_again(server_address: str) -> None:
+def test_a_closed_source_opens_again(server_address: str):
     source = connect(f"grpc://{server_address}/shapes")
     assert source.info().entries == 18
     source.close()
@@ -119,14 +119,14 @@ def test_a_closed_source_opens_again(server_address: str) -> None:
     source.close()
 
 
-def test_many_images_become_several_requests_from_one_version(server_address: str) -> None:
+def test_many_images_become_several_requests_from_one_version(server_address: str):
     with connect(f"grpc://{server_address}/shapes") as source:
         answers = source.retrieve([picture("red", "circle", size=32)] * 70, k=2)
     assert len(answers) == 70
     assert {a.version for a in answers} == {1}
 
 
-def test_vectors_of_a_wrong_shape_are_refused_before_they_travel(server_address: str) -> None:
+def test_vectors_of_a_wrong_shape_are_refused_before_they_travel(server_address: str):
     with (
         connect(f"grpc://{server_address}/shapes") as source,
         pytest.raises(errors.BadVector, match=r"pass \[N, D\]"),

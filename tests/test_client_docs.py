@@ -16,7 +16,7 @@ from tagstore.types import Search
 DOCS = (Path(__file__).parent.parent / "docs" / "client.md").read_text()
 
 
-def test_every_option_is_documented_and_typed() -> None:
+def test_every_option_is_documented_and_typed():
     options = {f.name for f in (*fields(Options), *fields(Search))} - {"search"}
     table = DOCS.split("## Options")[1].split("\n## ")[0]
     documented = {
@@ -35,9 +35,7 @@ def test_every_option_is_documented_and_typed() -> None:
     }
 
 
-def test_the_example_without_our_client_works_and_has_twenty_lines(
-    server_address: str, tmp_path: Path
-) -> None:
+def test_the_example_without_our_client_works_and_has_twenty_lines(server_address: str, tmp_path: Path):
     code = DOCS.split("<!-- bare stub -->\n```python\n")[1].split("```")[0]
     assert len([line for line in code.splitlines() if line]) <= 20
     assert "tagstore.client" not in code

@@ -67,7 +67,7 @@ class Clock:
         return self.now
 
 
-def test_a_circuit_opens_probes_once_and_closes() -> None:
+def test_a_circuit_opens_probes_once_and_closes():
     clock = Clock()
     breaker = Breaker(2, 10, clock)
     breaker.failed()
@@ -89,7 +89,7 @@ def test_a_circuit_opens_probes_once_and_closes() -> None:
     assert all(breaker.allows() for _ in range(3))
 
 
-def test_waits_grow_are_jittered_and_end_within_the_deadline() -> None:
+def test_waits_grow_are_jittered_and_end_within_the_deadline():
     clock = Clock()
     options = Options(timeout=10, retries=8, breaker=0)
     waits = []
@@ -110,7 +110,7 @@ def test_waits_grow_are_jittered_and_end_within_the_deadline() -> None:
     assert max(waits) <= 2
 
 
-def test_a_silent_address_costs_its_share_of_the_time_and_work_goes_to_the_idle_one() -> None:
+def test_a_silent_address_costs_its_share_of_the_time_and_work_goes_to_the_idle_one():
     balancer = Balancer(["a:1", "b:1", "c:1"], Options(timeout=9))
     attempts = Attempts(balancer, Clock())
     assert attempts.next().timeout == pytest.approx(3)
@@ -118,7 +118,7 @@ def test_a_silent_address_costs_its_share_of_the_time_and_work_goes_to_the_idle_
 
 
 @pytest.mark.parametrize("code", [CODE.UNAVAILABLE, CODE.CANCELLED])
-async def test_what_another_try_may_mend_is_tried_again(start_server: StartServer, code) -> None:
+async def test_what_another_try_may_mend_is_tried_again(start_server: StartServer, code):
     server = start_server(fails(code), fails(code))
     blocking, _, stats, _ = await both(f"grpc://{server.address}/s", [b"1"])
     assert blocking[0][0].tag == "one"
@@ -136,9 +136,7 @@ async def test_what_another_try_may_mend_is_tried_again(start_server: StartServe
         (CODE.RESOURCE_EXHAUSTED, errors.InvalidInput),
     ],
 )
-async def test_what_the_caller_did_wrong_is_raised_at_once_in_any_mode(
-    start_server: StartServer, code, kind
-) -> None:
+async def test_what_the_caller_did_wrong_is_raised_at_once_in_any_mode(start_server: StartServer, code, kind):
     server = start_server(*[fails(code)] * 4)
     for mode in ("raise", "empty"):
         blocking, awaited, stats, _ = await both(f"grpc://{server.address}/s?on_failure={mode}", [b"1"])
@@ -148,7 +146,7 @@ async def test_what_the_caller_did_wrong_is_raised_at_once_in_any_mode(
     assert server.calls == 4
 
 
-async def test_a_server_with_too_much_to_do_is_asked_again_when_it_says(start_server: StartServer) -> None:
+async def test_a_server_with_too_much_to_do_is_asked_again_when_it_says(start_server: StartServer):
     server = start_server(fails(CODE.RESOURCE_EXHAUSTED, retry_after_ms=120))
     start = time.monotonic()
     with connect(f"grpc://{server.address}/s") as source:
@@ -165,9 +163,7 @@ async def test_a_server_with_too_much_to_do_is_asked_again_when_it_says(start_se
     assert time.monotonic() - start < 60
 
 
-async def test_a_server_that_does_not_answer_ends_with_the_deadline_and_is_named(
-    start_server: StartServer,
-) -> None:
+async def test_a_server_that_does_not_answer_ends_with_the_deadline_and_is_named(start_server: StartServer):
     server = start_server()
     server.script = [server.stalls] * 8
     blocking, awaited, _, _ = await both(f"grpc://{server.address}/s?timeout=0.2", [b"1"])
@@ -226,9 +222,7 @@ class Relay:
                 target.shutdown(socket.SHUT_WR)
 
 
-def test_a_machine_that_vanishes_is_noticed_and_connected_to_again(
-    start_server: StartServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_machine_that_vanishes_is_noticed_and_connected_to_again(start_server: StartServer, monkeypatch):
     monkeypatch.setattr(channels, "KEEPALIVE_SECONDS", 0.2)
     monkeypatch.setattr(channels, "KEEPALIVE_TIMEOUT", 1.0)
     server = start_server()
@@ -250,7 +244,7 @@ def test_a_machine_that_vanishes_is_noticed_and_connected_to_again(
     relay.close()
 
 
-async def test_the_other_address_answers_when_one_is_gone(start_server: StartServer) -> None:
+async def test_the_other_address_answers_when_one_is_gone(start_server: StartServer):
     server, other = start_server(name="one"), start_server(name="two")
     server.stop()
     url = f"grpc://{server.address},{other.address}/s"
@@ -262,7 +256,7 @@ async def test_the_other_address_answers_when_one_is_gone(start_server: StartSer
         assert [(await source.retrieve([b"1"]))[0][0].tag for _ in range(20)] == ["two"] * 20
 
 
-def test_addresses_share_the_work(start_server: StartServer) -> None:
+def test_addresses_share_the_work(start_server: StartServer):
     server, other = start_server(name="one"), start_server(name="two")
     with connect(f"grpc://{server.address},{other.address}/s") as source:
         for _ in range(20):
@@ -270,7 +264,7 @@ def test_addresses_share_the_work(start_server: StartServer) -> None:
     assert server.calls == other.calls == 10
 
 
-async def test_a_slow_address_is_hedged(start_server: StartServer) -> None:
+async def test_a_slow_address_is_hedged(start_server: StartServer):
     slow, fast = start_server(name="slow"), start_server(name="fast")
     slow.script = [slow.stalls] * 50
     url = f"grpc://{slow.address},{fast.address}/s?hedge=0.05&timeout=20"
@@ -286,7 +280,7 @@ async def test_a_slow_address_is_hedged(start_server: StartServer) -> None:
     assert time.monotonic() - start < 20
 
 
-def test_a_hedge_survives_an_address_that_fails(start_server: StartServer) -> None:
+def test_a_hedge_survives_an_address_that_fails(start_server: StartServer):
     slow, bad = start_server(name="slow"), start_server(*[fails(CODE.UNAVAILABLE)] * 50, name="bad")
     slow.script = [slow.stalls]
     with connect(f"grpc://{slow.address},{bad.address}/s?hedge=0.05&timeout=20") as source:
@@ -297,8 +291,8 @@ def test_a_hedge_survives_an_address_that_fails(start_server: StartServer) -> No
 
 
 def test_a_server_that_dies_and_comes_back_costs_exactly_the_samples_in_between(
-    start_server: StartServer, caplog: pytest.LogCaptureFixture
-) -> None:
+    start_server: StartServer, caplog
+):
     server = start_server()
     with (
         connect(
@@ -336,7 +330,7 @@ def test_a_server_that_dies_and_comes_back_costs_exactly_the_samples_in_between(
             source.retrieve([b"1"])
 
 
-def test_embeddings_come_with_the_answers_if_asked_for(start_server: StartServer) -> None:
+def test_embeddings_come_with_the_answers_if_asked_for(start_server: StartServer):
     server = start_server()
     with connect(f"grpc://{server.address}/s?preload=true&on_failure=empty&retries=0") as source:
         [answer] = source.retrieve([b"1"])
@@ -354,9 +348,7 @@ def test_embeddings_come_with_the_answers_if_asked_for(start_server: StartServer
         fresh.close()
 
 
-def test_a_token_is_sent_and_never_to_strangers_from_the_environment(
-    start_server: StartServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_token_is_sent_and_never_to_strangers_from_the_environment(start_server: StartServer, monkeypatch):
     server = start_server()
     with connect(f"grpc://{server.address}/s", token="given") as source:
         source.retrieve([b"1"])
@@ -369,7 +361,7 @@ def test_a_token_is_sent_and_never_to_strangers_from_the_environment(
 
 
 @pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def certificates(tmp_path_factory) -> dict[str, str]:
     """An authority, and what it signed for the server `store.test` and for a client: paths of PEM files."""
     folder = tmp_path_factory.mktemp("certificates")
     now = datetime.now(UTC)
@@ -404,7 +396,7 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return paths
 
 
-async def test_tls_with_certificates_of_both_sides(certificates: dict[str, str]) -> None:
+async def test_tls_with_certificates_of_both_sides(certificates: dict[str, str]):
     read = {file: Path(path).read_bytes() for file, path in certificates.items()}
     server = Scripted("one", tls=((read["store.test.key"], read["store.test.pem"]), read["authority.pem"]))
     url = f"grpcs://{server.address}/s?timeout=5&retries=0"

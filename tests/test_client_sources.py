@@ -25,7 +25,7 @@ def url(server_address: str) -> str:
     return f"grpc://{server_address}/shapes"
 
 
-def test_options_in_code_and_url_mean_the_same_and_code_wins(url: str) -> None:
+def test_options_in_code_and_url_mean_the_same_and_code_wins(url: str):
     in_url = connect(
         f"{url}?k=3&max_tags=2&min_similarity=0.25&order=relevance&exact=true&exclude=self&where.brand=Oatly&on_failure=empty"
     )
@@ -46,7 +46,7 @@ def test_options_in_code_and_url_mean_the_same_and_code_wins(url: str) -> None:
     assert locate(f"{url}@7?k=2").version == 7
 
 
-def test_former_names_of_options_mean_the_same(url: str) -> None:
+def test_former_names_of_options_mean_the_same(url: str):
     options = connect(url, with_neighbours=False, with_texts=False).options
     with pytest.warns(DeprecationWarning, match="with_neighbours"):
         assert connect(f"{url}?neighbours=false&texts=false").options == options
@@ -69,12 +69,12 @@ def test_former_names_of_options_mean_the_same(url: str) -> None:
         ("exclude_distance=65", "64 bits"),
     ],
 )
-def test_meaningless_options_are_refused_by_name(url: str, query: str, message: str) -> None:
+def test_meaningless_options_are_refused_by_name(url: str, query: str, message: str):
     with pytest.raises(errors.InvalidInput, match=message):
         connect(f"{url}?{query}")
 
 
-def test_unknown_options_in_code_are_refused_by_name(url: str) -> None:
+def test_unknown_options_in_code_are_refused_by_name(url: str):
     with pytest.raises(errors.InvalidInput, match="no option 'kk'"):
         connect(url, kk=3)
     with (
@@ -97,12 +97,12 @@ def test_unknown_options_in_code_are_refused_by_name(url: str) -> None:
         "grpc://a:1/x@y",
     ],
 )
-def test_meaningless_urls_are_refused(bad: str) -> None:
+def test_meaningless_urls_are_refused(bad: str):
     with pytest.raises(errors.InvalidInput):
         connect(bad)
 
 
-def test_every_search_option_reaches_the_store(url: str) -> None:
+def test_every_search_option_reaches_the_store(url: str):
     with connect(url) as source:
         [plain] = source.retrieve([picture("red", "circle")], k=4)
         [bare] = source.retrieve(
@@ -127,7 +127,7 @@ def test_every_search_option_reaches_the_store(url: str) -> None:
         assert guarded.excluded == 1
 
 
-def test_self_is_known_by_key_by_image_and_by_what_an_identity_says(url: str, mini) -> None:
+def test_self_is_known_by_key_by_image_and_by_what_an_identity_says(url: str, mini):
     from tagstore.encoding.images import decode, perceptual_hash
 
     data = picture("red", "circle")
@@ -157,7 +157,7 @@ def test_self_is_known_by_key_by_image_and_by_what_an_identity_says(url: str, mi
             source.retrieve([data], keys="red-circle")
 
 
-def test_a_pin_stays_and_travels(url: str) -> None:
+def test_a_pin_stays_and_travels(url: str):
     source = connect(url)
     pin = source.pin()
     assert (str(pin), pin.fingerprint) == ("shapes@1", source.info().fingerprint)
@@ -169,7 +169,7 @@ def test_a_pin_stays_and_travels(url: str) -> None:
     source.close()
 
 
-def test_embeddings_are_asked_for_once_and_cannot_be_changed(url: str) -> None:
+def test_embeddings_are_asked_for_once_and_cannot_be_changed(url: str):
     with connect(url, embedding_cache=8) as source:
         ids = [t.tag_id for t in source.vocabulary()][:6]
         first = source.tags([*ids, ids[0]], embeddings=True)
@@ -192,7 +192,7 @@ def test_embeddings_are_asked_for_once_and_cannot_be_changed(url: str) -> None:
         assert source.stats().embedding_hits == 0
 
 
-def test_embeddings_of_an_answer_come_in_the_order_of_its_tags(url: str) -> None:
+def test_embeddings_of_an_answer_come_in_the_order_of_its_tags(url: str):
     with connect(url) as source:
         [answer] = source.retrieve(IMAGES[:1], preload=True)
         requests = source.stats().requests
@@ -204,7 +204,7 @@ def test_embeddings_of_an_answer_come_in_the_order_of_its_tags(url: str) -> None
         assert len(source.embeddings(nothing)) == 0
 
 
-def test_answers_of_another_store_or_version_are_refused(url: str) -> None:
+def test_answers_of_another_store_or_version_are_refused(url: str):
     with connect(url) as source, connect(f"random+{url}") as control, connect("null://") as nothing:
         answers = source.retrieve(IMAGES[:2])
         require(answers)
@@ -222,7 +222,7 @@ def _cached(source) -> tuple[int, int, list]:
     return after.cache_hits - before.cache_hits, after.requests - before.requests, answers
 
 
-def test_answers_are_kept_on_disk_and_shared_by_processes(url: str, tmp_path: Path, mini) -> None:
+def test_answers_are_kept_on_disk_and_shared_by_processes(url: str, tmp_path: Path, mini):
     with connect(url, cache=str(tmp_path / "cache"), k=3) as source:
         with pytest.raises(errors.InvalidInput, match="call pin"):
             source.retrieve(IMAGES)
@@ -248,7 +248,7 @@ def test_answers_are_kept_on_disk_and_shared_by_processes(url: str, tmp_path: Pa
         assert plain.retrieve(IMAGES, k=3) == fresh
 
 
-def test_a_full_cache_drops_some_and_a_damaged_answer_is_asked_again(url: str, tmp_path: Path, mini) -> None:
+def test_a_full_cache_drops_some_and_a_damaged_answer_is_asked_again(url: str, tmp_path: Path, mini):
     import lmdb
 
     vectors = np.random.default_rng(0).standard_normal((600, mini.dimension)).astype(np.float32)
@@ -270,7 +270,7 @@ def test_a_full_cache_drops_some_and_a_damaged_answer_is_asked_again(url: str, t
         assert source.stats().cache_hits == 0
 
 
-def test_no_tags_and_random_tags(url: str, tmp_path: Path) -> None:
+def test_no_tags_and_random_tags(url: str, tmp_path: Path):
     with connect("null://") as null:
         assert [list(a) for a in null.retrieve(IMAGES)] == [[]] * len(IMAGES)
         assert not null.retrieve(IMAGES)[0].degraded
@@ -300,7 +300,7 @@ def test_no_tags_and_random_tags(url: str, tmp_path: Path) -> None:
             source.tags([0], embeddings=True)
 
 
-async def test_the_asyncio_client_gives_the_same(url: str, shapes_root: Path) -> None:
+async def test_the_asyncio_client_gives_the_same(url: str, shapes_root: Path):
     with connect(url, k=3) as source:
         expected = source.retrieve(IMAGES * 8, keys=list(COLOURS) * 8, exclude="self")
         vocabulary = list(source.vocabulary())
@@ -324,7 +324,7 @@ async def test_the_asyncio_client_gives_the_same(url: str, shapes_root: Path) ->
             assert len(await source.retrieve(IMAGES[:1])) == 1
 
 
-def test_an_event_loop_that_ended_leaves_a_source_usable(url: str) -> None:
+def test_an_event_loop_that_ended_leaves_a_source_usable(url: str):
     source = aio.connect(url)
     for _ in range(2):
         assert asyncio.run(source.retrieve(IMAGES[:1]))[0].version == 1

@@ -25,7 +25,7 @@ MATRIX = Path(__file__).parent / "fork_matrix.py"
     ],
     ids=["fork and forkserver", "spawn"],
 )
-def test_every_sample_comes_once_and_nothing_hangs(server_address: str, arguments: list[str]) -> None:
+def test_every_sample_comes_once_and_nothing_hangs(server_address: str, arguments: list[str]):
     command = [sys.executable, str(MATRIX), f"grpc://{server_address}/shapes", *arguments]
     result = subprocess.run(
         command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
@@ -34,7 +34,7 @@ def test_every_sample_comes_once_and_nothing_hangs(server_address: str, argument
     assert "all there" in result.stdout
 
 
-def test_a_fork_where_grpc_was_imported_first_is_refused_instead_of_hanging(server_address: str) -> None:
+def test_a_fork_where_grpc_was_imported_first_is_refused_instead_of_hanging(server_address: str):
     program = f"""
 import os, grpc
 from tagstore_proto.v1 import tagstore_pb2_grpc
@@ -62,7 +62,7 @@ def _nearest(source, data: bytes) -> tuple[str, bool]:
     return answer.neighbours[0].key, answer.version == 1
 
 
-def test_a_source_travels_as_its_configuration(server_address: str) -> None:
+def test_a_source_travels_as_its_configuration(server_address: str):
     source = connect(f"grpc://{server_address}/shapes", k=2, exclude="self")
     source.pin()
     copy = pickle.loads(pickle.dumps(source))
@@ -78,14 +78,14 @@ def test_a_source_travels_as_its_configuration(server_address: str) -> None:
     source.close()
 
 
-def test_a_token_travels_and_is_not_shown() -> None:
+def test_a_token_travels_and_is_not_shown():
     source = connect("grpc://store:1/s", token="secret")
     copy = pickle.loads(pickle.dumps(source))
     assert copy.options.token == "secret"
     assert "secret" not in repr(copy) + repr(copy.options)
 
 
-def test_counters_of_another_machine_start_anew(server_address: str, tmp_path: Path) -> None:
+def test_counters_of_another_machine_start_anew(server_address: str, tmp_path: Path):
     source = connect(f"grpc://{server_address}/shapes")
     reopen, (url, location, options, _) = source.__reduce__()
     copy = reopen(url, location, options, str(tmp_path / "is not here"))

@@ -33,7 +33,7 @@ entries = st.builds(
 
 
 @given(entries)
-def test_an_entry_comes_back_as_it_was_written(entry: Entry) -> None:
+def test_an_entry_comes_back_as_it_was_written(entry: Entry):
     data = encode_entry(entry)
     assert decode_entry(entry.entry_id, data) == entry
     assert decode_entry(entry.entry_id, memoryview(data)) == entry
@@ -41,11 +41,11 @@ def test_an_entry_comes_back_as_it_was_written(entry: Entry) -> None:
 
 
 @given(text, st.sampled_from(KINDS), text)
-def test_a_tag_comes_back_as_it_was_written(shown: str, kind, canonical: str) -> None:
+def test_a_tag_comes_back_as_it_was_written(shown: str, kind, canonical: str):
     assert decode_tag(encode_tag(shown, kind, canonical)) == (shown, kind, canonical or shown)
 
 
-def test_an_origin_that_names_the_key_costs_little_more_than_the_rest_of_it() -> None:
+def test_an_origin_that_names_the_key_costs_little_more_than_the_rest_of_it():
     entry = Entry(1, "1000268201_693b08cb0e", bytes(32), 0, (), (), {}, "train-000.tar!1000268201_693b08cb0e")
     assert decode_entry(1, encode_entry(entry)) == entry
     assert (
@@ -53,12 +53,12 @@ def test_an_origin_that_names_the_key_costs_little_more_than_the_rest_of_it() ->
     )
 
 
-def test_a_lone_surrogate_does_not_stop_an_ingest() -> None:
+def test_a_lone_surrogate_does_not_stop_an_ingest():
     entry = Entry(1, "k\ud800", bytes(32), 0, ("a \udcff b",), ())
     assert decode_entry(1, encode_entry(entry)).captions == ("a ? b",)
 
 
-def test_an_entry_costs_few_bytes_beyond_its_hashes_and_caption() -> None:
+def test_an_entry_costs_few_bytes_beyond_its_hashes_and_caption():
     caption = "A black dog is running after a white dog in the snow ."
     entry = Entry(
         1,

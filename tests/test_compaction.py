@@ -71,7 +71,7 @@ def size(root: Path) -> int:
     return sum(p.stat().st_size for p in (root / "toy").rglob("*") if p.is_file())
 
 
-def test_compaction_keeps_every_answer_and_reclaims_space(tmp_path: Path) -> None:
+def test_compaction_keeps_every_answer_and_reclaims_space(tmp_path: Path):
     put(tmp_path, names("a", 800))
     put(tmp_path, names("b", 300), seed=1)
     delete(tmp_path, "toy", Selection(keys=names("a", 700)))
@@ -101,7 +101,7 @@ def test_compaction_keeps_every_answer_and_reclaims_space(tmp_path: Path) -> Non
         compact(tmp_path, "toy", keep=0)
 
 
-def test_a_reader_of_the_old_database_keeps_it(tmp_path: Path) -> None:
+def test_a_reader_of_the_old_database_keeps_it(tmp_path: Path):
     put(tmp_path, names("a", 50))
     engine = Engine(Store(tmp_path, "toy").snapshot())
     before = engine.retrieve(np.ones((1, D)))
@@ -111,7 +111,7 @@ def test_a_reader_of_the_old_database_keeps_it(tmp_path: Path) -> None:
     assert len(list((tmp_path / "toy").glob("db-*"))) == 1
 
 
-def test_versions_after_a_rollback_survive_compaction(tmp_path: Path) -> None:
+def test_versions_after_a_rollback_survive_compaction(tmp_path: Path):
     put(tmp_path, names("a", 40))
     delete(tmp_path, "toy", Selection(keys=names("a", 39)))
     rollback(tmp_path, "toy", 1)
@@ -123,7 +123,7 @@ def test_versions_after_a_rollback_survive_compaction(tmp_path: Path) -> None:
     assert verify(tmp_path, "toy", full=True) == []
 
 
-def test_a_takedown_removes_bytes_and_history_and_is_recorded_without_them(tmp_path: Path) -> None:
+def test_a_takedown_removes_bytes_and_history_and_is_recorded_without_them(tmp_path: Path):
     put(tmp_path, names("a", 60))
     put(tmp_path, ["b-the-one-to-take-down", *names("b", 30)], seed=1)
     put(tmp_path, names("c", 30), seed=2)
@@ -157,7 +157,7 @@ def test_a_takedown_removes_bytes_and_history_and_is_recorded_without_them(tmp_p
     assert takedowns(tmp_path, "toy") == [takedown]
 
 
-def test_what_another_entry_shares_stays(tmp_path: Path) -> None:
+def test_what_another_entry_shares_stays(tmp_path: Path):
     put(tmp_path, names("a", 5))
     before = [e for e in Store(tmp_path, "toy").snapshot().entries() if e.key != "a-long-key-0002"]
     takedown = purge(
@@ -167,16 +167,14 @@ def test_what_another_entry_shares_stays(tmp_path: Path) -> None:
     assert list(Store(tmp_path, "toy").snapshot().entries()) == before
 
 
-def test_an_entry_whose_key_and_caption_are_part_of_anothers_is_taken_down(tmp_path: Path) -> None:
+def test_an_entry_whose_key_and_caption_are_part_of_anothers_is_taken_down(tmp_path: Path):
     put(tmp_path, ["photo-1234", "photo-12345", "other-key-1"])
     assert purge(tmp_path, "toy", Selection(keys=["photo-1234"]), reason="asked for").entries == 1
     assert prove_absent(tmp_path, "toy", keys=["photo-1234"], captions=["the caption of photo-1234"]) == []
     assert prove_absent(tmp_path, "toy", keys=["photo-12345"])
 
 
-def test_a_takedown_that_is_cut_off_after_its_commit_is_on_record(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_takedown_that_is_cut_off_after_its_commit_is_on_record(tmp_path: Path, monkeypatch):
     put(tmp_path, ["photo-1234", "other-key-1"])
 
     class Interrupted(BaseException):
@@ -194,7 +192,7 @@ def test_a_takedown_that_is_cut_off_after_its_commit_is_on_record(
     assert [e.key for e in Store(tmp_path, "toy").snapshot().entries()] == ["other-key-1"]
 
 
-def test_damage_is_not_laundered_by_a_copy(tmp_path: Path) -> None:
+def test_damage_is_not_laundered_by_a_copy(tmp_path: Path):
     put(tmp_path, names("a", 5))
     store = Store(tmp_path, "toy")
     with store.env.begin(write=True) as txn:

@@ -35,7 +35,7 @@ def expected() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("written")
     with tarfile.open(WRITTEN / "root.tar.xz") as archive:
         archive.extractall(path, filter="data")
@@ -63,11 +63,11 @@ def check(url: str, version: str, expected: dict[str, Any], queries: np.ndarray)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_a_store_answers_as_it_did(version: str, root: Path, expected, queries) -> None:
+def test_a_store_answers_as_it_did(version: str, root: Path, expected, queries):
     check(f"file://{root}/shapes", version, expected, queries)
 
 
-def test_a_store_answers_over_grpc_as_it_did(root: Path, expected, queries) -> None:
+def test_a_store_answers_over_grpc_as_it_did(root: Path, expected, queries):
     server = Server(root, "127.0.0.1:0", device="cpu")
     server.start()
     try:
@@ -77,14 +77,14 @@ def test_a_store_answers_over_grpc_as_it_did(root: Path, expected, queries) -> N
         server.stop(0)
 
 
-def test_a_store_is_sound(root: Path) -> None:
+def test_a_store_is_sound(root: Path):
     assert verify(root, "shapes") == []
 
 
 @pytest.mark.parametrize(("name", "version"), [("shapes", 4), ("tuned", 5)])
 def test_bundles_come_out_the_same_and_go_in(
     name: str, version: int, root: Path, tmp_path: Path, expected, queries
-) -> None:
+):
     bundle = WRITTEN / f"{name}.tagstore"
     export(root, "shapes", tmp_path / "again.tagstore", version=version)
     assert (tmp_path / "again.tagstore").read_bytes() == bundle.read_bytes()
@@ -94,7 +94,7 @@ def test_bundles_come_out_the_same_and_go_in(
     assert [as_json(answer) for answer in answers] == expected["answers"][str(version)]["retrievals"][0]
 
 
-def test_a_recorded_map_answers_as_it_did(expected) -> None:
+def test_a_recorded_map_answers_as_it_did(expected):
     keys = [f"{colour}-{shape}" for colour in COLOURS for shape in ("circle", "square")]
     images = [
         picture(colour, shape, shift=i) for i, colour in enumerate(COLOURS) for shape in ("circle", "square")

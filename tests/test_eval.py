@@ -1,4 +1,4 @@
-"""Benchmarks: scores that were worked out by hand, files in the benchmarks' own formats, runs that were cut off, a judge over HTTP."""
+"""Benchmarks: scores computed by hand, files in their own formats, interrupted runs, a judge over HTTP."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tuna_model.evaluation.yes_no import is_yes, mme, pope, says_neither
 
 
 def values(metrics):
-    return {one.name: one.value for one in metrics}
+    return {metric.name: metric.value for metric in metrics}
 
 
 # bootstrap
@@ -42,9 +42,8 @@ def test_an_interval_holds_the_value_and_is_the_same_every_time(rng):
 
 def test_answers_about_one_image_are_drawn_together():
     scores = [1.0] * 50 + [0.0] * 50
-    assert (
-        mean("m", scores, [i // 50 for i in range(100)]).high == 1.0
-    )  # two images: both draws may be the good one
+    # two images: both draws may be the good one
+    assert mean("m", scores, [i // 50 for i in range(100)]).high == 1.0
     assert mean("m", scores, range(100)).high < 0.65
 
 
@@ -56,14 +55,14 @@ def test_no_resamples_no_interval():
 # yes or no
 
 
-@pytest.mark.parametrize(
-    ("answer", "yes"),
-    [("Yes", True), ("No, there is not.", False), ("yes. But no cat.", True), ("There is not a dog", False), ("A dog", True),
-     ("Nope", False),
-     ("I know it is", True), ("", True)],
-)  # fmt: skip
-def test_yes_is_what_popes_script_takes_for_it(answer, yes):
-    assert is_yes(answer) is yes
+@pytest.mark.parametrize("answer", ["Yes", "yes. But no cat.", "A dog", "I know it is", ""])
+def test_popes_script_takes_this_for_yes(answer):
+    assert is_yes(answer) is True
+
+
+@pytest.mark.parametrize("answer", ["No, there is not.", "There is not a dog", "Nope"])
+def test_popes_script_takes_this_for_no(answer):
+    assert is_yes(answer) is False
 
 
 def test_an_answer_with_neither_word_is_noticed():
@@ -74,14 +73,8 @@ def test_an_answer_with_neither_word_is_noticed():
 
 def test_pope_by_hand():
     figures = values(pope(["yes", "yes", "no", "no", "yes"], [True, False, True, False, True], list("abcde")))
-    assert figures == {
-        "accuracy": 0.6,
-        "precision": 2 / 3,
-        "recall": 2 / 3,
-        "f1": 2 / 3,
-        "yes": 0.6,
-        "neither": 0.0,
-    }
+    ratios = {"precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3}
+    assert figures == {"accuracy": 0.6, **ratios, "yes": 0.6, "neither": 0.0}
 
 
 def test_mme_wants_both_answers_of_an_image():
@@ -144,19 +137,8 @@ def test_without_java_meteor_is_refused_by_name(monkeypatch):
 
 # CHAIR
 
-SYNONYMS = Synonyms(
-    [
-        "person, man, woman, player",
-        "dog, puppy",
-        "chair, seat",
-        "toilet",
-        "hot dog",
-        "tie",
-        "train",
-        "bear, cub",
-        "wine glass",
-    ]
-)
+GROUPS = "person, man, woman, player|dog, puppy|chair, seat|toilet|hot dog|tie|train|bear, cub|wine glass"
+SYNONYMS = Synonyms(GROUPS.split("|"))
 
 
 @pytest.mark.parametrize(
@@ -178,12 +160,8 @@ def test_chair_by_hand():
     truth = present(["person"], ["A man with his dogs"], SYNONYMS)
     assert truth == {"person", "dog"}
     figures = values(chair(["A man, a chair", "A woman"], [truth, {"person"}], ["a", "b"], SYNONYMS))
-    assert figures == {
-        "CHAIRi": pytest.approx(1 / 3),
-        "CHAIRs": 0.5,
-        "recall": pytest.approx(2 / 3),
-        "objects": 1.5,
-    }
+    shares = {"CHAIRi": pytest.approx(1 / 3), "CHAIRs": 0.5, "recall": pytest.approx(2 / 3)}
+    assert figures == {**shares, "objects": 1.5}
 
 
 # short answers
@@ -202,7 +180,7 @@ def test_vqa_by_hand():
 
 
 class Parrot:
-    """Says what it was told to, and how often it was asked."""
+    """A model that gives one answer to every question and counts the questions."""
 
     def __init__(self, says: str) -> None:
         self.says, self.asked = says, 0
@@ -257,31 +235,22 @@ def test_pope_from_its_file_and_repope_instead_of_its_labels(files: Path):
 
 
 def test_every_task_from_its_files(files: Path):
-    assert (
-        evaluate(load_task("vqa", TaskOptions(files / "vqa.jsonl")), Parrot("Red.")).value("exact match")
-        == 1.0
-    )
-    assert (
-        evaluate(load_task("mme", TaskOptions(files / "pope.jsonl")), Parrot("no")).value("accuracy+") == 0.5
-    )
-    assert (
-        evaluate(load_task("captions", TaskOptions(files / "captions.jsonl")), Parrot("one dog")).value(
-            "ROUGE-L"
-        )
-        == 1.0
-    )
-    chairs = load_task("chair", TaskOptions(files / "captions.jsonl", synonyms=files / "synonyms.txt"))
-    assert evaluate(chairs, Parrot("A man.")).value("CHAIRi") == 1.0
+    synonyms = {"synonyms": files / "synonyms.txt"}
+    for task, file, options, answer, metric, value in (
+        ("vqa", "vqa.jsonl", {}, "Red.", "exact match", 1.0),
+        ("mme", "pope.jsonl", {}, "no", "accuracy+", 0.5),
+        ("captions", "captions.jsonl", {}, "one dog", "ROUGE-L", 1.0),
+        ("chair", "captions.jsonl", synonyms, "A man.", "CHAIRi", 1.0),
+    ):
+        loaded = load_task(task, TaskOptions(files / file, **options))
+        assert evaluate(loaded, Parrot(answer)).value(metric) == value, task
 
 
 def test_results_are_written_with_what_they_depend_on_and_a_run_goes_on_where_it_was_cut_off(
     files: Path, tmp_path: Path
 ):
-    task, parrot, out = (
-        load_task("pope", TaskOptions(files / "pope.jsonl", seed=5)),
-        Parrot("no"),
-        tmp_path / "out",
-    )
+    task = load_task("pope", TaskOptions(files / "pope.jsonl", seed=5))
+    parrot, out = Parrot("no"), tmp_path / "out"
 
     class PowerCut(Exception):
         pass
@@ -342,13 +311,10 @@ def endpoint() -> Iterator[tuple[str, list[dict], list[str]]]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
-            requests.append(
-                json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                | {"key": self.headers["Authorization"]}
-            )
-            body = json.dumps(
-                {"choices": [{"message": {"content": says.pop(0)}}]} if says else {"oops": 1}
-            ).encode()
+            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            requests.append(request | {"key": self.headers["Authorization"]})
+            answer = {"choices": [{"message": {"content": says.pop(0)}}]} if says else {"oops": 1}
+            body = json.dumps(answer).encode()
             self.send_response(200)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()

@@ -61,7 +61,7 @@ def png_header(width: int, height: int) -> bytes:
         ("TIFF", {"compression": "tiff_lzw"}, 0),
     ],
 )
-def test_formats(format: str, options: dict[str, Any], tolerance: int) -> None:
+def test_formats(format: str, options: dict[str, Any], tolerance: int):
     image = photograph()
     decoded = decode(encoded(image, format, **options))
     assert (decoded.mode, decoded.size) == ("RGB", image.size)
@@ -69,7 +69,7 @@ def test_formats(format: str, options: dict[str, Any], tolerance: int) -> None:
 
 
 @pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", "TIFF"])
-def test_first_frame_of_an_animation(format: str) -> None:
+def test_first_frame_of_an_animation(format: str):
     frames = [Image.new("RGB", (8, 6), colour) for colour in ("red", "blue")]
     data = encoded(
         frames[0],
@@ -81,7 +81,7 @@ def test_first_frame_of_an_animation(format: str) -> None:
     assert decode(data).getpixel((3, 3)) == (255, 0, 0)
 
 
-def test_palette_and_one_bit() -> None:
+def test_palette_and_one_bit():
     image = Image.new("RGB", (8, 6), (10, 200, 30))
     assert decode(encoded(image.quantize(4), "PNG")).getpixel((0, 0)) == (10, 200, 30)
     bits = Image.new("1", (8, 6), 1)
@@ -90,7 +90,7 @@ def test_palette_and_one_bit() -> None:
     assert (decoded.getpixel((2, 1)), decoded.getpixel((0, 0))) == ((0, 0, 0), (255, 255, 255))
 
 
-def test_transparency_becomes_white() -> None:
+def test_transparency_becomes_white():
     rgba = Image.new("RGBA", (4, 1), (0, 0, 0, 0))
     rgba.putpixel((1, 0), (200, 0, 0, 255))
     rgba.putpixel((2, 0), (0, 0, 0, 128))
@@ -104,7 +104,7 @@ def test_transparency_becomes_white() -> None:
 
 
 @pytest.mark.parametrize("mode", ["P", "RGB", "L"])
-def test_a_transparent_colour_becomes_white(mode: str) -> None:
+def test_a_transparent_colour_becomes_white(mode: str):
     image = Image.new("RGB", (2, 1), (0, 0, 0))
     image.putpixel((1, 0), (200, 200, 200))
     image = image.quantize(2) if mode == "P" else image.convert(mode)
@@ -114,14 +114,14 @@ def test_a_transparent_colour_becomes_white(mode: str) -> None:
 
 
 @pytest.mark.parametrize("format", ["PNG", "TIFF"])
-def test_16_bit_grey_is_scaled_and_not_clipped(format: str) -> None:
+def test_16_bit_grey_is_scaled_and_not_clipped(format: str):
     values = np.array([[0, 257, 12_850, 32_896, 65_535]], dtype=np.uint16)
     decoded = np.asarray(decode(encoded(Image.fromarray(values), format)))
     assert decoded[0, :, 0].tolist() == [0, 1, 50, 128, 255]
     assert (decoded[..., 0] == decoded[..., 2]).all()
 
 
-def test_16_bit_grey_big_endian() -> None:
+def test_16_bit_grey_big_endian():
     header = struct.pack(">IIBBBBB", 2, 1, 16, 0, 0, 0, 0)
     pixels = zlib.compress(b"\0" + struct.pack(">HH", 0xFF00, 0x00FF))
     data = b"\x89PNG\r\n\x1a\n"
@@ -130,7 +130,7 @@ def test_16_bit_grey_big_endian() -> None:
     assert np.asarray(decode(data))[0, :, 0].tolist() == [254, 1]
 
 
-def test_wide_grey_is_stretched_from_its_own_range() -> None:
+def test_wide_grey_is_stretched_from_its_own_range():
     integers = np.array([[-1000, 0, 1000]], dtype=np.int32)
     floats = np.array([[0.0, 0.5, 1.0, np.nan]], dtype=np.float32)
     assert np.asarray(decode(encoded(Image.fromarray(integers), "TIFF")))[0, :, 0].tolist() == [0, 128, 255]
@@ -139,7 +139,7 @@ def test_wide_grey_is_stretched_from_its_own_range() -> None:
         decode(encoded(Image.fromarray(np.full((2, 2), np.nan, dtype=np.float32)), "TIFF"))
 
 
-def test_cmyk_of_adobe_and_without_adobes_marker() -> None:
+def test_cmyk_of_adobe_and_without_adobes_marker():
     cyan = Image.new("CMYK", (16, 16), (255, 0, 0, 0))
     adobe = encoded(cyan, "JPEG", quality=95)  # Pillow writes what Adobe does: inverted, with the marker
     start = adobe.index(b"\xff\xee")
@@ -153,7 +153,7 @@ def test_cmyk_of_adobe_and_without_adobes_marker() -> None:
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
-def test_exif_rotation_is_applied(format: str, orientation: int) -> None:
+def test_exif_rotation_is_applied(format: str, orientation: int):
     upright = Image.new("RGB", (32, 16), "white")
     upright.paste((255, 0, 0), (0, 0, 16, 8))  # red is the upper left quarter
     undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Image.Transpose that takes upright to stored
@@ -169,13 +169,13 @@ def test_exif_rotation_is_applied(format: str, orientation: int) -> None:
 
 
 @pytest.mark.parametrize("orientation", [0, 9, 65_535])
-def test_an_orientation_that_means_nothing_is_ignored(orientation: int) -> None:
+def test_an_orientation_that_means_nothing_is_ignored(orientation: int):
     exif = Image.Exif()
     exif[0x0112] = orientation
     assert decode(encoded(photograph(), "JPEG", exif=exif)).size == (96, 64)
 
 
-def test_damaged_exif_keeps_the_picture_and_warns_nobody() -> None:
+def test_damaged_exif_keeps_the_picture_and_warns_nobody():
     exif = b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + b"\x12\x01\x05\0\xff\xff\xff\xff\xff\xff\xff\xff" * 3
     data = encoded(photograph(), "JPEG", exif=exif)
     with warnings.catch_warnings():
@@ -186,7 +186,7 @@ def test_damaged_exif_keeps_the_picture_and_warns_nobody() -> None:
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
-def test_every_truncation_is_a_clear_error_or_an_image(format: str) -> None:
+def test_every_truncation_is_a_clear_error_or_an_image(format: str):
     data = encoded(photograph(), format)
     with pytest.raises(BadImage, match=r"again"):
         decode(data[: len(data) // 2])
@@ -196,7 +196,7 @@ def test_every_truncation_is_a_clear_error_or_an_image(format: str) -> None:
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
-def test_damaged_bytes_never_raise_anything_else(format: str) -> None:
+def test_damaged_bytes_never_raise_anything_else(format: str):
     data = encoded(photograph(), format)
     random = np.random.default_rng(7)
     refused = 0
@@ -226,7 +226,7 @@ def test_damaged_bytes_never_raise_anything_else(format: str) -> None:
         (b"\0" * 64, "not an image"),
     ],
 )
-def test_what_is_no_image(data: bytes, message: str) -> None:
+def test_what_is_no_image(data: bytes, message: str):
     with pytest.raises(BadImage, match=message):
         decode(data)
 
@@ -235,18 +235,18 @@ def test_what_is_no_image(data: bytes, message: str) -> None:
     ("width", "height"),
     [(30_000, 30_000), (2_000_000_000, 2_000_000_000), (1, 2_000_000_000), (100_001, 1000)],
 )
-def test_a_decompression_bomb_is_refused_from_its_header(width: int, height: int) -> None:
+def test_a_decompression_bomb_is_refused_from_its_header(width: int, height: int):
     with pytest.raises(BadImage, match=r"too large: .*more than the limit of 100,000,000 in all.*max_pixels"):
         decode(png_header(width, height))
 
 
-def test_no_pixels() -> None:
+def test_no_pixels():
     with pytest.raises(BadImage):
         decode(png_header(0, 10))
 
 
 @pytest.mark.parametrize("format", ["GIF", "BMP"])
-def test_bombs_of_other_formats(format: str) -> None:
+def test_bombs_of_other_formats(format: str):
     data = bytearray(encoded(Image.new("P", (8, 8)), format))
     place = {"GIF": 6, "BMP": 18}[format]
     size = struct.pack("<HH", 60_000, 60_000) if format == "GIF" else struct.pack("<ii", 60_000, 60_000)
@@ -255,7 +255,7 @@ def test_bombs_of_other_formats(format: str) -> None:
         decode(bytes(data))
 
 
-def test_the_limit_is_an_option_and_no_pillow_limit_interferes() -> None:
+def test_the_limit_is_an_option_and_no_pillow_limit_interferes():
     data = encoded(Image.new("1", (10_000, 9_500)), "PNG")  # beyond Pillow's own warning at 89 million
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -264,7 +264,7 @@ def test_the_limit_is_an_option_and_no_pillow_limit_interferes() -> None:
         decode(encoded(photograph(), "PNG"), max_pixels=1000)
 
 
-def test_threads_get_what_one_thread_gets() -> None:
+def test_threads_get_what_one_thread_gets():
     data = [
         encoded(photograph(seed=seed), format)
         for seed in range(8)
@@ -284,7 +284,7 @@ def test_threads_get_what_one_thread_gets() -> None:
     assert list(warnings.filters) == before
 
 
-def test_perceptual_hash_keeps_through_scaling_and_tells_pictures_apart() -> None:
+def test_perceptual_hash_keeps_through_scaling_and_tells_pictures_apart():
     image = photograph(640, 480)
     value = perceptual_hash(image)
     assert 0 <= value < 2**64
@@ -296,7 +296,7 @@ def test_perceptual_hash_keeps_through_scaling_and_tells_pictures_apart() -> Non
     assert isinstance(perceptual_hash(Image.new("RGB", (5000, 2))), int)
 
 
-def test_a_strip_that_would_become_gigabytes_is_refused() -> None:
+def test_a_strip_that_would_become_gigabytes_is_refused():
     buffer = BytesIO()
     Image.new("L", (1, 3000)).save(buffer, "PNG")
     with pytest.raises(BadImage, match="a strip of more than 100 to 1"):

@@ -78,7 +78,7 @@ def append(root: Path, name: str, vectors: np.ndarray, prefix: str = "k") -> Sna
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(tmp_path_factory) -> Path:
     """A root with store "large": version 1 is flat, and there is one for each other kind."""
     root = tmp_path_factory.mktemp("indexes")
     append(root, "large", clustered(N))
@@ -112,7 +112,7 @@ def similarities(oracle: NumpyIndex, queries: np.ndarray, ids: np.ndarray) -> np
 @pytest.mark.parametrize("batch", [1, 3, 70])
 def test_every_kind_finds_what_numpy_finds(
     engines: dict[str, Engine], oracle: NumpyIndex, kind: str, batch: int
-) -> None:
+):
     queries = clustered(70, 5)
     best = similarities(oracle, queries, oracle.search(queries, 10))
     pieces = [engines[kind].index.search(queries[i : i + batch], 10)[:, :10] for i in range(0, 70, batch)]
@@ -126,7 +126,7 @@ def test_every_kind_finds_what_numpy_finds(
 
 
 @pytest.mark.parametrize("kind", VERSION)
-def test_answers_do_not_depend_on_the_batch_whatever_the_kind(engines: dict[str, Engine], kind: str) -> None:
+def test_answers_do_not_depend_on_the_batch_whatever_the_kind(engines: dict[str, Engine], kind: str):
     queries = clustered(40, 6)
     together = engines[kind].retrieve(queries, Search(k=4))
     assert together == [engines[kind].retrieve(q[None], Search(k=4))[0] for q in queries]
@@ -135,7 +135,7 @@ def test_answers_do_not_depend_on_the_batch_whatever_the_kind(engines: dict[str,
 @pytest.mark.parametrize("kind", APPROXIMATE)
 def test_where_the_candidates_cover_the_truth_the_answer_is_the_exact_one(
     engines: dict[str, Engine], kind: str
-) -> None:
+):
     queries = clustered(30, 7)
     wide = Search(k=3, nprobe=1 << 20, ef_search=2048)
     got, true = (engines[kind].nearest(queries, s) for s in (wide, replace(wide, exact=True)))
@@ -144,7 +144,7 @@ def test_where_the_candidates_cover_the_truth_the_answer_is_the_exact_one(
     assert engines[kind].nearest(queries, replace(wide, exact=True)) == engines["flat"].nearest(queries, wide)
 
 
-def test_request_parameters_change_nothing_that_is_shared(engines: dict[str, Engine]) -> None:
+def test_request_parameters_change_nothing_that_is_shared(engines: dict[str, Engine]):
     queries = clustered(300, 8)
     narrow, wide = Search(ef_search=1, nprobe=1), Search(ef_search=500, nprobe=100)
     for kind in APPROXIMATE:
@@ -166,7 +166,7 @@ def test_request_parameters_change_nothing_that_is_shared(engines: dict[str, Eng
         assert not wrong, kind
 
 
-def test_masked_searches_in_many_threads_agree(root: Path, tmp_path: Path) -> None:
+def test_masked_searches_in_many_threads_agree(root: Path, tmp_path: Path):
     """FAISS writes into the parameters of a filtered search: threads must not share them."""
     append(tmp_path, "s", clustered(600))
     delete(tmp_path, "s", Selection(keys=[f"k{i}" for i in range(250)]))
@@ -222,7 +222,7 @@ def brute(
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+def small(tmp_path_factory) -> Engine:
     return Engine(append(tmp_path_factory.mktemp("small"), "small", clustered(400)))
 
 
@@ -253,7 +253,7 @@ def test_filters_and_exclusions_are_what_a_look_at_every_entry_gives(
     bits: int,
     keys: list,
     ids: list,
-) -> None:
+):
     oracle = NumpyIndex(small.snapshot.vectors(small.snapshot.live()), small.snapshot.live())
     entry = small.snapshot.entry(at)
     own = Identity(entry.key, entry.sha256, entry.perceptual_hash)
@@ -267,7 +267,7 @@ def test_filters_and_exclusions_are_what_a_look_at_every_entry_gives(
 @pytest.mark.parametrize("kind", VERSION)
 def test_k_neighbours_come_back_whatever_is_kept_out(
     engines: dict[str, Engine], oracle: NumpyIndex, kind: str
-) -> None:
+):
     engine, snapshot = engines[kind], engines[kind].snapshot
     queries = oracle.vectors[:6]
     near = {n for ids, _, _ in engines["flat"].nearest(queries, Search(k=200)) for n in ids}
@@ -290,7 +290,7 @@ def test_k_neighbours_come_back_whatever_is_kept_out(
     assert all(len(ids) == 50 for ids, _, _ in engine.nearest(queries, rare))
 
 
-def test_a_guard_that_could_not_hold_is_refused(small: Engine) -> None:
+def test_a_guard_that_could_not_hold_is_refused(small: Engine):
     query = np.ones((1, D), np.float32)
     for exclude, missing in (
         (Exclude(key=True), "key"),
@@ -318,7 +318,7 @@ def test_a_guard_that_could_not_hold_is_refused(small: Engine) -> None:
             small.retrieve(query, search, identities)
 
 
-def test_tags_come_in_the_order_asked_for_and_only_as_much_of_them(small: Engine) -> None:
+def test_tags_come_in_the_order_asked_for_and_only_as_much_of_them(small: Engine):
     query = clustered(1, 3)
     [whole] = small.retrieve(query, Search(k=9))
     for order in ("votes", "similarity", "relevance"):
@@ -336,16 +336,14 @@ def test_tags_come_in_the_order_asked_for_and_only_as_much_of_them(small: Engine
     assert [replace(t, tag="", neighbours=()) for t in whole.tags] == list(bare.tags)
 
 
-def test_filters_are_kept_within_their_memory(small: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_filters_are_kept_within_their_memory(small: Engine, monkeypatch):
     monkeypatch.setattr(filters, "FILTER_BYTES", 100)
     for i in range(5):
         small.retrieve(np.ones((1, D), np.float32), Search(where={"size": str(i)}))
     assert len(small._filters._kept) == 2
 
 
-def test_tags_at_hand_are_let_go_when_they_are_too_many(
-    small: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tags_at_hand_are_let_go_when_they_are_too_many(small: Engine, monkeypatch):
     queries = clustered(30, 11)
     expected = small.retrieve(queries)
     monkeypatch.setattr(tag_votes, "TABLE_BYTES", 12 * (4 * D + 300))
@@ -356,7 +354,7 @@ def test_tags_at_hand_are_let_go_when_they_are_too_many(
 
 def test_an_index_file_lends_the_stored_vectors_without_a_copy(
     root: Path, engines: dict[str, Engine], tmp_path: Path
-) -> None:
+):
     append(tmp_path, "s", clustered(900))
     delete(tmp_path, "s", Selection(keys=[f"k{i}" for i in range(0, 900, 7)]))
     append(tmp_path, "s", clustered(50, 78), "late")
@@ -372,7 +370,7 @@ def test_an_index_file_lends_the_stored_vectors_without_a_copy(
             assert not part._codes.flags.writeable
 
 
-def test_float16_is_widened_bit_for_bit() -> None:
+def test_float16_is_widened_bit_for_bit():
     finite = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
     finite = finite[np.isfinite(finite)]
     np.testing.assert_array_equal(widened(finite).view(np.uint32), finite.astype(np.float32).view(np.uint32))
@@ -388,7 +386,7 @@ def test_float16_is_widened_bit_for_bit() -> None:
 )
 def test_exact_search_over_any_run_and_any_set(
     small: Engine, first: int, end: int, k: int, n: int, seed: int
-) -> None:
+):
     rng = np.random.default_rng(seed)
     kept = rng.random(400) < rng.random()
     allowed = Allowed.of(np.packbits(kept, bitorder="little"))
@@ -408,9 +406,7 @@ def test_exact_search_over_any_run_and_any_set(
         np.testing.assert_allclose(ours, theirs, atol=2e-6)
 
 
-def test_exact_search_in_threads_and_with_merges(
-    engines: dict[str, Engine], oracle: NumpyIndex, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_exact_search_in_threads_and_with_merges(engines: dict[str, Engine], oracle: NumpyIndex, monkeypatch):
     monkeypatch.setattr(exact, "MAX_HELD", 1)
     monkeypatch.setattr(exact, "cores", lambda: 2)
     queries = clustered(20, 12)
@@ -431,7 +427,7 @@ def copied(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_what_comes_and_goes_beside_a_tuned_index_is_seen_at_once(copied: Path) -> None:
+def test_what_comes_and_goes_beside_a_tuned_index_is_seen_at_once(copied: Path):
     first = Store(copied, "s").snapshot()
     assert first.version.index["stale"] == {"beside": 0.0, "dead": 0.0, "rebuild": False}
     new = clustered(40, 77)
@@ -455,7 +451,7 @@ def test_what_comes_and_goes_beside_a_tuned_index_is_seen_at_once(copied: Path) 
     assert verify(copied, "s") == []
 
 
-def test_compaction_tunes_again_and_repair_too(copied: Path) -> None:
+def test_compaction_tunes_again_and_repair_too(copied: Path):
     append(copied, "s", clustered(50, 78), "new")
     delete(copied, "s", Selection(keys=["k3"]))
     version = compact(copied, "s")
@@ -470,7 +466,7 @@ def test_compaction_tunes_again_and_repair_too(copied: Path) -> None:
     assert Store(copied, "s").snapshot().version.index["files"][0]["sha256"] == file["sha256"]
 
 
-def test_many_small_commits_leave_a_tuned_file_alone(copied: Path) -> None:
+def test_many_small_commits_leave_a_tuned_file_alone(copied: Path):
     for i in range(6):
         snapshot = append(copied, "s", clustered(30, 100 + i), f"n{i}-")
     files = snapshot.version.index["files"]
@@ -480,7 +476,7 @@ def test_many_small_commits_leave_a_tuned_file_alone(copied: Path) -> None:
     assert FaissIndex(snapshot).search(clustered(5), 5).shape == (5, 5)
 
 
-def test_the_same_store_gives_the_same_index(tmp_path: Path) -> None:
+def test_the_same_store_gives_the_same_index(tmp_path: Path):
     digests = []
     for name in ("a", "b"):
         append(tmp_path, name, clustered(N))
@@ -493,7 +489,7 @@ def test_the_same_store_gives_the_same_index(tmp_path: Path) -> None:
     assert digests[0] == digests[1]
 
 
-def test_build_index_picks_the_first_that_holds_the_budget(root: Path, tmp_path: Path) -> None:
+def test_build_index_picks_the_first_that_holds_the_budget(root: Path, tmp_path: Path):
     append(tmp_path, "s", clustered(2000))
     outcome = build_index(tmp_path, "s", Budget(latency=10))
     assert (outcome.chosen.plan.kind, outcome.chosen.recall) == ("flat", 1.0)
@@ -508,7 +504,7 @@ def test_build_index_picks_the_first_that_holds_the_budget(root: Path, tmp_path:
     assert [v.operation for v in Store(tmp_path, "s").versions()] == ["ingest", "build-index", "build-index"]
 
 
-def test_a_budget_that_cannot_be_held_changes_nothing(tmp_path: Path) -> None:
+def test_a_budget_that_cannot_be_held_changes_nothing(tmp_path: Path):
     append(tmp_path, "s", clustered(1500))
     before = sorted(p.name for p in Store(tmp_path, "s").index_directory.iterdir())
     with pytest.raises(OverBudget, match=r"nothing was changed. The best found is \w+") as caught:
@@ -533,7 +529,7 @@ def test_a_budget_that_cannot_be_held_changes_nothing(tmp_path: Path) -> None:
         build_index(tmp_path, "s", kind="best")
 
 
-def test_the_command(tmp_path: Path) -> None:
+def test_the_command(tmp_path: Path):
     append(tmp_path, "s", clustered(800))
     url = f"file://{tmp_path}/s"
     run = CliRunner().invoke(
@@ -566,13 +562,13 @@ def test_the_command(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", VERSION)
-def test_the_weight_of_a_file_is_known_before_it_is_built(root: Path, kind: str) -> None:
+def test_the_weight_of_a_file_is_known_before_it_is_built(root: Path, kind: str):
     [file] = Store(root, "large").snapshot(VERSION[kind]).version.index["files"]
     plan = faiss_index.plan_of(file["plan"]) if "plan" in file else plans.Plan("flat")
     assert plans.file_bytes(plan, N, D) == pytest.approx(file["bytes"], rel=0.1)
 
 
-def test_verify_names_an_index_that_holds_other_vectors_than_the_store(tmp_path: Path) -> None:
+def test_verify_names_an_index_that_holds_other_vectors_than_the_store(tmp_path: Path):
     append(tmp_path, "s", clustered(300))
     with Writer(tmp_path, "s") as writer:
         assert writer.parent

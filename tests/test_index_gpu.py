@@ -21,7 +21,7 @@ without = pytest.mark.skipif(gpu.devices() > 0, reason="this FAISS has a GPU")
 
 
 @pytest.fixture(scope="module")
-def snapshot(tmp_path_factory: pytest.TempPathFactory) -> Snapshot:
+def snapshot(tmp_path_factory) -> Snapshot:
     root = tmp_path_factory.mktemp("gpu")
     rng = np.random.default_rng(0)
     vectors = rng.standard_normal((N, D), dtype=np.float32)
@@ -34,14 +34,14 @@ def snapshot(tmp_path_factory: pytest.TempPathFactory) -> Snapshot:
     return Store(root, "s").snapshot()
 
 
-def test_devices_are_named_as_they_are_elsewhere() -> None:
+def test_devices_are_named_as_they_are_elsewhere():
     assert gpu.device_number("cpu") is None
     with pytest.raises(InvalidInput, match="auto, cpu, cuda or cuda:N"):
         gpu.device_number("tpu")
 
 
 @without
-def test_without_a_gpu_auto_is_the_cpu_and_cuda_says_what_is_missing(snapshot: Snapshot) -> None:
+def test_without_a_gpu_auto_is_the_cpu_and_cuda_says_what_is_missing(snapshot: Snapshot):
     assert gpu.device_number("auto") is None
     assert isinstance(Engine(snapshot, device="auto").index, FaissIndex)
     for device in ("cuda", "cuda:1"):
@@ -49,9 +49,7 @@ def test_without_a_gpu_auto_is_the_cpu_and_cuda_says_what_is_missing(snapshot: S
             Engine(snapshot, device=device)
 
 
-def test_what_does_not_fit_is_refused_before_it_is_loaded(
-    snapshot: Snapshot, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_does_not_fit_is_refused_before_it_is_loaded(snapshot: Snapshot, caplog):
     caplog.set_level("INFO")
     needed = gpu.required_bytes(FaissIndex(snapshot), snapshot)
     assert needed >= N * D * 2 + gpu.TEMPORARY
@@ -66,7 +64,7 @@ def test_what_does_not_fit_is_refused_before_it_is_loaded(
 @pytest.mark.gpu
 @pytest.mark.skipif(gpu.devices() == 0, reason="needs a CUDA device and faiss-gpu")
 @pytest.mark.parametrize("kind", ["flat", "ivf", "ivfpq"])
-def test_a_gpu_answers_as_the_cpu_does(snapshot: Snapshot, kind: str) -> None:
+def test_a_gpu_answers_as_the_cpu_does(snapshot: Snapshot, kind: str):
     build_index(snapshot.store.directory.parent, "s", Budget(recall=0.3), kind=kind)
     now = Store(snapshot.store.directory.parent, "s").snapshot()
     there, here = Engine(now, device="cuda:0"), Engine(now)

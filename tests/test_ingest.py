@@ -22,7 +22,7 @@ def source(tmp_path: Path) -> Path:
     return write_shapes(tmp_path / "shapes")
 
 
-def test_a_folder_becomes_a_store(source: Path, tmp_path: Path, mini) -> None:
+def test_a_folder_becomes_a_store(source: Path, tmp_path: Path, mini):
     stages: dict[str, int] = {}
     report = ingest(
         str(source),
@@ -69,13 +69,13 @@ def test_a_folder_becomes_a_store(source: Path, tmp_path: Path, mini) -> None:
     assert snapshot.version.fingerprint == mini.fingerprint
 
 
-def test_the_same_source_again_changes_nothing(source: Path, tmp_path: Path, mini) -> None:
+def test_the_same_source_again_changes_nothing(source: Path, tmp_path: Path, mini):
     ingest(str(source), root=tmp_path, store="s", encoder=mini)
     again = ingest(str(source), root=tmp_path, store="s", encoder=mini)
     assert (again.version, again.added, again.unchanged, again.entries) == (1, 0, 18, 18)
 
 
-def test_a_changed_pair_replaces_its_entry(source: Path, tmp_path: Path, mini) -> None:
+def test_a_changed_pair_replaces_its_entry(source: Path, tmp_path: Path, mini):
     ingest(str(source), root=tmp_path, store="s", encoder=mini)
     (source / "red-circle.txt").write_text("A tomato.")
     report = ingest(str(source), root=tmp_path, store="s", encoder=mini)
@@ -85,7 +85,7 @@ def test_a_changed_pair_replaces_its_entry(source: Path, tmp_path: Path, mini) -
         assert [t.tag for t in answer] == ["tomato"]
 
 
-def test_another_miner_mines_everything_again(source: Path, tmp_path: Path, mini) -> None:
+def test_another_miner_mines_everything_again(source: Path, tmp_path: Path, mini):
     ingest(str(source), root=tmp_path, store="s", encoder=mini, miner="none")
     assert Store(tmp_path, "s").snapshot().version.tags == 0
     report = ingest(str(source), root=tmp_path, store="s", encoder=mini, miner="rules")
@@ -93,7 +93,7 @@ def test_another_miner_mines_everything_again(source: Path, tmp_path: Path, mini
     assert report.tags > 0
 
 
-def test_bad_pairs_are_quarantined_and_the_good_ones_get_in(source: Path, tmp_path: Path, mini) -> None:
+def test_bad_pairs_are_quarantined_and_the_good_ones_get_in(source: Path, tmp_path: Path, mini):
     def bad(name: str, data: bytes, caption: str | None = "A caption.") -> None:
         (source / name).write_bytes(data)
         if caption is not None:
@@ -129,7 +129,7 @@ def test_bad_pairs_are_quarantined_and_the_good_ones_get_in(source: Path, tmp_pa
     assert sum(report.reasons.values()) == 7
 
 
-def test_a_duplicate_key_keeps_the_first(tmp_path: Path, mini) -> None:
+def test_a_duplicate_key_keeps_the_first(tmp_path: Path, mini):
     (tmp_path / "red.png").write_bytes(picture("red", "circle"))
     (tmp_path / "blue.png").write_bytes(picture("blue", "circle"))
     rows = [
@@ -147,7 +147,7 @@ def test_a_duplicate_key_keeps_the_first(tmp_path: Path, mini) -> None:
     ] == "A red circle."
 
 
-def test_a_source_of_which_nothing_can_be_used_makes_no_version(tmp_path: Path, mini) -> None:
+def test_a_source_of_which_nothing_can_be_used_makes_no_version(tmp_path: Path, mini):
     folder = tmp_path / "bad"
     folder.mkdir()
     (folder / "a.jpg").write_bytes(b"no image")
@@ -157,7 +157,7 @@ def test_a_source_of_which_nothing_can_be_used_makes_no_version(tmp_path: Path, 
     assert store_names(tmp_path / "root") == []
 
 
-def test_a_source_that_cannot_be_read_leaves_nothing_on_disk(tmp_path: Path, mini) -> None:
+def test_a_source_that_cannot_be_read_leaves_nothing_on_disk(tmp_path: Path, mini):
     (tmp_path / "empty").mkdir()
     for source in ("empty", "missing", "missing-{0..3}.tar"):
         with pytest.raises((InvalidInput, NotFound)):
@@ -167,7 +167,7 @@ def test_a_source_that_cannot_be_read_leaves_nothing_on_disk(tmp_path: Path, min
     assert store_names(tmp_path / "root") == []
 
 
-def test_an_ingest_with_another_encoder_is_refused(source: Path, tmp_path: Path, mini) -> None:
+def test_an_ingest_with_another_encoder_is_refused(source: Path, tmp_path: Path, mini):
     ingest(str(source), root=tmp_path, store="s", encoder=mini)
     with pytest.raises(FingerprintMismatch, match=mini.fingerprint.digest):
         ingest(str(source), root=tmp_path, store="s", encoder="RN50/random", device="cpu")
@@ -175,7 +175,7 @@ def test_an_ingest_with_another_encoder_is_refused(source: Path, tmp_path: Path,
 
 def test_an_ingest_that_dies_leaves_the_version_before_and_can_be_run_again(
     source: Path, tmp_path: Path, mini, monkeypatch
-) -> None:
+):
     ingest(str(source), root=tmp_path, store="s", encoder=mini)
     (source / "new.png").write_bytes(picture("black", "square"))
     (source / "new.txt").write_text("A black square.")
@@ -198,7 +198,7 @@ def test_an_ingest_that_dies_leaves_the_version_before_and_can_be_run_again(
 @pytest.mark.parametrize("cut_off", [False, True])
 def test_no_other_writer_gets_in_between_the_steps_of_an_ingest(
     source: Path, tmp_path: Path, mini, monkeypatch, cut_off: bool
-) -> None:
+):
     if cut_off:
         with monkeypatch.context() as patch:
             patch.setattr("tagstore.indexing.faiss_index.extend", None)
@@ -217,7 +217,7 @@ def test_no_other_writer_gets_in_between_the_steps_of_an_ingest(
     assert (report.version, report.added, report.resumed) == (1, 18, 0)
 
 
-def test_an_ingest_reads_the_version_before_once(source: Path, tmp_path: Path, mini, monkeypatch) -> None:
+def test_an_ingest_reads_the_version_before_once(source: Path, tmp_path: Path, mini, monkeypatch):
     begin, begun = Writer._begin, []
     monkeypatch.setattr(Writer, "_begin", lambda writer: begun.append(begin(writer)))
     ingest(str(source), root=tmp_path, store="s", encoder=mini)

@@ -17,7 +17,7 @@ SCRIPT = Path(__file__).parent.parent / "benchmarks" / "kernels" / "ahead_of_tim
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
-def test_variants_compile_without_spills(arch: int, tmp_path: Path) -> None:
+def test_variants_compile_without_spills(arch: int, tmp_path: Path):
     # a process of its own: kernels of this one may be interpreted
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {
         "TRITON_CACHE_DIR": str(tmp_path)

@@ -93,7 +93,7 @@ def by_sdpa(
     [c for c in CASES if "m" not in c.flags] + [Case((3, 0, 17, 2), 49, 4, 2, 24, flags="wBm")],
     ids=str,
 )
-def test_reference_is_attention(case: Case) -> None:
+def test_reference_is_attention(case: Case):
     grads, rest, dout = inputs(case, device="cpu")
     if "patch_mask" in rest:
         rest["patch_mask"][-1, :5] = True  # SDPA has no answer for a row that sees nothing
@@ -104,7 +104,7 @@ def test_reference_is_attention(case: Case) -> None:
 
 
 @pytest.mark.parametrize("flags", ["", "wbm", "wB"])
-def test_reference_gradients(flags: str) -> None:
+def test_reference_gradients(flags: str):
     grads, rest, _ = inputs(Case((2, 0, 1), 5, 2, 1, 16, flags=flags), device="cpu")
     leaves = {name: x.double().requires_grad_() for name, x in grads.items()}
     assert torch.autograd.gradcheck(
@@ -113,16 +113,16 @@ def test_reference_gradients(flags: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_kernel_against_reference(case: Case) -> None:
+def test_kernel_against_reference(case: Case):
     compare(case)
 
 
 @pytest.mark.parametrize("case", MATRIX, ids=str)
-def test_matrix(case: Case) -> None:
+def test_matrix(case: Case):
     compare(case)
 
 
-def test_one_patch() -> None:
+def test_one_patch():
     """The attention is 1, so the output is v, and the gradients of the logits are 0 but for rounding."""
     compare(Case((2, 0, 15), 1, 2, 1, 24, flags="wb"))
 
@@ -135,11 +135,11 @@ def test_one_patch() -> None:
     dim=st.integers(16, 48),
     flags=st.sampled_from(["", "w", "bm", "wB"]),
 )
-def test_any_layout(counts: list[int], patches: int, group: int, dim: int, flags: str) -> None:
+def test_any_layout(counts: list[int], patches: int, group: int, dim: int, flags: str):
     compare(Case(tuple(counts), patches, group, 1, dim, HALF, flags))
 
 
-def test_attention_maps() -> None:
+def test_attention_maps():
     grads, rest, _ = inputs(Case((3, 0, 17), 49, 4, 2, 24, flags="wbm"))
     _, ours = kernel(**grads, **rest, return_attention=True)
     _, plain = reference(**grads, **rest, return_attention=True)
@@ -152,7 +152,7 @@ def test_attention_maps() -> None:
 
 
 @pytest.mark.parametrize("op", [kernel, reference], ids=["triton", "reference"])
-def test_a_tag_that_sees_nothing_is_zero_and_moves_nothing(op: partial[Tensor]) -> None:
+def test_a_tag_that_sees_nothing_is_zero_and_moves_nothing(op: partial[Tensor]):
     grads, rest, dout = inputs(Case((3, 5), 49, 2, 2, 24, flags="wbm"))
     # the second image is masked; a tag of the first may be shut out by its bias too
     grads["bias"][0] = -torch.inf
@@ -167,7 +167,7 @@ def test_a_tag_that_sees_nothing_is_zero_and_moves_nothing(op: partial[Tensor]) 
 
 
 @pytest.mark.parametrize("counts", [(), (0, 0)], ids=["no images", "no tags"])
-def test_nothing_to_do(counts: tuple[int, ...]) -> None:
+def test_nothing_to_do(counts: tuple[int, ...]):
     grads, rest, dout = inputs(Case(counts, 49, 2, 2, 24, flags="w"))
     found = with_gradients(kernel, grads, rest, dout)
     assert found["out"].shape == (0, 2, 24)
@@ -177,7 +177,7 @@ def test_nothing_to_do(counts: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("splits", [2, 3])
-def test_splitting_the_patches_changes_little(splits: int) -> None:
+def test_splitting_the_patches_changes_little(splits: int):
     from tuna_kernels.tag_attention.backward import backward
     from tuna_kernels.tag_attention.forward import forward
 
@@ -193,7 +193,7 @@ def test_splitting_the_patches_changes_little(splits: int) -> None:
     )
 
 
-def test_every_element_is_written() -> None:
+def test_every_element_is_written():
     """torch.empty filled with NaN: what a kernel forgets to write shows."""
     torch.use_deterministic_algorithms(True)
     try:
@@ -206,7 +206,7 @@ def test_every_element_is_written() -> None:
         torch.use_deterministic_algorithms(False)
 
 
-def test_any_strides() -> None:
+def test_any_strides():
     case = Case((3, 0, 17), 49, 2, 2, 24, flags="wbm")
     grads, rest, dout = inputs(case)
     plain = with_gradients(kernel, grads, rest, dout)
@@ -224,7 +224,7 @@ def test_any_strides() -> None:
         assert torch.equal(found[name], x), name
 
 
-def test_dout_may_be_expanded() -> None:
+def test_dout_may_be_expanded():
     grads, rest, _ = inputs(Case((3, 2), 49, 2, 2, 24, flags=""))
     q, *others = (x.requires_grad_() for x in grads.values())
     (got,) = torch.autograd.grad(kernel(q, *others, **rest).sum(), q)
@@ -236,7 +236,7 @@ def test_dout_may_be_expanded() -> None:
     DEVICE == "cuda" and torch.cuda.get_device_properties(0).total_memory < 20e9,
     reason="needs 20 GB of GPU memory",
 )
-def test_beyond_two_to_the_31_elements() -> None:
+def test_beyond_two_to_the_31_elements():
     """Images 2^31 elements apart: only pages that are touched take memory on the CPU."""
     case = Case((2, 3), 17, 1, 1, 16, HALF, "")
     grads, rest, _ = inputs(case)
@@ -248,7 +248,7 @@ def test_beyond_two_to_the_31_elements() -> None:
     assert torch.equal(kernel(grads["q"], grads["k"], far, **rest), kernel(**grads, **rest))
 
 
-def test_wrong_offsets_read_nothing_outside() -> None:
+def test_wrong_offsets_read_nothing_outside():
     """On a GPU the values of cu_tags are not checked; the kernels clamp them."""
     from tuna_kernels.tag_attention.forward import forward
 
@@ -257,7 +257,7 @@ def test_wrong_offsets_read_nothing_outside() -> None:
     assert out[:5].isfinite().all()
 
 
-def test_torch_compile_takes_it_whole() -> None:
+def test_torch_compile_takes_it_whole():
     torch._dynamo.reset()
     compiled = torch.compile(
         lambda *xs, **kw: kernel(*xs, **kw) * 2, fullgraph=True, backend="aot_eager", dynamic=True
@@ -272,7 +272,7 @@ def test_torch_compile_takes_it_whole() -> None:
             assert torch.equal(ours[name], x), name
 
 
-def test_torch_compile_takes_the_reference_whole() -> None:
+def test_torch_compile_takes_the_reference_whole():
     """Given `max_tags`, nothing in it depends on data."""
     torch._dynamo.reset()
     bounded = partial(reference, max_tags=8)
@@ -292,7 +292,7 @@ def test_torch_compile_takes_the_reference_whole() -> None:
             torch.testing.assert_close(ours[name], x, atol=1e-6, rtol=1e-5)
 
 
-def test_torch_library_rules() -> None:
+def test_torch_library_rules():
     grads, rest, _ = inputs(Case((3, 0, 2), 17, 2, 1, 16, flags="wbm"))
     q, k, v, weights, bias = (x.requires_grad_() for x in grads.values())
     arguments = (q, k, v, rest["cu_tags"], 0.25, weights, bias, rest["patch_mask"])
@@ -317,7 +317,7 @@ class Reader(nn.Module):
         )
 
 
-def test_training_is_the_same() -> None:
+def test_training_is_the_same():
     generator = torch.Generator().manual_seed(0)
     tags, patches, target = (
         torch.randn(*shape, generator=generator).to(DEVICE) for shape in ((9, 32), (3, 20, 24), (9, 8))
@@ -357,7 +357,7 @@ def test_training_is_the_same() -> None:
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
-def test_refusals(changes: dict[str, object], message: str) -> None:
+def test_refusals(changes: dict[str, object], message: str):
     good = {
         "q": torch.zeros(5, 2, 16),
         "k": torch.zeros(2, 17, 2, 16),
@@ -368,7 +368,7 @@ def test_refusals(changes: dict[str, object], message: str) -> None:
         tag_attention(**(good | changes))
 
 
-def test_head_size_is_refused_by_the_kernels_only() -> None:
+def test_head_size_is_refused_by_the_kernels_only():
     grads, rest, _ = inputs(Case((2,), 5, 1, 1, 8, flags=""))
     with pytest.raises(ValueError, match="from 16 to 256, got 8; impl='reference' takes any"):
         kernel(**grads, **rest)
@@ -388,13 +388,13 @@ def test_head_size_is_refused_by_the_kernels_only() -> None:
         ["", "wbm", "wB"])],
     ids=str,
 )  # fmt: skip
-def test_bfloat16_on_gpu(case: Case) -> None:
+def test_bfloat16_on_gpu(case: Case):
     compare(case)
 
 
 @pytest.mark.gpu
 @on_gpu
-def test_same_bits_in_100_runs() -> None:
+def test_same_bits_in_100_runs():
     grads, rest, dout = inputs(Case((15, 0, 40, 3) * 16, 576, 16, 16, 64, torch.bfloat16, "wb"))
     first = with_gradients(kernel, grads, rest, dout)
     for _ in range(99):
@@ -404,7 +404,7 @@ def test_same_bits_in_100_runs() -> None:
 
 @pytest.mark.gpu
 @on_gpu
-def test_cuda_graph_replays_new_layouts() -> None:
+def test_cuda_graph_replays_new_layouts():
     """The grid depends on T and B only, so that one graph serves any layout of the same T."""
     grads, rest, _ = inputs(Case((15, 15), 576, 16, 16, 64, torch.bfloat16, "w"))
     kernel(**grads, **rest)
@@ -419,7 +419,7 @@ def test_cuda_graph_replays_new_layouts() -> None:
 @pytest.mark.gpu
 @on_gpu
 @pytest.mark.slow
-def test_compute_sanitizer_finds_nothing() -> None:
+def test_compute_sanitizer_finds_nothing():
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         pytest.skip("compute-sanitizer is not installed")

@@ -27,7 +27,7 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_works_without_triton() -> None:
+def test_works_without_triton():
     code = """
 import sys, importlib.util
 find = importlib.util.find_spec
@@ -50,12 +50,12 @@ except RuntimeError as error:
     ], done.stderr
 
 
-def test_import_is_light() -> None:
+def test_import_is_light():
     done = python("import sys, tuna_kernels; print(sorted({'triton', 'transformers'} & set(sys.modules)))")
     assert done.stdout == "[]\n", done.stderr
 
 
-def test_triton_is_never_swapped_for_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_is_never_swapped_for_something_else(monkeypatch):
     table, ids = torch.ones(3, 2), torch.tensor([0])
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(RuntimeError, match="on 'cpu': move them to a GPU, or set TRITON_INTERPRET=1"):
@@ -67,7 +67,7 @@ def test_triton_is_never_swapped_for_something_else(monkeypatch: pytest.MonkeyPa
         gather_tags(table.bfloat16(), ids, impl="triton")
 
 
-def test_interpreter_set_too_late_is_said() -> None:
+def test_interpreter_set_too_late_is_said():
     code = """
 import os, torch, triton
 os.environ["TRITON_INTERPRET"] = "1"
@@ -77,9 +77,7 @@ gather_tags(torch.ones(3, 2), torch.tensor([0]), impl="triton")
     assert "set it in the environment of the process, before the first import" in python(code).stderr
 
 
-def test_auto_says_once_what_it_chose(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_auto_says_once_what_it_chose(caplog, monkeypatch):
     monkeypatch.setattr(backend, "_logged", set())
     with caplog.at_level(logging.INFO, logger="tuna_kernels"):
         for _ in range(3):
@@ -92,7 +90,7 @@ def test_auto_says_once_what_it_chose(
     )
 
 
-def test_tf32_follows_torch() -> None:
+def test_tf32_follows_torch():
     assert backend.dot_precision(torch.float32) == "ieee"
     torch.set_float32_matmul_precision("high")
     try:
@@ -103,7 +101,7 @@ def test_tf32_follows_torch() -> None:
 
 
 @pytest.fixture
-def searching(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Config]:
+def searching(monkeypatch, tmp_path: Path) -> list[Config]:
     """Pretend a GPU on which more warps are faster; return the configs that a search times."""
     timed: list[Config] = []
     monkeypatch.setenv("TUNA_CACHE_DIR", str(tmp_path))
@@ -116,9 +114,7 @@ def searching(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Config]:
     return timed
 
 
-def test_search_runs_once_and_is_kept(
-    searching: list[Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_search_runs_once_and_is_kept(searching: list[Config], tmp_path: Path, monkeypatch):
     default, better = Config(16, 64, 2, 2), Config(32, 64, 4, 2)
     device = torch.device("cpu")
 
@@ -143,9 +139,7 @@ def test_search_runs_once_and_is_kept(
     assert "a" in json.loads(file.read_text())
 
 
-def test_no_search_while_a_graph_is_captured(
-    searching: list[Config], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_search_while_a_graph_is_captured(searching: list[Config], monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     default = Config(16, 64, 2, 2)
     assert (
@@ -154,7 +148,7 @@ def test_no_search_while_a_graph_is_captured(
     assert not searching
 
 
-def test_fixed_choice_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fixed_choice_on_request(monkeypatch):
     gpu = torch.device("cuda")
     monkeypatch.setattr(tuning, "interpreting", lambda: False)
     assert tuning.searching(gpu)
@@ -169,7 +163,7 @@ def test_fixed_choice_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.use_deterministic_algorithms(False)
 
 
-def test_the_batch_is_not_part_of_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_batch_is_not_part_of_the_key(monkeypatch):
     from tuna_kernels.tag_attention import forward
 
     keys = []

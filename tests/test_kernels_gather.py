@@ -23,7 +23,7 @@ triton, reference = partial(gather_tags, impl="triton"), partial(gather_tags, im
     dtype=st.sampled_from([torch.float32, torch.float16]),
     wide=st.booleans(),
 )
-def test_kernel_against_reference(ids: list[int], columns: int, dtype: torch.dtype, wide: bool) -> None:
+def test_kernel_against_reference(ids: list[int], columns: int, dtype: torch.dtype, wide: bool):
     generator = torch.Generator().manual_seed(len(ids))
     table = torch.randn(12, columns, generator=generator).to(DEVICE, dtype)
     dout = torch.randn(len(ids), columns, generator=generator).to(DEVICE, dtype)
@@ -35,7 +35,7 @@ def test_kernel_against_reference(ids: list[int], columns: int, dtype: torch.dty
     assert_rounds(kernel, exact, rounding_errors(gathering, dtype, table=table, **rest, dout=dout))
 
 
-def test_it_is_indexing_with_holes() -> None:
+def test_it_is_indexing_with_holes():
     table = torch.arange(12.0, device=DEVICE).view(4, 3).requires_grad_()
     ids = torch.tensor([2, -1, 0, 2], device=DEVICE)
     for op in (triton, reference):
@@ -45,12 +45,12 @@ def test_it_is_indexing_with_holes() -> None:
         assert grad[:, 0].tolist() == [1, 0, 2, 0]
 
 
-def test_reference_gradients() -> None:
+def test_reference_gradients():
     table = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: reference(x, torch.tensor([1, 1, -1, 4])), (table,))
 
 
-def test_many_of_one_id_are_summed_in_float32() -> None:
+def test_many_of_one_id_are_summed_in_float32():
     """2,049 halves added one by one in float16 would stop at 1024."""
     table = torch.zeros(2, 4, dtype=torch.float16, device=DEVICE, requires_grad=True)
     ids = torch.ones(2049, dtype=torch.int64, device=DEVICE)
@@ -61,7 +61,7 @@ def test_many_of_one_id_are_summed_in_float32() -> None:
     assert not grad[0].any()
 
 
-def test_an_id_beyond_the_table() -> None:
+def test_an_id_beyond_the_table():
     from tuna_kernels.gather_tags.kernels import gather
 
     table = torch.ones(3, 4)
@@ -73,7 +73,7 @@ def test_an_id_beyond_the_table() -> None:
     assert out[1].isnan().all()
 
 
-def test_torch_library_rules() -> None:
+def test_torch_library_rules():
     table = torch.randn(5, 8, device=DEVICE, requires_grad=True)
     torch.library.opcheck(
         torch.ops.tuna_kernels.gather_tags_forward.default,
@@ -81,7 +81,7 @@ def test_torch_library_rules() -> None:
     )
 
 
-def test_torch_compile_takes_it_whole() -> None:
+def test_torch_compile_takes_it_whole():
     torch._dynamo.reset()
     compiled = torch.compile(triton, fullgraph=True, backend="aot_eager", dynamic=True)
     table = torch.randn(5, 8, device=DEVICE)
@@ -93,7 +93,7 @@ def test_torch_compile_takes_it_whole() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_table_in_host_memory() -> None:
+def test_a_table_in_host_memory():
     table = torch.randn(100, 16, requires_grad=True)
     ids = torch.tensor([3, 3, 99, -1], device="cuda")
     out = gather_tags(table, ids)
@@ -111,6 +111,6 @@ def test_a_table_in_host_memory() -> None:
     ],
     ids=["table", "dtype", "shape"],
 )
-def test_refusals(table: torch.Tensor, ids: torch.Tensor) -> None:
+def test_refusals(table: torch.Tensor, ids: torch.Tensor):
     with pytest.raises(ValueError, match=r"expected table \[V, E\] and int32 or int64 ids \[T\]"):
         gather_tags(table, ids)

@@ -51,7 +51,7 @@ def not_rounding(results: dict[str, Tensor], exact: dict[str, Tensor], errors: d
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_attention_without_roundings_is_the_reference(case: Case) -> None:
+def test_attention_without_roundings_is_the_reference(case: Case):
     grads, rest, dout = inputs(case)
     without = attention(Rounding(case.dtype, dout.device, samples=1), **grads, **rest, dout=dout)
     for name, x in exact_results(case).items():
@@ -60,7 +60,7 @@ def test_attention_without_roundings_is_the_reference(case: Case) -> None:
 
 @pytest.mark.parametrize("coupling", COUPLINGS)
 @pytest.mark.parametrize("op", [tag_weights, score_weights])
-def test_weights_without_roundings_are_the_reference(op: Callable[..., Tensor], coupling: str) -> None:
+def test_weights_without_roundings_are_the_reference(op: Callable[..., Tensor], coupling: str):
     values, rest, dout = weights_inputs(op, coupling)
     without = weighing(Rounding(torch.float32, dout.device, samples=1), **values, **rest, dout=dout)
     for name, x in with_gradients(
@@ -80,7 +80,7 @@ def weights_inputs(
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_a_result_is_refused_that_is_wrong_by_a_small_factor(case: Case) -> None:
+def test_a_result_is_refused_that_is_wrong_by_a_small_factor(case: Case):
     exact = exact_results(case)
     assert not refused(case, exact)
     for name, x in exact.items():
@@ -89,9 +89,7 @@ def test_a_result_is_refused_that_is_wrong_by_a_small_factor(case: Case) -> None
 
 @pytest.mark.parametrize("coupling", COUPLINGS)
 @pytest.mark.parametrize("op", [tag_weights, score_weights])
-def test_a_weight_is_refused_that_is_wrong_by_a_small_factor(
-    op: Callable[..., Tensor], coupling: str
-) -> None:
+def test_a_weight_is_refused_that_is_wrong_by_a_small_factor(op: Callable[..., Tensor], coupling: str):
     values, rest, dout = weights_inputs(op, coupling)
     exact = with_gradients(partial(op, impl="reference"), in_float64(values), rest, dout.double())
     errors = rounding_errors(weighing, torch.float32, **values, **rest, dout=dout)
@@ -103,7 +101,7 @@ def test_a_weight_is_refused_that_is_wrong_by_a_small_factor(
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_a_single_wrong_element_is_refused(case: Case) -> None:
+def test_a_single_wrong_element_is_refused(case: Case):
     exact = exact_results(case)
     for name, x in exact.items():
         changed = x.clone().flatten()
@@ -112,7 +110,7 @@ def test_a_single_wrong_element_is_refused(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_a_missing_scale_is_refused(case: Case) -> None:
+def test_a_missing_scale_is_refused(case: Case):
     exact, changed = exact_results(case), exact_results(case, scale=1.0)
     for name in exact:
         assert refused(case, {**exact, name: changed[name]}), name
@@ -121,7 +119,7 @@ def test_a_missing_scale_is_refused(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_a_dropped_patch_is_refused(case: Case) -> None:
+def test_a_dropped_patch_is_refused(case: Case):
     exact, (_, rest, _) = exact_results(case), inputs(case)
     mask = rest.get(
         "patch_mask", torch.ones(len(case.counts), case.patches, dtype=torch.bool, device=DEVICE)
@@ -134,7 +132,7 @@ def test_a_dropped_patch_is_refused(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if "w" in case.flags], ids=str)
-def test_a_missing_weight_is_refused(case: Case) -> None:
+def test_a_missing_weight_is_refused(case: Case):
     exact, (grads, _, _) = exact_results(case), inputs(case)
     changed = exact_results(case, weights=torch.ones_like(grads["weights"]).double())
     for name in exact.keys() - {"dweights"}:
@@ -142,7 +140,7 @@ def test_a_missing_weight_is_refused(case: Case) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_a_gathered_gradient_is_refused_that_lacks_a_tag(dtype: torch.dtype) -> None:
+def test_a_gathered_gradient_is_refused_that_lacks_a_tag(dtype: torch.dtype):
     generator = torch.Generator().manual_seed(0)
     table, dout = (torch.randn(*shape, generator=generator).to(DEVICE, dtype) for shape in ((5, 8), (100, 8)))
     ids = torch.randint(-1, 4, (100,), generator=generator).to(DEVICE)

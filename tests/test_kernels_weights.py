@@ -69,7 +69,7 @@ def by_image(
 
 
 @pytest.mark.parametrize("coupling", COUPLINGS)
-def test_reference_is_the_formula(coupling: str) -> None:
+def test_reference_is_the_formula(coupling: str):
     grads, dout = draw(COUNTS, 40, torch.float64)
     rest = {"cu_tags": offsets(COUNTS), "coupling": coupling, "threshold": 0.3}
     ours = with_gradients(partial(tag_weights, impl="reference"), in_float64(grads), rest, dout)
@@ -83,7 +83,7 @@ def test_reference_is_the_formula(coupling: str) -> None:
 
 
 @pytest.mark.parametrize("coupling", COUPLINGS)
-def test_reference_gradients(coupling: str) -> None:
+def test_reference_gradients(coupling: str):
     grads, _ = draw((3, 0, 2), 5, torch.float64)
     rest = {"cu_tags": offsets((3, 0, 2)), "coupling": coupling, "threshold": 0.3, "impl": "reference"}
     leaves = {name: x.double().requires_grad_() for name, x in grads.items()}
@@ -94,7 +94,7 @@ def test_reference_gradients(coupling: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("coupling", COUPLINGS)
-def test_kernel_against_reference(coupling: str, dtype: torch.dtype) -> None:
+def test_kernel_against_reference(coupling: str, dtype: torch.dtype):
     compare(COUNTS, 300, dtype, coupling)
 
 
@@ -104,12 +104,12 @@ def test_kernel_against_reference(coupling: str, dtype: torch.dtype) -> None:
     columns=st.integers(2, 300),
     coupling=st.sampled_from(COUPLINGS),
 )
-def test_any_layout(counts: list[int], columns: int, coupling: str) -> None:
+def test_any_layout(counts: list[int], columns: int, coupling: str):
     compare(tuple(counts), columns, torch.float32, coupling)
 
 
 @pytest.mark.parametrize("coupling", COUPLINGS)
-def test_scores_are_weighed_as_cosines_are(coupling: str) -> None:
+def test_scores_are_weighed_as_cosines_are(coupling: str):
     grads, dout = draw(COUNTS, 40, torch.float32)
     cu_tags = offsets(COUNTS)
     from tuna_kernels.tag_weights.reference import cosines
@@ -130,7 +130,7 @@ def test_scores_are_weighed_as_cosines_are(coupling: str) -> None:
 
 
 @pytest.mark.parametrize("impl", ["triton", "reference"])
-def test_what_the_couplings_promise(impl: str) -> None:
+def test_what_the_couplings_promise(impl: str):
     grads, _ = draw(COUNTS, 40, torch.float32)
     images = offsets(COUNTS)
     found = {
@@ -149,7 +149,7 @@ def test_what_the_couplings_promise(impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", ["triton", "reference"])
-def test_equal_tags_share_and_zero_tags_say_nothing(impl: str) -> None:
+def test_equal_tags_share_and_zero_tags_say_nothing(impl: str):
     counts = (4,)
     grads, dout = draw(counts, 20, torch.float32)
     best = grads["image_embeddings"][0] * 2
@@ -163,7 +163,7 @@ def test_equal_tags_share_and_zero_tags_say_nothing(impl: str) -> None:
     assert not found["dtag_embeddings"][3].any()
 
 
-def test_a_number_is_a_temperature_too() -> None:
+def test_a_number_is_a_temperature_too():
     grads, _ = draw(COUNTS, 40, torch.float32)
     tau = grads.pop("temperature").item()
     for impl in ("triton", "reference"):
@@ -173,7 +173,7 @@ def test_a_number_is_a_temperature_too() -> None:
         assert torch.equal(tag_weights(**grads, temperature=tau, cu_tags=offsets(COUNTS), impl=impl), learned)
 
 
-def test_log_weights_are_refused_where_tags_are_queries() -> None:
+def test_log_weights_are_refused_where_tags_are_queries():
     q, kv = torch.zeros(3, 1, 16), torch.zeros(1, 5, 1, 16)
     bias = score_weights(
         torch.zeros(3), offsets((3,), "cpu"), temperature=1.0, coupling="log_bias", impl="reference"
@@ -182,7 +182,7 @@ def test_log_weights_are_refused_where_tags_are_queries() -> None:
         tag_attention(q, kv, kv, offsets((3,), "cpu"), bias=bias)
 
 
-def test_torch_compile_takes_it_whole() -> None:
+def test_torch_compile_takes_it_whole():
     torch._dynamo.reset()
     compiled = torch.compile(
         partial(tag_weights, impl="triton"), fullgraph=True, backend="aot_eager", dynamic=True
@@ -196,7 +196,7 @@ def test_torch_compile_takes_it_whole() -> None:
         assert all(torch.equal(x, ours[name]) for name, x in plain.items())
 
 
-def test_torch_library_rules() -> None:
+def test_torch_library_rules():
     grads, _ = draw((3, 0, 2), 20, torch.float32)
     tags, images, tau = (x.requires_grad_() for x in grads.values())
     operator = torch.ops.tuna_kernels.tag_weights_forward.default
@@ -204,7 +204,7 @@ def test_torch_library_rules() -> None:
 
 
 @pytest.mark.parametrize("counts", [(), (0, 0)], ids=["no images", "no tags"])
-def test_nothing_to_do(counts: tuple[int, ...]) -> None:
+def test_nothing_to_do(counts: tuple[int, ...]):
     grads, dout = draw(counts, 20, torch.float32)
     found = with_gradients(partial(tag_weights, impl="triton"), grads, {"cu_tags": offsets(counts)}, dout)
     assert found["out"].shape == (0,)
@@ -226,7 +226,7 @@ def test_nothing_to_do(counts: tuple[int, ...]) -> None:
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
-def test_refusals(changes: dict[str, object], message: str) -> None:
+def test_refusals(changes: dict[str, object], message: str):
     good = {
         "tag_embeddings": torch.ones(3, 8),
         "image_embeddings": torch.ones(2, 8),

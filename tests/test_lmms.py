@@ -16,7 +16,7 @@ from tagstore.errors import InvalidInput
 
 
 @pytest.fixture
-def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def registry(tmp_path: Path, monkeypatch):
     """`lmms_eval.api.model.lmms` and `lmms_eval.api.registry.register_model`, as its documentation describes them."""
     package = tmp_path / "lmms_eval" / "api"
     package.mkdir(parents=True)

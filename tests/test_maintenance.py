@@ -30,7 +30,7 @@ def keys(root: Path, version: int | None = None) -> set[str]:
     return {e.key for e in Store(root, "s").snapshot(version).entries()}
 
 
-def test_a_deleted_entry_is_gone_from_every_answer_at_once(root: Path) -> None:
+def test_a_deleted_entry_is_gone_from_every_answer_at_once(root: Path):
     with connect(f"file://{root}/s") as source, connect(f"file://{root}/s@1") as old:
         assert source.retrieve([picture("red", "circle")], k=1)[0].neighbours[0].key == "red-circle"
         version, deleted = delete(root, "s", Selection(keys=["red-circle", "not there"]))
@@ -42,7 +42,7 @@ def test_a_deleted_entry_is_gone_from_every_answer_at_once(root: Path) -> None:
         assert old.retrieve([picture("red", "circle")], k=1)[0].neighbours[0].key == "red-circle"
 
 
-def test_entries_are_selected_by_image_hash_and_metadata(root: Path, tmp_path: Path, mini) -> None:
+def test_entries_are_selected_by_image_hash_and_metadata(root: Path, tmp_path: Path, mini):
     snapshot = Store(root, "s").snapshot()
     entry = snapshot.entry(snapshot.find("blue-square"))
     near = perceptual_hash(decode(picture("blue", "square")))
@@ -59,7 +59,7 @@ def test_entries_are_selected_by_image_hash_and_metadata(root: Path, tmp_path: P
     assert delete(root, "s", Selection(where={"colour": "red"}))[1] == ["dot"]
 
 
-def test_rollback_brings_back_what_was_and_ids_are_never_used_again(root: Path, tmp_path: Path, mini) -> None:
+def test_rollback_brings_back_what_was_and_ids_are_never_used_again(root: Path, tmp_path: Path, mini):
     delete(root, "s", Selection(keys=["red-circle"]))
     (tmp_path / "shapes" / "new.png").write_bytes(picture("black", "circle"))
     (tmp_path / "shapes" / "new.txt").write_text("A black hole.")
@@ -79,7 +79,7 @@ def test_rollback_brings_back_what_was_and_ids_are_never_used_again(root: Path, 
         rollback(root, "s", 99)
 
 
-def test_diff_says_what_lies_between(root: Path, tmp_path: Path, mini) -> None:
+def test_diff_says_what_lies_between(root: Path, tmp_path: Path, mini):
     (tmp_path / "shapes" / "new.png").write_bytes(picture("black", "circle"))
     (tmp_path / "shapes" / "new.txt").write_text("A black hole.")
     (tmp_path / "shapes" / "red-circle.txt").write_text("A tomato.")
@@ -96,7 +96,7 @@ def test_diff_says_what_lies_between(root: Path, tmp_path: Path, mini) -> None:
     assert {text: (a, b) for text, _, b, a in back.tags} == changes
 
 
-def test_reembedding_makes_a_version_of_another_encoder(root: Path, tmp_path: Path, mini) -> None:
+def test_reembedding_makes_a_version_of_another_encoder(root: Path, tmp_path: Path, mini):
     from tagstore.encoding.encoder import load_encoder
 
     other = load_encoder("RN50/random", device="cpu")
@@ -118,7 +118,7 @@ def test_reembedding_makes_a_version_of_another_encoder(root: Path, tmp_path: Pa
     assert Store(root, "s").snapshot().version.number == 4
 
 
-def test_retagging_changes_tags_and_no_vector(root: Path, tmp_path: Path, mini, monkeypatch) -> None:
+def test_retagging_changes_tags_and_no_vector(root: Path, tmp_path: Path, mini, monkeypatch):
     monkeypatch.setattr(type(mini), "encode_images", lambda *_: pytest.fail("an image was embedded"))
     before = Store(root, "s").snapshot()
     stoplist = tmp_path / "stop.txt"
@@ -140,7 +140,7 @@ def test_retagging_changes_tags_and_no_vector(root: Path, tmp_path: Path, mini, 
     assert counts[counts > 0].min() >= 4
 
 
-def test_a_store_is_renamed_dropped_and_brought_back(root: Path) -> None:
+def test_a_store_is_renamed_dropped_and_brought_back(root: Path):
     rename(root, "s", "t")
     assert store_names(root) == ["t"]
     drop(root, "t")
@@ -162,9 +162,7 @@ def test_a_store_is_renamed_dropped_and_brought_back(root: Path) -> None:
         rename(root, "s", "../s")
 
 
-def test_a_store_dropped_and_made_again_is_not_taken_for_the_old_one(
-    root: Path, tmp_path: Path, mini
-) -> None:
+def test_a_store_dropped_and_made_again_is_not_taken_for_the_old_one(root: Path, tmp_path: Path, mini):
     with connect(f"file://{root}/s") as source:
         assert source.info().entries == 18
         drop(root, "s")
@@ -178,7 +176,7 @@ def test_a_store_dropped_and_made_again_is_not_taken_for_the_old_one(
         assert source.retrieve([picture("red", "circle")])[0].neighbours[0].key == "a"
 
 
-def test_a_sound_store_verifies(root: Path) -> None:
+def test_a_sound_store_verifies(root: Path):
     delete(root, "s", Selection(keys=["red-circle"]))
     assert verify(root, "s") == verify(root, "s", full=True) == []
     with pytest.raises(NotFound):
@@ -186,7 +184,7 @@ def test_a_sound_store_verifies(root: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "swap"])
-def test_a_damaged_index_file_is_named_and_mended(root: Path, tmp_path: Path, mini, damage: str) -> None:
+def test_a_damaged_index_file_is_named_and_mended(root: Path, tmp_path: Path, mini, damage: str):
     (tmp_path / "shapes" / "new.png").write_bytes(picture("black", "circle"))
     (tmp_path / "shapes" / "new.txt").write_text("A black hole.")
     ingest(str(tmp_path / "shapes"), root=root, store="s", encoder=mini)
@@ -212,7 +210,7 @@ def test_a_damaged_index_file_is_named_and_mended(root: Path, tmp_path: Path, mi
         assert source.retrieve([picture("black", "circle")]) == expected
 
 
-def test_a_damaged_record_is_found_and_not_papered_over(root: Path) -> None:
+def test_a_damaged_record_is_found_and_not_papered_over(root: Path):
     database = Store(root, "s").generation / "data.mdb"
     data = bytearray(database.read_bytes())
     at = data.index(b"A red circle on a white table in Paris.")

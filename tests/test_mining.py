@@ -32,7 +32,7 @@ def texts(tags: Callable[[str], list[Tag]]) -> Callable[[str], set[str]]:
     return lambda caption: {tag.text for tag in tags(caption)}
 
 
-def test_the_street_of_the_paper(tags: Callable[[str], list[Tag]]) -> None:
+def test_the_street_of_the_paper(tags: Callable[[str], list[Tag]]):
     mined = tags(STREET)
     assert {"narrow street", "colorful facades", "blue sky", "Montepulciano", "Italy"} <= {
         tag.text for tag in mined
@@ -88,7 +88,7 @@ def test_the_street_of_the_paper(tags: Callable[[str], list[Tag]]) -> None:
 )  # fmt: skip
 def test_what_a_caption_gives(
     caption: str, wanted: set[str], unwanted: set[str], texts: Callable[[str], set[str]]
-) -> None:
+):
     mined = texts(caption)
     assert wanted <= mined
     assert not unwanted & mined
@@ -109,32 +109,25 @@ def test_what_a_caption_gives(
         ),
     ],
 )  # fmt: skip
-def test_product_titles(title: str, wanted: set[str], texts: Callable[[str], set[str]]) -> None:
+def test_product_titles(title: str, wanted: set[str], texts: Callable[[str], set[str]]):
     assert wanted <= texts(title)
 
 
-def test_a_place_in_title_case_is_no_product(texts: Callable[[str], set[str]]) -> None:
+def test_a_place_in_title_case_is_no_product(texts: Callable[[str], set[str]]):
     assert "bridge" not in {
         text for text in texts("Golden Gate Bridge At Sunset") if text.endswith("'s bridge")
     }
     assert "man" in texts("THERE IS A MAN WALKING IN THE AIRPORT")
 
 
-def test_relations_are_an_option() -> None:
+def test_relations_are_an_option():
     (without,) = mine(["a man is riding a horse"])
-    (mined,) = mine(
-        [
-            "a man is riding a horse",
-        ],
-        relations=True,
-    )
+    (mined,) = mine(["a man is riding a horse"], relations=True)
     assert not any(tag.kind == "relation" for tag in without)
     assert "man riding horse" in {tag.text for tag in mined if tag.kind == "relation"}
 
 
-def test_noise_of_the_web_is_stripped_and_spans_point_into_the_original(
-    tags: Callable[[str], list[Tag]],
-) -> None:
+def test_noise_of_the_web_is_stripped_and_spans_point_into_the_original(tags: Callable[[str], list[Tag]]):
     caption = (
         "Stock photo of a  blue&nbsp;sky &amp; a “red” car #sunset @me http://x.y/z?q=1 "
         "IMG_1234.jpg © Getty Images"
@@ -158,9 +151,7 @@ def test_noise_of_the_web_is_stripped_and_spans_point_into_the_original(
         "red and white and " * 200 + "flag", "of " * 2000,
     ],
 )  # fmt: skip
-def test_odd_captions_give_tags_or_none_never_an_error(
-    caption: str, tags: Callable[[str], list[Tag]]
-) -> None:
+def test_odd_captions_give_tags_or_none_never_an_error(caption: str, tags: Callable[[str], list[Tag]]):
     for tag in tags(caption):
         assert tag.text
         assert 0 <= tag.span[0] < tag.span[1] <= len(caption)
@@ -169,16 +160,14 @@ def test_odd_captions_give_tags_or_none_never_an_error(
 @pytest.mark.parametrize(
     "piece", ["@", "&", "<", "a.", "a-", "http://", "photo of ", "(c)", "\"'", "Men Red ", "e\u0301", "x@y."]
 )
-def test_no_pattern_makes_a_long_caption_slow(piece: str, tags: Callable[[str], list[Tag]]) -> None:
+def test_no_pattern_makes_a_long_caption_slow(piece: str, tags: Callable[[str], list[Tag]]):
     tags("warm up")
     start = time.process_time()
     tags(piece * 5000)
     assert time.process_time() - start < 10
 
 
-def test_a_caption_of_ten_thousand_words_takes_bounded_time(
-    miner: Miner, tags: Callable[[str], list[Tag]]
-) -> None:
+def test_a_caption_of_ten_thousand_words_takes_bounded_time(miner: Miner, tags: Callable[[str], list[Tag]]):
     tags("warm up")
     start = time.process_time()
     mined = tags("A dog chases a red ball on the wet grass. " * 1000)
@@ -187,7 +176,7 @@ def test_a_caption_of_ten_thousand_words_takes_bounded_time(
     assert max(tag.span[1] for tag in mined) <= 2000
 
 
-def test_fifty_captions_and_captions_that_are_no_text(miner: Miner) -> None:
+def test_fifty_captions_and_captions_that_are_no_text(miner: Miner):
     many = Pair("many", b"", tuple(f"a dog and {n} cats" for n in range(2, 52)))
     broken = Pair("broken", b"", ("a red car", None, 7, "a bus"))  # type: ignore[arg-type]
     first, second = miner.mine([many, broken])
@@ -195,7 +184,7 @@ def test_fifty_captions_and_captions_that_are_no_text(miner: Miner) -> None:
     assert {(tag.text, tag.caption) for tag in second} == {("car", 0), ("red car", 0), ("bus", 3)}
 
 
-def test_refusals_name_the_caption() -> None:
+def test_refusals_name_the_caption():
     assert refuse(Pair("k", b"", ("a dog",))) is None
     for captions, reason in [
         ((None,), "caption 0 is NoneType, not text"),
@@ -207,7 +196,7 @@ def test_refusals_name_the_caption() -> None:
         assert (refused.key, refused.reason, refused.origin) == ("k", reason, "x.csv:3")
 
 
-def test_the_look_ahead_is_bounded_and_order_is_kept(miner: Miner) -> None:
+def test_the_look_ahead_is_bounded_and_order_is_kept(miner: Miner):
     taken = 0
 
     def pairs() -> Iterator[Pair]:
@@ -222,7 +211,7 @@ def test_the_look_ahead_is_bounded_and_order_is_kept(miner: Miner) -> None:
     assert [first[0].text, *(next(mined)[0].text for _ in range(5))] == ["dog", "cat", "bird"] * 2
 
 
-def test_captions_are_tagged_alike_alone_and_together(miner: Miner) -> None:
+def test_captions_are_tagged_alike_alone_and_together(miner: Miner):
     captions = [STREET, "two dogs on the grass", "A man rides a bike in Paris", "Puma Men White T-shirt"]
     (together,) = miner.mine([Pair("a", b"", tuple(captions))])
     apart = [tags for caption in captions for tags in load_miner("rules").mine([Pair("a", b"", (caption,))])]
@@ -231,7 +220,7 @@ def test_captions_are_tagged_alike_alone_and_together(miner: Miner) -> None:
     ]
 
 
-def test_merging_counts_and_remembers_where() -> None:
+def test_merging_counts_and_remembers_where():
     tags = [
         Tag("dogs", "object", (0, 4), 0, 0.9, "dog"),
         Tag("dog", "object", (2, 5), 1, 0.95, "dog"),
@@ -243,14 +232,14 @@ def test_merging_counts_and_remembers_where() -> None:
     assert (other.kind, other.count) == ("custom", 1)
 
 
-def test_identity_says_what_decides_the_tags() -> None:
+def test_identity_says_what_decides_the_tags():
     plain, other = load_miner("rules"), load_miner("rules", max_chars=100, relations=True)
     assert (plain.name, plain.version) == ("rules", other.version)
     assert plain.settings != other.settings
     assert "spacy" in plain.settings["model"]
 
 
-def test_an_unknown_miner_or_setting_is_refused_by_name() -> None:
+def test_an_unknown_miner_or_setting_is_refused_by_name():
     with pytest.raises(InvalidInput, match=r"no miner 'rulez': there are .*rules"):
         load_miner("rulez")
     with pytest.raises(InvalidInput, match=r"has no setting 'max_char': it has .*max_chars"):
@@ -259,7 +248,7 @@ def test_an_unknown_miner_or_setting_is_refused_by_name() -> None:
         load_miner("rules", max_chars=0)
 
 
-def test_importing_the_package_loads_no_language_model() -> None:
+def test_importing_the_package_loads_no_language_model():
     code = (
         "import sys, tagstore.mining; sys.exit(bool({'spacy', 'torch', 'transformers'} & set(sys.modules)))"
     )

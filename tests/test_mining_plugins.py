@@ -12,20 +12,10 @@ from tagstore.mining.factual import FactualMiner, facts, graph_tags
 from tagstore.mining.text import clean
 from tagstore.types import Pair, Tag
 
-SHOE = Pair(
-    "1",
-    b"",
-    ("A red shoe",),
-    {
-        "brand": "Puma",
-        "colour": " Navy  Blue ",
-        "sizes": ["S", "M"],
-        "vegan": True,
-        "id": 7,
-        "url": "https://x.y/z",
-        "gap": "NA",
-    },
-)
+METADATA = {"brand": "Puma", "colour": " Navy  Blue ", "sizes": ["S", "M"], "vegan": True}
+NO_TAGS = {"id": 7, "url": "https://x.y/z", "gap": "NA"}
+"""Metadata that must give no tags."""
+SHOE = Pair("1", b"", ("A red shoe",), METADATA | NO_TAGS)
 
 
 def mined(miner: Miner, *pairs: Pair) -> list[tuple[Tag, ...]]:
@@ -36,7 +26,7 @@ def texts(miner: Miner, *pairs: Pair) -> list[list[str]]:
     return [[tag.text for tag in tags] for tags in mined(miner, *pairs)]
 
 
-def test_every_shipped_miner_keeps_the_protocol() -> None:
+def test_every_shipped_miner_keeps_the_protocol():
     for name in ("rules", "metadata", "keywords", "factual", "none", "rules+metadata"):
         miner = load_miner(name)
         assert isinstance(miner, Miner)
@@ -45,7 +35,7 @@ def test_every_shipped_miner_keeps_the_protocol() -> None:
     assert mined(load_miner("none"), SHOE, SHOE) == [(), ()]
 
 
-def test_metadata_columns_and_templates() -> None:
+def test_metadata_columns_and_templates():
     assert texts(load_miner("metadata"), SHOE) == [["Puma", "Navy Blue", "S", "M", "vegan"]]
     miner = load_miner("metadata", columns="brand, colour", templates=["{colour} {brand}", "{gap} {brand}"])
     (tags,) = mined(miner, SHOE)
@@ -58,7 +48,7 @@ def test_metadata_columns_and_templates() -> None:
     assert texts(split, Pair("1", b"", (), {"tags": "beach| sunset||sunset"})) == [["beach", "sunset"]]
 
 
-def test_a_column_that_no_pair_has_is_refused_by_name() -> None:
+def test_a_column_that_no_pair_has_is_refused_by_name():
     with pytest.raises(InvalidInput, match="no pair has a column 'brnd': there are brand, colour"):
         mined(load_miner("metadata", columns="brnd"), SHOE)
     assert texts(load_miner("metadata", columns="brand"), Pair("0", b"", ()), SHOE) == [[], ["Puma"]]
@@ -67,7 +57,7 @@ def test_a_column_that_no_pair_has_is_refused_by_name() -> None:
             load_miner("metadata", templates=template)
 
 
-def test_keywords_in_captions_and_in_a_column() -> None:
+def test_keywords_in_captions_and_in_a_column():
     caption = "beach, #sunset,palm  tree, , 🎉"
     (tags,) = mined(load_miner("keywords"), Pair("1", b"", ("x", caption)))
     assert [(t.text, t.caption, caption[slice(*t.span)] if t.caption else "x") for t in tags] == [
@@ -81,7 +71,7 @@ def test_keywords_in_captions_and_in_a_column() -> None:
     assert texts(load_miner("keywords", column="kw", separator="|"), *pairs) == [["a", "b"], ["c", "d"], []]
 
 
-def test_a_composition_gives_the_tags_of_its_parts_and_their_identity() -> None:
+def test_a_composition_gives_the_tags_of_its_parts_and_their_identity():
     miner = load_miner("rules+metadata", columns="brand", max_chars=500)
     (tags,) = mined(miner, SHOE)
     assert {"shoe", "red shoe", "Puma"} == {tag.text for tag in tags}
@@ -91,9 +81,7 @@ def test_a_composition_gives_the_tags_of_its_parts_and_their_identity() -> None:
         load_miner("rules+metadata", colum="brand")
 
 
-def test_miners_that_others_install_are_found_by_entry_point(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_miners_that_others_install_are_found_by_entry_point(tmp_path: Path, monkeypatch):
     (tmp_path / "shouting.py").write_text(
         "from tagstore.types import Tag\n"
         "class Shout:\n"
@@ -121,7 +109,7 @@ PIGS = (
 )
 
 
-def test_a_recorded_scene_graph_becomes_tags_with_places() -> None:
+def test_a_recorded_scene_graph_becomes_tags_with_places():
     caption = "2 beautiful pigs are flying on the sky with 2 bags on their backs"
     tags = {tag.text: tag for tag in graph_tags(PIGS, clean(caption, 400), 0, relations=True)}
     assert {text for text, tag in tags.items() if tag.kind == "object"} == {"pigs", "bags", "sky"}
@@ -150,11 +138,11 @@ def test_a_recorded_scene_graph_becomes_tags_with_places() -> None:
         ("( a , b ) , ( , is , wet )", []),
     ],
 )
-def test_facts_of_a_generated_graph(graph: str, read: list[tuple[str, ...]]) -> None:
+def test_facts_of_a_generated_graph(graph: str, read: list[tuple[str, ...]]):
     assert facts(graph) == read
 
 
-def test_a_thing_that_the_caption_does_not_name_scores_low_and_has_no_place() -> None:
+def test_a_thing_that_the_caption_does_not_name_scores_low_and_has_no_place():
     tags = {
         tag.text: tag
         for tag in graph_tags("( unicorn , is , blue )", clean("a blue sky", 400), 2, relations=False)
@@ -175,44 +163,20 @@ def tiny_t5(tmp_path: Path) -> Path:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
-    words = [
-        "<pad>",
-        "</s>",
-        "<unk>",
-        "(",
-        ")",
-        ",",
-        "is",
-        "dog",
-        "wet",
-        "Generate",
-        "Scene",
-        "Graph",
-        ":",
-        "a",
-    ]
+    words = "<pad> </s> <unk> ( ) , is dog wet Generate Scene Graph : a".split()
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
     ).save_pretrained(tmp_path)
     torch.manual_seed(0)
-    config = T5Config(
-        vocab_size=len(words),
-        d_model=16,
-        d_kv=8,
-        d_ff=32,
-        num_layers=1,
-        num_heads=2,
-        decoder_start_token_id=0,
-        pad_token_id=0,
-        eos_token_id=1,
-    )
-    T5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    size = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    ids = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
+    T5ForConditionalGeneration(T5Config(vocab_size=len(words), **size, **ids)).save_pretrained(tmp_path)
     return tmp_path
 
 
-def test_factual_reads_a_model_from_a_directory_and_keeps_the_order(tiny_t5: Path) -> None:
+def test_factual_reads_a_model_from_a_directory_and_keeps_the_order(tiny_t5: Path):
     miner = load_miner("factual", model=str(tiny_t5), device="cpu", batch_size=2, max_tokens=8)
     assert isinstance(miner, FactualMiner)
     pairs = [Pair(str(n), b"", ("a wet dog",) * (n % 3)) for n in range(5)]
@@ -224,6 +188,6 @@ def test_factual_reads_a_model_from_a_directory_and_keeps_the_order(tiny_t5: Pat
     assert texts(miner, *pairs) == [["dog", "wet dog"], [], ["cat", "wet cat"]]
 
 
-def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_model_that_is_not_there_is_named(tmp_path: Path):
     with pytest.raises(NotFound, match="cannot load the scene graph model"):
         mined(load_miner("factual", model=str(tmp_path / "none"), device="cpu"), Pair("1", b"", ("a dog",)))

@@ -23,7 +23,7 @@ from tagstore.mining.text import clean
         ("t-shirt", "t-shirts"), ("specimen", "specimen"), ("house", "houses"), ("tie", "ties"),
     ],
 )  # fmt: skip
-def test_singular(one: str, many: str) -> None:
+def test_singular(one: str, many: str):
     if not many.endswith("_"):
         assert singular(many) == one
     assert singular(one) == one
@@ -36,7 +36,7 @@ def test_singular(one: str, many: str) -> None:
         ("watches", "VBZ", "watching"), ("lies", "VBZ", "lying"), ("holding", "VBG", "holding"),
     ],
 )  # fmt: skip
-def test_progressive(verb: str, tag: str, form: str) -> None:
+def test_progressive(verb: str, tag: str, form: str):
     assert progressive(verb, tag) == form
 
 
@@ -60,13 +60,13 @@ def test_progressive(verb: str, tag: str, form: str) -> None:
         ("", ""),
     ],
 )  # fmt: skip
-def test_clean(caption: str, text: str) -> None:
+def test_clean(caption: str, text: str):
     assert clean(caption, 2000).text == text
 
 
 @given(st.text(max_size=200), st.integers(1, 300))
 @settings(max_examples=300, deadline=None)
-def test_every_character_knows_where_it_stood(caption: str, most: int) -> None:
+def test_every_character_knows_where_it_stood(caption: str, most: int):
     cleaned = clean(caption, most)
     for i in range(len(cleaned.text)):
         start, end = cleaned.span(i, i + 1)
@@ -75,7 +75,7 @@ def test_every_character_knows_where_it_stood(caption: str, most: int) -> None:
     assert "  " not in cleaned.text
 
 
-def test_the_lexicon_is_lower_case_and_has_no_typing_traces() -> None:
+def test_the_lexicon_is_lower_case_and_has_no_typing_traces():
     words = {
         name: getattr(lexicon, name)
         for name in dir(lexicon)
@@ -89,7 +89,7 @@ def test_the_lexicon_is_lower_case_and_has_no_typing_traces() -> None:
         ), name
 
 
-def test_sections_of_a_word_file() -> None:
+def test_sections_of_a_word_file():
     assert lexicon.sections("# about\n[a]\nx, y\nz # why\n[b]\nhot dog,\n") == {
         "a": {"x", "y", "z"},
         "b": {"hot dog"},

@@ -16,7 +16,7 @@ def tag(text: str, kind: str = "object", canonical: str = "", count: int = 1) ->
     return MergedTag(text, kind, canonical or text, 0.9, count, ((0, 0, len(text)),))  # type: ignore[arg-type]
 
 
-def test_synonyms_merge_and_stopped_tags_go(tmp_path: Path) -> None:
+def test_synonyms_merge_and_stopped_tags_go(tmp_path: Path):
     (tmp_path / "syn.tsv").write_text("tv\ttelevision\nsofa\tcouch\ncouch\tsettee\n# comment\n")
     (tmp_path / "stop.txt").write_text("area\nentity: canon  # a camera\n\n")
     rules = load_rules(tmp_path / "stop.txt", tmp_path / "syn.tsv")
@@ -37,14 +37,14 @@ def test_synonyms_merge_and_stopped_tags_go(tmp_path: Path) -> None:
     assert len(kept[0].provenance) == 2
 
 
-def test_entities_and_custom_tags_are_replaced_whole_only() -> None:
+def test_entities_and_custom_tags_are_replaced_whole_only():
     rules = Rules(synonyms={"bike": "bicycle"})
     assert rules.preferred("attribute", "red bike") == "red bicycle"
     assert rules.preferred("entity", "bike week") == "bike week"
     assert rules.preferred("custom", "bike") == "bicycle"
 
 
-def test_the_digest_follows_every_part() -> None:
+def test_the_digest_follows_every_part():
     variants = [
         Rules(),
         Rules(minimum=2),
@@ -55,7 +55,7 @@ def test_the_digest_follows_every_part() -> None:
     assert Rules().digest == Rules().digest
 
 
-def test_the_shipped_files_load_and_none_can_be_asked_for() -> None:
+def test_the_shipped_files_load_and_none_can_be_asked_for():
     shipped, none = load_rules(), load_rules("", "")
     assert shipped.stopped("object", "stock photo")
     assert shipped.preferred("object", "tv") == "television"
@@ -71,13 +71,13 @@ def test_the_shipped_files_load_and_none_can_be_asked_for() -> None:
         ("a\tb\nb\ta\n", "in a circle: a -> b -> a"),
     ],
 )  # fmt: skip
-def test_bad_synonyms_are_refused_with_their_line(text: str, message: str, tmp_path: Path) -> None:
+def test_bad_synonyms_are_refused_with_their_line(text: str, message: str, tmp_path: Path):
     (tmp_path / "syn.tsv").write_text(text)
     with pytest.raises(InvalidInput, match=message):
         load_rules("", tmp_path / "syn.tsv")
 
 
-def test_bad_stop_lists_are_refused(tmp_path: Path) -> None:
+def test_bad_stop_lists_are_refused(tmp_path: Path):
     (tmp_path / "stop.txt").write_text("area\nthing: area\n")
     with pytest.raises(InvalidInput, match=r"stop\.txt, line 2: 'thing' is no kind"):
         load_rules(tmp_path / "stop.txt", "")
@@ -90,14 +90,14 @@ def test_bad_stop_lists_are_refused(tmp_path: Path) -> None:
         load_rules("", "", 0)
 
 
-def test_idf() -> None:
+def test_idf():
     assert idf(9, 9) == 1
     assert idf(0, 9) == pytest.approx(log(10) + 1)
     with pytest.raises(InvalidInput):
         idf(10, 9)
 
 
-def test_summary_and_difference() -> None:
+def test_summary_and_difference():
     old = [Record("dog", "object", 5), Record("cat", "object", 1), Record("blue sky", "attribute", 2)]
     new = [
         Record("dog", "object", 8),
@@ -128,5 +128,5 @@ def test_summary_and_difference() -> None:
         ("12 🎉", "zxx"),
     ],
 )
-def test_language(text: str, tag: str) -> None:
+def test_language(text: str, tag: str):
     assert language(text) == tag

@@ -40,7 +40,7 @@ def locked_versions() -> dict[str, list[Requirement]]:
     return pins
 
 
-def test_the_lock_satisfies_every_requirement() -> None:
+def test_the_lock_satisfies_every_requirement():
     pins = locked_versions()
     texts = [*PYPROJECT["project"]["optional-dependencies"]["dev"], *PYPROJECT["build-system"]["requires"]]
     for requirement in [*published_requirements(), *map(Requirement, texts)]:
@@ -54,7 +54,7 @@ def test_the_lock_satisfies_every_requirement() -> None:
             )
 
 
-def test_every_entry_of_the_lock_has_a_hash_and_none_an_address() -> None:
+def test_every_entry_of_the_lock_has_a_hash_and_none_an_address():
     entries = re.split(r"^(?=\w)", LOCK, flags=re.MULTILINE)[1:]
     assert [
         entry.split()[0] for entry in entries if not re.search(r"--hash=sha256:[0-9a-f]{64}\b", entry)
@@ -62,7 +62,7 @@ def test_every_entry_of_the_lock_has_a_hash_and_none_an_address() -> None:
     assert not re.search(r"://|^\s*-", LOCK.replace("--hash=", ""), re.MULTILINE)
 
 
-def test_published_requirements_are_ranges() -> None:
+def test_published_requirements_are_ranges():
     exact = set()
     for requirement in published_requirements():
         operators = {part.operator for part in requirement.specifier}
@@ -73,7 +73,7 @@ def test_published_requirements_are_ranges() -> None:
     assert exact == DATA_PACKAGES
 
 
-def test_a_package_has_the_same_range_in_every_extra() -> None:
+def test_a_package_has_the_same_range_in_every_extra():
     ranges = defaultdict(set)
     for requirement in published_requirements():
         ranges[requirement.name].add(str(requirement.specifier))

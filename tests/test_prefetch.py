@@ -48,7 +48,7 @@ def numbered(count: int) -> Iterator[dict[str, object]]:
         yield {"n": i, "image": str(i).encode()}
 
 
-def test_order_is_kept_whichever_request_is_faster() -> None:
+def test_order_is_kept_whichever_request_is_faster():
     source = Recording()
     fetched = list(
         TagPrefetcher(numbered(103), source, image="image", key="n", into="tags", batch=5, workers=4, k=7)
@@ -59,7 +59,7 @@ def test_order_is_kept_whichever_request_is_faster() -> None:
     assert 3 in source.calls
 
 
-def test_no_more_is_read_than_depth_allows() -> None:
+def test_no_more_is_read_than_depth_allows():
     source, read = Recording(), []
 
     def samples() -> Iterator[dict[str, object]]:
@@ -77,7 +77,7 @@ def test_no_more_is_read_than_depth_allows() -> None:
     assert not [t for t in threading.enumerate() if t.name.startswith("prefetch")]
 
 
-def test_an_error_is_raised_in_the_place_of_its_sample() -> None:
+def test_an_error_is_raised_in_the_place_of_its_sample():
     def samples() -> Iterator[dict[str, object]]:
         yield from numbered(10)
         raise OSError("the disk is gone")
@@ -101,7 +101,7 @@ def test_an_error_is_raised_in_the_place_of_its_sample() -> None:
     assert not [t for t in threading.enumerate() if t.name.startswith("prefetch")]
 
 
-def test_a_loop_that_is_left_early_leaves_nothing_behind() -> None:
+def test_a_loop_that_is_left_early_leaves_nothing_behind():
     source = Recording()
     for sample, _ in TagPrefetcher(numbered(10_000), source, image="image", batch=2, depth=2):
         if sample["n"] == 3:
@@ -109,7 +109,7 @@ def test_a_loop_that_is_left_early_leaves_nothing_behind() -> None:
     assert not [t for t in threading.enumerate() if t.name.startswith("prefetch")]
 
 
-def test_batches_of_a_loader_are_taken_as_they_are() -> None:
+def test_batches_of_a_loader_are_taken_as_they_are():
     batches = (
         {"vectors": np.full((3, 2), i, np.float32), "keys": [f"{i}-{j}" for j in range(3)]} for i in range(5)
     )
@@ -121,7 +121,7 @@ def test_batches_of_a_loader_are_taken_as_they_are() -> None:
     ]
 
 
-def test_a_map_style_dataset_is_answered_a_batch_at_a_time() -> None:
+def test_a_map_style_dataset_is_answered_a_batch_at_a_time():
     source = Recording()
     dataset = TagPrefetcher(list(numbered(10)), source, image="image", into="tags")
     assert len(dataset) == 10
@@ -132,13 +132,13 @@ def test_a_map_style_dataset_is_answered_a_batch_at_a_time() -> None:
         len(TagPrefetcher(numbered(3), source, image="image"))
 
 
-def test_arguments_that_make_no_sense_are_refused() -> None:
+def test_arguments_that_make_no_sense_are_refused():
     for options in ({}, {"image": "i", "vector": "v"}, {"image": "i", "depth": 0}):
         with pytest.raises(errors.InvalidInput):
             TagPrefetcher([], Recording(), **options)
 
 
-def test_a_real_source_and_loader_guard_each_sample(server_address: str, mini) -> None:
+def test_a_real_source_and_loader_guard_each_sample(server_address: str, mini):
     from torch.utils.data import DataLoader, IterableDataset
 
     with connect(f"grpc://{server_address}/shapes", k=3, exclude="self") as source:

@@ -8,7 +8,7 @@ PROTOS = Path(__file__).parent.parent / "protos"
 GENERATED = ("tagstore_pb2.py", "tagstore_pb2.pyi", "tagstore_pb2_grpc.py")
 
 
-def test_generated_code_is_up_to_date(tmp_path: Path) -> None:
+def test_generated_code_is_up_to_date(tmp_path: Path):
     out = [f"--{kind}_out={tmp_path}" for kind in ("python", "pyi", "grpc_python")]
     command = [
         sys.executable,

@@ -65,7 +65,7 @@ def sample(key: str, caption: str = "a cat", **fields: Any) -> list[tuple[str, b
 # ------------------------------
 
 
-def test_folder(tmp_path: Path) -> None:
+def test_folder(tmp_path: Path):
     write(
         tmp_path,
         {
@@ -90,7 +90,7 @@ def test_folder(tmp_path: Path) -> None:
     assert items[0] == Pair("a", JPEG, ("ein süßer Kätzchen 🐈", "猫が二匹"), {}, str(tmp_path / "a.png"))
 
 
-def test_folder_rejects_and_goes_on(tmp_path: Path) -> None:
+def test_folder_rejects_and_goes_on(tmp_path: Path):
     write(
         tmp_path,
         {
@@ -134,7 +134,7 @@ def test_folder_rejects_and_goes_on(tmp_path: Path) -> None:
     assert not rejections
 
 
-def test_an_unreadable_file(tmp_path: Path) -> None:
+def test_an_unreadable_file(tmp_path: Path):
     write(
         tmp_path,
         {
@@ -149,7 +149,7 @@ def test_an_unreadable_file(tmp_path: Path) -> None:
     assert "a file cannot be read: a.jpg (Input/output error)" in reasons(items)["a"]
 
 
-def test_a_file_name_that_is_no_text(tmp_path: Path) -> None:
+def test_a_file_name_that_is_no_text(tmp_path: Path):
     write(tmp_path, {"a.jpg": JPEG, "a.txt": "a cat"})
     for suffix in (b".jpg", b".txt"):
         Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9" + suffix)).write_bytes(JPEG)
@@ -164,7 +164,7 @@ def test_a_file_name_that_is_no_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["csv", "csv.gz", "tsv", "tsv.gz"])
-def test_csv_and_tsv(tmp_path: Path, suffix: str) -> None:
+def test_csv_and_tsv(tmp_path: Path, suffix: str):
     rows = [
         ("image", "title", "colour"),
         ("images/1.jpg", "Red shirt", "red"),
@@ -188,7 +188,7 @@ def test_csv_and_tsv(tmp_path: Path, suffix: str) -> None:
         )
 
 
-def test_csv_quoting(tmp_path: Path) -> None:
+def test_csv_quoting(tmp_path: Path):
     table = 'image,caption,note\n1.jpg,"two\nlines, a ""word""",x\n\n1.jpg,plain,y\n'
     write(tmp_path, {"1.jpg": JPEG, "t.csv": table})
     first, second = read(str(tmp_path))
@@ -197,7 +197,7 @@ def test_csv_quoting(tmp_path: Path) -> None:
     assert (first.origin, second.origin) == (f"{tmp_path}/t.csv:2", f"{tmp_path}/t.csv:5")
 
 
-def test_tsv_keeps_quotation_marks(tmp_path: Path) -> None:
+def test_tsv_keeps_quotation_marks(tmp_path: Path):
     table = (
         'image\tcaption\n1.jpg\t" the best day " , she said\n'
         '1.jpg\t"as pandas quotes ""this"""\n1.jpg\t"open\n1.jpg\tlast\n'
@@ -207,7 +207,7 @@ def test_tsv_keeps_quotation_marks(tmp_path: Path) -> None:
     assert captions == [('" the best day " , she said',), ('as pandas quotes "this"',), ('"open',), ("last",)]
 
 
-def test_csv_rejects_and_goes_on(tmp_path: Path) -> None:
+def test_csv_rejects_and_goes_on(tmp_path: Path):
     table = (
         b"image,caption\n"
         b"1.jpg,good\n"
@@ -256,7 +256,7 @@ def test_csv_rejects_and_goes_on(tmp_path: Path) -> None:
     assert ("out", ("escapes by a link",)) in allowed
 
 
-def test_a_quote_left_open_swallows_no_pair_in_silence(tmp_path: Path) -> None:
+def test_a_quote_left_open_swallows_no_pair_in_silence(tmp_path: Path):
     write(tmp_path, {"1.jpg": JPEG, "t.csv": 'image,caption\n1.jpg,good\n1.jpg,"open\n1.jpg,a\n1.jpg,b\n'})
     items = list(read(str(tmp_path)))
     assert pairs(items) == [("1", ("good",))]
@@ -264,7 +264,7 @@ def test_a_quote_left_open_swallows_no_pair_in_silence(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "ndjson"])
-def test_jsonl(tmp_path: Path, suffix: str) -> None:
+def test_jsonl(tmp_path: Path, suffix: str):
     records = [
         {
             "image": "i/1.jpg",
@@ -292,7 +292,7 @@ def test_jsonl(tmp_path: Path, suffix: str) -> None:
     assert items[1].metadata == {"deep": {"a": None}}
 
 
-def test_jsonl_rejects_and_goes_on(tmp_path: Path) -> None:
+def test_jsonl_rejects_and_goes_on(tmp_path: Path):
     lines = [
         b'{"image": "1.jpg", "caption": "good"}',
         b'{"image": "1.jpg", "caption": ',
@@ -330,7 +330,7 @@ def test_jsonl_rejects_and_goes_on(tmp_path: Path) -> None:
     assert len(rejections) == 11
 
 
-def test_a_gzipped_table_that_is_cut_off_gives_what_came_before(tmp_path: Path) -> None:
+def test_a_gzipped_table_that_is_cut_off_gives_what_came_before(tmp_path: Path):
     lines = "".join(f'{{"image": "1.jpg", "caption": "{os.urandom(20).hex()}"}}\n' for _ in range(2000))
     data = gzip.compress(lines.encode())
     write(tmp_path, {"1.jpg": JPEG, "t.jsonl.gz": data[: len(data) // 2]})
@@ -341,7 +341,7 @@ def test_a_gzipped_table_that_is_cut_off_gives_what_came_before(tmp_path: Path) 
     assert len(reasons(items)) == 1
 
 
-def test_a_line_without_an_end_is_bounded(tmp_path: Path) -> None:
+def test_a_line_without_an_end_is_bounded(tmp_path: Path):
     write(
         tmp_path, {"1.jpg": JPEG, "t.jsonl": '{"image": "1.jpg", "caption": "good"}\n' + "x" * (2**20 + 200)}
     )
@@ -367,7 +367,7 @@ def test_a_line_without_an_end_is_bounded(tmp_path: Path) -> None:
         ("t.tar", b"\0" * 10240, "no pair"),
     ],
 )
-def test_a_file_that_cannot_be_used_at_all(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+def test_a_file_that_cannot_be_used_at_all(tmp_path: Path, name: str, content: bytes, message: str):
     write(tmp_path, {name: content})
     with pytest.raises(InvalidInput, match=message):
         list(read(str(tmp_path / name)))
@@ -377,7 +377,7 @@ def test_a_file_that_cannot_be_used_at_all(tmp_path: Path, name: str, content: b
 # ------------------------------
 
 
-def test_columns_by_option(tmp_path: Path) -> None:
+def test_columns_by_option(tmp_path: Path):
     table = "sku,picture,brand,kind,id\nA1,1.jpg,Oatly,oat milk,7\nA2,1.jpg,,soy milk,8\n"
     write(tmp_path, {"1.jpg": JPEG, "t.csv": table})
     columns = Columns(image="picture", caption=("brand", "kind"), key="sku")
@@ -391,7 +391,7 @@ def test_columns_by_option(tmp_path: Path) -> None:
     ]
 
 
-def test_an_empty_key_is_rejected(tmp_path: Path) -> None:
+def test_an_empty_key_is_rejected(tmp_path: Path):
     write(
         tmp_path,
         {
@@ -411,7 +411,7 @@ def test_an_empty_key_is_rejected(tmp_path: Path) -> None:
     [Columns(image="foto"), Columns(caption="foto"), Columns(key="foto"), Columns(caption=["name", "foto"])],
 )
 @pytest.mark.parametrize("name", ["t.csv", "t.tsv", "t.jsonl", "t.parquet"])
-def test_an_unknown_column_lists_those_there_are(tmp_path: Path, name: str, columns: Columns) -> None:
+def test_an_unknown_column_lists_those_there_are(tmp_path: Path, name: str, columns: Columns):
     row = {"image": "1.jpg", "name": "a cat", "colour": "black"}
     write(tmp_path, {"1.jpg": JPEG})
     if name == "t.parquet":
@@ -433,13 +433,13 @@ def test_an_unknown_column_lists_those_there_are(tmp_path: Path, name: str, colu
         list(read(str(tmp_path)))
 
 
-def test_a_table_of_urls_says_what_to_do(tmp_path: Path) -> None:
+def test_a_table_of_urls_says_what_to_do(tmp_path: Path):
     write(tmp_path, {"t.csv": "url,caption\nhttp://example.org/1.jpg,x\n"})
     with pytest.raises(InvalidInput, match=r"--image-column|img2dataset"):
         list(read(str(tmp_path / "t.csv")))
 
 
-def test_a_folder_has_no_columns(tmp_path: Path) -> None:
+def test_a_folder_has_no_columns(tmp_path: Path):
     write(tmp_path, {"a.jpg": JPEG, "a.txt": "x"})
     with pytest.raises(InvalidInput, match="no columns"):
         read(str(tmp_path), columns=Columns(caption="text"))
@@ -449,7 +449,7 @@ def test_a_folder_has_no_columns(tmp_path: Path) -> None:
 # ------------------------------
 
 
-def test_parquet(tmp_path: Path) -> None:
+def test_parquet(tmp_path: Path):
     rows = [
         {"image": {"bytes": JPEG, "path": "x.jpg"}, "caption": ["a cat", "two cats"], "size": 3},
         {"image": {"bytes": None, "path": "i/1.jpg"}, "caption": ["from a path"], "size": None},
@@ -465,7 +465,7 @@ def test_parquet(tmp_path: Path) -> None:
     assert items[0] == Pair("t:1", JPEG, ("a cat", "two cats"), {"size": 3}, f"{tmp_path}/t.parquet:1")
 
 
-def test_parquet_of_bytes_and_paths_and_odd_values(tmp_path: Path) -> None:
+def test_parquet_of_bytes_and_paths_and_odd_values(tmp_path: Path):
     write(tmp_path, {"1.jpg": JPEG})
     table = pa.table(
         {
@@ -491,7 +491,7 @@ def test_parquet_of_bytes_and_paths_and_odd_values(tmp_path: Path) -> None:
     assert "leads out" in reasons(items)["../1"]
 
 
-def test_a_parquet_text_that_is_not_utf8_costs_its_row_only(tmp_path: Path) -> None:
+def test_a_parquet_text_that_is_not_utf8_costs_its_row_only(tmp_path: Path):
     texts = pa.Array.from_buffers(
         pa.string(), 3, pa.array([b"a cat", b"caf\xe9", b"last"], pa.binary()).buffers()
     )
@@ -501,7 +501,7 @@ def test_a_parquet_text_that_is_not_utf8_costs_its_row_only(tmp_path: Path) -> N
     assert "not UTF-8" in reasons(items)["t.parquet:2"]
 
 
-def test_parquet_damaged_in_the_middle_gives_what_came_before(tmp_path: Path) -> None:
+def test_parquet_damaged_in_the_middle_gives_what_came_before(tmp_path: Path):
     table = pa.table({"image": [os.urandom(3000) for _ in range(200)], "text": ["x"] * 200})
     path = tmp_path / "t.parquet"
     parquet.write_table(table, path, row_group_size=50, compression="zstd")
@@ -518,7 +518,7 @@ def test_parquet_damaged_in_the_middle_gives_what_came_before(tmp_path: Path) ->
 # ------------------------------
 
 
-def test_webdataset(tmp_path: Path) -> None:
+def test_webdataset(tmp_path: Path):
     members = [
         *sample("000", "a cat", captions=["a cat", "a black cat"], width=3),
         ("000.cls", "7"),
@@ -543,7 +543,7 @@ def test_webdataset(tmp_path: Path) -> None:
         assert items[0] == Pair("000", JPEG, ("a cat", "a black cat"), {"width": 3}, f"{tmp_path}/{name}!000")
 
 
-def test_webdataset_rejects_and_goes_on(tmp_path: Path) -> None:
+def test_webdataset_rejects_and_goes_on(tmp_path: Path):
     members: list[tuple[str, bytes | str]] = [
         *sample("good"),
         ("a.txt", "no image"),
@@ -578,7 +578,7 @@ def test_webdataset_rejects_and_goes_on(tmp_path: Path) -> None:
     assert not rejections
 
 
-def test_webdataset_columns(tmp_path: Path) -> None:
+def test_webdataset_columns(tmp_path: Path):
     path = str(
         write_tar(
             tmp_path / "t.tar",
@@ -593,7 +593,7 @@ def test_webdataset_columns(tmp_path: Path) -> None:
     assert pairs(read(path, columns=Columns(caption="txt"))) == [("0", ("short",)), ("1", ("short",))]
 
 
-def test_a_shard_cut_off_anywhere_gives_what_came_before_and_one_rejection(tmp_path: Path) -> None:
+def test_a_shard_cut_off_anywhere_gives_what_came_before_and_one_rejection(tmp_path: Path):
     whole = write_tar(
         tmp_path / "whole.tar", [member for i in range(6) for member in sample(f"{i}")]
     ).read_bytes()
@@ -616,7 +616,7 @@ def test_a_shard_cut_off_anywhere_gives_what_came_before_and_one_rejection(tmp_p
         assert "damaged or cut off" in items[-1].reason
 
 
-def test_a_damaged_shard_and_a_damaged_gzip(tmp_path: Path) -> None:
+def test_a_damaged_shard_and_a_damaged_gzip(tmp_path: Path):
     members = [member for i in range(6) for member in sample(f"{i}")]
     data = bytearray(write_tar(tmp_path / "t.tar", members).read_bytes())
     data[512 * 6 * 3 : 512 * 6 * 3 + 200] = b"\xff" * 200
@@ -652,18 +652,18 @@ def test_a_damaged_shard_and_a_damaged_gzip(tmp_path: Path) -> None:
         ("{a}", ["{a}"]),
     ],
 )
-def test_braces(pattern: str, expanded: list[str]) -> None:
+def test_braces(pattern: str, expanded: list[str]):
     assert list(dict.fromkeys(_braces(pattern))) == expanded
 
 
 @given(st.integers(0, 999), st.integers(0, 50), st.integers(1, 5))
-def test_braces_count_like_a_shell(first: int, more: int, width: int) -> None:
+def test_braces_count_like_a_shell(first: int, more: int, width: int):
     names = list(_braces(f"s-{{{first:0{width}d}..{first + more:0{width}d}}}.tar"))
     assert len(names) == more + 1
     assert [int(name[2:-4]) for name in names] == list(range(first, first + more + 1))
 
 
-def test_patterns_of_shards(tmp_path: Path) -> None:
+def test_patterns_of_shards(tmp_path: Path):
     for i in range(3):
         write_tar(tmp_path / f"train-{i:03d}.tar", sample(f"t{i}"))
     write_tar(tmp_path / "val-000.tar", sample("v"))
@@ -682,13 +682,13 @@ def test_patterns_of_shards(tmp_path: Path) -> None:
         read(str(tmp_path / "train-{000..004}.tar"))
 
 
-def test_keys_of_tables_are_relative_to_the_fixed_part_of_a_pattern(tmp_path: Path) -> None:
+def test_keys_of_tables_are_relative_to_the_fixed_part_of_a_pattern(tmp_path: Path):
     for name in ("a", "b"):
         write(tmp_path / name, {"i/1.jpg": JPEG, "items.csv": f"image,caption\ni/1.jpg,{name}\n"})
     assert pairs(read(f"{tmp_path}/*/items.csv")) == [("a/i/1", ("a",)), ("b/i/1", ("b",))]
 
 
-def test_one_bad_file_among_good_ones_is_a_rejection(tmp_path: Path) -> None:
+def test_one_bad_file_among_good_ones_is_a_rejection(tmp_path: Path):
     write_tar(tmp_path / "1.tar", sample("good"))
     write(tmp_path, {"0.tar": b"not a tar" * 100})
     for order in ("{0,1}", "{1,0}"):
@@ -697,12 +697,12 @@ def test_one_bad_file_among_good_ones_is_a_rejection(tmp_path: Path) -> None:
         assert "not a tar file" in reasons(items)["0.tar"]
 
 
-def test_a_name_that_looks_like_a_pattern_is_a_file_first(tmp_path: Path) -> None:
+def test_a_name_that_looks_like_a_pattern_is_a_file_first(tmp_path: Path):
     path = write_tar(tmp_path / "a{0..1}[x].tar", sample("good"))
     assert len(pairs(read(str(path)))) == 1
 
 
-def test_img2dataset_output(tmp_path: Path) -> None:
+def test_img2dataset_output(tmp_path: Path):
     for i in range(2):
         write_tar(tmp_path / f"{i:05d}.tar", sample(f"{i:05d}0000"))
         write(tmp_path, {f"{i:05d}.parquet": b"", f"{i:05d}_stats.json": "{}"})
@@ -719,13 +719,13 @@ def test_img2dataset_output(tmp_path: Path) -> None:
         (["a.csv", "x.jpg", "x.txt"], "a.csv, images with caption files such as x.jpg"),
     ],
 )
-def test_an_ambiguous_folder_lists_what_was_found(tmp_path: Path, files: list[str], listed: str) -> None:
+def test_an_ambiguous_folder_lists_what_was_found(tmp_path: Path, files: list[str], listed: str):
     write(tmp_path, dict.fromkeys(files, b"x"))
     with pytest.raises(InvalidInput, match=rf"more than one source in it \({listed}\).*--format"):
         read(str(tmp_path))
 
 
-def test_format_overrides(tmp_path: Path) -> None:
+def test_format_overrides(tmp_path: Path):
     write(
         tmp_path,
         {
@@ -745,7 +745,7 @@ def test_format_overrides(tmp_path: Path) -> None:
         read(str(tmp_path / "a.jpg"), format="folder")
 
 
-def test_sources_that_are_none(tmp_path: Path) -> None:
+def test_sources_that_are_none(tmp_path: Path):
     write(
         tmp_path,
         {"a.jpg": JPEG, "b.xyz": b"", "docs/readme.md": b"x", "mixed/a.csv": b"x", "mixed/b.tar": b"x"},
@@ -787,7 +787,7 @@ def peak(source: Path) -> int:
 
 
 @pytest.mark.parametrize("name", ["t.tar", "t.jsonl", "t.csv"])
-def test_memory_does_not_grow_with_the_input(tmp_path: Path, name: str) -> None:
+def test_memory_does_not_grow_with_the_input(tmp_path: Path, name: str):
     peaks = []
     write(tmp_path, {"1.jpg": b"x" * 1000})
     for count in (300, 3000):

@@ -45,7 +45,7 @@ def recorded(address: str, out: Path, **options) -> Path:
 
 
 @pytest.fixture(scope="module")
-def the_map(server_address: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def the_map(server_address: str, tmp_path_factory) -> Path:
     return recorded(server_address, tmp_path_factory.mktemp("map") / "map", k=3)
 
 
@@ -64,7 +64,7 @@ def live(server_address: str):
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_live_directory_and_map_agree_to_the_last_byte(
     local, live, server_address: str, tmp_path: Path, options
-) -> None:
+):
     path = recorded(server_address, tmp_path / "map", **options)
     keys, images = list(QUERIES), list(QUERIES.values())
     with connect(f"replay://{path}") as replayed:
@@ -82,7 +82,7 @@ def test_live_directory_and_map_agree_to_the_last_byte(
         assert replayed.pin() == live.pin()
 
 
-def test_a_map_knows_samples_by_key_by_image_and_by_vector(the_map: Path, mini) -> None:
+def test_a_map_knows_samples_by_key_by_image_and_by_vector(the_map: Path, mini):
     key, data = next(iter(QUERIES.items()))
     with connect(f"replay://{the_map}") as source:
         [by_key] = source.retrieve([data], keys=[key])
@@ -95,7 +95,7 @@ def test_a_map_knows_samples_by_key_by_image_and_by_vector(the_map: Path, mini) 
             source.retrieve(vectors=np.ones((1, 2), np.float32), fingerprint="another", keys=[key])
 
 
-def test_what_is_not_in_a_map_is_refused_by_name(the_map: Path) -> None:
+def test_what_is_not_in_a_map_is_refused_by_name(the_map: Path):
     data = QUERIES["red-circle"]
     with connect(f"replay://{the_map}") as source:
         with pytest.raises(errors.NotFound, match="no sample 'photo-9'"):
@@ -116,7 +116,7 @@ def test_what_is_not_in_a_map_is_refused_by_name(the_map: Path) -> None:
         connect("replay:///nowhere/map")
 
 
-def test_a_sample_that_was_refused_is_refused_again_with_its_reason(live, tmp_path: Path) -> None:
+def test_a_sample_that_was_refused_is_refused_again_with_its_reason(live, tmp_path: Path):
     bad = [Pair("broken", b"no image", ()), Rejected("gone", "cannot read gone.jpg")]
     result = record(live, [*pairs()[:3], *bad, *pairs()[3:5]], tmp_path / "map", batch=4)
     assert (result.samples, result.refused) == (5, 2)
@@ -126,9 +126,7 @@ def test_a_sample_that_was_refused_is_refused_again_with_its_reason(live, tmp_pa
                 source.retrieve([b"no image"], keys=[key])
 
 
-def test_a_recording_that_was_cut_off_goes_on_and_gives_the_same_map(
-    server_address: str, tmp_path: Path
-) -> None:
+def test_a_recording_that_was_cut_off_goes_on_and_gives_the_same_map(server_address: str, tmp_path: Path):
     def cut_off():
         yield from pairs()[:7]
         raise KeyboardInterrupt
@@ -153,7 +151,7 @@ def test_a_recording_that_was_cut_off_goes_on_and_gives_the_same_map(
     assert not list(tmp_path.glob("*.part*"))
 
 
-def test_keys_that_come_twice(live, tmp_path: Path) -> None:
+def test_keys_that_come_twice(live, tmp_path: Path):
     first, second = pairs()[:2]
     assert record(live, [first, second, first], tmp_path / "same").samples == 2
     with pytest.raises(errors.InvalidInput, match="comes twice, with different images"):
@@ -161,7 +159,7 @@ def test_keys_that_come_twice(live, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("column", ["key", "answer", "sha256"])
-def test_damage_is_noticed_by_whoever_reads_it(the_map: Path, tmp_path: Path, column: str) -> None:
+def test_damage_is_noticed_by_whoever_reads_it(the_map: Path, tmp_path: Path, column: str):
     path = tmp_path / "map"
     path.write_bytes(the_map.read_bytes())
     value = "'red-circlf'" if column == "key" else "x'" + "ab" * 32 + "'"
@@ -173,7 +171,7 @@ def test_damage_is_noticed_by_whoever_reads_it(the_map: Path, tmp_path: Path, co
         source.retrieve([QUERIES["red-circle"]], keys=["red-circle"])
 
 
-def test_what_is_no_map_and_a_map_with_other_meta_are_refused(the_map: Path, tmp_path: Path) -> None:
+def test_what_is_no_map_and_a_map_with_other_meta_are_refused(the_map: Path, tmp_path: Path):
     (tmp_path / "text").write_text("no database at all")
     with pytest.raises(errors.Damaged, match="no map"):
         connect(f"replay://{tmp_path / 'text'}")
@@ -185,7 +183,7 @@ def test_what_is_no_map_and_a_map_with_other_meta_are_refused(the_map: Path, tmp
         connect(f"replay://{path}")
 
 
-def test_the_command_records_a_folder(server_address: str, tmp_path: Path) -> None:
+def test_the_command_records_a_folder(server_address: str, tmp_path: Path):
     folder = tmp_path / "folder"
     folder.mkdir()
     for key, data in QUERIES.items():

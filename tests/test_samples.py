@@ -62,7 +62,7 @@ MIXED = [
 @pytest.mark.parametrize(("name", "leak_guard"), [("data.json", True), ("data.jsonl", False)])
 def test_a_recorded_map_holds_every_sample_that_training_asks_for(
     shapes_root: Path, tmp_path: Path, name: str, leak_guard: bool
-) -> None:
+):
     data = write_records(tmp_path / "data", MIXED, name)
     samples = read_samples(data)
     assert [sample.key for sample in samples[:5]] == ["1", "two", "d", "e", "captioned"]
@@ -98,7 +98,7 @@ def test_a_recorded_map_holds_every_sample_that_training_asks_for(
     assert recorded == ask(f"file://{shapes_root}/shapes", features)
 
 
-def test_a_shard_is_recorded_under_the_keys_of_training(tmp_path: Path) -> None:
+def test_a_shard_is_recorded_under_the_keys_of_training(tmp_path: Path):
     shard = write_shard(tmp_path / "train-000.tar", 6)
     keys = [key for sample in read_samples(shard) for key in sample.image_keys]
     for dataset in (shard, tmp_path, tmp_path / "train-{000..000}.tar"):
@@ -107,7 +107,7 @@ def test_a_shard_is_recorded_under_the_keys_of_training(tmp_path: Path) -> None:
         assert all(isinstance(item, Pair) and item.image.startswith(b"\x89PNG") for item in items)
 
 
-def test_several_images_and_conversations_in_a_shard(tmp_path: Path) -> None:
+def test_several_images_and_conversations_in_a_shard(tmp_path: Path):
     from test_readers import write_tar
 
     members: list[tuple[str, bytes | str]] = [
@@ -135,9 +135,7 @@ def test_several_images_and_conversations_in_a_shard(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("fields", "key"), [({}, "a"), ({"id": 7}, "7"), ({"key": "k", "id": 7}, "k")])
-def test_ingest_record_and_training_give_an_image_the_same_key(
-    tmp_path: Path, fields: dict, key: str
-) -> None:
+def test_ingest_record_and_training_give_an_image_the_same_key(tmp_path: Path, fields: dict, key: str):
     data = write_records(tmp_path / "data", [{"image": "a.png", "caption": "x", **fields}], "data.jsonl")
     (tmp_path / "data" / "table.csv").write_text("image,caption\na.png,x\n")
     assert [item.key for item in read(str(data))] == [key]
@@ -147,7 +145,7 @@ def test_ingest_record_and_training_give_an_image_the_same_key(
     assert [item.key for item in read_images(str(tmp_path / "data" / "table.csv"))] == ["a"]
 
 
-def test_an_image_inside_the_record_is_recorded_and_not_trained_on(tmp_path: Path) -> None:
+def test_an_image_inside_the_record_is_recorded_and_not_trained_on(tmp_path: Path):
     text = base64.b64encode(picture("red", "circle")).decode()
     data = write_records(tmp_path / "data", [{"image": text, "caption": "x"}], "data.jsonl")
     [item] = read_images(str(data))
@@ -193,7 +191,7 @@ BAD_RECORDS = [
 @pytest.mark.parametrize(("fields", "message"), BAD_RECORDS, ids=str)
 def test_a_field_of_a_wrong_type_is_an_error_that_names_file_and_record(
     tmp_path: Path, name: str, fields: Any, message: str
-) -> None:
+):
     good = {"id": "0", "image": "a.png", "caption": "a cat"}
     bad = fields if not isinstance(fields, dict) else {"id": "1", "caption": "a cat", **fields}
     data = write_records(tmp_path / "data", [good, bad], name)
@@ -209,14 +207,14 @@ def test_a_field_of_a_wrong_type_is_an_error_that_names_file_and_record(
         load_task("captions", TaskOptions(data))
 
 
-def test_a_split_that_is_no_text_is_an_error_where_a_split_is_asked_for(tmp_path: Path) -> None:
+def test_a_split_that_is_no_text_is_an_error_where_a_split_is_asked_for(tmp_path: Path):
     data = write_records(tmp_path / "data", [{"image": "a.png", "caption": "x", "split": ["test"]}])
     assert len(read_samples(data)) == 1
     with pytest.raises(InvalidInput, match="record 0: 'split' is a list"):
         read_samples(data, split="test")
 
 
-def test_a_data_set_without_images_is_not_recorded_as_an_empty_map(tmp_path: Path) -> None:
+def test_a_data_set_without_images_is_not_recorded_as_an_empty_map(tmp_path: Path):
     data = write_records(tmp_path / "data", [{"id": "1", "conversations": TURNS}])
     for columns in (Columns(), Columns(image="foto")):
         with pytest.raises(InvalidInput, match="no sample in it has an image"):
@@ -227,7 +225,7 @@ def test_a_data_set_without_images_is_not_recorded_as_an_empty_map(tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", ["../outside.png", "sub/../../outside.png", "/etc/hostname", "link.png"])
-def test_an_image_outside_is_refused_by_ingest_record_train_and_eval_alike(tmp_path: Path, name: str) -> None:
+def test_an_image_outside_is_refused_by_ingest_record_train_and_eval_alike(tmp_path: Path, name: str):
     records = [{"id": "good", "image": "a.png", "caption": "x"}, {"id": "bad", "image": name, "caption": "y"}]
     data = write_records(tmp_path / "data", records, "data.jsonl")
     (tmp_path / "data" / "sub").mkdir()
@@ -258,7 +256,7 @@ def test_an_image_outside_is_refused_by_ingest_record_train_and_eval_alike(tmp_p
     ] == allowed
 
 
-def test_an_absolute_path_and_a_link_inside_the_folder_are_read(tmp_path: Path) -> None:
+def test_an_absolute_path_and_a_link_inside_the_folder_are_read(tmp_path: Path):
     data = write_records(
         tmp_path / "data",
         [{"image": str(tmp_path / "data" / "a.png"), "caption": "x"}, {"image": "in.png", "caption": "y"}],
@@ -272,7 +270,7 @@ def test_an_absolute_path_and_a_link_inside_the_folder_are_read(tmp_path: Path) 
 # streams
 
 
-def test_a_json_list_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_json_list_is_read_in_pieces(tmp_path: Path, monkeypatch):
     monkeypatch.setattr("tagstore.readers.json_records._JSON_BUFFER", 7)
     records = [
         {
@@ -309,7 +307,7 @@ def test_a_json_list_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.Monke
         read_images(str(path), images=str(tmp_path / "nowhere"))
 
 
-def test_lines_may_be_gzipped_and_begin_with_a_mark(tmp_path: Path) -> None:
+def test_lines_may_be_gzipped_and_begin_with_a_mark(tmp_path: Path):
     data = write_records(tmp_path / "data", MIXED[:-1], "data.jsonl")
     packed = data.with_name("data.jsonl.gz")
     packed.write_bytes(gzip.compress(b"\xef\xbb\xbf" + data.read_bytes()))
@@ -324,7 +322,7 @@ def test_lines_may_be_gzipped_and_begin_with_a_mark(tmp_path: Path) -> None:
         list(read_lines(packed))
 
 
-def test_memory_does_not_grow_with_a_json_list(tmp_path: Path) -> None:
+def test_memory_does_not_grow_with_a_json_list(tmp_path: Path):
     peaks = []
     for count in (1000, 5000):
         records = [{"id": str(i), "image": "a.png", "conversations": TURNS} for i in range(count)]
@@ -336,7 +334,7 @@ def test_memory_does_not_grow_with_a_json_list(tmp_path: Path) -> None:
     assert peaks[1] < peaks[0] * 1.2 + 20_000
 
 
-def test_images_of_a_shard_are_passed_over_and_read_by_place(tmp_path: Path) -> None:
+def test_images_of_a_shard_are_passed_over_and_read_by_place(tmp_path: Path):
     samples = read_samples(write_shard(tmp_path / "a.tar", 6))
     place = samples[3].images[0]
     with (tmp_path / "a.tar").open("rb") as file:
@@ -349,7 +347,7 @@ def test_images_of_a_shard_are_passed_over_and_read_by_place(tmp_path: Path) -> 
         Place(tmp_path / "gone.png").read()
 
 
-def test_json_and_shards_are_read_without_torch_and_pyarrow(tmp_path: Path) -> None:
+def test_json_and_shards_are_read_without_torch_and_pyarrow(tmp_path: Path):
     data = write_records(tmp_path / "data", MIXED)
     shard = write_shard(tmp_path / "a.tar", 3)
     program = (

@@ -51,7 +51,7 @@ def put(
         return writer.commit(operation="ingest", miner={"name": "none"}, indexer=indexer)
 
 
-def test_what_is_committed_is_read_back(tmp_path: Path, rng: np.random.Generator) -> None:
+def test_what_is_committed_is_read_back(tmp_path: Path, rng):
     vectors = unit(rng, 3)
     version = put(tmp_path, [draft("a", "dog", "sky"), draft("b", "dog"), draft("c")], vectors)
     snapshot = Store(tmp_path, "toy").snapshot()
@@ -70,9 +70,7 @@ def test_what_is_committed_is_read_back(tmp_path: Path, rng: np.random.Generator
     )
 
 
-def test_a_key_that_comes_again_replaces_its_entry_and_the_old_version_stays(
-    tmp_path: Path, rng: np.random.Generator
-) -> None:
+def test_a_key_that_comes_again_replaces_its_entry_and_the_old_version_stays(tmp_path: Path, rng):
     put(tmp_path, [draft("a", "dog"), draft("b", "sky")], unit(rng, 2))
     put(tmp_path, [draft("a", "cat", caption="another")], unit(rng, 1))
     store = Store(tmp_path, "toy")
@@ -86,7 +84,7 @@ def test_a_key_that_comes_again_replaces_its_entry_and_the_old_version_stays(
         old.entry(2)
 
 
-def test_vectors_cross_blocks(tmp_path: Path, rng: np.random.Generator) -> None:
+def test_vectors_cross_blocks(tmp_path: Path, rng):
     vectors = unit(rng, 3 * BLOCK_ROWS + 5)
     with Writer(tmp_path, "toy", FINGERPRINT) as writer:
         for start in range(0, len(vectors), 100):
@@ -101,7 +99,7 @@ def test_vectors_cross_blocks(tmp_path: Path, rng: np.random.Generator) -> None:
     np.testing.assert_array_equal(block, vectors.astype(np.float16))
 
 
-def test_versions_share_the_pages_that_did_not_change(tmp_path: Path, rng: np.random.Generator) -> None:
+def test_versions_share_the_pages_that_did_not_change(tmp_path: Path, rng):
     put(tmp_path, [draft("a", "dog")], unit(rng, 1))
     put(tmp_path, [draft("b", "dog")], unit(rng, 1))
     with Writer(tmp_path, "toy", FINGERPRINT) as writer:
@@ -109,7 +107,7 @@ def test_versions_share_the_pages_that_did_not_change(tmp_path: Path, rng: np.ra
     assert again.pages == Store(tmp_path, "toy").snapshot(2).version.pages
 
 
-def test_what_was_not_committed_is_gone_for_the_next_writer(tmp_path: Path, rng: np.random.Generator) -> None:
+def test_what_was_not_committed_is_gone_for_the_next_writer(tmp_path: Path, rng):
     put(tmp_path, [draft("a", "dog")], unit(rng, 1))
     with Writer(tmp_path, "toy", FINGERPRINT) as writer:
         writer.append([draft("a", "cat"), draft("lost", "whale")], unit(rng, 2))
@@ -127,9 +125,7 @@ def test_what_was_not_committed_is_gone_for_the_next_writer(tmp_path: Path, rng:
     assert ([d.key for d in admitted], unchanged) == (["lost"], 1)
 
 
-def test_a_duplicate_key_in_one_ingest_is_rejected_an_unchanged_one_counted(
-    tmp_path: Path, rng: np.random.Generator
-) -> None:
+def test_a_duplicate_key_in_one_ingest_is_rejected_an_unchanged_one_counted(tmp_path: Path, rng):
     put(tmp_path, [draft("a")], unit(rng, 1))
     with Writer(tmp_path, "toy", FINGERPRINT) as writer:
         admitted, rejected, unchanged = writer.admit([draft("a"), draft("b"), draft("b")], same_miner=True)
@@ -146,13 +142,13 @@ def test_a_duplicate_key_in_one_ingest_is_rejected_an_unchanged_one_counted(
         assert len(admitted) == 1
 
 
-def test_a_long_key_and_one_that_is_its_prefix_are_two(tmp_path: Path, rng: np.random.Generator) -> None:
+def test_a_long_key_and_one_that_is_its_prefix_are_two(tmp_path: Path, rng):
     keys = ["k" * 2000, "k" * 1999]
     put(tmp_path, [draft(k) for k in keys], unit(rng, 2))
     assert [e.key for e in Store(tmp_path, "toy").snapshot().entries()] == keys
 
 
-def test_a_second_writer_is_refused_and_told_who_writes(tmp_path: Path) -> None:
+def test_a_second_writer_is_refused_and_told_who_writes(tmp_path: Path):
     with Writer(tmp_path, "toy", FINGERPRINT):
         code = textwrap.dedent(f"""
             from tagstore.errors import Busy
@@ -168,14 +164,12 @@ def test_a_second_writer_is_refused_and_told_who_writes(tmp_path: Path) -> None:
     assert f"being written by process {os.getpid()}" in out
 
 
-def test_another_writer_of_this_process_is_refused_too(tmp_path: Path) -> None:
+def test_another_writer_of_this_process_is_refused_too(tmp_path: Path):
     with Writer(tmp_path, "toy", FINGERPRINT), pytest.raises(Busy), Writer(tmp_path, "toy", FINGERPRINT):
         pass
 
 
-def test_vectors_of_another_encoder_are_refused_with_both_fingerprints(
-    tmp_path: Path, rng: np.random.Generator
-) -> None:
+def test_vectors_of_another_encoder_are_refused_with_both_fingerprints(tmp_path: Path, rng):
     put(tmp_path, [draft("a")], unit(rng, 1))
     other = Fingerprint("other", "01", {"size": [8, 8]}, False, True, D)
     with pytest.raises(FingerprintMismatch) as caught, Writer(tmp_path, "toy", other):
@@ -185,9 +179,7 @@ def test_vectors_of_another_encoder_are_refused_with_both_fingerprints(
     put(tmp_path, [draft("b")], unit(rng, 1))
 
 
-def test_a_writer_killed_at_any_instant_leaves_the_last_version(
-    tmp_path: Path, rng: np.random.Generator
-) -> None:
+def test_a_writer_killed_at_any_instant_leaves_the_last_version(tmp_path: Path, rng):
     put(tmp_path, [draft("a", "dog")], unit(rng, 1))
     code = textwrap.dedent(f"""
         import numpy as np
@@ -218,12 +210,12 @@ def test_a_writer_killed_at_any_instant_leaves_the_last_version(
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../x", "-x", "a b", "é", "x" * 65, "a\0"])
-def test_names_that_could_leave_the_root_are_refused(name: str) -> None:
+def test_names_that_could_leave_the_root_are_refused(name: str):
     with pytest.raises(InvalidInput, match="no name for a store"):
         check_name(name)
 
 
-def test_what_is_not_there_is_said(tmp_path: Path, rng: np.random.Generator) -> None:
+def test_what_is_not_there_is_said(tmp_path: Path, rng):
     put(tmp_path, [draft("a")], unit(rng, 1))
     with pytest.raises(NotFound, match="no store 'nope'; those there are: toy"):
         Store(tmp_path, "nope")
@@ -234,14 +226,14 @@ def test_what_is_not_there_is_said(tmp_path: Path, rng: np.random.Generator) -> 
     assert store_names(tmp_path) == ["toy"]
 
 
-def test_a_store_whose_first_ingest_never_finished_says_so(tmp_path: Path) -> None:
+def test_a_store_whose_first_ingest_never_finished_says_so(tmp_path: Path):
     with Writer(tmp_path, "toy", FINGERPRINT):
         pass
     with pytest.raises(NotFound, match="first ingest did not finish"):
         Store(tmp_path, "toy").snapshot()
 
 
-def test_a_file_that_is_no_database_is_named(tmp_path: Path) -> None:
+def test_a_file_that_is_no_database_is_named(tmp_path: Path):
     (tmp_path / "toy").mkdir()
     (tmp_path / "toy" / "CURRENT").write_text("db-000001\n")
     (tmp_path / "toy" / "db-000001").mkdir()
@@ -250,9 +242,7 @@ def test_a_file_that_is_no_database_is_named(tmp_path: Path) -> None:
         Store(tmp_path, "toy")
 
 
-def test_a_store_in_another_releases_format_is_refused_by_readers_and_writers(
-    tmp_path: Path, rng: np.random.Generator
-) -> None:
+def test_a_store_in_another_releases_format_is_refused_by_readers_and_writers(tmp_path: Path, rng):
     put(tmp_path, [draft("a")], unit(rng, 1))
     store = Store(tmp_path, "toy")
     with store.env.begin(write=True) as txn:
@@ -264,7 +254,7 @@ def test_a_store_in_another_releases_format_is_refused_by_readers_and_writers(
             use()
 
 
-def test_the_record_of_a_version_is_json_with_a_checksum(tmp_path: Path, rng: np.random.Generator) -> None:
+def test_the_record_of_a_version_is_json_with_a_checksum(tmp_path: Path, rng):
     version = put(tmp_path, [draft("a")], unit(rng, 1))
     record = json.loads(version.to_json())
     assert json.loads(record["version"])["fingerprint"]["model"] == "toy"
@@ -273,7 +263,7 @@ def test_the_record_of_a_version_is_json_with_a_checksum(tmp_path: Path, rng: np
         type(version).from_json(version.to_json().replace("toy", "tog"))
 
 
-def test_a_disk_that_fails_is_said_and_the_store_stays(tmp_path: Path, rng: np.random.Generator) -> None:
+def test_a_disk_that_fails_is_said_and_the_store_stays(tmp_path: Path, rng):
     put(tmp_path, [draft("a")], unit(rng, 1))
 
     def full(*_: object) -> dict[str, object]:
@@ -284,7 +274,7 @@ def test_a_disk_that_fails_is_said_and_the_store_stays(tmp_path: Path, rng: np.r
     assert put(tmp_path, [draft("b")], unit(rng, 1)).number == 2
 
 
-def test_the_reader_in_the_documentation_reads_a_store(tmp_path: Path, rng: np.random.Generator) -> None:
+def test_the_reader_in_the_documentation_reads_a_store(tmp_path: Path, rng):
     put(tmp_path, [draft(f"{i}", f"tag {i % 9}", "all") for i in range(600)], unit(rng, 600))
     put(tmp_path, [draft("7", "new", caption="Ça va 👍 " * 30), draft("x")], unit(rng, 2))
     [code] = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
@@ -305,7 +295,7 @@ def test_the_reader_in_the_documentation_reads_a_store(tmp_path: Path, rng: np.r
     np.testing.assert_array_equal(np.array(vectors, np.float16), snapshot.vectors(snapshot.live()))
 
 
-def test_a_forked_child_opens_the_store_for_itself(tmp_path: Path, rng: np.random.Generator) -> None:
+def test_a_forked_child_opens_the_store_for_itself(tmp_path: Path, rng):
     put(tmp_path, [draft("a")], unit(rng, 1))
     snapshot = Store(tmp_path, "toy").snapshot()
     assert snapshot.entry(0).key == "a"
@@ -319,7 +309,7 @@ def test_a_forked_child_opens_the_store_for_itself(tmp_path: Path, rng: np.rando
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-def test_no_other_room_knows_lmdb_or_the_tables() -> None:
+def test_no_other_room_knows_lmdb_or_the_tables():
     package = Path(tagstore.__file__).parent
     secrets = re.compile(r"\b(import|from) lmdb\b|\bU64\b|\.db\[|\.env\b|\.begin\(|storage\.(codec|tables)\b")
     offenders = [

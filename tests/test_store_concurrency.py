@@ -85,7 +85,7 @@ def _hammer(root: str, seed: int, pipe: Connection, progress: SynchronizedArray[
         pipe.send(f"{type(error).__name__}: {error}")
 
 
-def test_four_readers_hammer_while_200_versions_are_committed(tmp_path: Path) -> None:
+def test_four_readers_hammer_while_200_versions_are_committed(tmp_path: Path):
     _write(tmp_path, 1)
     pipes, children, progress = [], [], SPAWN.Array("q", 4)
     for seed in range(4):
@@ -126,7 +126,7 @@ def _hold(root: str, transactions: int, pipe: Connection) -> None:
         txn.abort()
 
 
-def test_300_readers_at_once_in_three_processes_and_a_writer_beside_them(tmp_path: Path) -> None:
+def test_300_readers_at_once_in_three_processes_and_a_writer_beside_them(tmp_path: Path):
     _write(tmp_path, 1)
     pipes, children = [], []
     for _ in range(3):
@@ -154,7 +154,7 @@ def _answer(root: str, pipe: Connection) -> None:
 
 
 @pytest.mark.parametrize("context", [FORK, SPAWN], ids=["fork", "spawn"])
-def test_a_child_opens_the_store_for_itself_reads_and_writes(tmp_path: Path, context: Any) -> None:
+def test_a_child_opens_the_store_for_itself_reads_and_writes(tmp_path: Path, context: Any):
     _write(tmp_path, 1)
     snapshot = Store(tmp_path, crash.NAME).snapshot()
     assert _read(snapshot) == 1
@@ -169,7 +169,7 @@ def test_a_child_opens_the_store_for_itself_reads_and_writes(tmp_path: Path, con
     _write(tmp_path, 8)
 
 
-def test_what_was_opened_before_a_fork_is_refused_after_it(tmp_path: Path) -> None:
+def test_what_was_opened_before_a_fork_is_refused_after_it(tmp_path: Path):
     _write(tmp_path, 1)
     snapshot = Store(tmp_path, crash.NAME).snapshot()
     child = os.fork()
@@ -183,7 +183,7 @@ def test_what_was_opened_before_a_fork_is_refused_after_it(tmp_path: Path) -> No
     assert snapshot.entry(0).key == KEYS[0]
 
 
-def test_a_fork_while_the_store_is_written_does_not_keep_the_writers_lock(tmp_path: Path) -> None:
+def test_a_fork_while_the_store_is_written_does_not_keep_the_writers_lock(tmp_path: Path):
     ours, theirs = FORK.Pipe()
     with Writer(tmp_path, crash.NAME, crash.SPACES["first"]):
         child = FORK.Process(target=theirs.recv)
@@ -193,7 +193,7 @@ def test_a_fork_while_the_store_is_written_does_not_keep_the_writers_lock(tmp_pa
     child.join()
 
 
-def test_a_reader_that_was_killed_does_not_keep_pages_from_being_used_again(tmp_path: Path) -> None:
+def test_a_reader_that_was_killed_does_not_keep_pages_from_being_used_again(tmp_path: Path):
     _write(tmp_path, 1)
     ours, theirs = SPAWN.Pipe()
     child = SPAWN.Process(target=_hold, args=(str(tmp_path), 5, theirs))
@@ -227,7 +227,7 @@ def _write_and_open(root: Path, seconds: float) -> None:
         thread.join()
 
 
-def test_a_store_is_opened_beside_a_writer_of_the_same_process(tmp_path: Path) -> None:
+def test_a_store_is_opened_beside_a_writer_of_the_same_process(tmp_path: Path):
     _write(tmp_path, 1)
     # lmdb's own way to open a database waits for the writer and holds the GIL: this froze within a second
     work = "from pathlib import Path; import test_store_concurrency as t; "

@@ -28,7 +28,7 @@ from tagstore.upkeep.verify import _problems, verify
 
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sound(tmp_path_factory) -> Path:
     """A root with a store that has every kind of record, and that no process has open."""
     root = tmp_path_factory.mktemp("sound")
     rng, model, serial = random.Random(5), crash.Model(), iter(range(1, 1 << 40))
@@ -92,16 +92,14 @@ def _copy(sound: Path, to: Path) -> Path:
     return to
 
 
-def test_a_sound_store_is_sound_and_its_records_digest_is_stable(sound: Path, tmp_path: Path) -> None:
+def test_a_sound_store_is_sound_and_its_records_digest_is_stable(sound: Path, tmp_path: Path):
     first, second = _look(_copy(sound, tmp_path / "a")), _look(_copy(sound, tmp_path / "b"))
     assert first == second
     assert first[0] == []
     assert len(first[1]) == 64
 
 
-def test_a_bit_flipped_in_the_database_is_found_or_stood_where_nothing_is(
-    sound: Path, tmp_path: Path
-) -> None:
+def test_a_bit_flipped_in_the_database_is_found_or_stood_where_nothing_is(sound: Path, tmp_path: Path):
     root = _copy(sound, tmp_path / "root")
     [database] = root.glob("*/db-*/data.mdb")
     data, expected = database.read_bytes(), _look(root)[1]
@@ -123,7 +121,7 @@ def test_a_bit_flipped_in_the_database_is_found_or_stood_where_nothing_is(
     assert outcome["found"] > 20
 
 
-def test_a_bit_flipped_in_a_record_is_found_in_every_table(sound: Path, tmp_path: Path) -> None:
+def test_a_bit_flipped_in_a_record_is_found_in_every_table(sound: Path, tmp_path: Path):
     """Flip bits in the values of every table, wherever they are in the file."""
     root = _copy(sound, tmp_path / "root")
     [database] = root.glob("*/db-*/data.mdb")
@@ -150,9 +148,7 @@ def _values(root: Path) -> dict[str, list[bytes]]:
 
 
 @pytest.mark.parametrize("kind", ["*/db-*/index/*.faiss", "*/CURRENT"])
-def test_a_bit_flipped_in_any_other_file_is_found_and_the_file_named(
-    sound: Path, tmp_path: Path, kind: str
-) -> None:
+def test_a_bit_flipped_in_any_other_file_is_found_and_the_file_named(sound: Path, tmp_path: Path, kind: str):
     root, rng = _copy(sound, tmp_path / "root"), random.Random(1)
     for path in sorted(root.glob(kind)):
         data = path.read_bytes()
@@ -166,7 +162,7 @@ def test_a_bit_flipped_in_any_other_file_is_found_and_the_file_named(
             path.write_bytes(data)
 
 
-def test_verify_reads_in_a_process_of_its_own_and_says_the_same(sound: Path, tmp_path: Path) -> None:
+def test_verify_reads_in_a_process_of_its_own_and_says_the_same(sound: Path, tmp_path: Path):
     root = _copy(sound, tmp_path / "root")
     assert verify(root, crash.NAME, full=True) == []
     [current] = root.glob("*/CURRENT")

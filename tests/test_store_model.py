@@ -164,7 +164,7 @@ def _ingest(space: str, *items: tuple[str, int]) -> crash.Operation:
 
 def test_a_tag_that_only_versions_of_another_encoder_need_keeps_its_embedding_through_compaction(
     tmp_path: Path,
-) -> None:
+):
     _in_turn(
         tmp_path,
         _ingest("first", ("a", 1), ("b", 2)),
@@ -175,9 +175,7 @@ def test_a_tag_that_only_versions_of_another_encoder_need_keeps_its_embedding_th
     )
 
 
-def test_entries_that_came_with_another_encoder_leave_the_checksums_of_the_first_as_they_are(
-    tmp_path: Path,
-) -> None:
+def test_entries_that_came_with_another_encoder_leave_the_checksums_of_the_first_as_they_are(tmp_path: Path):
     _in_turn(
         tmp_path,
         _ingest("first", ("a", 1), ("b", 2)),

@@ -24,7 +24,7 @@ WORKER = Path(__file__).with_name("training.py")
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(tmp_path_factory) -> Path:
     """A folder with 200 pictures as LLaVA JSON; features of them come to lie in it."""
     folder = tmp_path_factory.mktemp("training")
     write_llava(folder / "data", 200)

@@ -78,7 +78,7 @@ ELSEWHERE = {
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(tmp_path_factory) -> Path:
     """The pictures of the store "shapes" as two data sets: other.json has other captions."""
     folder = write_shapes(tmp_path_factory.mktemp("options") / "shapes")
     names = sorted(path.stem for path in folder.glob("*.png"))[:10]
@@ -180,7 +180,7 @@ def test_a_run_of_another_stage_is_refused(place: Path, shapes_root: Path):
         train(recipe_of(place, shapes_root, {**settings, "stage": "finetune"}))
 
 
-def test_batches_are_made_ahead(place: Path, monkeypatch: pytest.MonkeyPatch):
+def test_batches_are_made_ahead(place: Path, monkeypatch):
     samples: Any = read_samples(place / "data.json")
     unused: Any = None
     loader = Loader(Recipe(steps=9, batch_size=2, ahead=3), samples, unused, None, unused, rank=0, world=1)

@@ -31,7 +31,7 @@ def tiny():
 
 
 @pytest.fixture(scope="module")
-def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def llava(tmp_path_factory) -> Path:
     return write_llava(tmp_path_factory.mktemp("llava"))
 
 
@@ -146,7 +146,7 @@ def feed_of(root: Path, tiny, **recipe):
 
 
 @pytest.fixture(scope="module")
-def shapes_features(shapes_root: Path, tmp_path_factory: pytest.TempPathFactory, tiny):
+def shapes_features(shapes_root: Path, tmp_path_factory, tiny):
     """Features of the very pictures that the store holds."""
     from pictures import write_shapes
 

@@ -18,32 +18,30 @@ from tuna_model.cli import cli, main
 from tuna_model.training.recipe import CONFIGS
 
 
-def tuna(*arguments: str) -> str:
-    result = CliRunner().invoke(cli, list(arguments), catch_exceptions=False)
+def tuna(options: str, *arguments: str | Path) -> str:
+    """Run `tuna` with the words of `options` and with arguments; return its standard output."""
+    words = [*options.split(), *map(str, arguments)]
+    result = CliRunner().invoke(cli, words, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.stdout
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, shapes_root: Path) -> Path:
+def run(tmp_path_factory, shapes_root: Path) -> Path:
     """A run of `tuna train`."""
     folder = tmp_path_factory.mktemp("commands")
     data = write_llava(folder / "data")
-    tuna(
-        "train", "--config", "tiny-overfit", "--data", str(data), "--store", f"file://{shapes_root}/shapes", "--out", str(folder / "run"),
-        "--set", "steps=3", "--set", "batch_size=4", "--set", "tensorboard=true", "--export", str(folder / "model"),
-    )  # fmt: skip
+    settings = "--set steps=3 --set batch_size=4 --set tensorboard=true"
+    paths = ("--data", data, "--out", folder / "run", "--export", folder / "model")
+    tuna(f"train --config tiny-overfit --store file://{shapes_root}/shapes {settings}", *paths)
     return folder
 
 
 def test_a_run_is_a_model_and_so_is_its_export(run: Path, shapes_root: Path):
     (run / "q.png").write_bytes(picture("red", "circle"))
-    store = ("--store", f"file://{shapes_root}/shapes", "--max-tokens", "5")
-    of_run = json.loads(
-        tuna("generate", "--model", str(run / "run"), *store, "--json", str(run / "q.png"), "What is it?")
-    )
-    of_export = json.loads(
-        tuna("generate", "--model", str(run / "model"), *store, "--json", str(run / "q.png"), "What is it?")
+    options = f"generate --store file://{shapes_root}/shapes --max-tokens 5 --json --model"
+    of_run, of_export = (
+        json.loads(tuna(options, run / name, run / "q.png", "What is it?")) for name in ("run", "model")
     )
     assert of_run["answer"] == of_export["answer"]
     assert of_run["tags"] == of_export["tags"]
@@ -52,40 +50,21 @@ def test_a_run_is_a_model_and_so_is_its_export(run: Path, shapes_root: Path):
 
 def test_eval_and_audit_write_their_figures(run: Path, shapes_root: Path):
     shard = write_shard(run / "test.tar", 6)
-    common = (
-        "--model",
-        str(run / "run"),
-        "--store",
-        f"file://{shapes_root}/shapes",
-        "--limit",
-        "3",
-        "--resamples",
-        "10",
-        "--out",
-        str(run / "out"),
-    )
-    found = json.loads(tuna("eval", "captions", "--data", str(shard), *common, "--json"))
-    assert {one["name"] for one in found["metrics"]} == {"BLEU-4", "ROUGE-L", "CIDEr"}
-    assert "## captions: CIDEr by tags" in tuna("audit", "captions", "--data", str(shard), *common)
-    assert {path.name for path in (run / "out").iterdir()} == {
-        "captions.answers.jsonl", "captions.json", "captions.md", "audit-captions.json", "audit-captions.md", "audit-captions.svg",
-    }  # fmt: skip
+    options = f"captions --store file://{shapes_root}/shapes --limit 3 --resamples 10"
+    paths = ("--model", run / "run", "--data", shard, "--out", run / "out")
+    report = json.loads(tuna(f"eval {options} --json", *paths))
+    assert {metric["name"] for metric in report["metrics"]} == {"BLEU-4", "ROUGE-L", "CIDEr"}
+    assert "## captions: CIDEr by tags" in tuna(f"audit {options}", *paths)
+    figures = {f"captions.{suffix}" for suffix in ("answers.jsonl", "json", "md")}
+    figures |= {f"audit-captions.{suffix}" for suffix in ("json", "md", "svg")}
+    assert {path.name for path in (run / "out").iterdir()} == figures
 
 
 def test_explain_writes_a_page(run: Path, shapes_root: Path):
     (run / "p.png").write_bytes(picture("blue", "square"))
     out = run / "why.html"
-    arguments = (
-        "--model",
-        "tiny",
-        "--store",
-        f"file://{shapes_root}/shapes",
-        "--max-tokens",
-        "3",
-        "--out",
-        str(out),
-    )
-    assert tuna("explain", *arguments, str(run / "p.png"), "What is it?").strip() == str(out)
+    options = f"explain --model tiny --store file://{shapes_root}/shapes --max-tokens 3 --out"
+    assert tuna(options, out, run / "p.png", "What is it?").strip() == str(out)
     assert out.read_text().startswith("<!doctype html>")
 
 
@@ -101,19 +80,10 @@ def test_serve_says_where_it_listens():
             process.terminate()
 
 
-def test_a_mistake_is_one_line_on_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_mistake_is_one_line_on_stderr(tmp_path: Path, capsys):
     with pytest.raises(SystemExit, match="1"):
-        main(
-            [
-                "train",
-                "--config",
-                "tiny-overfit",
-                "--data",
-                str(tmp_path / "none.json"),
-                "--out",
-                str(tmp_path / "run"),
-            ]
-        )
+        paths = ["--data", str(tmp_path / "none.json"), "--out", str(tmp_path / "run")]
+        main(["train", "--config", "tiny-overfit", *paths])
     assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: there is no data set at")
 
 

@@ -38,7 +38,7 @@ DECODERS = {
 
 
 @pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
+def clip(tmp_path_factory) -> str:
     return f"hf:{write_clip(tmp_path_factory.mktemp('clip'))}"
 
 
@@ -74,7 +74,7 @@ def inputs() -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
-def test_logits_are_equal_to_the_last_bit(decoder: str, clip: str, tmp_path: Path) -> None:
+def test_logits_are_equal_to_the_last_bit(decoder: str, clip: str, tmp_path: Path):
     llava = write_llava(tmp_path, decoder, clip)
     model = TunaForConditionalGeneration.from_pretrained(tmp_path).eval()
     with torch.no_grad():
@@ -89,7 +89,7 @@ def test_logits_are_equal_to_the_last_bit(decoder: str, clip: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("layout", ["hub", "memory", "first"])
-def test_names_of_weights_of_every_age(layout: str, clip: str, tmp_path: Path) -> None:
+def test_names_of_weights_of_every_age(layout: str, clip: str, tmp_path: Path):
     """As files on the hub name them, as they are in memory, and as the first files of LLaVA-1.5 did (with `vision_model.`)."""
     from safetensors.torch import load_file, save_file
 
@@ -124,9 +124,7 @@ def test_names_of_weights_of_every_age(layout: str, clip: str, tmp_path: Path) -
         assert torch.equal(again(**inputs()).logits, llava(**inputs()).logits)
 
 
-def test_joined_to_its_encoder_one_forward_gives_grid_and_the_stores_vectors(
-    clip: str, tmp_path: Path
-) -> None:
+def test_joined_to_its_encoder_one_forward_gives_grid_and_the_stores_vectors(clip: str, tmp_path: Path):
     write_llava(tmp_path, "llama", clip)
     model, processor = presets.load_llava(str(tmp_path), encoder=clip)
     model.eval()
@@ -152,7 +150,7 @@ def test_joined_to_its_encoder_one_forward_gives_grid_and_the_stores_vectors(
         assert torch.equal(again(**batch).logits, logits)
 
 
-def test_another_tower_is_not_taken_for_its_encoders(clip: str, tmp_path: Path) -> None:
+def test_another_tower_is_not_taken_for_its_encoders(clip: str, tmp_path: Path):
     write_llava(tmp_path / "llava", "llama", clip)
     other = f"hf:{write_clip(tmp_path / 'other', seed=1)}"
     with pytest.raises(FingerprintMismatch, match="is not that of encoder"):
@@ -162,7 +160,7 @@ def test_another_tower_is_not_taken_for_its_encoders(clip: str, tmp_path: Path) 
         _ = model.encoder
 
 
-def test_llavas_that_cannot_be_read_are_refused(clip: str, tmp_path: Path) -> None:
+def test_llavas_that_cannot_be_read_are_refused(clip: str, tmp_path: Path):
     write_llava(tmp_path, "llama", clip)
     config = json.loads((tmp_path / "config.json").read_text())
     for field, value in (("vision_feature_select_strategy", "full"), ("vision_feature_layer", [-2, -1])):
@@ -172,7 +170,7 @@ def test_llavas_that_cannot_be_read_are_refused(clip: str, tmp_path: Path) -> No
     shutil.rmtree(tmp_path)
 
 
-def test_a_layer_counted_from_the_front_is_the_same_layer(clip: str, tmp_path: Path) -> None:
+def test_a_layer_counted_from_the_front_is_the_same_layer(clip: str, tmp_path: Path):
     llava = write_llava(tmp_path, "llama", clip)
     config = json.loads((tmp_path / "config.json").read_text())
     layers = llava.config.vision_config.num_hidden_layers

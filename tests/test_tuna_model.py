@@ -62,7 +62,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_a_batch_is_its_members_and_padding_changes_nothing(kind: str, side: str) -> None:
+def test_a_batch_is_its_members_and_padding_changes_nothing(kind: str, side: str):
     model, processor = small(**copy.deepcopy(KINDS[kind]))
     batch = ragged(processor, side)
     with torch.no_grad():
@@ -75,7 +75,7 @@ def test_a_batch_is_its_members_and_padding_changes_nothing(kind: str, side: str
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_cache_changes_nothing(kind: str) -> None:
+def test_a_cache_changes_nothing(kind: str):
     model, processor = small(**copy.deepcopy(KINDS[kind]))
     batch = ragged(processor)
     options = {
@@ -106,7 +106,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_any_decoder_of_transformers(name: str) -> None:
+def test_any_decoder_of_transformers(name: str):
     """Sliding windows, soft caps, biased heads, learned positions: the decoder's own forward runs, so its ways are kept."""
     model, processor = small(text_config=copy.deepcopy(OTHERS[name]))
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
@@ -119,7 +119,7 @@ def test_any_decoder_of_transformers(name: str) -> None:
             small(text_config=copy.deepcopy(OTHERS[name]), tag_coupling="log_bias")[0](**ragged(processor))
 
 
-def test_a_static_cache_changes_nothing() -> None:
+def test_a_static_cache_changes_nothing():
     model, processor = small()
     options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
     static = model.generate(
@@ -129,7 +129,7 @@ def test_a_static_cache_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "log_bias"])
-def test_beams_of_a_batch_are_those_of_its_members(kind: str) -> None:
+def test_beams_of_a_batch_are_those_of_its_members(kind: str):
     model, processor = small(**KINDS[kind])
     options = {"max_new_tokens": 5, "min_new_tokens": 5, "num_beams": 3, "do_sample": False}
     together = model.generate(**ragged(processor), **options)
@@ -139,7 +139,7 @@ def test_beams_of_a_batch_are_those_of_its_members(kind: str) -> None:
     assert torch.equal(together, model.generate(**ragged(processor), **options, use_cache=False))
 
 
-def test_sampling_is_reproducible_and_several_answers_are_given() -> None:
+def test_sampling_is_reproducible_and_several_answers_are_given():
     model, processor = small()
     drawn = []
     for _ in range(2):
@@ -153,7 +153,7 @@ def test_sampling_is_reproducible_and_several_answers_are_given() -> None:
     assert len(drawn[0]) == 2 * len(PROMPTS)
 
 
-def test_a_saved_model_is_the_same_model(tmp_path: Path) -> None:
+def test_a_saved_model_is_the_same_model(tmp_path: Path):
     model, processor = small(learn_temperature=True, tag_temperature=0.3)
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
@@ -174,7 +174,7 @@ def test_a_saved_model_is_the_same_model(tmp_path: Path) -> None:
     assert once_more.config.tag_coupling == "multiply"
 
 
-def test_tied_embeddings_are_saved_once_and_stay_tied(tmp_path: Path) -> None:
+def test_tied_embeddings_are_saved_once_and_stay_tied(tmp_path: Path):
     model, _ = small(**copy.deepcopy(SMOLLM))
     model.save_pretrained(tmp_path)
     again = TunaForConditionalGeneration.from_pretrained(tmp_path)
@@ -182,7 +182,7 @@ def test_tied_embeddings_are_saved_once_and_stay_tied(tmp_path: Path) -> None:
     assert torch.equal(again.get_input_embeddings().weight, model.get_input_embeddings().weight)
 
 
-def test_without_tags_there_is_no_tag_path() -> None:
+def test_without_tags_there_is_no_tag_path():
     model, processor = small()
     without, _ = small(tags=False)
     kept = {
@@ -209,7 +209,7 @@ def test_without_tags_there_is_no_tag_path() -> None:
 
 
 @pytest.mark.parametrize("queries", ["tag", "token"])
-def test_kernels_give_what_the_reference_gives(queries: str) -> None:
+def test_kernels_give_what_the_reference_gives(queries: str):
     device = (
         "cuda" if torch.cuda.is_available() else "cpu"
     )  # on the CPU through Triton's interpreter, which conftest asks for
@@ -227,7 +227,7 @@ def test_kernels_give_what_the_reference_gives(queries: str) -> None:
 
 
 @pytest.mark.parametrize("coupling", ["multiply", "multiply_max", "none"])
-def test_weights_scale_the_pair_of_each_tag(coupling: str) -> None:
+def test_weights_scale_the_pair_of_each_tag(coupling: str):
     """The decoder sees w H_vt and w H_t where `tag_index` says, and nothing else is touched."""
     model, processor = small(tag_coupling=coupling)
     batch = dict(processor(text="<image>?", tags=[tags(4)])) | features(1)
@@ -258,7 +258,7 @@ def processor_order(some) -> list[int]:
     return sorted(range(len(some)), key=lambda i: -some.relevance[i])
 
 
-def test_log_bias_is_as_many_copies_of_the_key() -> None:
+def test_log_bias_is_as_many_copies_of_the_key():
     """With equal weights 1/n every tag token counts as an n-th of a key: what the attention gives with log(1/n) added by hand."""
     model, processor = small(tag_coupling="log_bias", tag_signal="uniform")
     batch = dict(processor(text="<image>?", tags=[tags(4)])) | features(1)
@@ -271,7 +271,7 @@ def test_log_bias_is_as_many_copies_of_the_key() -> None:
         assert not torch.allclose(plain(**batch).logits, out.logits, atol=1e-3)
 
 
-def test_dropped_tags_are_not_seen() -> None:
+def test_dropped_tags_are_not_seen():
     """The same as hiding their tokens from the attention, at the same positions."""
     model, processor = small(tag_coupling="drop", tag_threshold=0.5)
     batch = dict(processor(text="Q <image>?", tags=[tags(6)])) | features(1)
@@ -287,7 +287,7 @@ def test_dropped_tags_are_not_seen() -> None:
         torch.testing.assert_close(out.logits[~hidden], seen[~hidden], atol=1e-4, rtol=1e-3)
 
 
-def test_every_trained_part_gets_a_gradient_with_and_without_tags() -> None:
+def test_every_trained_part_gets_a_gradient_with_and_without_tags():
     model, processor = small(learn_temperature=True)
     batch = ragged(processor)
     model.train()(**batch, labels=batch["input_ids"]).loss.backward()
@@ -302,7 +302,7 @@ def test_every_trained_part_gets_a_gradient_with_and_without_tags() -> None:
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-def test_gradient_checkpointing_changes_no_gradient() -> None:
+def test_gradient_checkpointing_changes_no_gradient():
     gradients = []
     for on in (False, True):
         model, processor = small()
@@ -316,7 +316,7 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
 
 
 @pytest.mark.parametrize("coupling", ["multiply_max", "log_bias"])
-def test_forward_compiles_whole(coupling: str) -> None:
+def test_forward_compiles_whole(coupling: str):
     model, processor = small(tag_coupling=coupling)
     batch = ragged(processor)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -324,7 +324,7 @@ def test_forward_compiles_whole(coupling: str) -> None:
         torch.testing.assert_close(compiled(**batch).logits, model(**batch).logits, atol=1e-5, rtol=1e-4)
 
 
-def test_lora_trains_and_generates() -> None:
+def test_lora_trains_and_generates():
     from peft import LoraConfig, get_peft_model
 
     model, processor = small()
@@ -343,7 +343,7 @@ def test_lora_trains_and_generates() -> None:
     assert not any("base_layer" in name for name in trained)
 
 
-def test_qlora_trains_and_generates(tmp_path: Path) -> None:
+def test_qlora_trains_and_generates(tmp_path: Path):
     from bitsandbytes.nn import Linear4bit
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import BitsAndBytesConfig
@@ -380,7 +380,7 @@ def test_qlora_trains_and_generates(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("coupling", ["multiply_max", "log_bias"])
-def test_half_precision_is_near_single(dtype: torch.dtype, coupling: str) -> None:
+def test_half_precision_is_near_single(dtype: torch.dtype, coupling: str):
     model, processor = small(tag_coupling=coupling)
     batch = ragged(processor)
     with torch.no_grad():
@@ -394,7 +394,7 @@ def test_half_precision_is_near_single(dtype: torch.dtype, coupling: str) -> Non
     )
 
 
-def test_what_does_not_fit_is_said() -> None:
+def test_what_does_not_fit_is_said():
     model, processor = small()
     batch = ragged(processor)
     with pytest.raises(Exception, match="image tokens of 2 images"):
@@ -431,12 +431,12 @@ def test_what_does_not_fit_is_said() -> None:
         ({"max_tags": 0}, "at least 1"),
     ],
 )
-def test_a_configuration_that_means_nothing_is_refused(fields: dict, message: str) -> None:
+def test_a_configuration_that_means_nothing_is_refused(fields: dict, message: str):
     with pytest.raises(InvalidInput, match=message):
         presets.tiny_config(**fields)
 
 
-def test_what_was_called_votes_is_read_as_vote_share(tmp_path: Path) -> None:
+def test_what_was_called_votes_is_read_as_vote_share(tmp_path: Path):
     """Until the share was told apart from the wire's count both were called votes."""
     presets.tiny_config(tag_signal="vote_share").save_pretrained(tmp_path)
     text = (tmp_path / "config.json").read_text()
@@ -448,7 +448,7 @@ def test_what_was_called_votes_is_read_as_vote_share(tmp_path: Path) -> None:
     assert layouts[0].choose(some).ids == layouts[1].choose(some).ids
 
 
-def test_configuration_is_json_and_comes_back(tmp_path: Path) -> None:
+def test_configuration_is_json_and_comes_back(tmp_path: Path):
     config = presets.tiny_config(tag_order="none", store="flickr8k", store_version=3)
     config.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["store_version"] == 3
@@ -457,13 +457,13 @@ def test_configuration_is_json_and_comes_back(tmp_path: Path) -> None:
     }
 
 
-def test_every_field_is_documented() -> None:
+def test_every_field_is_documented():
     page = (Path(__file__).parent.parent / "docs" / "model.md").read_text()
     ours = set(TunaConfig.__dataclass_fields__) - set(PreTrainedConfig.__dataclass_fields__)
     assert not [name for name in ours if f"`{name}`" not in page]
 
 
-def test_the_paper_preset_can_be_built_and_says_what_it_guesses() -> None:
+def test_the_paper_preset_can_be_built_and_says_what_it_guesses():
     config = presets.paper_config()
     with torch.device("meta"):
         model = TunaForConditionalGeneration(config)
@@ -477,7 +477,7 @@ def test_the_paper_preset_can_be_built_and_says_what_it_guesses() -> None:
         presets.load("paper")
 
 
-def test_pooled_and_linear_connectors() -> None:
+def test_pooled_and_linear_connectors():
     from tuna_model.modeling.connector import pool_grid
 
     grid = torch.arange(16.0).view(1, 16, 1)
@@ -494,7 +494,7 @@ def test_pooled_and_linear_connectors() -> None:
     assert linear(**ragged(processor)).image_hidden_states.shape == (3, 16, 32)
 
 
-def test_parameter_free_tags_look_where_they_are_seen() -> None:
+def test_parameter_free_tags_look_where_they_are_seen():
     """A tag whose embedding is a patch's own projection looks at that patch, and brings its feature."""
     model, processor = small(tag_encoder_layers=0)
     grid = features(1)["grid"]

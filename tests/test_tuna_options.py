@@ -81,7 +81,7 @@ def default() -> torch.Tensor:
 @pytest.mark.parametrize(
     "fields", OPTIONS, ids=lambda fields: ",".join(f"{k}={v}" for k, v in fields.items()) or "defaults"
 )
-def test_option(fields: dict, default: torch.Tensor) -> None:
+def test_option(fields: dict, default: torch.Tensor):
     logits, _ = run(fields)
     assert torch.isfinite(logits).all()
     same = torch.allclose(logits, default, atol=1e-5)
@@ -89,12 +89,12 @@ def test_option(fields: dict, default: torch.Tensor) -> None:
     assert same == (fields in ({}, {"tag_merge": "contained"}))
 
 
-def test_a_threshold_decides_what_is_dropped() -> None:
+def test_a_threshold_decides_what_is_dropped():
     low, high = (run({"tag_coupling": "drop", "tag_threshold": share})[0] for share in (0.1, 0.9))
     assert not torch.allclose(low, high, atol=1e-5)
 
 
-def test_every_field_is_tried() -> None:
+def test_every_field_is_tried():
     ours = set(TunaConfig.__dataclass_fields__) - set(PreTrainedConfig.__dataclass_fields__)
     assert {name for fields in OPTIONS for name in fields} | ELSEWHERE.keys() == ours | {
         "tie_word_embeddings"

@@ -1,4 +1,4 @@
-"""From a picture and a question to an answer: with a store, without, and with one that is down; and the commands on top."""
+"""From an image and a question to an answer: with a store, without one, with a store that is down; commands."""
 
 from __future__ import annotations
 
@@ -48,30 +48,28 @@ def tuna(loaded, source) -> Pipeline:
 
 
 @pytest.fixture(scope="module")
-def image(tmp_path_factory: pytest.TempPathFactory) -> str:
+def image(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("pictures") / "red-circle.png"
     path.write_bytes(picture("red", "circle"))
     return str(path)
 
 
-def test_an_answer_with_its_tags(tuna: Pipeline, image: str, server_address: str) -> None:
-    answer = tuna.answer(image, "What is it?", max_new_tokens=4, min_new_tokens=4)
+def test_an_answer_with_its_tags(tuna: Pipeline, image: str, server_address: str):
+    options = {"max_new_tokens": 4, "min_new_tokens": 4}
+    answer = tuna.answer(image, "What is it?", **options)
     assert answer.tags[0].text == "red circle"
     assert answer.tags[0].weight == 1.0
-    assert [tag.relevance for tag in answer.tags] == sorted(
-        (tag.relevance for tag in answer.tags), reverse=True
-    )
+    relevance = [tag.relevance for tag in answer.tags]
+    assert relevance == sorted(relevance, reverse=True)
     assert answer.neighbours[0].key == "red-circle"
     assert (answer.store, answer.version, answer.degraded, answer.finished) == ("shapes", 1, False, False)
     # the same from a server, and from bytes
     with connect(f"grpc://{server_address}/shapes") as remote:
-        far = Pipeline(tuna.model, tuna.processor, remote).answer(
-            Path(image).read_bytes(), "What is it?", max_new_tokens=4, min_new_tokens=4
-        )
-    assert far == answer
+        pipeline = Pipeline(tuna.model, tuna.processor, remote)
+        assert pipeline.answer(Path(image).read_bytes(), "What is it?", **options) == answer
 
 
-def test_a_batch_of_conversations_is_its_members(tuna: Pipeline, image: str) -> None:
+def test_a_batch_of_conversations_is_its_members(tuna: Pipeline, image: str):
     images = [[image, picture("blue", "square")], [], [picture("green", "triangle")]]
     conversations = [[user_message("compare", 2)], [user_message("hello")], [user_message("what?", 1)]]
     options = {"max_new_tokens": 4, "min_new_tokens": 4}
@@ -88,7 +86,7 @@ def test_a_batch_of_conversations_is_its_members(tuna: Pipeline, image: str) -> 
         tuna.answers([[]], [[user_message("what?", 1)]])
 
 
-def test_a_store_that_is_down_costs_the_tags_and_is_counted(loaded, image: str) -> None:
+def test_a_store_that_is_down_costs_the_tags_and_is_counted(loaded, image: str):
     with connect(NOWHERE, timeout=0.3) as nowhere, connect("null://") as nothing:
         down, without = Pipeline(*loaded, nowhere), Pipeline(*loaded, nothing)
         degraded, plain = (one.answer(image, "What?", max_new_tokens=3) for one in (down, without))
@@ -102,7 +100,7 @@ def test_a_store_that_is_down_costs_the_tags_and_is_counted(loaded, image: str) 
         assert Pipeline(*loaded, quiet).answer(image, "What?", max_new_tokens=3).degraded
 
 
-def test_another_store_than_the_checkpoints_is_refused(loaded, source, image: str) -> None:
+def test_another_store_than_the_checkpoints_is_refused(loaded, source, image: str):
     vector = loaded[0].encode_images(loaded[1].image_processor(image)["pixel_values"])[1]
     digest = loaded[0].config.encoder_digest
     for pins in ({"store": "flickr8k"}, {"store": "shapes", "version": 7}):
@@ -114,7 +112,7 @@ def test_another_store_than_the_checkpoints_is_refused(loaded, source, image: st
         TagLookup(source)(vector, "0" * 16)
 
 
-def test_a_configuration_says_how_the_store_is_asked(loaded, source, image: str) -> None:
+def test_a_configuration_says_how_the_store_is_asked(loaded, source, image: str):
     model, processor = loaded
     vector = model.encode_images(processor.image_processor(image)["pixel_values"])[1]
     for k in (1, 3):
@@ -127,7 +125,7 @@ def test_a_configuration_says_how_the_store_is_asked(loaded, source, image: str)
             TagLookup.of(source, presets.tiny_config(**pins))(vector, model.config.encoder_digest)
 
 
-def test_a_tag_crosses_the_wire_once(loaded, image: str, server_address: str) -> None:
+def test_a_tag_crosses_the_wire_once(loaded, image: str, server_address: str):
     model, processor = loaded
     vector = model.encode_images(processor.image_processor(image)["pixel_values"])[1]
     with connect(f"grpc://{server_address}/shapes") as remote:
@@ -138,26 +136,22 @@ def test_a_tag_crosses_the_wire_once(loaded, image: str, server_address: str) ->
     assert (stats.embedding_misses, stats.embedding_hits) == (len(first), len(first))
 
 
-def test_relevance_is_the_cosine_that_the_model_weighs_by(loaded, source, image: str) -> None:
+def test_relevance_is_the_cosine_that_the_model_weighs_by(loaded, source, image: str):
     model, processor = loaded
     grid, vectors = model.encode_images(processor.image_processor(image)["pixel_values"])
-    some = TagLookup(source)(vectors, model.config.encoder_digest)
-    np.testing.assert_allclose(some[0].relevance, some[0].embeddings @ vectors[0].numpy(), atol=1e-6)
+    [found] = TagLookup(source)(vectors, model.config.encoder_digest)
+    np.testing.assert_allclose(found.relevance, found.embeddings @ vectors[0].numpy(), atol=1e-6)
     with torch.no_grad():
-        out = model(**processor(text="<image>", tags=some), grid=grid, image_vectors=vectors)
-    chosen = sorted(some[0].relevance, reverse=True)[: len(out.tag_weights)]
-    np.testing.assert_allclose(
-        out.tag_weights.numpy(), np.exp((np.array(chosen) - chosen[0]) / 0.1), rtol=1e-3
-    )
+        out = model(**processor(text="<image>", tags=[found]), grid=grid, image_vectors=vectors)
+    relevance = np.array(sorted(found.relevance, reverse=True)[: len(out.tag_weights)])
+    np.testing.assert_allclose(out.tag_weights.numpy(), np.exp((relevance - relevance[0]) / 0.1), rtol=1e-3)
 
 
-def test_a_stream_is_the_answer_in_pieces_and_can_be_left(tuna: Pipeline, image: str) -> None:
+def test_a_stream_is_the_answer_in_pieces_and_can_be_left(tuna: Pipeline, image: str):
     messages = [user_message("What is it?", 1)]
     options = {"max_new_tokens": 12, "min_new_tokens": 12}
-    assert (
-        "".join(tuna.stream([image], messages, **options)).strip()
-        == tuna.answers([[image]], [messages], **options)[0].text
-    )
+    streamed = "".join(tuna.stream([image], messages, **options)).strip()
+    assert streamed == tuna.answers([[image]], [messages], **options)[0].text
     pieces = tuna.stream([image], messages, max_new_tokens=100_000, min_new_tokens=100_000)
     next(pieces)
     pieces.close()  # ends the thread: the fixture looks for threads left behind
@@ -165,13 +159,13 @@ def test_a_stream_is_the_answer_in_pieces_and_can_be_left(tuna: Pipeline, image:
         list(tuna.stream([image], messages, do_sample=True, top_k=-3))
 
 
-def test_a_configuration_names_its_encoder() -> None:
+def test_a_configuration_names_its_encoder():
     model = TunaForConditionalGeneration(presets.tiny_config(encoder="no-such-encoder"))
     with pytest.raises(TagstoreError, match="no-such-encoder"):
         model.encode_images(torch.zeros(1, 3, 224, 224))
 
 
-def test_an_encoder_of_another_fingerprint_is_refused(loaded, mini) -> None:
+def test_an_encoder_of_another_fingerprint_is_refused(loaded, mini):
     config = presets.tiny_config(encoder_digest="0123456789abcdef")
     model = TunaForConditionalGeneration(config)
     with pytest.raises(FingerprintMismatch, match="0123456789abcdef"):
@@ -183,25 +177,20 @@ def test_an_encoder_of_another_fingerprint_is_refused(loaded, mini) -> None:
 
 def contrast(alpha: float | None, beta: float, wrong_tags: bool = False, **options):
     model, processor = small(tag_coupling="log_bias")
-    given = dict(processor(text=["Say <image> it", "<image>"], tags=[tags(3), tags(2, 1)])) | features(2)
+    prompts = ["Say <image> it", "<image>"]
+    given = dict(processor(text=prompts, tags=[tags(3), tags(2, 1)])) | features(2)
     if wrong_tags:
-        against = dict(
-            processor(text=["Say <image> it", "<image>"], tags=[tags(4, 7), tags(1, 8)])
-        ) | features(2)
+        against = dict(processor(text=prompts, tags=[tags(4, 7), tags(1, 8)])) | features(2)
     else:
         against = dict(processor(text=["Say it", "and"]))
     logits = [ContrastiveLogits(model, against, alpha=alpha, beta=beta)] if alpha is not None else []
-    return (
-        model,
-        given,
-        against,
-        model.generate(**given, max_new_tokens=5, min_new_tokens=5, logits_processor=logits, **options),
-    )
+    options |= {"max_new_tokens": 5, "min_new_tokens": 5, "logits_processor": logits}
+    return model, given, against, model.generate(**given, **options)
 
 
 @pytest.mark.parametrize("wrong_tags", [False, True])
-def test_contrastive_decoding_follows_its_formula(wrong_tags: bool) -> None:
-    """Step by step without any cache: (1 + alpha) with - alpha against, among tokens that are likely enough."""
+def test_contrastive_decoding_follows_its_formula(wrong_tags: bool):
+    """Without a cache, each step scores likely tokens as (1 + alpha) * with tags - alpha * against."""
     alpha, beta = 1.5, 0.2
     model, given, against, found = contrast(alpha, beta, wrong_tags, do_sample=False)
     said = torch.zeros(2, 0, dtype=torch.int64)
@@ -228,7 +217,7 @@ def test_contrastive_decoding_follows_its_formula(wrong_tags: bool) -> None:
 @pytest.mark.parametrize(
     "options", [{"do_sample": False}, {"do_sample": False, "num_beams": 3}], ids=["greedy", "beams"]
 )
-def test_contrast_of_no_strength_changes_nothing(options: dict) -> None:
+def test_contrast_of_no_strength_changes_nothing(options: dict):
     assert torch.equal(contrast(0.0, 0.0, **options)[3], contrast(None, 0.0, **options)[3])
     if "num_beams" in options:
         assert contrast(1.0, 0.1, True, **options)[3].shape == contrast(None, 0.0, **options)[3].shape
@@ -236,7 +225,7 @@ def test_contrast_of_no_strength_changes_nothing(options: dict) -> None:
         ContrastiveLogits(None, {}, alpha=-1)
 
 
-def test_prompts_for_models_that_know_nothing_of_tags() -> None:
+def test_prompts_for_models_that_know_nothing_of_tags():
     some = tags(3)
     weights = relative_weights(some)
     assert weights.max() == 1
@@ -254,70 +243,47 @@ def test_prompts_for_models_that_know_nothing_of_tags() -> None:
             tag_prompt("?", some, **wrong)
 
 
-def run(*arguments: str, text: str | None = None):
-    return CliRunner().invoke(cli, list(arguments), input=text, catch_exceptions=False)
+def run(options: str, *arguments: str, text: str | None = None):
+    """Run `tuna` with the words of `options` and with arguments; `text` is its standard input."""
+    return CliRunner().invoke(cli, [*options.split(), *arguments], input=text, catch_exceptions=False)
 
 
-def test_tuna_generate(image: str, shapes_root: Path, mini) -> None:
+def test_tuna_generate(image: str, shapes_root: Path, mini):
+    options = "generate --model tiny --max-tokens 4 --store"
     store = f"file://{shapes_root}/shapes"
-    found = run(
-        "generate", "--model", "tiny", "--store", store, image, "What?", "--max-tokens", "4", "--json"
-    )
-    value = json.loads(found.stdout)
+    value = json.loads(run(options, store, image, "What?", "--json").stdout)
     assert value["tags"][0]["text"] == "red circle"
     assert all(tag["votes"] == tag["vote_share"] for tag in value["tags"])  # its old name, deprecated
     assert value["neighbours"][0]["key"] == "red-circle"
-    plain = run("generate", "--model", "tiny", "--store", store, image, "What?", "--max-tokens", "4")
+    plain = run(options, store, image, "What?")
     assert plain.stdout == value["answer"] + "\n"
     assert not plain.stderr
-    down = run(
-        "generate",
-        "--model",
-        "tiny",
-        "--store",
-        NOWHERE,
-        "--timeout",
-        "0.3",
-        image,
-        "What?",
-        "--max-tokens",
-        "4",
-    )
+    down = run(options, NOWHERE, "--timeout", "0.3", image, "What?")
     assert down.exit_code == 0
     assert down.stderr.startswith("without tags: ")
     with pytest.raises(NotFound, match="nor a preset"):
-        run("generate", "--model", "no-such-model", image, "What?")
+        run("generate --model no-such-model", image, "What?")
 
 
-def test_tuna_chat(image: str, shapes_root: Path, mini) -> None:
+def test_tuna_chat(image: str, shapes_root: Path, mini):
     lines = (
         f"hello\n/image {image}\nand this?\n/tags\n/image nowhere.png\nwhat?\n/help\n/reset\n/tags\n/quit\n"
     )
-    found = run(
-        "chat",
-        "--model",
-        "tiny",
-        "--store",
-        f"file://{shapes_root}/shapes",
-        "--max-tokens",
-        "3",
-        image,
-        text=lines,
-    )
-    assert found.exit_code == 0
-    assert found.stderr.count("red circle") == 2  # of each of the two pictures
-    assert "cannot read image nowhere.png" in found.stderr
-    assert "no tags" in found.stderr
+    chat = run(f"chat --model tiny --store file://{shapes_root}/shapes --max-tokens 3", image, text=lines)
+    assert chat.exit_code == 0
+    assert chat.stderr.count("red circle") == 2  # of each of the two pictures
+    assert "cannot read image nowhere.png" in chat.stderr
+    assert "no tags" in chat.stderr
 
 
-def test_tuna_prompt(image: str, shapes_root: Path) -> None:
-    store = f"file://{shapes_root}/shapes"
-    value = json.loads(run("prompt", "--store", store, image, "What is it?", "--json").stdout)
+def test_tuna_prompt(image: str, shapes_root: Path):
+    options = f"prompt --store file://{shapes_root}/shapes"
+    value = json.loads(run(options, image, "What is it?", "--json").stdout)
     assert value["tags"][0] == {"tag": "red circle", "weight": 1.0}
-    assert run("prompt", "--store", store, image, "What is it?").stdout == value["prompt"] + "\n"
+    assert run(options, image, "What is it?").stdout == value["prompt"] + "\n"
 
 
-def test_help_is_quick_and_names_every_command() -> None:
+def test_help_is_quick_and_names_every_command():
     code = (
         "import sys\nfrom tuna_model.cli import cli\n"
         "cli(['--help'], standalone_mode=False)\n"
@@ -329,7 +295,7 @@ def test_help_is_quick_and_names_every_command() -> None:
 
 
 @pytest.mark.slow
-def test_smol_answers_sanely_without_a_network(monkeypatch: pytest.MonkeyPatch, mini, source) -> None:
+def test_smol_answers_sanely_without_a_network(monkeypatch, mini, source):
     import socket
 
     def refuse(*_: object, **__: object) -> None:

@@ -1,4 +1,4 @@
-"""Prompts become tokens the way the layout says, whatever is in a tag; and tags are chosen as the configuration says."""
+"""The layout decides how a prompt with tags becomes tokens; the configuration decides which tags are chosen."""
 
 from __future__ import annotations
 
@@ -13,16 +13,10 @@ from tuna_model.processing.tags import TagLayout
 
 
 def named(*texts: str, relevance: tuple[float, ...] = ()) -> ImageTags:
-    some = tags(len(texts))
+    """Tags with these texts; similarity is the reverse of relevance, ids count from 10."""
+    drawn, ids = tags(len(texts)), tuple(range(10, 10 + len(texts)))
     scores = np.array(relevance or [1 - i / 10 for i in range(len(texts))], np.float32)
-    return ImageTags(
-        texts,
-        some.embeddings,
-        scores[::-1].copy(),
-        some.vote_share,
-        scores,
-        tuple(range(10, 10 + len(texts))),
-    )
+    return ImageTags(texts, drawn.embeddings, scores[::-1].copy(), drawn.vote_share, scores, ids)
 
 
 def spelled(processor: TunaProcessor, batch, row: int = 0) -> str:
@@ -46,12 +40,12 @@ def spelled(processor: TunaProcessor, batch, row: int = 0) -> str:
         ({"tag_signal": "similarity", "tag_order": "retrieval"}, "see Qred sky,Qdog\nV now"),
     ],
 )
-def test_layout(fields: dict, expected: str) -> None:
+def test_layout(fields: dict, expected: str):
     _, processor = small(**fields)
     assert spelled(processor, processor(text="see <image> now", tags=[named("red sky", "dog")])) == expected
 
 
-def test_a_query_for_every_word() -> None:
+def test_a_query_for_every_word():
     _, processor = small(tag_queries="token")
     batch = processor(text="<image>", tags=[named("abc", "de")])
     assert spelled(processor, batch) == "QQQabc,QQde\nV"  # the tokenizer's words are bytes
@@ -60,25 +54,12 @@ def test_a_query_for_every_word() -> None:
     assert batch["tag_index"][0][:13].tolist() == [0, 1, 2, 0, 0, 0, -1, 3, 4, 1, 1, -1, -1]
 
 
-def test_a_word_inside_a_text_begins_with_a_space_where_the_tokenizer_has_such_words() -> None:
-    """Of GPT's kind: " dog" is one token and not the one that begins a text; Llama's writes the space itself."""
+def test_a_word_inside_a_text_begins_with_a_space_where_the_tokenizer_has_such_words():
+    """GPT's tokenizers have a token " dog" beside the "dog" that begins a text; Llama's add the space."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = {
-        "Ġa": 0,
-        "a": 1,
-        "Ġdog": 2,
-        "dog": 3,
-        "Ġ": 4,
-        "<image>": 5,
-        "</s>": 6,
-        "d": 7,
-        "o": 8,
-        "g": 9,
-        "do": 10,
-        "Ġdo": 11,
-    }
+    words = {word: i for i, word in enumerate("Ġa a Ġdog dog Ġ <image> </s> d o g do Ġdo".split())}
     merges = [("Ġ", "a"), ("d", "o"), ("do", "g"), ("Ġ", "dog")]
     tokenizer = Tokenizer(models.BPE(words, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -90,7 +71,7 @@ def test_a_word_inside_a_text_begins_with_a_space_where_the_tokenizer_has_such_w
 
 
 @pytest.mark.parametrize("queries", ["tag", "token"])
-def test_indices_count_over_the_whole_batch_and_parts_join(queries: str) -> None:
+def test_indices_count_over_the_whole_batch_and_parts_join(queries: str):
     _, processor = small(tag_queries=queries)
     texts, some = ["<image>a", "b", "<image>c<image>"], [named("x", "yy"), None, named("z")]
     batch = processor(text=texts, tags=some)
@@ -105,7 +86,7 @@ def test_indices_count_over_the_whole_batch_and_parts_join(queries: str) -> None
     assert (parts.input_ids, parts.tag_index, parts.words) == (whole.input_ids, whole.tag_index, whole.words)
 
 
-def test_padding_sides() -> None:
+def test_padding_sides():
     _, processor = small()
     left, right = (
         processor(text=["<image>", "ab"], tags=[named("x")], padding_side=side) for side in ("left", "right")
@@ -118,7 +99,7 @@ def test_padding_sides() -> None:
         processor(text="a", padding_side="top")
 
 
-def test_a_tag_cannot_write_special_tokens() -> None:
+def test_a_tag_cannot_write_special_tokens():
     """Tags are other people's words: one that spells a special token stays a word."""
     _, processor = small()
     batch = processor(text="<image>", tags=[named("a<image>b", "</s> end", "<s>")])
@@ -128,7 +109,7 @@ def test_a_tag_cannot_write_special_tokens() -> None:
     assert not {processor.tokenizer.eos_token_id, processor.tokenizer.bos_token_id} & set(ids.tolist())
 
 
-def test_choosing_merging_and_ordering() -> None:
+def test_choosing_merging_and_ordering():
     some = named("Sky", "blue sky", "sky", "dog", "Blue Sky", relevance=(0.1, 0.5, 0.4, 0.3, 0.6))
 
     def chosen(**fields) -> tuple[str, ...]:
@@ -144,7 +125,7 @@ def test_choosing_merging_and_ordering() -> None:
     assert len(TagLayout().choose(ImageTags.none(4))) == 0
 
 
-def test_tags_of_another_image_are_weighed_for_this_one() -> None:
+def test_tags_of_another_image_are_weighed_for_this_one():
     some, vector = tags(3), tags(1, 5).embeddings[0]
     moved = some.for_image(vector)
     np.testing.assert_allclose(moved.relevance, some.embeddings @ vector)
@@ -153,7 +134,7 @@ def test_tags_of_another_image_are_weighed_for_this_one() -> None:
     assert both.take([5]).texts == moved.take([2]).texts
 
 
-def test_what_does_not_fit_is_said() -> None:
+def test_what_does_not_fit_is_said():
     _, processor = small()
     with pytest.raises(InvalidInput, match="2 times, and 1 tags"):
         processor(text="<image><image>", tags=[None])
@@ -167,7 +148,7 @@ def test_what_does_not_fit_is_said() -> None:
         processor.image_processor(3)
 
 
-def test_no_tags_are_the_tokens_of_transformers_llava() -> None:
+def test_no_tags_are_the_tokens_of_transformers_llava():
     from transformers import CLIPImageProcessor, LlavaProcessor
 
     _, processor = small()
@@ -184,7 +165,7 @@ def test_no_tags_are_the_tokens_of_transformers_llava() -> None:
     assert torch.equal(found["attention_mask"], expected["attention_mask"])
 
 
-def test_chat_template_takes_text_and_parts() -> None:
+def test_chat_template_takes_text_and_parts():
     _, processor = small()
     messages = [
         {"role": "system", "content": "Be brief."},

@@ -1,15 +1,15 @@
-"""A store that is unloaded gives its memory back: mapped files, tables of tags, and what the allocator holds."""
+"""Unloading a store gives back its memory: mapped files, tables of tags, blocks that the allocator keeps."""
 
 from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from benchmarks import synthetic
+from serving import serve_command
 from tagstore.client import connect
 from tagstore.client.admin import administer
 
@@ -39,23 +39,11 @@ def answers(address: str, store: str) -> list:
 @pytest.mark.skipif(
     not Path("/proc/self/statm").exists(), reason="no /proc to read the memory of a process from"
 )
-def test_unloading_gives_the_memory_back(tmp_path: Path) -> None:
+def test_unloading_gives_the_memory_back(tmp_path: Path):
     root = tmp_path / "root"
     for store, entries in (("bench", ENTRIES), ("small", 2_000)):  # of an encoder that cannot be loaded
         synthetic.build(root, entries, DIMENSION, store)
-    command = [
-        sys.executable,
-        "-m",
-        "tagstore.cli",
-        "serve",
-        "--root",
-        str(root),
-        "--address",
-        "127.0.0.1:0",
-        "--device",
-        "cpu",
-    ]
-    command += ["--workers", "1", "--anonymous", "admin"]
+    command = serve_command(root, "--workers", "1", "--anonymous", "admin")
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
     try:
@@ -63,7 +51,7 @@ def test_unloading_gives_the_memory_back(tmp_path: Path) -> None:
         with administer(f"grpc://{address}/bench") as admin:
             admin.unload()
             answers(address, "small")  # what any search takes: threads and their buffers
-            found, lefts = [], []
+            found, unloaded = [], []
             for _ in range(3):
                 admin.load()
                 found.append(answers(address, "bench"))
@@ -71,10 +59,10 @@ def test_unloading_gives_the_memory_back(tmp_path: Path) -> None:
                 loaded = resident(process.pid)
                 admin.unload()
                 assert not mapped(process.pid, root / "bench")
-                lefts.append(resident(process.pid))
+                unloaded.append(resident(process.pid))
                 # its rows in LMDB and in the index, and the tags that were kept at hand
-                assert loaded - lefts[-1] > 2 * VECTORS
-            assert lefts[-1] - lefts[0] < VECTORS / 4
+                assert loaded - unloaded[-1] > 2 * VECTORS
+            assert unloaded[-1] - unloaded[0] < VECTORS / 4
         assert found[0] == found[1] == found[2]
     finally:
         process.terminate()

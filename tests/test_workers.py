@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import grpc
 import pytest
 
 from benchmarks import synthetic
+from serving import serve_command
 from tagstore import errors
 from tagstore.serving.settings import Settings
 from tagstore.wire import convert
@@ -20,32 +20,12 @@ from tagstore_proto.v1 import tagstore_pb2_grpc as pb_grpc
 from waiting import wait_until
 
 
-def test_workers_share_a_port_survive_each_other_and_drain(tmp_path: Path) -> None:
+def test_workers_share_a_port_survive_each_other_and_drain(tmp_path: Path):
     """One test for the whole life of a group of processes: starting it takes seconds."""
     root = tmp_path / "root"
     synthetic.build(root, 300, 64)  # of an encoder that cannot be loaded, so that nobody waits for torch
-    command = [
-        sys.executable,
-        "-m",
-        "tagstore.cli",
-        "serve",
-        "--root",
-        str(root),
-        "--address",
-        "127.0.0.1:0",
-        "--device",
-        "cpu",
-    ]
-    command += [
-        "--workers",
-        "2",
-        "--anonymous",
-        "admin",
-        "--audit",
-        str(tmp_path / "audit"),
-        "--metrics",
-        "127.0.0.1:0",
-    ]
+    options = ("--workers", "2", "--anonymous", "admin", "--metrics", "127.0.0.1:0")
+    command = serve_command(root, *options, "--audit", str(tmp_path / "audit"))
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         address = process.stdout.readline().strip()
@@ -120,9 +100,7 @@ def until_unloaded(address: str, request: pb.RetrieveRequest) -> None:
     wait_until(refused_often)
 
 
-def test_a_supervisor_refuses_what_a_server_refuses(
-    shapes_root: Path, server_address: str, tmp_path: Path
-) -> None:
+def test_a_supervisor_refuses_what_a_server_refuses(shapes_root: Path, server_address: str, tmp_path: Path):
     from tagstore.serving.workers import Supervisor
 
     with pytest.raises(errors.Unavailable, match="is another server running"):

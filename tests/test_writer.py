@@ -48,7 +48,7 @@ def staged(n: int) -> tuple[list[Draft], np.ndarray]:
     )
 
 
-def test_after_a_step_that_failed_a_writer_does_nothing_more(tmp_path: Path) -> None:
+def test_after_a_step_that_failed_a_writer_does_nothing_more(tmp_path: Path):
     put(tmp_path, 0, 5)
     drafts, vectors = staged(3)
     with Writer(tmp_path, crash.NAME, crash.SPACES["first"]) as writer:
@@ -71,7 +71,7 @@ def test_after_a_step_that_failed_a_writer_does_nothing_more(tmp_path: Path) -> 
     assert verify(tmp_path, crash.NAME, full=True) == []
 
 
-def test_a_commit_that_failed_is_not_tried_again_by_the_same_writer(tmp_path: Path) -> None:
+def test_a_commit_that_failed_is_not_tried_again_by_the_same_writer(tmp_path: Path):
     put(tmp_path, 0, 5)
 
     def full(*_: object) -> dict[str, object]:
@@ -86,7 +86,7 @@ def test_a_commit_that_failed_is_not_tried_again_by_the_same_writer(tmp_path: Pa
     assert Store(tmp_path, crash.NAME).snapshot().version.entries == 5
 
 
-def test_a_mistake_of_the_caller_that_changed_nothing_does_not_stop_a_writer(tmp_path: Path) -> None:
+def test_a_mistake_of_the_caller_that_changed_nothing_does_not_stop_a_writer(tmp_path: Path):
     put(tmp_path, 0, 5)
     drafts, vectors = staged(3)
     with Writer(tmp_path, crash.NAME, crash.SPACES["first"]) as writer:
@@ -104,7 +104,7 @@ def test_a_mistake_of_the_caller_that_changed_nothing_does_not_stop_a_writer(tmp
 
 def test_a_reembedding_that_was_cut_off_does_not_stand_in_the_way_of_one_with_another_dimension(
     tmp_path: Path,
-) -> None:
+):
     put(tmp_path, 0, 300)
     with Writer(tmp_path, crash.NAME, crash.SPACES["second"], new_space=True) as writer:
         writer.put_vectors(list(range(300)), crash.vectors_of("second", list(range(300))))
@@ -119,9 +119,7 @@ def test_a_reembedding_that_was_cut_off_does_not_stand_in_the_way_of_one_with_an
     assert verify(tmp_path, crash.NAME, full=True) == []
 
 
-def test_a_commit_reads_no_other_version_than_the_one_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_commit_reads_no_other_version_than_the_one_before(tmp_path: Path, monkeypatch):
     for i in range(6):
         put(tmp_path, i, 2)
     read: list[int] = []
@@ -136,7 +134,7 @@ def test_a_commit_reads_no_other_version_than_the_one_before(
     assert set(read) <= {6, 7}
 
 
-def test_a_leftover_of_the_index_is_swept_and_what_versions_name_is_not(tmp_path: Path) -> None:
+def test_a_leftover_of_the_index_is_swept_and_what_versions_name_is_not(tmp_path: Path):
     for i in range(4):
         put(tmp_path, 2 * i, 2)
     directory = Store(tmp_path, crash.NAME).index_directory
@@ -152,7 +150,7 @@ def test_a_leftover_of_the_index_is_swept_and_what_versions_name_is_not(tmp_path
     assert {path.name for path in directory.iterdir()} == named
 
 
-def test_a_compacted_store_rolled_back_to_another_encoder_and_ingested_into_is_sound(tmp_path: Path) -> None:
+def test_a_compacted_store_rolled_back_to_another_encoder_and_ingested_into_is_sound(tmp_path: Path):
     """The first encoder has not embedded the second one's tags: no checksum may cover them yet."""
     put(tmp_path, 0, 20)
     crash.reembed(tmp_path, {"space": "second"})
@@ -169,7 +167,7 @@ def test_a_compacted_store_rolled_back_to_another_encoder_and_ingested_into_is_s
     assert crash.look(tmp_path, close=False)[1] == []
 
 
-def test_what_was_read_is_known_after_the_versions_that_read_it_are_gone(tmp_path: Path) -> None:
+def test_what_was_read_is_known_after_the_versions_that_read_it_are_gone(tmp_path: Path):
     put(tmp_path, 0, 20)
     put(tmp_path, 20, 20)
     crash.delete(tmp_path, {"keys": ["key-3"]})
@@ -184,7 +182,7 @@ def test_what_was_read_is_known_after_the_versions_that_read_it_are_gone(tmp_pat
     assert [s["identity"] for s in Store(tmp_path, crash.NAME).snapshot(rest).sources()] == ["0", "20"]
 
 
-def test_what_was_read_of_a_database_does_not_stay_in_memory(tmp_path: Path) -> None:
+def test_what_was_read_of_a_database_does_not_stay_in_memory(tmp_path: Path):
     rows = np.eye(1, 512, dtype=np.float32).repeat(2000, 0)
     with Writer(tmp_path, "wide", Fingerprint("wide", "w", {}, False, True, 512)) as writer:
         for start in range(0, 40_000, 2000):
@@ -229,7 +227,7 @@ def fill(root: str) -> None:
             return
 
 
-def test_a_map_that_is_full_is_said_and_a_process_with_a_larger_one_goes_on(tmp_path: Path) -> None:
+def test_a_map_that_is_full_is_said_and_a_process_with_a_larger_one_goes_on(tmp_path: Path):
     put_plain(tmp_path, 0, 500)
     reader = Store(tmp_path, crash.NAME)
     env = {**os.environ, "TAGSTORE_MAP_SIZE": str(1 << 20)}
@@ -295,7 +293,7 @@ def fail_everywhere(root: str, operation: str, stride: str) -> None:
 
 @needs_compiler
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_a_write_that_fails_becomes_write_failed_whichever_it_is(tmp_path: Path, operation: str) -> None:
+def test_a_write_that_fails_becomes_write_failed_whichever_it_is(tmp_path: Path, operation: str):
     root = tmp_path / "root"
     put(root, 0, 20)
     put(root, 20, 5)

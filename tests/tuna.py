@@ -10,35 +10,18 @@ import torch
 from tuna_model import ImageTags, TunaForConditionalGeneration, TunaProcessor, presets
 
 C, D, SIDE = 24, 16, 4
-PREPROCESS = {
-    "size": [32, 32],
-    "mean": [0.5] * 3,
-    "std": [0.5] * 3,
-    "interpolation": "bicubic",
-    "resize_mode": "shortest",
-}
-WORDS = (
-    "red circle",
-    "blue sky",
-    "dog",
-    "narrow street",
-    "wine glass",
-    "Paris",
-    "green grass",
-    "old man",
-    "boat",
-    "snow",
-)
+RESIZING = {"size": [32, 32], "interpolation": "bicubic", "resize_mode": "shortest"}
+PREPROCESS = {**RESIZING, "mean": [0.5] * 3, "std": [0.5] * 3}
+WORDS = "red circle,blue sky,dog,narrow street,wine glass,Paris,green grass,old man,boat,snow".split(",")
 
 
 def small(**fields: Any) -> tuple[TunaForConditionalGeneration, TunaProcessor]:
     """A random model in evaluation mode, of the same weights every time, and its processor."""
-    config = presets.tiny_config(
-        **{"grid_side": SIDE, "grid_channels": C, "tag_dimension": D, "kernels": "reference"} | fields
-    )
+    sizes = {"grid_side": SIDE, "grid_channels": C, "tag_dimension": D}
+    config = presets.tiny_config(**sizes | {"kernels": "reference"} | fields)
     torch.manual_seed(0)
     model = TunaForConditionalGeneration(config).eval()
-    # weights as they come are so small that nothing changes anything: a test would not see a mistake
+    # fresh weights are so small that an output hardly depends on them: a test would not see a mistake
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1 and "lm_head" not in name:
@@ -61,9 +44,8 @@ def tags(count: int, seed: int = 0) -> ImageTags:
     embeddings = random.standard_normal((count, D)).astype(np.float32)
     embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
     signals = random.random((3, count)).astype(np.float32)
-    return ImageTags(
-        tuple(WORDS[(seed + i) % len(WORDS)] for i in range(count)), embeddings, *signals, tuple(range(count))
-    )
+    texts = tuple(WORDS[(seed + i) % len(WORDS)] for i in range(count))
+    return ImageTags(texts, embeddings, *signals, tuple(range(count)))
 
 
 def rows(inputs: dict[str, torch.Tensor], images: slice) -> dict[str, torch.Tensor]:
