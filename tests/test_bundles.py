@@ -39,12 +39,8 @@ from tagstore.upkeep.verify import verify
 
 D = 16
 FINGERPRINT = Fingerprint("toy", "00", {"size": [8, 8], "mean": [0.1]}, False, True, D)
-SOURCE = {
-    "path": "/data/pictures",
-    "format": None,
-    "columns": {"image": None, "caption": [], "key": None},
-    "allow_outside": False,
-}
+COLUMNS = {"image": None, "caption": [], "key": None}
+SOURCE = {"path": "/data/pictures", "format": None, "columns": COLUMNS, "allow_outside": False}
 DOCS = Path(__file__).parent.parent / "docs" / "bundles.md"
 
 Files = dict[str, bytes]
@@ -56,18 +52,11 @@ def unit(seed: int, n: int) -> np.ndarray:
 
 
 def draft(i: int, tags: list[str]) -> Draft:
-    merged = tuple(
-        MergedTag(t, "entity", t.lower(), 0.4 + i % 3 / 5, 2, ((0, 2, 2 + len(t)), (-1, 0, 0))) for t in tags
-    )
-    return Draft(
-        f"k{i}",
-        sha256(b"%d" % i).digest(),
-        (i << 48) ^ i,
-        (f"a {tags}", "Ça va 👍"),
-        merged,
-        {"n": i, "x": [0.1, None]},
-        f"at {i}",
-    )
+    score = 0.4 + i % 3 / 5
+    merged = [MergedTag(t, "entity", t.lower(), score, 2, ((0, 2, 2 + len(t)), (-1, 0, 0))) for t in tags]
+    digest, captions = sha256(b"%d" % i).digest(), (f"a {tags}", "Ça va 👍")
+    metadata = {"n": i, "x": [0.1, None]}
+    return Draft(f"k{i}", digest, (i << 48) ^ i, captions, tuple(merged), metadata, f"at {i}")
 
 
 def put(
@@ -91,12 +80,8 @@ def root(tmp_path_factory) -> Path:
     vectors = unit(0, 900)
     vectors[600:] = vectors[:300]  # equal vectors: their order is decided by id
     put(root, [draft(i, t) for i, t in enumerate([["Only here"], *tags[1:]])], vectors, source=SOURCE)
-    put(
-        root,
-        [draft(i, t) for i, t in enumerate(tags[:50], 20)],
-        vectors[:50],
-        source=SOURCE | {"path": "/data/more"},
-    )
+    upserts = [draft(i, t) for i, t in enumerate(tags[:50], 20)]
+    put(root, upserts, vectors[:50], source=SOURCE | {"path": "/data/more"})
     put(root, [], vectors[:0], range(0, 520, 3))
     put(root, [draft(9999, ["Tag 1"])], vectors[:1])
     return root
@@ -138,16 +123,17 @@ def keys(tmp_path_factory) -> Path:
 
 
 def write_key(path: Path, name: str, key) -> None:
+    public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
     (path / f"{name}.pem").write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-    (path / f"{name}.pub").write_bytes(
-        key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-    )
+    (path / f"{name}.pub").write_bytes(public)
+
+
+def decompress(data: bytes) -> bytes:
+    return zstandard.ZstdDecompressor().decompressobj().decompress(data)
 
 
 def unpacked(bundle: Path) -> Files:
-    with tarfile.open(
-        fileobj=io.BytesIO(zstandard.ZstdDecompressor().decompressobj().decompress(bundle.read_bytes()))
-    ) as tar:
+    with tarfile.open(fileobj=io.BytesIO(decompress(bundle.read_bytes()))) as tar:
         return {m.name: tar.extractfile(m).read() for m in tar}
 
 
@@ -180,25 +166,15 @@ def test_an_imported_store_gives_the_answers_of_the_exported_one(root: Path, imp
     queries = np.concatenate([before.vectors(before.live()[::10]), unit(5, 40)])
     with connect(f"file://{root}/toy@3") as ours, connect(f"file://{imported}/toy") as theirs:
         for k in (1, 5, 60):
-            assert ours.retrieve(vectors=queries, fingerprint=FINGERPRINT, k=k) == theirs.retrieve(
-                vectors=queries, fingerprint=FINGERPRINT, k=k
-            )
+            query = {"vectors": queries, "fingerprint": FINGERPRINT, "k": k}
+            assert ours.retrieve(**query) == theirs.retrieve(**query)
         for a, b in zip(ours.vocabulary(embeddings=True), theirs.vocabulary(embeddings=True), strict=True):
             assert (a.tag_id, a.text, a.kind, a.count) == (b.tag_id, b.text, b.kind, b.count)
             np.testing.assert_array_equal(a.embedding, b.embedding)
     assert list(before.entries()) == list(after.entries())
     ids = before.live()
     np.testing.assert_array_equal(before.vectors(ids), after.vectors(ids))
-    same = (
-        "number",
-        "entries",
-        "tags",
-        "unique_tags",
-        "next_entry_id",
-        "next_tag_id",
-        "fingerprint",
-        "miner",
-    )
+    same = "number entries tags unique_tags next_entry_id next_tag_id fingerprint miner".split()
     assert {n: getattr(before.version, n) for n in same} == {n: getattr(after.version, n) for n in same}
     assert (after.version.operation, after.version.parent) == ("import", 0)
     assert before.tags([0]) == [("Only here", "entity", "only here")]
@@ -210,18 +186,10 @@ def test_the_manifest_says_what_is_in_it_and_where_it_is_from(
     bundle: Path, root: Path, imported: Path, tmp_path: Path
 ):
     info, version = inspect(bundle), Store(root, "toy").snapshot(3).version
-    assert (info.store, info.version, info.created, info.entries) == (
-        "toy",
-        3,
-        version.created,
-        version.entries,
-    )
-    assert (info.licence, info.note, info.signer, info.fingerprint) == (
-        "CC-BY-4.0",
-        "three of four",
-        "",
-        FINGERPRINT,
-    )
+    assert (info.store, info.version) == ("toy", 3)
+    assert (info.created, info.entries) == (version.created, version.entries)
+    assert (info.licence, info.note) == ("CC-BY-4.0", "three of four")
+    assert (info.signer, info.fingerprint) == ("", FINGERPRINT)
     assert [s["path"] for s in info.sources] == ["/data/pictures", "/data/more"]
     again = export(imported, "toy", tmp_path / "again")
     assert again.files == info.files  # the content is the same to the byte
@@ -295,20 +263,14 @@ def test_a_signature_is_checked_where_one_is_demanded(root: Path, bundle: Path, 
     new = tmp_path / "root"
     new.mkdir()
     refused(new, bundle, InvalidInput, "not signed, and a signature is demanded", key=keys / "ours.pub")
-    refused(
-        new, signed, InvalidInput, "is signed by [0-9a-f]{64}, the key demanded is", key=keys / "theirs.pub"
-    )
+    message = "is signed by [0-9a-f]{64}, the key demanded is"
+    refused(new, signed, InvalidInput, message, key=keys / "theirs.pub")
     files = unpacked(signed)
     other = packed(tmp_path / "other", files, lambda m: m.update(licence="CC0-1.0"))
     refused(new, other, Damaged, "the signature is not one of this manifest", key=keys / "ours.pub")
     refused(new, other, Damaged, "the signature is not one of this manifest")
-    stripped = {n: d for n, d in files.items() if n != "manifest.sig"}
-    refused(
-        new,
-        packed(tmp_path / "stripped", stripped),
-        InvalidInput,
-        "'manifest.sig' should come next, but there is 'tags.jsonl'",
-    )
+    stripped = packed(tmp_path / "stripped", {n: d for n, d in files.items() if n != "manifest.sig"})
+    refused(new, stripped, InvalidInput, "'manifest.sig' should come next, but there is 'tags.jsonl'")
     for bad in ("junk.pem", "rsa.pub", "ours.pem"):
         refused(new, signed, InvalidInput, bad, key=keys / bad)
     for bad in ("junk.pem", "rsa.pem", "ours.pub"):
@@ -323,26 +285,19 @@ def test_a_signature_is_checked_where_one_is_demanded(root: Path, bundle: Path, 
 def test_a_flipped_bit_is_found(small: Path, tmp_path: Path, rng):
     data = small.read_bytes()
     (tmp_path / "root").mkdir()
-    for at in [
-        *rng.integers(0, len(data), 20).tolist(),
-        *range(12),
-        *rng.integers(0, 700, 20).tolist(),
-        len(data) - 1,
-    ]:
+    anywhere, in_headers = rng.integers(0, len(data), 20), rng.integers(0, 700, 20)
+    for offset in [*anywhere.tolist(), *range(12), *in_headers.tolist(), len(data) - 1]:
         flipped = bytearray(data)
-        flipped[at] ^= 1 << int(rng.integers(8))
+        flipped[offset] ^= 1 << int(rng.integers(8))
         (tmp_path / "flipped").write_bytes(flipped)
-        if not same_content(
-            flipped, data
-        ):  # zstd can say the same thing in several ways, and some bits of its headers mean nothing
+        # zstd can encode the same content in several ways, and some bits of its headers mean nothing
+        if not same_content(flipped, data):
             refused(tmp_path / "root", tmp_path / "flipped", TagstoreError, "flipped|manifest.json")
 
 
 def same_content(a: bytes, b: bytes) -> bool:
     try:
-        return zstandard.ZstdDecompressor().decompressobj().decompress(
-            a
-        ) == zstandard.ZstdDecompressor().decompressobj().decompress(b)
+        return decompress(a) == decompress(b)
     except zstandard.ZstdError:
         return False
 
@@ -385,45 +340,29 @@ def test_only_the_members_of_a_bundle_are_taken_in_their_order(small: Path, tmp_
     good = [(member(name), data) for name, data in files.items()]
     new = tmp_path / "root"
     new.mkdir()
-    strange = [
-        member("../../escape"),
-        member("/etc/passwd"),
-        member("a/../manifest.json"),
-        member("./manifest.json"),
-        member("manifest.json\n"),
-        member("manifest.json", type=tarfile.SYMTYPE, linkname="/etc/passwd"),
-        member("manifest.json", type=tarfile.LNKTYPE, linkname="tags.jsonl"),
-        member("manifest.json", type=tarfile.CHRTYPE, devmajor=1),
-        member("manifest.json", type=tarfile.BLKTYPE, devmajor=8),
-        member("manifest.json", type=tarfile.FIFOTYPE),
-        member("manifest.json", type=tarfile.DIRTYPE),
-        member("manifest.json", type=tarfile.CONTTYPE),
-        member("manifest.json", type=tarfile.GNUTYPE_SPARSE),
-        member("manifest.json", mode=0o4755),
-        member("manifest.json", mtime=1),
-        member("manifest.json", uid=1000),
-        member("manifest.json", uname="root"),
-        member("n" * 200),
+    names = ("../../escape", "/etc/passwd", "a/../manifest.json", "./manifest.json", "manifest.json\n")
+    kinds = (tarfile.FIFOTYPE, tarfile.DIRTYPE, tarfile.CONTTYPE, tarfile.GNUTYPE_SPARSE)
+    fields = [
+        {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"},
+        {"type": tarfile.LNKTYPE, "linkname": "tags.jsonl"},
+        {"type": tarfile.CHRTYPE, "devmajor": 1},
+        {"type": tarfile.BLKTYPE, "devmajor": 8},
+        *({"type": kind} for kind in kinds),
+        *({"mode": 0o4755}, {"mtime": 1}, {"uid": 1000}, {"uname": "root"}),
     ]
+    strange = [member(name) for name in names] + [member("manifest.json", **values) for values in fields]
+    strange.append(member("n" * 200))
     for i, info in enumerate(strange):
         for at in (0, 1) if i % 5 else (0, len(good)):
             data = files["manifest.json"] if at == 0 and info.isfile() else b""
             members = [*good[:at], (info, data), *good[at if at else 1 :]]
-            refused(
-                new,
-                tarred(tmp_path / "strange", members),
-                InvalidInput,
-                "should come next|where the archive should end",
-            )
+            archive = tarred(tmp_path / "strange", members)
+            refused(new, archive, InvalidInput, "should come next|where the archive should end")
     for i in range(len(good)):
         for members in (good[:i] + good[i + 1 :], good[: i + 1] + good[i:]):
             refused(new, tarred(tmp_path / "order", members), TagstoreError, "should come next|should end")
-    refused(
-        new,
-        tarred(tmp_path / "pax", [(member("manifest.json", mtime=0.5), b"{}")], tarfile.PAX_FORMAT),
-        InvalidInput,
-        "should come",
-    )
+    pax = tarred(tmp_path / "pax", [(member("manifest.json", mtime=0.5), b"{}")], tarfile.PAX_FORMAT)
+    refused(new, pax, InvalidInput, "should come")
     refused(new, tarred(tmp_path / "none", []), Damaged, "no header")
     assert not (tmp_path / "escape").exists()
 
@@ -443,6 +382,16 @@ def lines(change: Callable[[list[dict]], object], name: str = "entries.jsonl") -
     return apply
 
 
+def entry(index: int, **fields: object) -> Callable[[Files], None]:
+    """Return a change of fields of one entry."""
+    return lines(lambda entries: entries[index].update(fields))
+
+
+def tag(**fields: object) -> Callable[[Files], None]:
+    """Return a change of fields of the second tag."""
+    return lines(lambda tags: tags[1].update(fields), "tags.jsonl")
+
+
 def rows(change: Callable[[np.ndarray], object], name: str = "vectors.f16") -> Callable[[Files], None]:
     def apply(files: Files) -> None:
         array = np.frombuffer(files[name], "<f2").copy()
@@ -460,37 +409,29 @@ def text(old: bytes, new: bytes, name: str = "entries.jsonl") -> Callable[[Files
     return apply
 
 
+NO_FIELDS = "line {} does not have the fields"
 BAD = {
     "a key twice": (lines(lambda e: e[5].update(key=e[9]["key"])), "is there twice"),
     "ids that descend": (lines(lambda e: e.reverse()), "ids ascend"),
     "an id twice": (lines(lambda e: e[5].update(id=e[4]["id"])), "ids ascend"),
-    "an id out of range": (lines(lambda e: e[-1].update(id=10**9)), "stay below"),
-    "an id that is no number": (lines(lambda e: e[0].update(id=True)), "line 1 does not have the fields"),
-    "a fraction as id": (lines(lambda e: e[0].update(id=1.0)), "line 1 does not have the fields"),
-    "a tag that is not there": (lines(lambda e: e[7].update(tags=[[0, 9, []]])), "carries a tag"),
-    "a tag far off": (lines(lambda e: e[7].update(tags=[[1 << 60, 9, []]])), "carries a tag"),
-    "a tag twice": (lines(lambda e: e[7].update(tags=[[3, 9, []], [3, 9, []]])), "carries a tag twice"),
-    "a score too high": (
-        lines(lambda e: e[7].update(tags=[[3, 256, []]])),
-        "line 8 does not have the fields",
-    ),
-    "a place before the beginning": (
-        lines(lambda e: e[7].update(tags=[[3, 9, [[0, -1, 4]]]])),
-        "line 8 does not have the fields",
-    ),
+    "an id out of range": (entry(-1, id=10**9), "stay below"),
+    "an id that is no number": (entry(0, id=True), NO_FIELDS.format(1)),
+    "a fraction as id": (entry(0, id=1.0), NO_FIELDS.format(1)),
+    "a tag that is not there": (entry(7, tags=[[0, 9, []]]), "carries a tag"),
+    "a tag far off": (entry(7, tags=[[1 << 60, 9, []]]), "carries a tag"),
+    "a tag twice": (entry(7, tags=[[3, 9, []], [3, 9, []]]), "carries a tag twice"),
+    "a score too high": (entry(7, tags=[[3, 256, []]]), NO_FIELDS.format(8)),
+    "a place before the beginning": (entry(7, tags=[[3, 9, [[0, -1, 4]]]]), NO_FIELDS.format(8)),
     "a place that ends before it starts": (
-        lines(lambda e: e[7].update(tags=[[3, 9, [[0, 5, 4]]]])),
+        entry(7, tags=[[3, 9, [[0, 5, 4]]]]),
         "line 8 has a tag that ends before",
     ),
-    "captions that are a text": (
-        lines(lambda e: e[0].update(captions="abc")),
-        "line 1 does not have the fields",
-    ),
-    "a short hash": (lines(lambda e: e[0].update(sha256="00")), "line 1 does not have the fields"),
-    "a field too many": (lines(lambda e: e[0].update(more=1)), "line 1 does not have the fields"),
-    "a field too few": (lines(lambda e: e[0].pop("origin")), "line 1 does not have the fields"),
+    "captions that are a text": (entry(0, captions="abc"), NO_FIELDS.format(1)),
+    "a short hash": (entry(0, sha256="00"), NO_FIELDS.format(1)),
+    "a field too many": (entry(0, more=1), NO_FIELDS.format(1)),
+    "a field too few": (lines(lambda e: e[0].pop("origin")), NO_FIELDS.format(1)),
     "an entry too few": (lines(lambda e: e.pop()), r"entries.jsonl: there are \d+, manifest.json says"),
-    "a count that is wrong": (lines(lambda e: e[8].update(tags=[])), "tags in entries.jsonl: there are"),
+    "a count that is wrong": (entry(8, tags=[]), "tags in entries.jsonl: there are"),
     "half a surrogate pair": (text(b'"k', b'"\\ud83d'), "no JSON that can be read"),
     "bytes that are no text": (text(b'"k', b'"\xff'), "no JSON that can be read"),
     "NaN": (text(b"0.1", b"NaN"), "no JSON that can be read"),
@@ -504,14 +445,8 @@ BAD = {
         lines(lambda t: t[1].update(canonical=t[0]["canonical"]), "tags.jsonl"),
         "is there twice",
     ),
-    "an unknown kind": (
-        lines(lambda t: t[1].update(kind="colour"), "tags.jsonl"),
-        "tags.jsonl, line 2 does not have the fields",
-    ),
-    "a tag without a form": (
-        lines(lambda t: t[1].update(canonical=""), "tags.jsonl"),
-        "tags.jsonl, line 2 does not have the fields",
-    ),
+    "an unknown kind": (tag(kind="colour"), "tags.jsonl, " + NO_FIELDS.format(2)),
+    "a tag without a form": (tag(canonical=""), "tags.jsonl, " + NO_FIELDS.format(2)),
     "tags that nobody carries": (
         lines(lambda e: [x.update(tags=[]) for x in e]),
         "tags in entries.jsonl: there are 0",
@@ -527,9 +462,9 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("what", BAD)
-def test_records_that_no_store_would_write_are_refused(small: Path, tmp_path: Path, what: str):
-    change, message = BAD[what]
+@pytest.mark.parametrize("fault", BAD)
+def test_records_that_no_store_would_write_are_refused(small: Path, tmp_path: Path, fault: str):
+    change, message = BAD[fault]
     files = unpacked(small)
     change(files)
     (tmp_path / "root").mkdir()
@@ -577,19 +512,9 @@ def test_content_that_does_not_fit_its_checksum_is_damage_even_if_it_makes_no_se
         def wrong(manifest: dict, name: str = name) -> None:
             manifest["files"][name]["sha256"] = "0" * 64
 
-        refused(
-            tmp_path / "root",
-            packed(tmp_path / "bad", files, wrong),
-            Damaged,
-            f"{name} does not fit the checksum",
-        )
-        broken = {**files, name: b"\xff" * len(files[name])}
-        refused(
-            tmp_path / "root",
-            packed(tmp_path / "bad", broken, wrong),
-            Damaged,
-            f"{name} does not fit the checksum",
-        )
+        for content in (files, {**files, name: b"\xff" * len(files[name])}):
+            bad = packed(tmp_path / "bad", content, wrong)
+            refused(tmp_path / "root", bad, Damaged, f"{name} does not fit the checksum")
 
 
 def test_a_bomb_is_refused_in_bounded_memory(small: Path, tmp_path: Path):
@@ -636,9 +561,8 @@ def test_an_import_that_is_killed_leaves_nothing_to_see_and_the_next_one_tidies_
         if child == 0:
             try:
                 faiss.omp_set_num_threads(1)  # threads of the parent's OpenMP are not there after a fork
-                signal.signal(
-                    signal.SIGALRM, signal.SIG_DFL
-                )  # ends the process as SIGKILL does: nothing of Python runs any more
+                # SIGALRM ends the process as SIGKILL does: nothing of Python runs any more
+                signal.signal(signal.SIGALRM, signal.SIG_DFL)
                 signal.setitimer(signal.ITIMER_REAL, seconds)
                 import_(tmp_path, bundle)
             finally:

@@ -236,14 +236,14 @@ def test_pope_from_its_file_and_repope_instead_of_its_labels(files: Path):
 
 def test_every_task_from_its_files(files: Path):
     synonyms = {"synonyms": files / "synonyms.txt"}
-    for task, file, options, answer, metric, value in (
+    for task, file, options, answer, figure, value in (
         ("vqa", "vqa.jsonl", {}, "Red.", "exact match", 1.0),
         ("mme", "pope.jsonl", {}, "no", "accuracy+", 0.5),
         ("captions", "captions.jsonl", {}, "one dog", "ROUGE-L", 1.0),
         ("chair", "captions.jsonl", synonyms, "A man.", "CHAIRi", 1.0),
     ):
         loaded = load_task(task, TaskOptions(files / file, **options))
-        assert evaluate(loaded, Parrot(answer)).value(metric) == value, task
+        assert evaluate(loaded, Parrot(answer)).value(figure) == value, task
 
 
 def test_results_are_written_with_what_they_depend_on_and_a_run_goes_on_where_it_was_cut_off(
