@@ -17,31 +17,15 @@ from tagstore.encoding import mini as mini_package
 from tagstore.encoding.encoder import Encoder, load_encoder
 from tagstore.errors import Damaged, InvalidInput, MissingExtra, NotFound, Unavailable
 
-PREPROCESS = {
-    "mean": [0.48, 0.46, 0.41],
-    "std": [0.27, 0.26, 0.28],
-    "interpolation": "bicubic",
-    "resize_mode": "shortest",
-}
+RESIZING = {"interpolation": "bicubic", "resize_mode": "shortest"}
+PREPROCESS = {"mean": [0.48, 0.46, 0.41], "std": [0.27, 0.26, 0.28], **RESIZING}
 TEXT = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
-VIT = {
-    "embed_dim": 24,
-    "quick_gelu": True,
-    "vision_cfg": {"image_size": 64, "layers": 3, "width": 64, "head_width": 32, "patch_size": 16},
-}
-RESNET = {
-    "embed_dim": 24,
-    "vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "head_width": 8},
-}
-TIMM_VIT = {
-    "embed_dim": 24,
-    "vision_cfg": {
-        "timm_model_name": "vit_tiny_patch16_224",
-        "timm_pool": "",
-        "timm_proj": "linear",
-        "image_size": 224,
-    },
-}
+VIT_TOWER = {"image_size": 64, "layers": 3, "width": 64, "head_width": 32, "patch_size": 16}
+VIT = {"embed_dim": 24, "quick_gelu": True, "vision_cfg": VIT_TOWER}
+RESNET_TOWER = {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "head_width": 8}
+RESNET = {"embed_dim": 24, "vision_cfg": RESNET_TOWER}
+TIMM_TOWER = {"timm_model_name": "vit_tiny_patch16_224", "timm_pool": "", "timm_proj": "linear"}
+TIMM_VIT = {"embed_dim": 24, "vision_cfg": {**TIMM_TOWER, "image_size": 224}}
 
 
 def write_model(directory: Path, config: dict, **preprocess: object) -> str:
@@ -57,21 +41,18 @@ def write_model(directory: Path, config: dict, **preprocess: object) -> str:
     config = {"model_cfg": {**config, "text_cfg": TEXT}, "preprocess_cfg": {**PREPROCESS, **preprocess}}
     (directory / "open_clip_config.json").write_text(json.dumps(config))
     torch.manual_seed(0)
-    save_file(
-        open_clip.create_model(f"local-dir:{directory}").state_dict(),
-        directory / "open_clip_model.safetensors",
-    )
+    model = open_clip.create_model(f"local-dir:{directory}")
+    save_file(model.state_dict(), directory / "open_clip_model.safetensors")
     return f"local-dir:{directory}"
 
 
 @pytest.fixture(scope="module")
 def local(tmp_path_factory) -> dict[str, str]:
     root = tmp_path_factory.mktemp("models")
+    resizing = {"resize_mode": "longest", "fill_color": 7, "interpolation": "bilinear"}
     return {
         "vit": write_model(root / "vit", VIT),
-        "resnet": write_model(
-            root / "resnet", RESNET, resize_mode="longest", fill_color=7, interpolation="bilinear"
-        ),
+        "resnet": write_model(root / "resnet", RESNET, **resizing),
         "timm_vit": write_model(root / "timm_vit", TIMM_VIT),
     }
 
@@ -110,17 +91,13 @@ def test_vectors_are_open_clips_own(which: str, mini: Encoder, local: dict[str, 
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
     encoder = mini if which == "mini" else load_encoder(local[which], device="cpu")
-    model, images, texts = (
-        encoder._model,
-        pictures(3, [(90, 70)] * 3),
-        ["blue sky", "a dog runs over a very green field"],
-    )
+    model, images = encoder._model, pictures(3, [(90, 70)] * 3)
+    texts = ["blue sky", "a dog runs over a very green field"]
     transform = image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), is_train=False)
     tokenizer = encoder._tokenizer if which == "mini" else open_clip.get_tokenizer(local[which])
     with torch.inference_mode():
-        expected_images = model.encode_image(
-            torch.stack([transform(image) for image in images]), normalize=True
-        ).numpy()
+        pixels = torch.stack([transform(image) for image in images])
+        expected_images = model.encode_image(pixels, normalize=True).numpy()
         expected_texts = model.encode_text(tokenizer(texts), normalize=True).numpy()
     np.testing.assert_allclose(encoder.encode_images(images), expected_images, atol=1e-6)
     np.testing.assert_allclose(encoder.encode_texts(texts), expected_texts, atol=1e-6)
@@ -178,14 +155,8 @@ def test_vectors_are_unit_float32_and_arrays_equal_lists(mini: Encoder):
 
 
 def test_a_text_does_not_depend_on_its_batch(mini: Encoder):
-    texts = [
-        "dog",
-        "a man in a red jacket climbs a steep snowy mountain with two ropes",
-        "",
-        "blue sky",
-        "狗 🐕",
-        "word " * 500,
-    ]
+    sentence = "a man in a red jacket climbs a steep snowy mountain with two ropes"
+    texts = ["dog", sentence, "", "blue sky", "狗 🐕", "word " * 500]
     alone = np.concatenate([mini.encode_texts([text]) for text in texts])
     np.testing.assert_allclose(mini.encode_texts(texts), alone, atol=1e-6)
     np.testing.assert_allclose(mini.encode_texts(texts[::-1], batch_size=2), alone[::-1], atol=1e-6)
@@ -237,9 +208,8 @@ def test_fingerprint_says_what_decides_a_vector(tmp_path: Path, local: dict[str,
     assert load_encoder(plain, device="cpu").fingerprint.digest != first.fingerprint.digest
     changed = write_model(tmp_path / "changed", VIT)
     tensors = load_file(tmp_path / "changed" / "open_clip_model.safetensors")
-    assert (
-        load_encoder(changed, device="cpu").fingerprint.digest == first.fingerprint.digest
-    )  # the name is no part of it
+    # the name is no part of it
+    assert load_encoder(changed, device="cpu").fingerprint.digest == first.fingerprint.digest
     tensors["visual.proj"][0, 0] += 1e-3
     save_file(tensors, tmp_path / "changed" / "open_clip_model.safetensors")
     assert load_encoder(changed, device="cpu").fingerprint.digest != first.fingerprint.digest
@@ -373,9 +343,8 @@ def test_a_model_gets_tensors_of_the_same_numbers(mini: Encoder, local: dict[str
         expected_grid, expected_vectors = encoder.encode_grid(images, layer=layer)
         np.testing.assert_array_equal(grid.numpy(), expected_grid)
         np.testing.assert_array_equal(vectors.numpy(), expected_vectors)
-        torch.nn.Linear(grid.shape[-1], 2)(
-            grid
-        ).sum().backward()  # no inference tensors: a model is trained on them
+        # no inference tensors: a model is trained on them
+        torch.nn.Linear(grid.shape[-1], 2)(grid).sum().backward()
         assert encoder.forward_grid(pixels[:0], layer=layer)[0].shape == (0, *grid.shape[1:])
         assert encoder.grid_projection().shape == (grid.shape[-1], encoder.dimension)
         assert copy.deepcopy(encoder) is encoder
@@ -397,10 +366,8 @@ def test_a_clip_of_transformers(tmp_path: Path):
     directory = write_clip(tmp_path / "clip")
     encoder = load_encoder(f"hf:{directory}", device="cpu")
     clip, tokenizer = CLIPModel.from_pretrained(directory).eval(), AutoTokenizer.from_pretrained(directory)
-    images, texts = (
-        pictures(11, [(40, 50), (28, 28), (90, 30)]),
-        ["blue sky", "a much longer text than its context", ""],
-    )
+    images = pictures(11, [(40, 50), (28, 28), (90, 30)])
+    texts = ["blue sky", "a much longer text than its context", ""]
     grid, vectors = encoder.encode_grid(images, layer=-2)
     pixels = torch.cat([encoder._normalised(encoder.prepare(image)[None]) for image in images])
     with torch.no_grad():
@@ -409,14 +376,12 @@ def test_a_clip_of_transformers(tmp_path: Path):
         ids = tokenizer(texts, padding=True, truncation=True, max_length=24, return_tensors="pt")
         expected_texts = clip.get_text_features(**ids).pooler_output
     np.testing.assert_allclose(grid, out.hidden_states[-2][:, 1:].numpy(), atol=1e-5)
-    np.testing.assert_allclose(vectors, torch.nn.functional.normalize(expected, dim=-1).numpy(), atol=1e-5)
-    np.testing.assert_allclose(
-        encoder.encode_texts(texts), torch.nn.functional.normalize(expected_texts, dim=-1).numpy(), atol=1e-5
-    )
+    expected, expected_texts = (torch.nn.functional.normalize(x, dim=-1) for x in (expected, expected_texts))
+    np.testing.assert_allclose(vectors, expected.numpy(), atol=1e-5)
+    np.testing.assert_allclose(encoder.encode_texts(texts), expected_texts.numpy(), atol=1e-5)
     last, _ = encoder.encode_grid(images)
-    np.testing.assert_allclose(
-        last, clip.vision_model.post_layernorm(out.hidden_states[-1][:, 1:]).detach().numpy(), atol=1e-5
-    )
+    expected_last = clip.vision_model.post_layernorm(out.hidden_states[-1][:, 1:]).detach()
+    np.testing.assert_allclose(last, expected_last.numpy(), atol=1e-5)
     assert encoder.same_tower(clip.vision_model)
     with pytest.raises(InvalidInput, match="no layer -5"):
         encoder.encode_grid(images, layer=-5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,31 +41,20 @@ APPROXIMATE = ("hnsw", "ivf", "ivfpq")
 def clustered(n: int, seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
     centres = np.random.default_rng(99).standard_normal((max(1, n // 10), D), dtype=np.float32)
-    vectors = centres[rng.integers(len(centres), size=n)] + 0.4 * rng.standard_normal(
-        (n, D), dtype=np.float32
-    )
+    vectors = centres[rng.integers(len(centres), size=n)]
+    vectors = vectors + 0.4 * rng.standard_normal((n, D), dtype=np.float32)
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
 def draft(i: int, prefix: str = "k") -> Draft:
     """A draft; every tenth picture equals the one before, and hashes of close numbers differ in few bits."""
     colour = COLOURS[i % len(COLOURS)]
-    metadata = (
-        {}
-        if i % 7 == 0
-        else {"colour": None if colour == "None" else colour, "size": i % 3, "sharp": i % 2 == 0}
-    )
+    metadata = {"colour": None if colour == "None" else colour, "size": i % 3, "sharp": i % 2 == 0}
     picture = i - 1 if i % 10 == 0 else i
     words = [f"tag {i % 40}", f"tag {i % 11}"]
     tags = tuple(MergedTag(t, "object", t, 1.0, 1, ()) for t in dict.fromkeys(words))
-    return Draft(
-        f"{prefix}{i}",
-        picture.to_bytes(32, "little", signed=True),
-        picture & 0xFFFF,
-        ("red and blue",),
-        tags,
-        metadata,
-    )
+    digest = picture.to_bytes(32, "little", signed=True)
+    return Draft(f"{prefix}{i}", digest, picture & 0xFFFF, ("red and blue",), tags, metadata if i % 7 else {})
 
 
 def append(root: Path, name: str, vectors: np.ndarray, prefix: str = "k") -> Snapshot:
@@ -101,6 +91,15 @@ def engines(root: Path) -> dict[str, Engine]:
 def oracle(root: Path) -> NumpyIndex:
     snapshot = Store(root, "large").snapshot()
     return NumpyIndex(snapshot.vectors(snapshot.live()), snapshot.live())
+
+
+def in_threads(function: Callable[..., None], *arguments: object) -> None:
+    """Call a function with each argument, each call in a thread of its own."""
+    threads = [threading.Thread(target=function, args=(argument,)) for argument in arguments]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 def similarities(oracle: NumpyIndex, queries: np.ndarray, ids: np.ndarray) -> np.ndarray:
@@ -158,11 +157,7 @@ def test_request_parameters_change_nothing_that_is_shared(engines: dict[str, Eng
                 if engine.nearest(queries[i : i + 50], search) != expected[search.ef_search][i : i + 50]:
                     wrong.append(search)
 
-        threads = [threading.Thread(target=ask, args=(s,)) for s in (narrow, wide) * 2]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        in_threads(ask, *(narrow, wide) * 2)
         assert not wrong, kind
 
 
@@ -175,15 +170,11 @@ def test_masked_searches_in_many_threads_agree(root: Path, tmp_path: Path):
     expected = [engine.nearest(q[None]) for q in queries]
     wrong: list[int] = []
 
-    def ask() -> None:
+    def ask(_: int) -> None:
         for _ in range(4):
             wrong.extend(i for i, q in enumerate(queries) if engine.nearest(q[None]) != expected[i])
 
-    threads = [threading.Thread(target=ask) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(ask, *range(4))
     assert not wrong
 
 
@@ -198,20 +189,16 @@ def brute(
     kept: list[int] = []
     out = 0
     for entry, row in ranked:
-        if not all(
-            name in entry.metadata and str(entry.metadata[name]) == value
-            for name, value in search.where.items()
-        ):
+        values = {name: str(value) for name, value in entry.metadata.items()}
+        if not search.where.items() <= values.items():
             continue
         if cosines[row] < search.min_similarity or len(kept) == search.k:
             break
+        distance = (entry.perceptual_hash ^ (own.perceptual_hash or 0)).bit_count()
         if (
             (exclude.key and entry.key == own.key)
             or (exclude.sha256 and entry.sha256 == own.sha256)
-            or (
-                exclude.hash_distance >= 0
-                and (entry.perceptual_hash ^ (own.perceptual_hash or 0)).bit_count() <= exclude.hash_distance
-            )
+            or distance <= exclude.hash_distance
             or entry.key in exclude.keys
             or entry.entry_id in exclude.entry_ids
         ):
@@ -243,16 +230,7 @@ def small(tmp_path_factory) -> Engine:
     ids=st.lists(st.integers(-3, 410), max_size=40),
 )
 def test_filters_and_exclusions_are_what_a_look_at_every_entry_gives(
-    small: Engine,
-    at: int,
-    k: int,
-    least: float,
-    where: dict,
-    key: bool,
-    digest: bool,
-    bits: int,
-    keys: list,
-    ids: list,
+    small: Engine, at: int, k: int, least: float, where: dict, key, digest, bits: int, keys: list, ids: list
 ):
     oracle = NumpyIndex(small.snapshot.vectors(small.snapshot.live()), small.snapshot.live())
     entry = small.snapshot.entry(at)
@@ -271,11 +249,8 @@ def test_k_neighbours_come_back_whatever_is_kept_out(
     engine, snapshot = engines[kind], engines[kind].snapshot
     queries = oracle.vectors[:6]
     near = {n for ids, _, _ in engines["flat"].nearest(queries, Search(k=200)) for n in ids}
-    search = Search(
-        k=7,
-        exclude=Exclude(key=True, sha256=True, hash_distance=1, entry_ids=tuple(near)),
-        where={"size": "1"},
-    )
+    exclude = Exclude(key=True, sha256=True, hash_distance=1, entry_ids=tuple(near))
+    search = Search(k=7, exclude=exclude, where={"size": "1"})
     identities = [Identity(e.key, e.sha256, e.perceptual_hash) for e in snapshot.entries(np.arange(6))]
     answers = engine.retrieve(queries, search, identities)
     for answer, own in zip(answers, identities, strict=True):
@@ -298,9 +273,8 @@ def test_a_guard_that_could_not_hold_is_refused(small: Engine):
         (Exclude(hash_distance=3), "perceptual_hash"),
     ):
         for identities in ([], [Identity()]):
-            with pytest.raises(
-                InvalidInput, match=f"excluded by {missing}, but that of query 0 is not known"
-            ):
+            message = f"excluded by {missing}, but that of query 0 is not known"
+            with pytest.raises(InvalidInput, match=message):
                 small.retrieve(query, Search(exclude=exclude), identities)
     for search, identities, what in (
         (Search(exclude=Exclude(hash_distance=65)), [], "0 to 64 bits"),
@@ -377,13 +351,7 @@ def test_float16_is_widened_bit_for_bit():
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    st.integers(0, 400),
-    st.integers(0, 400),
-    st.integers(1, 450),
-    st.integers(1, 9),
-    st.integers(0, 2**32 - 1),
-)
+@given(*(st.integers(*bounds) for bounds in ((0, 400), (0, 400), (1, 450), (1, 9), (0, 2**32 - 1))))
 def test_exact_search_over_any_run_and_any_set(
     small: Engine, first: int, end: int, k: int, n: int, seed: int
 ):
@@ -400,9 +368,8 @@ def test_exact_search_over_any_run_and_any_set(
     assert allowed.between(first, max(first, end)) == len(ids)
     if len(ids):
         vectors = small.snapshot.vectors(np.arange(400))
-        ours, theirs = (
-            np.einsum("nd,nkd->nk", queries, vectors[i]) for i in (got[1][:, : expected.shape[1]], expected)
-        )
+        ours = np.einsum("nd,nkd->nk", queries, vectors[got[1][:, : expected.shape[1]]])
+        theirs = np.einsum("nd,nkd->nk", queries, vectors[expected])
         np.testing.assert_allclose(ours, theirs, atol=2e-6)
 
 
@@ -412,11 +379,8 @@ def test_exact_search_in_threads_and_with_merges(engines: dict[str, Engine], ora
     queries = clustered(20, 12)
     live = Allowed(engines["flat"].snapshot.array("live", np.uint8), N)
     found = exact.search(engines["flat"].snapshot, queries, 50, live)[1]
-    np.testing.assert_allclose(
-        similarities(oracle, queries, found),
-        similarities(oracle, queries, oracle.search(queries, 50)),
-        atol=2e-6,
-    )
+    expected = similarities(oracle, queries, oracle.search(queries, 50))
+    np.testing.assert_allclose(similarities(oracle, queries, found), expected, atol=2e-6)
 
 
 @pytest.fixture
@@ -439,9 +403,8 @@ def test_what_comes_and_goes_beside_a_tuned_index_is_seen_at_once(copied: Path):
     delete(copied, "s", Selection(keys=[f"k{i}" for i in range(200)]))
     third = Engine(Store(copied, "s").snapshot())
     assert third.info().index["stale"] == {"beside": 0.0541, "dead": 0.2222, "rebuild": True}
-    assert (
-        "stale" in CliRunner().invoke(cli, ["versions", f"file://{copied}/s"], env={"COLUMNS": "300"}).stdout
-    )
+    versions = CliRunner().invoke(cli, ["versions", f"file://{copied}/s"], env={"COLUMNS": "300"})
+    assert "stale" in versions.stdout
     old = Store(copied, "s").snapshot(1)
     found = third.nearest(old.vectors(np.arange(200)), Search(k=5))
     assert min(i for ids, _, _ in found for i in ids) >= 200
@@ -480,12 +443,8 @@ def test_the_same_store_gives_the_same_index(tmp_path: Path):
     digests = []
     for name in ("a", "b"):
         append(tmp_path, name, clustered(N))
-        digests.append(
-            [
-                build_index(tmp_path, name, kind=kind).version.index["files"][0]["sha256"]
-                for kind in ("hnsw", "ivf")
-            ]
-        )
+        versions = [build_index(tmp_path, name, kind=kind).version for kind in ("hnsw", "ivf")]
+        digests.append([version.index["files"][0]["sha256"] for version in versions])
     assert digests[0] == digests[1]
 
 
@@ -532,22 +491,8 @@ def test_a_budget_that_cannot_be_held_changes_nothing(tmp_path: Path):
 def test_the_command(tmp_path: Path):
     append(tmp_path, "s", clustered(800))
     url = f"file://{tmp_path}/s"
-    run = CliRunner().invoke(
-        cli,
-        [
-            "build-index",
-            url,
-            "--kind",
-            "hnsw",
-            "--recall",
-            "0.8",
-            "--memory",
-            "1G",
-            "--latency",
-            "5s",
-            "--json",
-        ],
-    )
+    options = "--kind hnsw --recall 0.8 --memory 1G --latency 5s --json".split()
+    run = CliRunner().invoke(cli, ["build-index", url, *options])
     assert run.exit_code == 0, run.output
     report = json.loads(run.stdout)
     assert report["version"] == 2

@@ -1,4 +1,4 @@
-"""The model's own truths: a batch is its members, a cache changes nothing, no tags is no tag path, weights do what they say."""
+"""Properties of the model: results do not depend on batch or cache, and weights act as configured."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from transformers import (
     PhiConfig,
     PreTrainedConfig,
     Qwen2Config,
-)  # fmt: skip
+)
 
 from tagstore.errors import InvalidInput
 from tuna import C, features, rows, small, tags
@@ -37,27 +37,23 @@ def ragged(processor, side: str = "left") -> dict[str, torch.Tensor]:
 
 def alone(processor) -> list[dict[str, torch.Tensor]]:
     """The prompts of `ragged`, each in a batch of its own."""
-    found, all_of = [], features(3)
+    batches = []
     for prompt, images in zip(PROMPTS, (slice(0, 1), slice(0, 0), slice(1, 3)), strict=True):
-        some = rows(all_of, images) if images.stop > images.start else {}
-        found.append(dict(processor(text=prompt, tags=RAGGED[images] or None)) | some)
-    return found
+        grids = rows(features(3), images) if images.stop > images.start else {}
+        batches.append(dict(processor(text=prompt, tags=RAGGED[images] or None)) | grids)
+    return batches
 
 
-QWEN = {"text_config": Qwen2Config(
-    vocab_size=260, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    tie_word_embeddings=True, bos_token_id=256, eos_token_id=257, pad_token_id=258,
-)}  # fmt: skip
-SMOLLM = {"text_config": LlamaConfig(
-    vocab_size=260, hidden_size=24, intermediate_size=64, num_hidden_layers=3, num_attention_heads=3, num_key_value_heads=1, head_dim=8,
-    tie_word_embeddings=True, rope_theta=100000.0, bos_token_id=256, eos_token_id=257, pad_token_id=258,
-)}  # fmt: skip
-
-
-KINDS = {
-    "llama": {}, "qwen2": QWEN, "smollm2": SMOLLM, "log_bias": {"tag_coupling": "log_bias"}, "drop": {"tag_coupling": "drop"},
-    "token": {"tag_queries": "token"},
-}  # fmt: skip
+IDS = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
+WIDTH = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+NARROW = {"hidden_size": 24, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 3}
+BASE = {"vocab_size": 260, **WIDTH, **IDS}
+QWEN = {"text_config": Qwen2Config(**BASE, num_key_value_heads=2, tie_word_embeddings=True)}
+SMOLLM_HEADS = {"num_key_value_heads": 1, "head_dim": 8, "rope_theta": 100000.0}
+SMOLLM_TEXT = LlamaConfig(vocab_size=260, **NARROW, **SMOLLM_HEADS, **IDS, tie_word_embeddings=True)
+SMOLLM = {"text_config": SMOLLM_TEXT}
+KINDS = {"llama": {}, "qwen2": QWEN, "smollm2": SMOLLM, "token": {"tag_queries": "token"}}
+KINDS |= {coupling: {"tag_coupling": coupling} for coupling in ("log_bias", "drop")}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -67,34 +63,23 @@ def test_a_batch_is_its_members_and_padding_changes_nothing(kind: str, side: str
     batch = ragged(processor, side)
     with torch.no_grad():
         together = model(**batch).logits
-        for row, one in enumerate(alone(processor)):
-            expected = model(**one).logits[0]
-            torch.testing.assert_close(
-                together[row][batch["attention_mask"][row].bool()], expected, atol=2e-4, rtol=1e-3
-            )
+        for row, single in enumerate(alone(processor)):
+            logits = together[row][batch["attention_mask"][row].bool()]
+            torch.testing.assert_close(logits, model(**single).logits[0], atol=2e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_cache_changes_nothing(kind: str):
     model, processor = small(**copy.deepcopy(KINDS[kind]))
     batch = ragged(processor)
-    options = {
-        "max_new_tokens": 6,
-        "min_new_tokens": 6,
-        "do_sample": False,
-        "output_logits": True,
-        "return_dict_in_generate": True,
-    }
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    options |= {"output_logits": True, "return_dict_in_generate": True}
     cached, plain = (model.generate(**batch, **options, use_cache=use) for use in (True, False))
     assert torch.equal(cached.sequences, plain.sequences)
     for with_cache, without in zip(cached.logits, plain.logits, strict=True):
         torch.testing.assert_close(with_cache, without, atol=2e-4, rtol=1e-3)
 
 
-BASE = {
-    "vocab_size": 260, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "bos_token_id": 256,
-    "eos_token_id": 257, "pad_token_id": 258,
-}  # fmt: skip
 OTHERS = {
     "mistral": MistralConfig(**BASE, num_key_value_heads=2, sliding_window=16),
     "gemma2": Gemma2Config(**BASE, num_key_value_heads=2, head_dim=8, sliding_window=16),
@@ -107,13 +92,13 @@ OTHERS = {
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_any_decoder_of_transformers(name: str):
-    """Sliding windows, soft caps, biased heads, learned positions: the decoder's own forward runs, so its ways are kept."""
+    """Sliding windows, soft caps, biased heads and learned positions work: the decoder's own forward runs."""
     model, processor = small(text_config=copy.deepcopy(OTHERS[name]))
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
     together = model.generate(**ragged(processor), **options)
     assert torch.equal(together, model.generate(**ragged(processor), **options, use_cache=False))
-    for row, one in enumerate(alone(processor)):
-        assert torch.equal(together[row, -4:], model.generate(**one, **options)[0, -4:])
+    for row, single in enumerate(alone(processor)):
+        assert torch.equal(together[row, -4:], model.generate(**single, **options)[0, -4:])
     if name in ("mistral", "gemma2"):
         with pytest.raises(ValueError, match="without sliding windows"):
             small(text_config=copy.deepcopy(OTHERS[name]), tag_coupling="log_bias")[0](**ragged(processor))
@@ -122,10 +107,9 @@ def test_any_decoder_of_transformers(name: str):
 def test_a_static_cache_changes_nothing():
     model, processor = small()
     options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
-    static = model.generate(
-        **ragged(processor), **options, cache_implementation="static", disable_compile=True
-    )
-    assert torch.equal(static, model.generate(**ragged(processor), **options))
+    static = {"cache_implementation": "static", "disable_compile": True}
+    dynamic = model.generate(**ragged(processor), **options)
+    assert torch.equal(model.generate(**ragged(processor), **options, **static), dynamic)
 
 
 @pytest.mark.parametrize("kind", ["llama", "log_bias"])
@@ -133,22 +117,19 @@ def test_beams_of_a_batch_are_those_of_its_members(kind: str):
     model, processor = small(**KINDS[kind])
     options = {"max_new_tokens": 5, "min_new_tokens": 5, "num_beams": 3, "do_sample": False}
     together = model.generate(**ragged(processor), **options)
-    for row, one in enumerate(alone(processor)):
-        assert torch.equal(together[row, -5:], model.generate(**one, **options)[0, -5:])
+    for row, single in enumerate(alone(processor)):
+        assert torch.equal(together[row, -5:], model.generate(**single, **options)[0, -5:])
     # without a cache every step looks the pictures' tokens up again
     assert torch.equal(together, model.generate(**ragged(processor), **options, use_cache=False))
 
 
 def test_sampling_is_reproducible_and_several_answers_are_given():
     model, processor = small()
+    options = {"max_new_tokens": 4, "do_sample": True, "num_return_sequences": 2, "top_k": 20}
     drawn = []
     for _ in range(2):
         torch.manual_seed(3)
-        drawn.append(
-            model.generate(
-                **ragged(processor), max_new_tokens=4, do_sample=True, num_return_sequences=2, top_k=20
-            )
-        )
+        drawn.append(model.generate(**ragged(processor), **options))
     assert torch.equal(*drawn)
     assert len(drawn[0]) == 2 * len(PROMPTS)
 
@@ -160,10 +141,8 @@ def test_a_saved_model_is_the_same_model(tmp_path: Path):
     assert not list(tmp_path.glob("*.bin"))
     stored = AutoConfig.from_pretrained(tmp_path).to_dict()
     assert stored | {"_name_or_path": ""} == model.config.to_dict() | {"_name_or_path": ""}
-    again, read = (
-        AutoModelForImageTextToText.from_pretrained(tmp_path),
-        AutoProcessor.from_pretrained(tmp_path),
-    )
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    read = AutoProcessor.from_pretrained(tmp_path)
     assert type(again) is TunaForConditionalGeneration
     batch = ragged(processor)
     for name, tensor in ragged(read).items():
@@ -185,44 +164,35 @@ def test_tied_embeddings_are_saved_once_and_stay_tied(tmp_path: Path):
 def test_without_tags_there_is_no_tag_path():
     model, processor = small()
     without, _ = small(tags=False)
-    kept = {
-        name: tensor
-        for name, tensor in model.state_dict().items()
-        if not name.startswith(("tag_encoder", "weight_tuner"))
-    }
+    weights, tag_path = model.state_dict(), ("tag_encoder", "weight_tuner")
+    kept = {name: tensor for name, tensor in weights.items() if not name.startswith(tag_path)}
     without.load_state_dict(kept, strict=True)
     batch = dict(processor(text=PROMPTS, tags=[tags(0)] * 3)) | features(3)
     assert "tag_index" not in batch
     with torch.no_grad():
         plain = without(**batch).logits
         assert torch.equal(model(**batch).logits, plain)
-        empty = {
-            "tag_embeddings": torch.zeros(0, 16),
-            "tag_signals": torch.zeros(0, 2),
-            "cu_tags": torch.zeros(4, dtype=torch.int32),
-        }
-        assert torch.equal(
-            model(**batch, **empty, tag_index=torch.full_like(batch["input_ids"], -1)).logits, plain
-        )
+        empty = {"tag_embeddings": torch.zeros(0, 16), "tag_signals": torch.zeros(0, 2)}
+        empty["cu_tags"] = torch.zeros(4, dtype=torch.int32)
+        empty["tag_index"] = torch.full_like(batch["input_ids"], -1)
+        assert torch.equal(model(**batch, **empty).logits, plain)
     with pytest.raises(ValueError, match="no tag path"):
         without(**ragged(processor))
 
 
 @pytest.mark.parametrize("queries", ["tag", "token"])
 def test_kernels_give_what_the_reference_gives(queries: str):
-    device = (
-        "cuda" if torch.cuda.is_available() else "cpu"
-    )  # on the CPU through Triton's interpreter, which conftest asks for
-    logits = []
+    # on the CPU through Triton's interpreter, which conftest asks for
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    results = []
     for kernels in ("reference", "triton"):
         model, processor = small(kernels=kernels, tag_queries=queries)
         batch = {name: tensor.to(device) for name, tensor in ragged(processor).items()}
         out = model.to(device)(**batch, output_tag_attention=True)
         out.logits.square().mean().backward()
-        logits.append(
-            (out.logits, out.tag_attention, out.tag_weights, model.tag_encoder.from_tag.weight.grad)
-        )
-    for reference, kernel in zip(*logits, strict=True):
+        gradient = model.tag_encoder.from_tag.weight.grad
+        results.append((out.logits, out.tag_attention, out.tag_weights, gradient))
+    for reference, kernel in zip(*results, strict=True):
         torch.testing.assert_close(kernel, reference, atol=1e-4, rtol=1e-3)
 
 
@@ -233,9 +203,8 @@ def test_weights_scale_the_pair_of_each_tag(coupling: str):
     batch = dict(processor(text="<image>?", tags=[tags(4)])) | features(1)
     with torch.no_grad():
         out = model(**batch)
-        weights = torch.softmax(
-            torch.from_numpy(tags(4).embeddings) @ features(1)["image_vectors"][0] / 0.1, 0
-        )
+        cosines = torch.from_numpy(tags(4).embeddings) @ features(1)["image_vectors"][0]
+        weights = torch.softmax(cosines / 0.1, 0)
         order = processor_order(tags(4))
         expected = weights[order] if coupling != "multiply_max" else weights[order] / weights.max()
         torch.testing.assert_close(out.tag_weights, expected)
@@ -249,17 +218,17 @@ def test_weights_scale_the_pair_of_each_tag(coupling: str):
                 continue
             pair = out.tag_hidden_states[i] if token == model.config.image_token_id else embeds[place]
             embeds[place] = pair * (1 if coupling == "none" else expected[i])
-        torch.testing.assert_close(
-            model.language_model(inputs_embeds=embeds[None]).logits, out.logits, atol=1e-5, rtol=1e-4
-        )
+        logits = model.language_model(inputs_embeds=embeds[None]).logits
+        torch.testing.assert_close(logits, out.logits, atol=1e-5, rtol=1e-4)
 
 
-def processor_order(some) -> list[int]:
-    return sorted(range(len(some)), key=lambda i: -some.relevance[i])
+def processor_order(image_tags) -> list[int]:
+    """Indices of the tags in the order in which the processor writes them."""
+    return sorted(range(len(image_tags)), key=lambda i: -image_tags.relevance[i])
 
 
 def test_log_bias_is_as_many_copies_of_the_key():
-    """With equal weights 1/n every tag token counts as an n-th of a key: what the attention gives with log(1/n) added by hand."""
+    """With equal weights 1/n the bias of every tag token is log(1/n): each counts as an n-th of a key."""
     model, processor = small(tag_coupling="log_bias", tag_signal="uniform")
     batch = dict(processor(text="<image>?", tags=[tags(4)])) | features(1)
     with torch.no_grad():
@@ -331,10 +300,8 @@ def test_lora_trains_and_generates():
     batch = ragged(processor)
     before = model.generate(**batch, max_new_tokens=3, do_sample=False)
     modules = r".*language_model.*\.(q_proj|v_proj)"
-    tuned = get_peft_model(
-        model,
-        LoraConfig(r=2, target_modules=modules, modules_to_save=["multi_modal_projector", "tag_encoder"]),
-    )
+    saved = ["multi_modal_projector", "tag_encoder"]
+    tuned = get_peft_model(model, LoraConfig(r=2, target_modules=modules, modules_to_save=saved))
     assert torch.equal(tuned.generate(**batch, max_new_tokens=3, do_sample=False), before)
     tuned.train()(**batch, labels=batch["input_ids"]).loss.backward()
     trained = [name for name, parameter in tuned.named_parameters() if parameter.grad is not None]
@@ -349,10 +316,7 @@ def test_qlora_trains_and_generates(tmp_path: Path):
     from transformers import BitsAndBytesConfig
 
     # wide enough for the blocks of 64 numbers that share a scale
-    wide = LlamaConfig(
-        vocab_size=260, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
-        bos_token_id=256, eos_token_id=257, pad_token_id=258,
-    )  # fmt: skip
+    wide = LlamaConfig(**BASE | {"hidden_size": 128, "intermediate_size": 256}, num_key_value_heads=4)
     model, processor = small(text_config=wide)
     model.save_pretrained(tmp_path)
     quantized = BitsAndBytesConfig(
@@ -372,10 +336,8 @@ def test_qlora_trains_and_generates(tmp_path: Path):
     trained = {name for name, parameter in tuned.named_parameters() if parameter.grad is not None}
     assert trained
     assert all("lora_" in name for name in trained)
-    assert (
-        tuned.eval().generate(**batch, max_new_tokens=2, do_sample=False).shape[1]
-        == batch["input_ids"].shape[1] + 2
-    )
+    generated = tuned.eval().generate(**batch, max_new_tokens=2, do_sample=False)
+    assert generated.shape[1] == batch["input_ids"].shape[1] + 2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -389,18 +351,16 @@ def test_half_precision_is_near_single(dtype: torch.dtype, coupling: str):
     assert half.dtype == dtype
     error = (half.float() - single)[batch["attention_mask"].bool()].abs().mean() / single.abs().mean()
     assert error < 0.1
-    assert (
-        model.generate(**batch, max_new_tokens=2, do_sample=False).shape[1] == batch["input_ids"].shape[1] + 2
-    )
+    generated = model.generate(**batch, max_new_tokens=2, do_sample=False)
+    assert generated.shape[1] == batch["input_ids"].shape[1] + 2
 
 
 def test_what_does_not_fit_is_said():
     model, processor = small()
     batch = ragged(processor)
+    two_images = rows(features(3), slice(0, 2)) | {"cu_tags": torch.tensor([0, 3, 8], dtype=torch.int32)}
     with pytest.raises(Exception, match="image tokens of 2 images"):
-        model(
-            **batch | rows(features(3), slice(0, 2)) | {"cu_tags": torch.tensor([0, 3, 8], dtype=torch.int32)}
-        )
+        model(**batch | two_images)
     with pytest.raises(ValueError, match="needs image vectors"):
         model(**{name: tensor for name, tensor in batch.items() if name != "image_vectors"})
     with pytest.raises(ValueError, match="tags need"):
@@ -442,10 +402,10 @@ def test_what_was_called_votes_is_read_as_vote_share(tmp_path: Path):
     text = (tmp_path / "config.json").read_text()
     (tmp_path / "config.json").write_text(text.replace('"vote_share"', '"votes"'))
     assert TunaConfig.from_pretrained(tmp_path).tag_signal == "vote_share"
-    some = tags(6)
-    assert some.votes is some.vote_share
+    six_tags = tags(6)
+    assert six_tags.votes is six_tags.vote_share
     layouts = [TagLayout(signal=signal) for signal in ("votes", "vote_share")]  # as in preprocessor files
-    assert layouts[0].choose(some).ids == layouts[1].choose(some).ids
+    assert layouts[0].choose(six_tags).ids == layouts[1].choose(six_tags).ids
 
 
 def test_configuration_is_json_and_comes_back(tmp_path: Path):
@@ -487,10 +447,8 @@ def test_pooled_and_linear_connectors():
     assert processor.image_tokens == 4
     assert model(**ragged(processor)).image_hidden_states.shape == (3, 4, 32)
     linear, processor = small(connector="linear")
-    assert {name for name, _ in linear.multi_modal_projector.named_parameters()} == {
-        "linear_1.weight",
-        "linear_1.bias",
-    }
+    parameters = {name for name, _ in linear.multi_modal_projector.named_parameters()}
+    assert parameters == {"linear_1.weight", "linear_1.bias"}
     assert linear(**ragged(processor)).image_hidden_states.shape == (3, 16, 32)
 
 
@@ -499,10 +457,10 @@ def test_parameter_free_tags_look_where_they_are_seen():
     model, processor = small(tag_encoder_layers=0)
     grid = features(1)["grid"]
     projected = torch.nn.functional.normalize(grid[0] @ model.tag_encoder.projection, dim=-1)
-    some = tags(2)
-    some.embeddings[:] = projected[[3, 11]].numpy()
-    order = processor_order(some)
-    batch = dict(processor(text="<image>", tags=[some])) | features(1)
+    two_tags = tags(2)
+    two_tags.embeddings[:] = projected[[3, 11]].numpy()
+    order = processor_order(two_tags)
+    batch = dict(processor(text="<image>", tags=[two_tags])) | features(1)
     with torch.no_grad():
         out = model(**batch, output_tag_attention=True)
     assert out.tag_attention.argmax(-1).tolist() == [[3, 11][i] for i in order]
