@@ -11,17 +11,15 @@ from pictures import COLOURS, SHAPES, picture
 
 
 def write_llava(folder: Path, count: int = 18) -> Path:
-    """LLaVA's format: `count` questions about pictures of shapes, no two pictures alike. Returns the JSON file."""
+    """Write `count` questions about different pictures in LLaVA's format; return the JSON file."""
     (folder / "images").mkdir(parents=True)
     records = []
     for i in range(count):
         colour, shape, shift = COLOURS[i % 6], SHAPES[i // 6 % 3], i // 18 - 6
         name = f"images/{i}.png"
         (folder / name).write_bytes(picture(colour, shape, shift=shift))
-        turns = [
-            {"from": "human", "value": "<image>\nWhat is it?"},
-            {"from": "gpt", "value": f"A {colour} {shape}."},
-        ]
+        question = {"from": "human", "value": "<image>\nWhat is it?"}
+        turns = [question, {"from": "gpt", "value": f"A {colour} {shape}."}]
         records.append({"id": str(i), "image": name, "conversations": turns})
     (folder / "data.json").write_text(json.dumps(records))
     return folder / "data.json"
@@ -34,12 +32,8 @@ def write_shard(path: Path, count: int = 18) -> Path:
             colour, shape = COLOURS[i % 6], SHAPES[i // 6 % 3]
             captions = [f"A {colour} {shape}.", f"One {shape} in {colour}."]
             record = {"captions": captions, "split": "test" if i >= count * 2 // 3 else "train"}
-            members = {
-                "png": picture(colour, shape),
-                "txt": captions[0].encode(),
-                "json": json.dumps(record).encode(),
-            }
-            for suffix, data in members.items():
+            members = {"png": picture(colour, shape), "txt": captions[0].encode()}
+            for suffix, data in (members | {"json": json.dumps(record).encode()}).items():
                 member = tarfile.TarInfo(f"{colour}-{shape}-{i}.{suffix}")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))

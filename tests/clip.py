@@ -14,15 +14,10 @@ from tuna_model import presets
 def write_clip(
     directory: Path, *, seed: int = 0, activation: str = "quick_gelu", **preprocess: object
 ) -> Path:
-    """Three layers 32 wide, pictures of 28 pixels in 4 patches, vectors of 16 dimensions, a tokenizer of bytes."""
+    """Write a model of 3 layers of width 32 with 16-dimensional vectors; images have 28 pixels in 4 patches."""
     directory.mkdir(parents=True, exist_ok=True)
-    shape = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 2,
-        "hidden_act": activation,
-    }
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
+    shape["hidden_act"] = activation
     ids = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 257}
     config = CLIPConfig(
         vision_config={**shape, "image_size": 28, "patch_size": 14, "projection_dim": 16},
@@ -39,9 +34,9 @@ def write_clip(
         single="<s> $A </s>", special_tokens=[("<s>", 256), ("</s>", 257)]
     )
     tokenizer.save_pretrained(directory)
-    stored = {
-        "image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28},
-        "resample": 3, "do_center_crop": True, "image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28],
-    }  # fmt: skip
-    (directory / "preprocessor_config.json").write_text(json.dumps(stored | preprocess))
+    cropping = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
+    cropping |= {"do_center_crop": True, "resample": 3}
+    colours = {"image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28]}
+    stored = {"image_processor_type": "CLIPImageProcessor", **cropping, **colours, **preprocess}
+    (directory / "preprocessor_config.json").write_text(json.dumps(stored))
     return directory

@@ -88,26 +88,17 @@ def ingest(root: Path, operation: Operation) -> dict[str, Any]:
             done += len(batch)
             if done <= resumed:
                 continue
-            admitted, rejected, unchanged = writer.admit(
-                [draft(key, serial) for key, serial in batch], same_miner=True
-            )
+            drafts = [draft(key, serial) for key, serial in batch]
+            admitted, rejected, unchanged = writer.admit(drafts, same_miner=True)
             progress.pairs += len(batch)
             progress.added += len(admitted)
             progress.unchanged += unchanged
-            writer.append(
-                admitted,
-                vectors_of(space, [d.perceptual_hash for d in admitted]),
-                rejected=rejected,
-                progress=progress,
-            )
+            vectors = vectors_of(space, [d.perceptual_hash for d in admitted])
+            writer.append(admitted, vectors, rejected=rejected, progress=progress)
         if progress.added:
             _embed_tags(writer, space)
-            writer.commit(
-                operation="ingest",
-                source={"identity": operation["identity"]},
-                miner={"name": "toy"},
-                indexer=faiss_index.extend,
-            )
+            source, miner = {"identity": operation["identity"]}, {"name": "toy"}
+            writer.commit(operation="ingest", source=source, miner=miner, indexer=faiss_index.extend)
         return {"version": writer.parent.number if writer.parent else 0, "resumed": resumed}
 
 
@@ -150,14 +141,8 @@ def bundle(root: Path, operation: Operation) -> dict[str, Any]:
     return {"version": Store(root, NAME).state()["current"], "sha256": info.sha256}
 
 
-OPERATIONS = {
-    "ingest": ingest,
-    "delete": delete,
-    "reembed": reembed,
-    "rollback": rollback,
-    "compact": shrink,
-    "export": bundle,
-}
+OPERATIONS = {"ingest": ingest, "delete": delete, "reembed": reembed, "rollback": rollback}
+OPERATIONS |= {"compact": shrink, "export": bundle}
 
 
 def child() -> None:
@@ -226,40 +211,32 @@ class Model:
 def draw(rng: random.Random, model: Model, serial: Iterator[int], bundles: Path) -> Operation:
     """The next operation; bundles are written to a directory."""
     space, content = model.content
-    kind = (
-        rng.choices(["ingest", "delete", "rollback", "reembed", "compact", "export"], [10, 3, 2, 1, 2, 2])[0]
-        if content
-        else "ingest"
-    )
+    weights = {"ingest": 10, "delete": 3, "rollback": 2, "reembed": 1, "compact": 2, "export": 2}
+    kind = rng.choices(list(weights), list(weights.values()))[0] if content else "ingest"
     if kind == "delete":
-        return {
-            "operation": "delete",
-            "keys": rng.sample(sorted(content), min(len(content), rng.randint(1, 8))),
-        }
+        keys = rng.sample(sorted(content), min(len(content), rng.randint(1, 8)))
+        return {"operation": "delete", "keys": keys}
     if kind == "rollback":
         return {"operation": "rollback", "to": rng.choice(sorted(model.versions))}
     if kind == "reembed":
         return {"operation": "reembed", "space": "second" if space == "first" else "first"}
     if kind == "export":
-        return {
-            "operation": "export",
-            "of": rng.choice(sorted(model.versions)),
-            "path": str(bundles / f"{next(serial)}.bundle"),
-        }
+        version, path = rng.choice(sorted(model.versions)), str(bundles / f"{next(serial)}.bundle")
+        return {"operation": "export", "of": version, "path": path}
     if kind == "compact":
         return {"operation": "compact", "keep": rng.choice([None, 1, 2, 5])}
     batches = [
         [(f"key-{rng.randrange(400):05d}", next(serial)) for _ in range(rng.randint(1, 24))]
         for _ in range(rng.randint(1, 4))
     ]
-    identity = f"source {next(serial)}"
-    return {
-        "operation": "ingest",
-        "space": space,
-        "identity": identity,
-        "batches": batches,
-        "sync": rng.choice(["full", "batch"]),
-    }
+    return ingest_of(space, f"source {next(serial)}", batches, rng.choice(["full", "batch"]))
+
+
+def ingest_of(
+    space: str, identity: str, batches: list[list[tuple[str, int]]], sync: str = "full"
+) -> Operation:
+    operation = {"operation": "ingest", "space": space, "identity": identity}
+    return {**operation, "batches": batches, "sync": sync}
 
 
 # 4. Reading the store after a death.
@@ -285,25 +262,17 @@ def look(root: Path, *, close: bool) -> tuple[Model, list[str]]:
         for entry in entries:
             expected = draft(entry.key, entry.perceptual_hash)
             carried = sorted(texts[t.tag_id] for t in entry.tags)
-            same = (entry.sha256, entry.captions, dict(entry.metadata), entry.origin) == (
-                expected.sha256,
-                expected.captions,
-                expected.metadata,
-                expected.origin,
-            )
-            if (
-                not same
-                or carried != [t.text for t in expected.tags]
-                or snapshot.find(entry.key) != entry.entry_id
-            ):
+            fields = ("sha256", "captions", "metadata", "origin")
+            same = all(getattr(entry, name) == getattr(expected, name) for name in fields)
+            same = same and carried == [t.text for t in expected.tags]
+            if not same or snapshot.find(entry.key) != entry.entry_id:
                 wrong.append(f"version {version.number}: entry {entry.entry_id} is not what was put in")
         ids = snapshot.live()
         expected_vectors = vectors_of(space, [e.perceptual_hash for e in entries])
         if not np.array_equal(snapshot.vectors(ids), expected_vectors):
             wrong.append(f"version {version.number}: vectors are not those put in")
-        if tags and not np.array_equal(
-            snapshot.embeddings(np.array(tags)), np.stack([unit(space, texts[i]) for i in tags])
-        ):
+        embeddings = [unit(space, texts[i]) for i in tags]
+        if tags and not np.array_equal(snapshot.embeddings(np.array(tags)), np.stack(embeddings)):
             wrong.append(f"version {version.number}: tag embeddings are not those put in")
         nearest = faiss_index.FaissIndex(snapshot).search(expected_vectors, 1) if entries else ids[:, None]
         if not np.array_equal(nearest[:, 0], ids):
@@ -318,12 +287,8 @@ def orphans(root: Path) -> list[str]:
     """Files that no version needs, after another writer has swept."""
     with Writer(root, NAME, SPACES["first"], new_space=True) as writer:
         store = writer.store
-        needed = {
-            store.generation / "data.mdb",
-            store.generation / "lock.mdb",
-            root / NAME / "CURRENT",
-            root / NAME / "writer.lock",
-        }
+        needed = {store.generation / "data.mdb", store.generation / "lock.mdb"}
+        needed |= {root / NAME / "CURRENT", root / NAME / "writer.lock"}
         needed |= {store.index_directory / f["file"] for v in store.versions() for f in v.index["files"]}
         return [str(path) for path in (root / NAME).rglob("*") if path.is_file() and path not in needed]
 
@@ -356,14 +321,9 @@ class Figures:
 
 class _Child:
     def __init__(self, shim: Path | None) -> None:
-        preload = {"LD_PRELOAD": str(shim)} if shim else {}
-        self.process = subprocess.Popen(
-            [sys.executable, __file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            bufsize=0,
-            env={**os.environ, **preload},
-        )
+        env = {**os.environ, **({"LD_PRELOAD": str(shim)} if shim else {})}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
+        self.process = subprocess.Popen([sys.executable, __file__], env=env, **pipes)
         self._buffer = b""
 
     def send(self, message: Operation) -> None:
@@ -451,11 +411,8 @@ class Harness:
         while True:
             # the user repeats the interrupted operation, or does something else
             again, self.interrupted = self.interrupted, None
-            operation = (
-                again
-                if again and self.rng.random() < 0.6
-                else draw(self.rng, self.model, self.serial, self.bundles)
-            )
+            repeated = again and self.rng.random() < 0.6
+            operation = again if repeated else draw(self.rng, self.model, self.serial, self.bundles)
             current.send({**operation, "root": str(self.root)})
             answer = current.receive(end - time.monotonic())
             if answer is None:
@@ -467,15 +424,11 @@ class Harness:
                     return
             if "failed" in answer:
                 kind = answer["failed"].partition(":")[0]
+                message = f"{operation['operation']} failed: {answer['failed']}"
                 if failed or way not in ("ENOSPC", "EIO"):
-                    figures.lost.append(
-                        f"{operation['operation']} failed though the disk was sound: {answer['failed']}"
-                    )
+                    figures.lost.append(f"though the disk was sound, {message}")
                 if kind != "WriteFailed":
-                    figures.lost.append(
-                        f"{operation['operation']} on a failing disk did not raise WriteFailed: "
-                        f"{answer['failed']}"
-                    )
+                    figures.lost.append(f"not with WriteFailed, {message}")
                 failed = True
                 figures.refused[f"{way}: {kind}"] += 1
                 self._resolve(operation, close=False)
@@ -488,10 +441,8 @@ class Harness:
                 figures.went_on += failed
                 after_failure -= failed
                 if answer["version"] != self.model.current:
-                    figures.lost.append(
-                        f"{operation['operation']} was acknowledged as {answer['version']}, not "
-                        f"{self.model.current}"
-                    )
+                    acknowledged = f"{operation['operation']} was acknowledged as {answer['version']}"
+                    figures.lost.append(f"{acknowledged}, not {self.model.current}")
             if self._spare or figures.lost or not after_failure:
                 current.end() if not self._spare else None
                 self._spare = self._spare or _Child(self.shim)
@@ -506,21 +457,15 @@ class Harness:
             return
         digest = sha256(path.read_bytes()).hexdigest()
         if number not in self.bundle_sha256:
-            self.bundle_sha256[number] = (
-                acknowledged or export(self.root, NAME, self.bundles / "again.bundle", version=number).sha256
-            )
+            again = self.bundles / "again.bundle"
+            self.bundle_sha256[number] = acknowledged or export(self.root, NAME, again, version=number).sha256
         if digest != self.bundle_sha256[number] or acknowledged not in (None, digest):
             self.figures.lost.append(f"the bundle of version {number} is not what it was: {path}")
 
     def _arm(self, way: str) -> list[int]:
         code = {"ENOSPC": errno.ENOSPC, "EIO": errno.EIO}.get(way, 0)
-        return [
-            _MODES[way],
-            self.rng.randrange(160),
-            self.rng.choice([1, 1, 3, 10_000]),
-            code,
-            self.rng.randrange(1 << 30),
-        ]
+        first, count = self.rng.randrange(160), self.rng.choice([1, 1, 3, 10_000])
+        return [_MODES[way], first, count, code, self.rng.randrange(1 << 30)]
 
     def _resolve(self, operation: Operation | None, *, close: bool) -> None:
         """Compare the store with what was acknowledged, with or without the operation in flight."""
@@ -535,10 +480,8 @@ class Harness:
             self.interrupted = operation
             self.figures.in_flight["committed" if actual == candidate != self.model else "not there"] += 1
         if actual not in (self.model, candidate):
-            self.figures.lost.append(
-                f"the store holds {_brief(actual)}, acknowledged is {_brief(self.model)}, in flight was "
-                f"{operation}"
-            )
+            expected = f"acknowledged is {_brief(self.model)}, in flight was {operation}"
+            self.figures.lost.append(f"the store holds {_brief(actual)}, {expected}")
         self.model = actual
 
 
@@ -551,11 +494,9 @@ def build_shim(directory: Path) -> Path | None:
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         return None
-    target = directory / "crash_shim.so"
-    source = Path(__file__).with_name("crash_shim.c")
-    subprocess.run(
-        [compiler, "-O1", "-shared", "-fPIC", "-o", target, source, "-ldl", "-lpthread"], check=True
-    )
+    target, source = directory / "crash_shim.so", Path(__file__).with_name("crash_shim.c")
+    options = ["-O1", "-shared", "-fPIC", "-o", target, source, "-ldl", "-lpthread"]
+    subprocess.run([compiler, *options], check=True)
     return target
 
 

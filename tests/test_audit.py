@@ -1,4 +1,4 @@
-"""How far answers hang on the tags: with a stand-in for the model that believes everything it is told, and with the real machinery."""
+"""The audit measures how answers depend on tags: with a stand-in that believes every tag, and for real."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""lmms-eval's plugin, driven through a stand-in for the parts of lmms-eval that it touches: the real one brings a hundred packages."""
+"""The plugin of lmms-eval runs on a stand-in for lmms-eval, which would bring a hundred packages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tagstore.errors import InvalidInput
 
 @pytest.fixture
 def registry(tmp_path: Path, monkeypatch):
-    """`lmms_eval.api.model.lmms` and `lmms_eval.api.registry.register_model`, as its documentation describes them."""
+    """Imitate `lmms_eval.api.model.lmms` and `registry.register_model` as its documentation describes them."""
     package = tmp_path / "lmms_eval" / "api"
     package.mkdir(parents=True)
     (tmp_path / "lmms_eval" / "__init__.py").touch()
@@ -50,15 +50,9 @@ def test_lmms_eval_finds_and_drives_the_model(registry, shapes_root: Path):
     model.task_dict = {"pope": {"test": documents}}
 
     def request(number: int, **settings):
-        arguments = (
-            "Is it red?",
-            {"max_new_tokens": 4, "until": [], **settings},
-            lambda document: [document["image"]],
-            number,
-            "pope",
-            "test",
-        )
-        return SimpleNamespace(args=arguments)
+        settings = {"max_new_tokens": 4, "until": [], **settings}
+        place = (lambda document: [document["image"]], number, "pope", "test")
+        return SimpleNamespace(args=("Is it red?", settings, *place))
 
     answers = model.generate_until([request(0), request(1, max_new_tokens=2), request(2)])
     alone = model.generate_until([request(2)])

@@ -34,15 +34,8 @@ KEYS = [f"key-{i:05d}" for i in range(20)]
 def _write(root: Path, number: int) -> None:
     """Write a version whose entries have the serials number * 100 and up, so that a mix of versions shows."""
     batch = [(key, number * 100 + i) for i, key in enumerate(KEYS)]
-    crash.ingest(
-        root,
-        {
-            "space": "first",
-            "identity": f"source {number}",
-            "batches": [batch[:10], batch[10:]],
-            "sync": "batch",
-        },
-    )
+    batches = [batch[:10], batch[10:]]
+    crash.ingest(root, crash.ingest_of("first", f"source {number}", batches, "batch"))
 
 
 def _read(snapshot: Snapshot) -> int:

@@ -47,15 +47,7 @@ class StoreMachine(RuleBasedStateMachine):
         """Insert new keys and replace existing ones; the first of a duplicate key counts."""
         items = [[(key, next(self.serial)) for key in batch] for batch in batches]
         identity = f"source {next(self.serial)}"
-        self._do(
-            {
-                "operation": "ingest",
-                "space": self.model.content[0],
-                "identity": identity,
-                "batches": items,
-                "sync": sync,
-            }
-        )
+        self._do(crash.ingest_of(self.model.content[0], identity, items, sync))
 
     @precondition(lambda self: self.model.content[1])
     @rule(data=st.data())
@@ -63,17 +55,14 @@ class StoreMachine(RuleBasedStateMachine):
         """Unchanged pairs make no version."""
         space, content = self.model.content
         items = data.draw(st.lists(st.sampled_from(sorted(content.items())), min_size=1, max_size=5))
-        self._do(
-            {"operation": "ingest", "space": space, "identity": "again", "batches": [items], "sync": "full"}
-        )
+        self._do(crash.ingest_of(space, "again", [items]))
 
     @precondition(lambda self: self.model.content[1])
     @rule(data=st.data())
     def delete(self, data: st.DataObject) -> None:
-        keys = data.draw(
-            st.lists(st.sampled_from(sorted(self.model.content[1])), min_size=1, max_size=12, unique=True)
-        )
-        self._do({"operation": "delete", "keys": keys})
+        keys = st.sampled_from(sorted(self.model.content[1]))
+        chosen = data.draw(st.lists(keys, min_size=1, max_size=12, unique=True))
+        self._do({"operation": "delete", "keys": chosen})
 
     @precondition(lambda self: self.model.versions)
     @rule(data=st.data())
@@ -98,9 +87,8 @@ class StoreMachine(RuleBasedStateMachine):
         taken = purge(self.root, crash.NAME, Selection(keys=[key]), reason="asked for")
         space, content = self.model.content
         kept = {n: (s, c) for n, (s, c) in self.model.versions.items() if key not in c}
-        self.model = crash.Model(
-            {**kept, self.model.current + 1: (space, {k: v for k, v in content.items() if k != key})}
-        )
+        remaining = {k: v for k, v in content.items() if k != key}
+        self.model = crash.Model({**kept, self.model.current + 1: (space, remaining)})
         assert taken.version == self.model.current
 
     @precondition(lambda self: len(self.model.versions) > 1)
@@ -134,13 +122,8 @@ class StoreMachine(RuleBasedStateMachine):
             self.looked = self.model
 
 
-StoreMachine.TestCase.settings = settings(
-    max_examples=10,
-    stateful_step_count=20,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=list(HealthCheck),
-)
+HEALTH = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
+StoreMachine.TestCase.settings = settings(max_examples=10, stateful_step_count=20, **HEALTH)
 TestStoreMachine = StoreMachine.TestCase
 
 
@@ -153,13 +136,7 @@ def _in_turn(root: Path, *operations: crash.Operation) -> None:
 
 
 def _ingest(space: str, *items: tuple[str, int]) -> crash.Operation:
-    return {
-        "operation": "ingest",
-        "space": space,
-        "identity": f"{items}",
-        "batches": [list(items)],
-        "sync": "full",
-    }
+    return crash.ingest_of(space, f"{items}", [list(items)])
 
 
 def test_a_tag_that_only_versions_of_another_encoder_need_keeps_its_embedding_through_compaction(

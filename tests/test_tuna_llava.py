@@ -24,13 +24,8 @@ from tagstore.encoding.encoder import load_encoder
 from tagstore.errors import FingerprintMismatch, InvalidInput
 from tuna_model import ImageTags, TunaForConditionalGeneration, presets
 
-TEXT = {
-    "vocab_size": 260,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
+WIDTH = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+TEXT = {"vocab_size": 260, **WIDTH}
 DECODERS = {
     "llama": LlamaConfig(**TEXT, num_key_value_heads=2),
     "qwen2": Qwen2Config(**TEXT, num_key_value_heads=2),
@@ -90,23 +85,20 @@ def test_logits_are_equal_to_the_last_bit(decoder: str, clip: str, tmp_path: Pat
 
 @pytest.mark.parametrize("layout", ["hub", "memory", "first"])
 def test_names_of_weights_of_every_age(layout: str, clip: str, tmp_path: Path):
-    """As files on the hub name them, as they are in memory, and as the first files of LLaVA-1.5 did (with `vision_model.`)."""
+    """Weights may be named as on the hub, as in memory, or as in LLaVA-1.5's first files."""
     from safetensors.torch import load_file, save_file
 
     llava = write_llava(tmp_path, "llama", clip)
     file = tmp_path / "model.safetensors"
     if layout == "memory":
-        save_file(
-            {name: tensor.contiguous() for name, tensor in llava.state_dict().items()},
-            file,
-            metadata={"format": "pt"},
-        )
+        weights = {name: tensor.contiguous() for name, tensor in llava.state_dict().items()}
+        save_file(weights, file, metadata={"format": "pt"})
     if layout == "first":
-        named = {
-            name.replace("vision_tower.", "vision_tower.vision_model."): tensor
-            for name, tensor in load_file(file).items()
+        names = {
+            name: name.replace("vision_tower.", "vision_tower.vision_model.") for name in load_file(file)
         }
-        save_file(named, file, metadata={"format": "pt"})
+        weights = {names[name]: tensor for name, tensor in load_file(file).items()}
+        save_file(weights, file, metadata={"format": "pt"})
     model, notes = TunaForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
     assert all(
         name.startswith("tag_encoder") or name == "vision_projection" for name in notes["missing_keys"]
@@ -114,11 +106,8 @@ def test_names_of_weights_of_every_age(layout: str, clip: str, tmp_path: Path):
     assert not notes["unexpected_keys"]
     model.eval().save_pretrained(tmp_path / "again")
     names = set(load_file(tmp_path / "again" / "model.safetensors"))
-    assert {
-        "language_model.lm_head.weight",
-        "vision_tower.post_layernorm.weight",
-        "vision_projection",
-    } <= names
+    weights = {"language_model.lm_head.weight", "vision_tower.post_layernorm.weight"}
+    assert {*weights, "vision_projection"} <= names
     again = TunaForConditionalGeneration.from_pretrained(tmp_path / "again").eval()
     with torch.no_grad():
         assert torch.equal(again(**inputs()).logits, llava(**inputs()).logits)

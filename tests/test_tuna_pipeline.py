@@ -1,4 +1,4 @@
-"""From an image and a question to an answer: with a store, without one, with a store that is down; commands."""
+"""From an image and a question to an answer: with a store, without one, with a store that is down."""
 
 from __future__ import annotations
 

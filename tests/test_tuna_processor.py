@@ -1,4 +1,4 @@
-"""The layout decides how a prompt with tags becomes tokens; the configuration decides which tags are chosen."""
+"""The layout decides how a prompt with tags becomes tokens, the configuration which tags are chosen."""
 
 from __future__ import annotations
 
