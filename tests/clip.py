@@ -14,7 +14,7 @@ from tuna_model import presets
 def write_clip(
     directory: Path, *, seed: int = 0, activation: str = "quick_gelu", **preprocess: object
 ) -> Path:
-    """Write a model of 3 layers of width 32 with 16-dimensional vectors; images have 28 pixels in 4 patches."""
+    """Write a model of 3 layers of width 32 with vectors of 16 dimensions and 4 patches an image."""
     directory.mkdir(parents=True, exist_ok=True)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
     shape["hidden_act"] = activation

@@ -143,9 +143,8 @@ def test_a_store_is_kept_from_the_command_line(tmp_path: Path):
     run("ingest", str(source), "--root", str(tmp_path / "root"), "--store", "s", "--device", "cpu")
     assert json.loads(run("quarantine", url).stdout)["key"] == "bad"
     assert json.loads(run("delete", url, "--key", "red-circle", "--json").stdout)["deleted"] == ["red-circle"]
-    assert (
-        "deleted" in run("delete", url, "--near", str(source / "blue-square.png"), "--distance", "0").stdout
-    )
+    near = run("delete", url, "--near", str(source / "blue-square.png"), "--distance", "0")
+    assert "deleted" in near.stdout
     versions = json.loads(run("versions", url, "--json").stdout)
     assert [v["operation"] for v in versions] == ["ingest", "delete", "delete"]
     assert "red-circle" in run("diff", url, "1", "3").stdout
@@ -157,19 +156,15 @@ def test_a_store_is_kept_from_the_command_line(tmp_path: Path):
     assert "nothing to repair" in run("repair", url).stdout
     assert "18 entries" in run("compact", url, "--keep", "1").stdout
     assert run("prove-absent", url, "--key", "red-circle").exit_code == 1
-    assert (
-        "took down 1 entries"
-        in run("delete", url, "--key", "red-circle", "--purge", "--reason", "asked for").stdout
-    )
+    purged = run("delete", url, "--key", "red-circle", "--purge", "--reason", "asked for")
+    assert "took down 1 entries" in purged.stdout
     gone = run("prove-absent", url, "--key", "red-circle", "--image", str(source / "red-circle.png"))
     assert (gone.exit_code, gone.stdout) == (0, "nothing of it is in any file or record\n")
     assert json.loads(run("takedowns", url, "--json").stdout)[0]["reason"] == "asked for"
     bundle = str(tmp_path / "s.bundle")
     assert "s@6, 17 entries" in run("export", url, bundle, "--licence", "CC0-1.0").stdout
-    assert (
-        "copy@6: 17 entries"
-        in run("import", bundle, "--root", str(tmp_path / "root"), "--store", "copy").stdout
-    )
+    imported = run("import", bundle, "--root", str(tmp_path / "root"), "--store", "copy")
+    assert "copy@6: 17 entries" in imported.stdout
     with pytest.raises(TagstoreError, match="leave @1 out"):
         run("drop", url + "@1")
     run("rename", url, "t")
@@ -199,23 +194,13 @@ def test_every_option_of_serve_reaches_the_server(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(
         server, "Server", lambda root, address, **values: started.update(values, root=root, address=address)
     )
-    numbers = {
-        "threads": 3,
-        "in_flight": 5,
-        "per_client": 7,
-        "message_bytes": 11 << 20,
-        "image_bytes": 13 << 20,
-    }
+    numbers = {"threads": 3, "in_flight": 5, "per_client": 7}
+    numbers |= {"message_bytes": 11 << 20, "image_bytes": 13 << 20}
     texts = {"tls_certificate": "c", "tls_key": "k", "tls_client_ca": "a", "tokens": "t", "anonymous": "read"}
     texts |= {"audit": "log", "metrics": "127.0.0.1:9"}
     flags = ("insecure", "tracing", "json_logs")
     arguments = ["--root", str(tmp_path), "--address", "127.0.0.1:0", "--device", "cpu", "--workers", "1"]
-    for option, value in zip(
-        ("--threads", "--max-in-flight", "--max-per-client", "--max-message", "--max-image"),
-        (3, 5, 7, 11, 13),
-        strict=True,
-    ):
-        arguments += [option, str(value)]
+    arguments += "--threads 3 --max-in-flight 5 --max-per-client 7 --max-message 11 --max-image 13".split()
     for name, value in texts.items():
         arguments += [f"--{name.replace('_', '-')}", value]
     monkeypatch.setattr("tagstore.serving.logs.use_json", lambda: None)

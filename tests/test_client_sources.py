@@ -26,20 +26,10 @@ def url(server_address: str) -> str:
 
 
 def test_options_in_code_and_url_mean_the_same_and_code_wins(url: str):
-    in_url = connect(
-        f"{url}?k=3&max_tags=2&min_similarity=0.25&order=relevance&exact=true&exclude=self&where.brand=Oatly&on_failure=empty"
-    )
-    in_code = connect(
-        url,
-        k=3,
-        max_tags=2,
-        min_similarity=0.25,
-        order="relevance",
-        exact=True,
-        exclude="self",
-        where={"brand": "Oatly"},
-        on_failure="empty",
-    )
+    query = "k=3&max_tags=2&min_similarity=0.25&order=relevance&exact=true"
+    in_url = connect(f"{url}?{query}&exclude=self&where.brand=Oatly&on_failure=empty")
+    options = {"k": 3, "max_tags": 2, "min_similarity": 0.25, "order": "relevance", "exact": True}
+    in_code = connect(url, **options, exclude="self", where={"brand": "Oatly"}, on_failure="empty")
     assert in_url.options == in_code.options
     assert in_url.options.search == Search(3, 2, 0.25, "relevance", {"brand": "Oatly"}, exact=True)
     assert connect(f"{url}?k=3", k=4).options.search.k == 4
@@ -77,10 +67,8 @@ def test_meaningless_options_are_refused_by_name(url: str, query: str, message: 
 def test_unknown_options_in_code_are_refused_by_name(url: str):
     with pytest.raises(errors.InvalidInput, match="no option 'kk'"):
         connect(url, kk=3)
-    with (
-        connect(url) as source,
-        pytest.raises(errors.InvalidInput, match="retrieve takes no option 'timeout'"),
-    ):
+    message = "retrieve takes no option 'timeout'"
+    with connect(url) as source, pytest.raises(errors.InvalidInput, match=message):
         source.retrieve([IMAGES[0]], timeout=3)
 
 
@@ -103,26 +91,17 @@ def test_meaningless_urls_are_refused(bad: str):
 
 
 def test_every_search_option_reaches_the_store(url: str):
+    images = [picture("red", "circle")]
     with connect(url) as source:
-        [plain] = source.retrieve([picture("red", "circle")], k=4)
-        [bare] = source.retrieve(
-            [picture("red", "circle")],
-            k=4,
-            with_neighbours=False,
-            with_texts=False,
-            max_tags=3,
-            order="similarity",
-        )
+        [plain] = source.retrieve(images, k=4)
+        options = {"with_neighbours": False, "with_texts": False, "max_tags": 3, "order": "similarity"}
+        [bare] = source.retrieve(images, k=4, **options)
         assert (plain.neighbours[0].key, bare.neighbours, len(bare)) == ("red-circle", (), 3)
         assert {t.tag for t in bare} == {""}
-        assert (
-            source.retrieve([picture("red", "circle")], min_similarity=0.999)[0].neighbours
-            == plain.neighbours[:1]
-        )
-        assert source.retrieve([picture("red", "circle")], where={"no": "such"})[0].neighbours == ()
-        [guarded] = source.retrieve(
-            [picture("red", "circle")], k=4, exclude=Exclude(entry_ids=(plain.neighbours[0].entry_id,))
-        )
+        assert source.retrieve(images, min_similarity=0.999)[0].neighbours == plain.neighbours[:1]
+        assert source.retrieve(images, where={"no": "such"})[0].neighbours == ()
+        exclude = Exclude(entry_ids=(plain.neighbours[0].entry_id,))
+        [guarded] = source.retrieve(images, k=4, exclude=exclude)
         assert guarded.neighbours[:3] == plain.neighbours[1:]
         assert guarded.excluded == 1
 
@@ -134,15 +113,14 @@ def test_self_is_known_by_key_by_image_and_by_what_an_identity_says(url: str, mi
     own = decode(data)
     vector = mini.encode_images([own])
     by_vector = {"vectors": vector, "fingerprint": mini.fingerprint}
+    by_hash = Identity(perceptual_hash=perceptual_hash(own))
     with connect(url, k=18, exclude="self", exclude_distance=-1) as source:
         cases = [
             source.retrieve([data]),
             source.retrieve([picture("red", "circle", size=90)], keys=["red-circle"]),
             source.retrieve(**by_vector, keys=["red-circle"]),
             source.retrieve(**by_vector, identities=[Identity(sha256=sha256(data).digest())]),
-            source.retrieve(
-                **by_vector, identities=[Identity(perceptual_hash=perceptual_hash(own))], exclude_distance=0
-            ),
+            source.retrieve(**by_vector, identities=[by_hash], exclude_distance=0),
             source.retrieve(**by_vector, exclude=None, exclude_keys=["red-circle"]),
         ]
         for [answer] in cases:
@@ -236,9 +214,8 @@ def test_answers_are_kept_on_disk_and_shared_by_processes(url: str, tmp_path: Pa
         assert source.retrieve(IMAGES[:1], k=2) != fresh[:1]
         mixed = source.retrieve([IMAGES[0], picture("red", "square"), IMAGES[1]])
         assert [mixed[0], mixed[2]] == fresh[:2]
-        guarded = source.retrieve(
-            [picture("red", "circle")] * 2, exclude=Exclude(key=True), keys=["red-circle", "blue-circle"]
-        )
+        keys = ["red-circle", "blue-circle"]
+        guarded = source.retrieve([picture("red", "circle")] * 2, exclude=Exclude(key=True), keys=keys)
         assert guarded[0] != guarded[1]
         vectors = np.random.default_rng(0).standard_normal((4, mini.dimension)).astype(np.float32)
         asked = [source.retrieve(vectors=vectors, fingerprint=mini.fingerprint) for _ in range(2)]
@@ -284,10 +261,8 @@ def test_no_tags_and_random_tags(url: str, tmp_path: Path):
             assert source.retrieve(IMAGES[3:4]) == drawn[seed][3:4]
             assert len(source.retrieve(IMAGES, max_tags=2)[0]) == 2
             [tag] = source.tags([drawn[seed][0][0].tag_id], embeddings=True)
-            assert (tag.text, tag.embedding.shape) == (
-                drawn[seed][0][0].tag,
-                (source.info().fingerprint.dimension,),
-            )
+            assert tag.text == drawn[seed][0][0].tag
+            assert tag.embedding.shape == (source.info().fingerprint.dimension,)
             assert source.retrieve(IMAGES[:1], keys=["a"]) == source.retrieve(IMAGES[1:2], keys=["a"])
     assert drawn[1] != drawn[2]
     for answer in drawn[1]:
@@ -306,11 +281,9 @@ async def test_the_asyncio_client_gives_the_same(url: str, shapes_root: Path):
         vocabulary = list(source.vocabulary())
     async with aio.connect(url, k=3) as source:
         assert await source.retrieve(IMAGES * 8, keys=list(COLOURS) * 8, exclude="self") == expected
+        queries = zip(IMAGES, COLOURS, strict=True)
         several = await asyncio.gather(
-            *[
-                source.retrieve([data], keys=[c], exclude="self")
-                for data, c in zip(IMAGES, COLOURS, strict=True)
-            ]
+            *(source.retrieve([data], keys=[key], exclude="self") for data, key in queries)
         )
         assert [a for [a] in several] == expected[: len(IMAGES)]
         assert [t async for t in source.vocabulary()] == vocabulary

@@ -41,12 +41,8 @@ def png_header(width: int, height: int) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(b"\0" * 100))
-        + chunk(b"IEND", b"")
-    )
+    pixels = zlib.compress(b"\0" * 100)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 
 
 @pytest.mark.parametrize(
@@ -71,13 +67,8 @@ def test_formats(format: str, options: dict[str, Any], tolerance: int):
 @pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", "TIFF"])
 def test_first_frame_of_an_animation(format: str):
     frames = [Image.new("RGB", (8, 6), colour) for colour in ("red", "blue")]
-    data = encoded(
-        frames[0],
-        format,
-        save_all=True,
-        append_images=frames[1:],
-        **({"lossless": True} if format == "WEBP" else {}),
-    )
+    options = {"lossless": True} if format == "WEBP" else {}
+    data = encoded(frames[0], format, save_all=True, append_images=frames[1:], **options)
     assert decode(data).getpixel((3, 3)) == (255, 0, 0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from pictures import picture, write_shapes
 from tagstore.client import connect
+from tagstore.encoding.images import decode
 from tagstore.errors import FingerprintMismatch, InvalidInput, NotFound
 from tagstore.ingest import ingest
 from tagstore.storage.generations import writer_lock
@@ -23,48 +25,28 @@ def source(tmp_path: Path) -> Path:
 
 
 def test_a_folder_becomes_a_store(source: Path, tmp_path: Path, mini):
-    stages: dict[str, int] = {}
-    report = ingest(
-        str(source),
-        root=tmp_path / "root",
-        store="s",
-        encoder=mini,
-        progress=lambda stage, n: stages.update({stage: stages.get(stage, 0) + n}),
-    )
-    assert (report.version, report.pairs, report.added, report.entries, report.quarantined) == (
-        1,
-        18,
-        18,
-        18,
-        [],
-    )
+    stages: Counter[str] = Counter()
+
+    def count(stage: str, number: int) -> None:
+        stages[stage] += number
+
+    report = ingest(str(source), root=tmp_path / "root", store="s", encoder=mini, progress=count)
+    assert (report.version, report.pairs, report.added, report.entries) == (1, 18, 18, 18)
+    assert report.quarantined == []
     assert report.tags >= 18 * 3
     assert stages == {"pairs": 18, "tags": report.unique_tags}
-    assert set(report.seconds) == {
-        "load",
-        "read",
-        "decode",
-        "store",
-        "embed",
-        "mine",
-        "embed tags",
-        "commit",
-        "total",
-    }
+    steps = {"load", "read", "decode", "store", "embed", "mine", "embed tags", "commit", "total"}
+    assert set(report.seconds) == steps
     snapshot = Store(tmp_path / "root", "s").snapshot()
     entry = next(e for e in snapshot.entries() if e.key == "red-circle")
     assert entry.captions == ("A red circle on a white table in Paris.",)
-    texts = dict(
-        zip((t.tag_id for t in entry.tags), snapshot.tags([t.tag_id for t in entry.tags]), strict=True)
-    )
+    ids = [tag.tag_id for tag in entry.tags]
+    texts = dict(zip(ids, snapshot.tags(ids), strict=True))
     for tag in entry.tags:
         [(caption, start, end), *_] = tag.mentions
         assert entry.captions[caption][start:end].lower().startswith(texts[tag.tag_id][0].lower().split()[0])
-    np.testing.assert_allclose(
-        snapshot.vectors(np.array([entry.entry_id])),
-        mini.encode_images([_image(picture("red", "circle"))]),
-        atol=1e-3,
-    )
+    expected = mini.encode_images([decode(picture("red", "circle"))])
+    np.testing.assert_allclose(snapshot.vectors(np.array([entry.entry_id])), expected, atol=1e-3)
     assert snapshot.version.miner["name"] == "rules"
     assert snapshot.version.fingerprint == mini.fingerprint
 
@@ -112,15 +94,8 @@ def test_bad_pairs_are_quarantined_and_the_good_ones_get_in(source: Path, tmp_pa
     bad("long.png", good, "a red square " * 800)
     report = ingest(str(source), root=tmp_path / "root", store="s", encoder=mini)
     quarantined = {r.key: r.reason for r in report.quarantined}
-    assert set(quarantined) == {
-        "corrupt",
-        "truncated",
-        "zero",
-        "text",
-        "empty-caption",
-        "blank-caption",
-        "no-caption",
-    }
+    captions = {"empty-caption", "blank-caption", "no-caption"}
+    assert set(quarantined) == {"corrupt", "truncated", "zero", "text", *captions}
     assert all(len(reason) > 8 for reason in quarantined.values())
     assert report.pairs == 28
     assert report.entries == 21
@@ -132,19 +107,13 @@ def test_bad_pairs_are_quarantined_and_the_good_ones_get_in(source: Path, tmp_pa
 def test_a_duplicate_key_keeps_the_first(tmp_path: Path, mini):
     (tmp_path / "red.png").write_bytes(picture("red", "circle"))
     (tmp_path / "blue.png").write_bytes(picture("blue", "circle"))
-    rows = [
-        "id,image,caption",
-        "1,red.png,A red circle.",
-        "1,blue.png,A blue circle.",
-        "2,blue.png,A blue circle.",
-    ]
-    (tmp_path / "items.csv").write_text("\n".join(rows))
+    rows = "1,red.png,A red circle.\n1,blue.png,A blue circle.\n2,blue.png,A blue circle."
+    (tmp_path / "items.csv").write_text(f"id,image,caption\n{rows}")
     report = ingest(str(tmp_path / "items.csv"), root=tmp_path / "root", store="s", encoder=mini)
     assert (report.entries, [r.key for r in report.quarantined]) == (2, ["1"])
     assert "duplicate key" in report.quarantined[0].reason
-    assert {e.key: e.captions[0] for e in Store(tmp_path / "root", "s").snapshot().entries()}[
-        "1"
-    ] == "A red circle."
+    captions = {e.key: e.captions[0] for e in Store(tmp_path / "root", "s").snapshot().entries()}
+    assert captions["1"] == "A red circle."
 
 
 def test_a_source_of_which_nothing_can_be_used_makes_no_version(tmp_path: Path, mini):
@@ -222,9 +191,3 @@ def test_an_ingest_reads_the_version_before_once(source: Path, tmp_path: Path, m
     monkeypatch.setattr(Writer, "_begin", lambda writer: begun.append(begin(writer)))
     ingest(str(source), root=tmp_path, store="s", encoder=mini)
     assert len(begun) == 1
-
-
-def _image(data: bytes):
-    from tagstore.encoding.images import decode
-
-    return decode(data)

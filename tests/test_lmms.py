@@ -17,7 +17,7 @@ from tagstore.errors import InvalidInput
 
 @pytest.fixture
 def registry(tmp_path: Path, monkeypatch):
-    """Imitate `lmms_eval.api.model.lmms` and `registry.register_model` as its documentation describes them."""
+    """Imitate `lmms_eval.api.model.lmms` and `registry.register_model` as its documentation says."""
     package = tmp_path / "lmms_eval" / "api"
     package.mkdir(parents=True)
     (tmp_path / "lmms_eval" / "__init__.py").touch()

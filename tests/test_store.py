@@ -38,17 +38,21 @@ def draft(key: str, *tags: str, caption: str = "a caption") -> Draft:
     return Draft(key, key.encode().ljust(32, b"\0")[:32], 7, (caption,), merged, {"n": 1}, f"file of {key}")
 
 
-def put(
-    root: Path,
-    drafts: list[Draft],
-    vectors: np.ndarray,
-    indexer=lambda s, p, d: {"kind": "none", "files": []},
-):
+def no_index(*_: object) -> dict[str, object]:
+    return {"kind": "none", "files": []}
+
+
+def put(root: Path, drafts: list[Draft], vectors: np.ndarray, indexer=no_index):
     with Writer(root, "toy", FINGERPRINT) as writer:
         writer.append(drafts, vectors)
         while texts := writer.new_tags(limit=3):
             writer.embed_tags(np.eye(D, dtype=np.float32)[: len(texts)])
         return writer.commit(operation="ingest", miner={"name": "none"}, indexer=indexer)
+
+
+def output_of(code: str) -> str:
+    """Return what a Python process prints that runs `code`."""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
 
 
 def test_what_is_committed_is_read_back(tmp_path: Path, rng):
@@ -62,12 +66,8 @@ def test_what_is_committed_is_read_back(tmp_path: Path, rng):
     assert snapshot.tags([0, 1]) == [("dog", "object", "dog"), ("sky", "object", "sky")]
     np.testing.assert_array_equal(snapshot.vectors(np.array([2, 0])), vectors[[2, 0]].astype(np.float16))
     entry = snapshot.entry(0)
-    assert (entry.captions, entry.metadata, entry.origin, entry.tags[1].mentions) == (
-        ("a caption",),
-        {"n": 1},
-        "file of a",
-        ((0, 0, 3),),
-    )
+    assert (entry.captions, entry.metadata) == (("a caption",), {"n": 1})
+    assert (entry.origin, entry.tags[1].mentions) == ("file of a", ((0, 0, 3),))
 
 
 def test_a_key_that_comes_again_replaces_its_entry_and_the_old_version_stays(tmp_path: Path, rng):
@@ -134,9 +134,8 @@ def test_a_duplicate_key_in_one_ingest_is_rejected_an_unchanged_one_counted(tmp_
         _, rejected, _ = writer.admit([draft("b")], same_miner=True)
         assert "duplicate key" in rejected[0].reason
         _, rejected, unchanged = writer.admit([draft("a", caption="another")], same_miner=True)
-        assert ([r.key for r in rejected], unchanged) == (["a"], 0), (
-            "the first of this key was unchanged, this is its duplicate"
-        )
+        # the first of this key was unchanged, this is its duplicate
+        assert ([r.key for r in rejected], unchanged) == (["a"], 0)
     with Writer(tmp_path, "toy", FINGERPRINT) as writer:
         admitted, _, _ = writer.admit([draft("a")], same_miner=False)
         assert len(admitted) == 1
@@ -160,7 +159,7 @@ def test_a_second_writer_is_refused_and_told_who_writes(tmp_path: Path):
             except Busy as error:
                 print(error)
         """)
-        out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        out = output_of(code)
     assert f"being written by process {os.getpid()}" in out
 
 
@@ -248,9 +247,8 @@ def test_a_store_in_another_releases_format_is_refused_by_readers_and_writers(tm
     with store.env.begin(write=True) as txn:
         txn.put(b"state", seal(b"state", store.state() | {"format": FORMAT - 1}), db=store.db["meta"])
     for use in (lambda: Store(tmp_path, "toy"), lambda: put(tmp_path, [draft("b")], unit(rng, 1))):
-        with pytest.raises(
-            Damaged, match=f"format {FORMAT - 1}, this release reads {FORMAT}: use the release that wrote it"
-        ):
+        message = f"format {FORMAT - 1}, this release reads {FORMAT}: use the release that wrote it"
+        with pytest.raises(Damaged, match=message):
             use()
 
 
@@ -283,9 +281,7 @@ def test_the_reader_in_the_documentation_reads_a_store(tmp_path: Path, rng):
     code += "rows = [[i, e['sha256'].hex(), *(e[name] for name in names)] for i, e in entries.items()]\n"
     code += "print(json.dumps(rows))\n"
     code += "print(json.dumps(vectors.tolist()))"
-    out = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    ).stdout.splitlines()
+    out = output_of(code).splitlines()
     snapshot = Store(tmp_path, "toy").snapshot()
     entries, vectors = map(json.loads, out)
     assert entries == [

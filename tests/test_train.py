@@ -32,39 +32,20 @@ def place(tmp_path_factory) -> Path:
 
 
 def recipe_of(place: Path, out: str, **values) -> Recipe:
-    base = {
-        "model": "tiny",
-        "out": str(place / out),
-        "steps": 6,
-        "batch_size": 8,
-        "micro_batch": 2,
-        "warmup": 2,
-        "save_every": 2,
-        "rates": {"connector": 3e-3, "tag_encoder": 3e-3, "weight_tuner": 3e-3, "language_model": 1e-3},
-        "data": {
-            "path": str(place / "data" / "data.json"),
-            "limit": 40,
-            "features": str(place / "features"),
-            "template": "plain",
-        },
-    }
+    counts = {"steps": 6, "batch_size": 8, "micro_batch": 2, "warmup": 2, "save_every": 2}
+    rates = {"connector": 3e-3, "tag_encoder": 3e-3, "weight_tuner": 3e-3, "language_model": 1e-3}
+    paths = {"path": str(place / "data" / "data.json"), "features": str(place / "features")}
+    data = {**paths, "limit": 40, "template": "plain"}
+    base = {"model": "tiny", "out": str(place / out), **counts, "rates": rates, "data": data}
     return Recipe.of({**base, **values})
 
 
 def everything(place: Path, root: Path, out: str, **values) -> Recipe:
     """Return a recipe with all that has state or draws numbers: tag noise, LoRA dropout, EMA, temperature."""
-    return recipe_of(
-        place,
-        out,
-        ema=0.9,
-        lora={"rank": 2, "dropout": 0.2},
-        model_config={"learn_temperature": True},
-        tags={
-            "store": f"file://{root}/shapes",
-            "noise": {"drop": 0.2, "wrong": 0.2, "none": 0.1, "shuffle": 0.2, "pool": 16},
-        },
-        **values,
-    )
+    noise = {"drop": 0.2, "wrong": 0.2, "none": 0.1, "shuffle": 0.2, "pool": 16}
+    tags = {"store": f"file://{root}/shapes", "noise": noise}
+    model = {"lora": {"rank": 2, "dropout": 0.2}, "model_config": {"learn_temperature": True}}
+    return recipe_of(place, out, ema=0.9, **model, tags=tags, **values)
 
 
 def losses(out: Path) -> list[float]:
@@ -87,11 +68,8 @@ def whole(place: Path, shapes_root: Path) -> Path:
 @pytest.mark.slow
 def test_tiny_learns_200_answers_by_heart(place: Path):
     values = Recipe.read("tiny-overfit").to_dict()
-    data = {
-        "path": str(place / "data" / "data.json"),
-        "features": str(place / "features-200"),
-        "template": "plain",
-    }
+    paths = {"path": str(place / "data" / "data.json"), "features": str(place / "features-200")}
+    data = {**paths, "template": "plain"}
     recipe = Recipe.of({**values, "out": str(place / "overfit"), "save_every": 1000, "data": data})
     train(recipe)
     assert sum(losses(place / "overfit")[-10:]) / 10 < 0.1
@@ -129,22 +107,10 @@ def test_micro_batches_learn_what_a_whole_batch_does(place: Path, one: Path):
 @pytest.mark.slow
 def test_two_processes_learn_what_one_does(place: Path, one: Path):
     (place / "two.json").write_text(json.dumps(recipe_of(place, "two", ema=0.9, keep=3).to_dict()))
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        str(WORKER),
-        str(place / "two.json"),
-    ]
-    subprocess.run(
-        [*command, "ddp", "fsdp2"],
-        check=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-    )
+    command = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node 2".split()]
+    command += [str(WORKER), str(place / "two.json"), "ddp", "fsdp2"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, check=True, env=env, stdout=subprocess.DEVNULL)
     for mode in ("ddp", "fsdp2"):
         out = place / f"two-{mode}"
         assert losses(out) == pytest.approx(losses(one.parent), rel=1e-5)
@@ -197,10 +163,8 @@ def test_another_version_of_the_store_is_refused_unless_told(
     changed = json.loads((place / "newer" / "step-000002" / "tuna.json").read_text())
     changed["recipe"]["steps"] = 3
     (place / "newer" / "step-000002" / "tuna.json").write_text(json.dumps(changed))
-    with pytest.raises(
-        FingerprintMismatch,
-        match=r"was trained with store 'shapes' version 1 .* answers as store 'shapes' version 2",
-    ):
+    message = r"was trained with store 'shapes' version 1 .* answers as store 'shapes' version 2"
+    with pytest.raises(FingerprintMismatch, match=message):
         train(recipe)
     values = recipe.to_dict()
     values["tags"]["any_store"] = True

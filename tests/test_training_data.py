@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -40,10 +41,8 @@ def llava(tmp_path_factory) -> Path:
 
 def test_llava_json_is_read_without_its_image_markers(llava: Path):
     sample = read_samples(llava)[7]
-    assert (sample.key, sample.turns) == (
-        "7",
-        (Turn("user", "What is it?"), Turn("assistant", "A green square.")),
-    )
+    turns = (Turn("user", "What is it?"), Turn("assistant", "A green square."))
+    assert (sample.key, sample.turns) == ("7", turns)
     assert sample.images[0].read().startswith(b"\x89PNG")
 
 
@@ -140,9 +139,8 @@ def feed_of(root: Path, tiny, **recipe):
     model, _ = tiny
     source = connect(f"file://{root}/shapes")
     tags = TagRecipe(f"file://{root}/shapes", **recipe)
-    return source, TagFeed(
-        source, TagLookup(source, k=3), tags, fingerprint=model.config.encoder_digest, seed=0
-    )
+    digest = model.config.encoder_digest
+    return source, TagFeed(source, TagLookup(source, k=3), tags, fingerprint=digest, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -226,22 +224,17 @@ def test_captions_in_the_place_of_tags(shapes_root: Path, tiny, shapes_features)
     _, features = shapes_features
     model, processor = tiny
     with connect(f"file://{shapes_root}/shapes") as source:
-        captions = {
-            f"{c}-{s}": [f"a {c} {s}"]
-            for c in ("red", "green", "blue")
-            for s in ("circle", "square", "triangle")
-        }
+        names = product(("red", "green", "blue"), ("circle", "square", "triangle"))
+        captions = {f"{colour}-{shape}": [f"a {colour} {shape}"] for colour, shape in names}
         recipe = TagRecipe(content="captions")
         lookup = TagLookup(source, k=3)
-        feed = TagFeed(
-            source, lookup, recipe, fingerprint=model.config.encoder_digest, seed=0, captions=captions
-        )
+        digest = model.config.encoder_digest
+        feed = TagFeed(source, lookup, recipe, fingerprint=digest, seed=0, captions=captions)
         texts = feed.captions(features, range(18), 0)
         assert any("a red square" in text for text in texts)
         assert texts == feed.captions(features, range(18), 0)
-    text = Collator(processor).parts([Turn("user", "What?"), Turn("assistant", "That.")], 1, "a red circle")[
-        0
-    ][0]
+    turns = [Turn("user", "What?"), Turn("assistant", "That.")]
+    text = Collator(processor).parts(turns, 1, "a red circle")[0][0]
     assert "<image>" in text
     assert text.index("a red circle") < text.index("What?")
     with pytest.raises(InvalidInput, match=r"tags\.captions"):
@@ -264,11 +257,8 @@ def test_what_the_assistant_says_is_learnt_and_nothing_else(tiny):
 def test_labels_stand_at_the_end_of_a_batch_and_only_their_logits_are_kept(tiny):
     _, processor = tiny
     collate = Collator(processor, template="plain")
-    batch = collate(
-        ["a", "b"],
-        [[Turn("assistant", "x")], [Turn("assistant", "a longer one")]],
-        [[ImageTags.none(512)]] * 2,
-    )
+    turns = [[Turn("assistant", "x")], [Turn("assistant", "a longer one")]]
+    batch = collate(["a", "b"], turns, [[ImageTags.none(512)]] * 2)
     length = batch["labels"].shape[1]
     first = int((batch["labels"] != IGNORED).any(0).nonzero()[0])
     assert batch["logits_to_keep"] == length - first + 1
@@ -277,9 +267,8 @@ def test_labels_stand_at_the_end_of_a_batch_and_only_their_logits_are_kept(tiny)
 
 def test_a_loss_of_the_last_logits_is_that_of_all(tiny):
     model, processor = tiny
-    batch = Collator(processor, template="plain")(
-        ["a"], [[Turn("assistant", "a dog")]], [[ImageTags.none(512)]]
-    )
+    collate = Collator(processor, template="plain")
+    batch = collate(["a"], [[Turn("assistant", "a dog")]], [[ImageTags.none(512)]])
     grid, vectors = torch.randn(1, 49, 1280), torch.nn.functional.normalize(torch.randn(1, 512), dim=-1)
     last = model(**batch, grid=grid, image_vectors=vectors).loss
     every = model(**{**batch, "logits_to_keep": 0}, grid=grid, image_vectors=vectors).loss
@@ -334,10 +323,8 @@ def test_the_rate_rises_and_falls():
 def test_parts_without_a_rate_are_frozen():
     parts = {"a": torch.nn.Linear(2, 2), "b": torch.nn.Linear(2, 2)}
     groups = parameter_groups(parts, {"a": 0.1}, weight_decay=0.5)
-    assert [(group["lr"], group["weight_decay"], len(group["params"])) for group in groups] == [
-        (0.1, 0.5, 1),
-        (0.1, 0.0, 1),
-    ]
+    settings = [(group["lr"], group["weight_decay"], len(group["params"])) for group in groups]
+    assert settings == [(0.1, 0.5, 1), (0.1, 0.0, 1)]
     assert not any(p.requires_grad for p in parts["b"].parameters())
     with pytest.raises(InvalidInput, match="no part of the model is called c: it has a, b"):
         parameter_groups(parts, {"c": 0.1}, 0.0)
@@ -378,21 +365,10 @@ def test_a_recipe_with_a_mistake_is_refused_by_name(tmp_path: Path, text: str, m
 
 
 def test_values_from_the_command_line():
-    recipe = Recipe().with_values(
-        [
-            "steps=7",
-            "tags.noise.drop=0.5",
-            "rates.connector=2e-3",
-            "tags.store=null://",
-            "data.template=plain",
-        ]
-    )
-    assert (recipe.steps, recipe.tags.noise.drop, recipe.rates["connector"], recipe.data.template) == (
-        7,
-        0.5,
-        2e-3,
-        "plain",
-    )
+    values = "steps=7 tags.noise.drop=0.5 rates.connector=2e-3 tags.store=null:// data.template=plain"
+    recipe = Recipe().with_values(values.split())
+    assert (recipe.steps, recipe.tags.noise.drop) == (7, 0.5)
+    assert (recipe.rates["connector"], recipe.data.template) == (2e-3, "plain")
     with pytest.raises(InvalidInput, match="write key=value"):
         recipe.with_values(["steps"])
     with pytest.raises(NotFound, match="there is no recipe 'nothing'"):

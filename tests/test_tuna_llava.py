@@ -1,4 +1,4 @@
-"""A Llava of transformers is read as it is, and without tags computes what it computed there, to the last bit."""
+"""A LLaVA of transformers is read unchanged and, without tags, computes the same to the last bit."""
 
 from __future__ import annotations
 

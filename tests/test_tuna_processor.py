@@ -152,11 +152,9 @@ def test_no_tags_are_the_tokens_of_transformers_llava():
     from transformers import CLIPImageProcessor, LlavaProcessor
 
     _, processor = small()
-    size = {"shortest_edge": 56}
-    theirs = LlavaProcessor(
-        CLIPImageProcessor(size=size, crop_size={"height": 56, "width": 56}), presets.tiny_tokenizer(), patch_size=14,
-        vision_feature_select_strategy="default", num_additional_image_tokens=1,
-    )  # fmt: skip
+    images = CLIPImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
+    tokens = {"vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    theirs = LlavaProcessor(images, presets.tiny_tokenizer(), patch_size=14, **tokens)
     pictures = [np.zeros((60, 70, 3), np.uint8)] * 2
     prompts = ["USER: <image>\nWhat is this?", "<image> x"]
     expected = theirs(images=pictures, text=prompts, padding=True, padding_side="left", return_tensors="pt")

@@ -38,14 +38,13 @@ needs_compiler = pytest.mark.skipif(
 
 def put(root: Path, first: int, n: int, space: str = "first") -> Version:
     batches = [[(f"key-{i}", i) for i in range(first, first + n)]]
-    crash.ingest(root, {"space": space, "identity": f"{first}", "batches": batches, "sync": "full"})
+    crash.ingest(root, crash.ingest_of(space, f"{first}", batches))
     return Store(root, crash.NAME).snapshot().version
 
 
 def staged(n: int) -> tuple[list[Draft], np.ndarray]:
-    return [crash.draft(f"new-{i}", 1000 + i) for i in range(n)], crash.vectors_of(
-        "first", list(range(1000, 1000 + n))
-    )
+    serials = list(range(1000, 1000 + n))
+    return [crash.draft(f"new-{i - 1000}", i) for i in serials], crash.vectors_of("first", serials)
 
 
 def test_after_a_step_that_failed_a_writer_does_nothing_more(tmp_path: Path):
@@ -139,12 +138,12 @@ def test_a_leftover_of_the_index_is_swept_and_what_versions_name_is_not(tmp_path
         put(tmp_path, 2 * i, 2)
     directory = Store(tmp_path, crash.NAME).index_directory
     named = {f["file"] for v in Store(tmp_path, crash.NAME).versions() for f in v.index["files"]}
-    for left in (
+    for name in (
         "00000005-000000000008-000000000010.faiss",
         "00000003-000000000000-000000000006.tmp",
         "else",
     ):
-        (directory / left).write_bytes(b"")
+        (directory / name).write_bytes(b"")
     with Writer(tmp_path, crash.NAME):
         pass
     assert {path.name for path in directory.iterdir()} == named
@@ -210,11 +209,15 @@ def test_what_was_read_of_a_database_does_not_stay_in_memory(tmp_path: Path):
 def put_plain(root: Path, first: int, n: int) -> Version:
     """Write entries without tags, in one append."""
     with Writer(root, crash.NAME, crash.SPACES["first"]) as writer:
-        writer.append(
-            [Draft(f"{i:09d}", bytes(32), 0, ("c" * 200,)) for i in range(first, first + n)],
-            np.full((n, crash.D), 0.25),
-        )
+        drafts = [Draft(f"{i:09d}", bytes(32), 0, ("c" * 200,)) for i in range(first, first + n)]
+        writer.append(drafts, np.full((n, crash.D), 0.25))
         return writer.commit(operation="ingest", indexer=faiss_index.extend)
+
+
+def run_this_file(env: dict[str, str], *arguments: str) -> list:
+    """Run this file as a process and return the JSON that it prints."""
+    command = [sys.executable, __file__, *arguments]
+    return json.loads(subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout)
 
 
 def fill(root: str) -> None:
@@ -231,11 +234,8 @@ def test_a_map_that_is_full_is_said_and_a_process_with_a_larger_one_goes_on(tmp_
     put_plain(tmp_path, 0, 500)
     reader = Store(tmp_path, crash.NAME)
     env = {**os.environ, "TAGSTORE_MAP_SIZE": str(1 << 20)}
-    child = subprocess.run(
-        [sys.executable, __file__, str(tmp_path)], env=env, capture_output=True, text=True, check=True
-    )
-    commits, said = json.loads(child.stdout)
-    assert "set TAGSTORE_MAP_SIZE to more than 1048576 bytes" in said
+    commits, error = run_this_file(env, str(tmp_path))
+    assert "set TAGSTORE_MAP_SIZE to more than 1048576 bytes" in error
     assert commits > 1
     # a process with the larger map, which had the store open all the time, sees everything and can write
     assert reader.snapshot().version.entries == 500 * commits
@@ -252,9 +252,7 @@ OPERATIONS = {
     "reembed": lambda root, to: crash.reembed(root, {"space": "second"}),
     "rollback": lambda root, to: crash.rollback(root, {"to": 1}),
     "compact": lambda root, to: compact(root, crash.NAME, keep=1),
-    "purge": lambda root, to: purge(
-        root, crash.NAME, Selection(keys=["key-3"]), reason="asked for", who="me"
-    ),
+    "purge": lambda root, to: purge(root, crash.NAME, Selection(keys=["key-3"]), reason="asked", who="me"),
     "repair": lambda root, to: repair(root, crash.NAME),
     "rename": lambda root, to: rename(root, crash.NAME, "other"),
     "drop": lambda root, to: drop(root, crash.NAME),
@@ -300,14 +298,7 @@ def test_a_write_that_fails_becomes_write_failed_whichever_it_is(tmp_path: Path,
     export(root, crash.NAME, root / "bundle")
     shutil.copytree(root / crash.NAME, root / ".dropped" / f"gone@{int(time.time())}")
     env = {**os.environ, "LD_PRELOAD": str(crash.build_shim(tmp_path))}
-    child = subprocess.run(
-        [sys.executable, __file__, str(root), operation, str(STRIDES.get(operation, 1))],
-        env=env,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    *failed, last = json.loads(child.stdout)
+    *failed, last = run_this_file(env, str(root), operation, str(STRIDES.get(operation, 1)))
     assert failed
     assert (last[1], last[2], last[4]) == (True, None, [])
     for number, _, error, text, wrong in failed:
