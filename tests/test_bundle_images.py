@@ -60,14 +60,13 @@ def test_images_are_in_a_bundle_only_if_asked_for(root: Path, bundle: Path, tmp_
     assert (without.images, without.image_bytes) == (False, 0)
     assert not [name for name in unpacked(tmp_path / "without") if name.startswith("images/")]
     files, entries = unpacked(bundle), list(Store(root, "s").snapshot().entries())
-    assert {n: sha256(d).digest() for n, d in files.items() if n.startswith("images/")} == {
-        f"images/{e.entry_id}": e.sha256 for e in entries
-    }
-    assert inspect(bundle).image_bytes == sum(len(d) for n, d in files.items() if n.startswith("images/"))
+    images = {name: data for name, data in files.items() if name.startswith("images/")}
+    digests = {name: sha256(data).digest() for name, data in images.items()}
+    assert digests == {f"images/{e.entry_id}": e.sha256 for e in entries}
+    assert inspect(bundle).image_bytes == sum(map(len, images.values()))
     assert inspect(bundle).files == without.files
-    assert (
-        export(root, "s", tmp_path / "again", images=True).sha256 == sha256(bundle.read_bytes()).hexdigest()
-    )
+    again = export(root, "s", tmp_path / "again", images=True)
+    assert again.sha256 == sha256(bundle.read_bytes()).hexdigest()
 
 
 def test_the_same_bytes_whatever_order_the_images_are_found_in(
@@ -75,15 +74,10 @@ def test_the_same_bytes_whatever_order_the_images_are_found_in(
 ):
     shutil.copytree(source.parent, tmp_path / "copy")
     head, *rows = source.read_text().splitlines()
-    for name, some in (("a", rows[150:] + rows[:40]), ("b", rows[:160][::-1])):
-        (tmp_path / "copy" / f"{name}.csv").write_text("\n".join([head, *some]))
-    info = export(
-        root,
-        "s",
-        tmp_path / "b",
-        images=True,
-        sources=[str(tmp_path / "copy" / f"{name}.csv") for name in "ab"],
-    )
+    for name, lines in (("a", rows[150:] + rows[:40]), ("b", rows[:160][::-1])):
+        (tmp_path / "copy" / f"{name}.csv").write_text("\n".join([head, *lines]))
+    sources = [str(tmp_path / "copy" / f"{name}.csv") for name in "ab"]
+    info = export(root, "s", tmp_path / "b", images=True, sources=sources)
     assert info.sha256 == sha256(bundle.read_bytes()).hexdigest()
 
 
@@ -103,13 +97,8 @@ def test_unpacked_images_are_a_source_that_the_store_can_be_embedded_again_from(
     new = Store(tmp_path / "root", "s").snapshot()
     np.testing.assert_array_equal(new.vectors(new.live()), before.vectors(before.live()))
     assert verify(tmp_path / "root", "s", full=True) == []
-    report = ingest(
-        str(tmp_path / "pictures" / "pairs.jsonl"),
-        root=tmp_path / "root",
-        store="t",
-        encoder=ToyEncoder(),
-        miner="keywords",
-    )
+    pairs, toy = str(tmp_path / "pictures" / "pairs.jsonl"), ToyEncoder()
+    report = ingest(pairs, root=tmp_path / "root", store="t", encoder=toy, miner="keywords")
     assert (report.entries, report.quarantined) == (195, [])
     again = export(tmp_path / "root", "t", tmp_path / "t", images=True)
     assert again.image_bytes == inspect(bundle).image_bytes
@@ -132,9 +121,8 @@ def test_images_from_the_command_line(root: Path, bundle: Path, source: Path, tm
 def test_images_are_checked_even_if_nobody_wants_them(bundle: Path, tmp_path: Path):
     assert import_(tmp_path, bundle).entries == 195
     with pytest.raises(InvalidInput, match=r"195 of 195 entries .* have no image .* name with --source"):
-        reembed(
-            tmp_path, "s", ToyEncoder("01")
-        )  # a bundle is not read from again, and its images were not unpacked
+        # a bundle is not read from again, and its images were not unpacked
+        reembed(tmp_path, "s", ToyEncoder("01"))
     assert Store(tmp_path, "s").snapshot().version.operation == "import"
 
 

@@ -174,7 +174,8 @@ def test_an_imported_store_gives_the_answers_of_the_exported_one(root: Path, imp
     assert list(before.entries()) == list(after.entries())
     ids = before.live()
     np.testing.assert_array_equal(before.vectors(ids), after.vectors(ids))
-    same = "number entries tags unique_tags next_entry_id next_tag_id fingerprint miner".split()
+    same = ["number", "entries", "tags", "unique_tags", "fingerprint", "miner"]
+    same += ["next_entry_id", "next_tag_id"]
     assert {n: getattr(before.version, n) for n in same} == {n: getattr(after.version, n) for n in same}
     assert (after.version.operation, after.version.parent) == ("import", 0)
     assert before.tags([0]) == [("Only here", "entity", "only here")]

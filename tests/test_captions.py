@@ -50,9 +50,8 @@ def test_a_caption_is_answered_as_its_embedding(urls: tuple[str, str], mini):
             ):
                 by_vector = source.retrieve(vectors=vectors, fingerprint=mini.fingerprint, **options)
                 assert source.retrieve(captions=CAPTIONS, **options) == by_vector
-                assert [
-                    source.retrieve(captions=[caption], **options)[0] for caption in CAPTIONS
-                ] == by_vector
+                alone = [source.retrieve(captions=[caption], **options)[0] for caption in CAPTIONS]
+                assert alone == by_vector
 
 
 def test_a_caption_finds_the_picture_that_it_describes(urls: tuple[str, str]):
@@ -74,9 +73,8 @@ def test_images_come_first_then_vectors_then_captions(urls: tuple[str, str], min
                 *source.retrieve(vectors=vectors, fingerprint=mini.fingerprint),
                 *source.retrieve(captions=CAPTIONS),
             ]
-            together = source.retrieve(
-                images, vectors=vectors, captions=CAPTIONS, fingerprint=mini.fingerprint
-            )
+            by_vector = {"vectors": vectors, "fingerprint": mini.fingerprint}
+            together = source.retrieve(images, captions=CAPTIONS, **by_vector)
             assert together == alone
             many = source.retrieve(captions=CAPTIONS * 20, k=2)  # more than fit one request
             assert many == source.retrieve(captions=CAPTIONS, k=2) * 20
@@ -86,24 +84,19 @@ def test_images_come_first_then_vectors_then_captions(urls: tuple[str, str], min
 
 def test_one_message_and_a_stream_take_all_kinds(stub, mini):
     vectors = convert.vectors_to_proto(embedded(mini, CAPTIONS[:1]))
-    mixed = pb.RetrieveRequest(
-        store="shapes",
-        images=[picture("red", "circle")],
-        vectors=vectors,
-        texts=CAPTIONS,
-        fingerprint=mini.fingerprint.digest,
-    )
-    found = stub.Retrieve(mixed).retrievals
-    assert len(found) == 6
-    assert found[1] == found[2]
+    by_vector = {"store": "shapes", "vectors": vectors, "fingerprint": mini.fingerprint.digest}
+    mixed = pb.RetrieveRequest(**by_vector, images=[picture("red", "circle")], texts=CAPTIONS)
+    retrievals = stub.Retrieve(mixed).retrievals
+    assert len(retrievals) == 6
+    assert retrievals[1] == retrievals[2]
     by_text = [pb.RetrieveRequest(store="shapes", texts=[caption], k=3) for caption in CAPTIONS]
     bad = pb.RetrieveRequest(store="shapes", texts=["fine", ""])
-    by_vector = pb.RetrieveRequest(store="shapes", vectors=vectors, fingerprint=mini.fingerprint.digest, k=3)
-    *answers, refused, last, both = stub.RetrieveStream(iter([*by_text, bad, by_vector, mixed]))
+    requests = [*by_text, bad, pb.RetrieveRequest(**by_vector, k=3), mixed]
+    *answers, refused, last, both = stub.RetrieveStream(iter(requests))
     assert [answer.response for answer in answers] == [stub.Retrieve(request) for request in by_text]
     assert "text 1 of the request is empty" in refused.error.message
     assert last.response == answers[0].response
-    assert list(both.response.retrievals) == list(found)
+    assert list(both.response.retrievals) == list(retrievals)
 
 
 def test_texts_that_mean_nothing_are_refused_by_their_place(urls: tuple[str, str]):
@@ -179,11 +172,12 @@ def test_controls_answer_captions_and_maps_refuse_them(urls: tuple[str, str], tm
     with connect("null://") as nothing:
         assert [len(answer) for answer in nothing.retrieve(captions=CAPTIONS)] == [0] * len(CAPTIONS)
     with connect(f"random+{urls[0]}", seed=1) as first, connect(f"random+{urls[1]}", seed=1) as second:
-        drawn = first.retrieve(captions=CAPTIONS)
-        assert [[t.tag for t in answer] for answer in drawn] == [
-            [t.tag for t in answer] for answer in second.retrieve(captions=CAPTIONS)
-        ]
-        assert len({tuple(t.tag for t in answer) for answer in drawn}) == len(CAPTIONS)
+        drawn, again = (
+            [tuple(tag.tag for tag in answer) for answer in source.retrieve(captions=CAPTIONS)]
+            for source in (first, second)
+        )
+        assert drawn == again
+        assert len(set(drawn)) == len(CAPTIONS)
     with connect(urls[0]) as source:
         record(source, [Pair(colour, picture(colour, "circle"), ()) for colour in COLOURS], tmp_path / "map")
     with (
@@ -198,9 +192,8 @@ def test_the_command_line_takes_words(urls: tuple[str, str], tmp_path: Path):
     photo.write_bytes(picture("blue", "circle"))
     outputs = []
     for url in urls:
-        result = CliRunner().invoke(
-            cli, ["query", url, str(photo), "--text", "a red circle", "--text", "an orange circle", "--json"]
-        )
+        texts = ["--text", "a red circle", "--text", "an orange circle"]
+        result = CliRunner().invoke(cli, ["query", url, str(photo), *texts, "--json"])
         assert result.exit_code == 0, result.stderr
         outputs.append([json.loads(line) for line in result.stdout.splitlines()])
     assert outputs[0] == outputs[1]

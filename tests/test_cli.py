@@ -200,7 +200,8 @@ def test_every_option_of_serve_reaches_the_server(tmp_path: Path, monkeypatch):
     texts |= {"audit": "log", "metrics": "127.0.0.1:9"}
     flags = ("insecure", "tracing", "json_logs")
     arguments = ["--root", str(tmp_path), "--address", "127.0.0.1:0", "--device", "cpu", "--workers", "1"]
-    arguments += "--threads 3 --max-in-flight 5 --max-per-client 7 --max-message 11 --max-image 13".split()
+    limits = "--threads 3 --max-in-flight 5 --max-per-client 7 --max-message 11 --max-image 13"
+    arguments += limits.split()
     for name, value in texts.items():
         arguments += [f"--{name.replace('_', '-')}", value]
     monkeypatch.setattr("tagstore.serving.logs.use_json", lambda: None)

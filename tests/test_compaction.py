@@ -26,33 +26,21 @@ D = 16
 FINGERPRINT = Fingerprint("toy", "00", {}, False, True, D)
 
 
+def draft(name: str) -> Draft:
+    digest, captions = hashlib.sha256(name.encode()).digest(), (f"the caption of {name}",)
+    tags = tuple(MergedTag(text, "object", text, 1.0, 1, ()) for text in (f"tag {name}", "all"))
+    return Draft(name, digest, 7, captions, tags, {"colour": name[0]})
+
+
 def put(root: Path, names: list[str], seed: int = 0) -> None:
     rng = np.random.default_rng(seed)
     vectors = rng.standard_normal((len(names), D), dtype=np.float32)
-    drafts = [
-        Draft(
-            name,
-            hashlib.sha256(name.encode()).digest(),
-            7,
-            (f"the caption of {name}",),
-            (
-                MergedTag(f"tag {name}", "object", f"tag {name}", 1.0, 1, ()),
-                MergedTag("all", "object", "all", 1.0, 1, ()),
-            ),
-            {"colour": name[0]},
-        )
-        for name in names
-    ]
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     with Writer(root, "toy", FINGERPRINT) as writer:
-        writer.append(
-            drafts,
-            vectors / np.linalg.norm(vectors, axis=1, keepdims=True),
-            rejected=[Rejected("refused-key", "bad")],
-        )
+        writer.append([draft(name) for name in names], vectors, rejected=[Rejected("refused-key", "bad")])
         while texts := writer.new_tags(limit=100):
-            embeddings = np.abs(
-                np.random.default_rng(len(texts)).standard_normal((len(texts), D), dtype=np.float32)
-            )
+            rng = np.random.default_rng(len(texts))
+            embeddings = np.abs(rng.standard_normal((len(texts), D), dtype=np.float32))
             writer.embed_tags(embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True))
         writer.commit(operation="ingest", indexer=faiss_index.extend)
 
@@ -77,12 +65,8 @@ def test_compaction_keeps_every_answer_and_reclaims_space(tmp_path: Path):
     delete(tmp_path, "toy", Selection(keys=names("a", 700)))
     expected = {v: answers(tmp_path, v) for v in (1, 2, 3)}
     version = compact(tmp_path, "toy")
-    assert (version.number, version.operation, version.entries, len(version.index["files"])) == (
-        4,
-        "compact",
-        400,
-        1,
-    )
+    assert (version.number, version.operation, version.entries) == (4, "compact", 400)
+    assert len(version.index["files"]) == 1
     assert {v: answers(tmp_path, v) for v in (1, 2, 3)} == expected
     assert answers(tmp_path) == expected[3]
     assert verify(tmp_path, "toy", full=True) == []
@@ -136,12 +120,8 @@ def test_a_takedown_removes_bytes_and_history_and_is_recorded_without_them(tmp_p
     assert prove_absent(tmp_path, "toy", **everything), "a deleted entry is still on disk"
     takedown = purge(tmp_path, "toy", Selection(keys=keys), reason="asked for", who="me")
     assert prove_absent(tmp_path, "toy", **everything) == []
-    assert (takedown.entries, takedown.versions_dropped, takedown.version, takedown.who) == (
-        1,
-        [2, 3],
-        5,
-        "me",
-    )
+    assert (takedown.entries, takedown.versions_dropped) == (1, [2, 3])
+    assert (takedown.version, takedown.who) == (5, "me")
     assert takedown.keys_sha256 == images
     assert "1 image hashes and 1 vectors" in takedown.proof, "deleted before it was taken down"
     assert takedowns(tmp_path, "toy") == [takedown]

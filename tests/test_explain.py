@@ -51,14 +51,8 @@ def test_a_tag_is_banned_by_name(tuna: Pipeline):
 def test_the_page_needs_nothing_else_and_escapes_what_it_is_given(tuna: Pipeline, tmp_path: Path):
     (tmp_path / "n.png").write_bytes(picture("red", "circle"))
     samples = [Sample("red-circle", (Place(tmp_path / "n.png"),), captions=("A <b>red</b> circle.",))]
-    page = explain(
-        tuna,
-        picture("red", "circle", size=90),
-        "Is 1 < 2 & why?",
-        samples=samples,
-        name="tiny",
-        max_new_tokens=4,
-    )
+    image, options = picture("red", "circle", size=90), {"name": "tiny", "max_new_tokens": 4}
+    page = explain(tuna, image, "Is 1 < 2 & why?", samples=samples, **options)
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
     assert "Is 1 &lt; 2 &amp; why?" in page
     assert "A &lt;b&gt;red&lt;/b&gt; circle." in page

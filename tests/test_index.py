@@ -491,8 +491,8 @@ def test_a_budget_that_cannot_be_held_changes_nothing(tmp_path: Path):
 def test_the_command(tmp_path: Path):
     append(tmp_path, "s", clustered(800))
     url = f"file://{tmp_path}/s"
-    options = "--kind hnsw --recall 0.8 --memory 1G --latency 5s --json".split()
-    run = CliRunner().invoke(cli, ["build-index", url, *options])
+    options = "--kind hnsw --recall 0.8 --memory 1G --latency 5s --json"
+    run = CliRunner().invoke(cli, ["build-index", url, *options.split()])
     assert run.exit_code == 0, run.output
     report = json.loads(run.stdout)
     assert report["version"] == 2

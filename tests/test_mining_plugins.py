@@ -163,7 +163,22 @@ def tiny_t5(tmp_path: Path) -> Path:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
-    words = "<pad> </s> <unk> ( ) , is dog wet Generate Scene Graph : a".split()
+    words = [
+        "<pad>",
+        "</s>",
+        "<unk>",
+        "(",
+        ")",
+        ",",
+        "is",
+        "dog",
+        "wet",
+        "Generate",
+        "Scene",
+        "Graph",
+        ":",
+        "a",
+    ]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(

@@ -73,9 +73,8 @@ def test_live_directory_and_map_agree_to_the_last_byte(
         assert len({repr(a) for a in answers}) == 1
         assert {a.version for a in answers[2]} == {1}
         ids = sorted({t.tag_id for a in answers[2] for t in a})
-        for ours, theirs in zip(
-            replayed.tags(ids, embeddings=True), live.tags(ids, embeddings=True), strict=True
-        ):
+        pairs_of_tags = (source.tags(ids, embeddings=True) for source in (replayed, live))
+        for ours, theirs in zip(*pairs_of_tags, strict=True):
             np.testing.assert_array_equal(ours.embedding, theirs.embedding)
             assert (ours.text, ours.kind, ours.count) == (theirs.text, theirs.kind, theirs.count)
         assert replayed.info() == live.info()
@@ -190,10 +189,8 @@ def test_the_command_records_a_folder(server_address: str, tmp_path: Path):
         (folder / f"{key}.png").write_bytes(data)
         (folder / f"{key}.txt").write_text("a caption")
     out = str(tmp_path / "map")
-    result = CliRunner().invoke(
-        cli,
-        ["record", f"grpc://{server_address}/shapes?k=2&exclude=self", str(folder), "--out", out, "--json"],
-    )
+    url = f"grpc://{server_address}/shapes?k=2&exclude=self"
+    result = CliRunner().invoke(cli, ["record", url, str(folder), "--out", out, "--json"])
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["samples"] == len(QUERIES)
     assert "is sound" in CliRunner().invoke(cli, ["verify-map", out]).stdout

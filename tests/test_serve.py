@@ -26,12 +26,8 @@ def url_of(colour: str, shape: str = "circle") -> str:
 
 def body(colour: str | None = "red", text: str = "What is it?", **more) -> dict:
     image = [{"type": "image_url", "image_url": {"url": url_of(colour)}}] if colour else []
-    return {
-        "model": "tiny",
-        "messages": [{"role": "user", "content": [*image, {"type": "text", "text": text}]}],
-        "max_tokens": 6,
-        **more,
-    }
+    message = {"role": "user", "content": [*image, {"type": "text", "text": text}]}
+    return {"model": "tiny", "messages": [message], "max_tokens": 6, **more}
 
 
 class Served:
@@ -113,19 +109,13 @@ def test_requests_that_wait_share_a_batch_and_get_their_own_answers(served):
     alone = {colour: client.post("/v1/chat/completions", json=body(colour)).json() for colour in colours}
     before = server.worker.batches
     with ThreadPoolExecutor(4) as pool:
-        together = dict(
-            zip(
-                colours,
-                pool.map(lambda c: client.post("/v1/chat/completions", json=body(c)).json(), colours),
-                strict=True,
-            )
-        )
+        answers = pool.map(lambda c: client.post("/v1/chat/completions", json=body(c)).json(), colours)
+        together = dict(zip(colours, answers, strict=True))
     assert server.worker.batches - before < 4
     for colour in colours:
         assert together[colour]["choices"] == alone[colour]["choices"]
-        assert [tag["text"] for tag in together[colour]["tags"]] == [
-            tag["text"] for tag in alone[colour]["tags"]
-        ]
+        texts = [[tag["text"] for tag in answers[colour]["tags"]] for answers in (together, alone)]
+        assert texts[0] == texts[1]
 
 
 def test_words_without_a_picture_and_the_list_of_models(served):

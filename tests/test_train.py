@@ -107,7 +107,7 @@ def test_micro_batches_learn_what_a_whole_batch_does(place: Path, one: Path):
 @pytest.mark.slow
 def test_two_processes_learn_what_one_does(place: Path, one: Path):
     (place / "two.json").write_text(json.dumps(recipe_of(place, "two", ema=0.9, keep=3).to_dict()))
-    command = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node 2".split()]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [str(WORKER), str(place / "two.json"), "ddp", "fsdp2"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run(command, check=True, env=env, stdout=subprocess.DEVNULL)

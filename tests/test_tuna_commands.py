@@ -81,8 +81,8 @@ def test_serve_says_where_it_listens():
 
 
 def test_a_mistake_is_one_line_on_stderr(tmp_path: Path, capsys):
+    paths = ["--data", str(tmp_path / "none.json"), "--out", str(tmp_path / "run")]
     with pytest.raises(SystemExit, match="1"):
-        paths = ["--data", str(tmp_path / "none.json"), "--out", str(tmp_path / "run")]
         main(["train", "--config", "tiny-overfit", *paths])
     assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: there is no data set at")
 

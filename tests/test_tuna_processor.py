@@ -59,9 +59,9 @@ def test_a_word_inside_a_text_begins_with_a_space_where_the_tokenizer_has_such_w
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = {word: i for i, word in enumerate("Ġa a Ġdog dog Ġ <image> </s> d o g do Ġdo".split())}
+    words = ["Ġa", "a", "Ġdog", "dog", "Ġ", "<image>", "</s>", "d", "o", "g", "do", "Ġdo"]
     merges = [("Ġ", "a"), ("d", "o"), ("do", "g"), ("Ġ", "dog")]
-    tokenizer = Tokenizer(models.BPE(words, merges))
+    tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="</s>", extra_special_tokens=["<image>"]

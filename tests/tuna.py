@@ -12,7 +12,8 @@ from tuna_model import ImageTags, TunaForConditionalGeneration, TunaProcessor, p
 C, D, SIDE = 24, 16, 4
 RESIZING = {"size": [32, 32], "interpolation": "bicubic", "resize_mode": "shortest"}
 PREPROCESS = {**RESIZING, "mean": [0.5] * 3, "std": [0.5] * 3}
-WORDS = "red circle,blue sky,dog,narrow street,wine glass,Paris,green grass,old man,boat,snow".split(",")
+WORDS = ("red circle", "blue sky", "dog", "narrow street", "wine glass")
+WORDS += ("Paris", "green grass", "old man", "boat", "snow")
 
 
 def small(**fields: Any) -> tuple[TunaForConditionalGeneration, TunaProcessor]:

@@ -27,7 +27,7 @@ order of the prompts.
 | tag_embeddings | `[T, D]` float32 | text embeddings, from the store |
 | tag_signals | `[T, 2]` float32 | similarity, vote share |
 | cu_tags | `[N + 1]` int32 | image n owns the tags cu_tags[n]:cu_tags[n + 1] |
-| tag_word_ids, tag_lengths | `[M]`, `[T]` int64 | for `tag_queries="token"`: words of all tags, count of each |
+| tag_word_ids, tag_lengths | `[M]`, `[T]` int64 | for `tag_queries="token"`: words of tags, count of each |
 | labels | `[B, L]` int64 | -100 is not learned |
 
 Without tags the tag tensors are absent (or T = 0). The output has loss, logits, past_key_values,

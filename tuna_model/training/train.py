@@ -287,10 +287,9 @@ def check_same_run(saved: Recipe, now: Recipe, where: Path) -> None:
 
     Raises `InvalidInput` with the fields that differ.
     """
-    free = {
-        "out", "log_every", "save_every", "keep", "ahead", "tensorboard", "data.path", "data.images", "data.allow_outside",
-        "data.features", "tags.store", "tags.any_store", "tags.captions",
-    }  # fmt: skip
+    free = {"out", "log_every", "save_every", "keep", "ahead", "tensorboard"}
+    free |= {"data.path", "data.images", "data.allow_outside", "data.features"}
+    free |= {"tags.store", "tags.any_store", "tags.captions"}
     old, new = flat(saved.to_dict()), flat(now.to_dict())
     changed = sorted(key for key in (old.keys() | new.keys()) - free if old.get(key) != new.get(key))
     if changed:
