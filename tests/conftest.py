@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pictures import write_shapes
+from pictures import ingest_shapes
 from tagstore.encoding.torchvision_shim import prepare_when_imported
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -27,19 +27,10 @@ def mini():
     return load_encoder("mini", device="cpu")
 
 
-def ingest_shapes(tmp_path_factory: pytest.TempPathFactory, mini) -> Path:
-    """Return a new root with the store "shapes" at version 1."""
-    from tagstore.ingest import ingest
-
-    root, source = tmp_path_factory.mktemp("root"), tmp_path_factory.mktemp("source")
-    ingest(str(write_shapes(source / "shapes")), root=root, store="shapes", encoder=mini)
-    return root
-
-
 @pytest.fixture(scope="session")
 def shapes_root(tmp_path_factory, mini) -> Path:
     """A root with the store "shapes" at version 1; tests must not write to it."""
-    return ingest_shapes(tmp_path_factory, mini)
+    return ingest_shapes(tmp_path_factory.mktemp("root"), mini)
 
 
 @pytest.fixture(scope="session")

@@ -42,6 +42,15 @@ def write_shapes(folder: Path) -> Path:
     return folder
 
 
+def ingest_shapes(folder: Path, encoder: Encoder) -> Path:
+    """Make a root in a folder, with the pictures of shapes as version 1 of the store "shapes"."""
+    from tagstore.ingest import ingest
+
+    source = write_shapes(folder / "source")
+    ingest(str(source), root=folder / "root", store="shapes", encoder=encoder)
+    return folder / "root"
+
+
 class ToyEncoder(Encoder):
     """Eight numbers of a picture's colours; a text's vector follows from its hash."""
 

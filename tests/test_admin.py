@@ -11,8 +11,7 @@ import grpc
 import pytest
 from click.testing import CliRunner
 
-from conftest import ingest_shapes
-from pictures import picture, write_shapes
+from pictures import ingest_shapes, picture, write_shapes
 from tagstore import errors
 from tagstore.client import connect
 from tagstore.client.admin import administer
@@ -27,7 +26,7 @@ from tagstore_proto.v1 import tagstore_pb2_grpc as pb_grpc
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory, mini) -> Path:
-    return ingest_shapes(tmp_path_factory, mini)
+    return ingest_shapes(tmp_path_factory.mktemp("admin"), mini)
 
 
 @pytest.fixture(scope="module")

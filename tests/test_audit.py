@@ -18,20 +18,19 @@ from tuna_model.inference.pipeline import Pipeline
 
 
 class Believer(PipelineAnswerer):
-    """Says yes if a tag names what is asked for, else no: it follows every tag, and looks at no picture."""
+    """Says yes if a tag names the object of the question, else no; it ignores the picture."""
 
     def answer(self, questions, *, max_new_tokens, tags=None):
         assert tags is not None
-        return [
-            TaskAnswer(
-                "yes" if any(question.truth["object"] in text for text in some.texts) else "no", some.texts
-            )
-            for question, some in zip(questions, tags, strict=True)
-        ]
+        answers = []
+        for question, texts in zip(questions, (image_tags.texts for image_tags in tags), strict=True):
+            named = any(question.truth["object"] in text for text in texts)
+            answers.append(TaskAnswer("yes" if named else "no", texts))
+        return answers
 
 
 class Sceptic(PipelineAnswerer):
-    """Says no, whatever it is told."""
+    """Says no to every question."""
 
     def answer(self, questions, *, max_new_tokens, tags=None):
         return [TaskAnswer("no") for _ in questions]
@@ -45,17 +44,10 @@ def questions(tmp_path_factory) -> Path:
     for i, colour in enumerate(COLOURS):
         (folder / f"{colour}.png").write_bytes(picture(colour, "circle", size=90))
         for thing, label in ((colour, "yes"), (COLOURS[(i + 1) % 6], "no")):
-            lines.append(
-                {
-                    "image": f"{colour}.png",
-                    "text": f"Is there a {thing} in the image?",
-                    "label": label,
-                    "object": thing,
-                }
-            )
-    (folder / "q.jsonl").write_text(
-        "".join(json.dumps({"question_id": i, **line}) + "\n" for i, line in enumerate(lines))
-    )
+            question = {"question_id": len(lines), "text": f"Is there a {thing} in the image?"}
+            answer = {"image": f"{colour}.png", "label": label, "object": thing}
+            lines.append(json.dumps(question | answer) + "\n")
+    (folder / "q.jsonl").write_text("".join(lines))
     return folder / "q.jsonl"
 
 
@@ -68,9 +60,8 @@ def tuna(shapes_root: Path):
 
 def test_a_believer_is_found_out(questions: Path, tuna: Pipeline, tmp_path: Path):
     task = load_task("pope", TaskOptions(questions, resamples=50))
-    report = audit(
-        task, Believer(tuna, name="believer", store="file://x"), tuna.source, rate=0.5, batch_size=5
-    )
+    believer = Believer(tuna, name="believer", store="file://x")
+    report = audit(task, believer, tuna.source, rate=0.5, batch_size=5)
     assert tuple(report.scores) == CONDITIONS
     assert report.metric == "accuracy"
     assert report.scores["none"].value == 0.5  # no tags, so it says no

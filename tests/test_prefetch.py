@@ -37,10 +37,8 @@ class Recording:
         if b"bad" in images:
             raise errors.InvalidInput("bad image")
         names = [data.decode() for data in images] if vectors is None else [str(v[0]) for v in vectors]
-        return [
-            Retrieval("s", 1, "", (), (RetrievedTag(0, f"{name} {options}", "object", 0, 0, 0, ()),))
-            for name in names
-        ]
+        tags = [RetrievedTag(0, f"{name} {options}", "object", 0, 0, 0, ()) for name in names]
+        return [Retrieval("s", 1, "", (), (tag,)) for tag in tags]
 
 
 def numbered(count: int) -> Iterator[dict[str, object]]:
@@ -50,9 +48,8 @@ def numbered(count: int) -> Iterator[dict[str, object]]:
 
 def test_order_is_kept_whichever_request_is_faster():
     source = Recording()
-    fetched = list(
-        TagPrefetcher(numbered(103), source, image="image", key="n", into="tags", batch=5, workers=4, k=7)
-    )
+    fields = {"image": "image", "key": "n", "into": "tags"}
+    fetched = list(TagPrefetcher(numbered(103), source, **fields, batch=5, workers=4, k=7))
     assert [s["n"] for s in fetched] == list(range(103))
     assert [s["tags"][0].tag for s in fetched] == [f"{i} {{'k': 7}}" for i in range(103)]
     assert source.calls.count(5) == 20
