@@ -77,11 +77,11 @@ def no_thread_left_behind() -> Iterator[None]:
     """A test that leaves a non-daemon thread running would hang the run at its end."""
     before = set(threading.enumerate())
     yield
-    left = [
+    new_threads = [
         t
         for t in threading.enumerate()
         if t not in before and not t.daemon and not t.name.startswith(("decode", "rpc", "scan"))
     ]
-    for thread in left:
+    for thread in new_threads:
         thread.join(30)  # gRPC's own end a moment after a server has stopped
-    assert not [thread for thread in left if thread.is_alive()]
+    assert not [thread for thread in new_threads if thread.is_alive()]

@@ -104,13 +104,13 @@ def test_delete_rollback_versions_and_diff(address: str, root: Path):
 
 
 def test_an_index_is_built_with_progress_and_its_report(address: str, root: Path):
-    said: list[str] = []
+    messages: list[str] = []
     with administer(f"grpc://{address}/shapes") as admin, connect(f"grpc://{address}/shapes") as source:
         before = source.retrieve([picture("red", "circle")], k=3)[0]
-        version, report = admin.build_index(progress=said.append, kind="hnsw", recall=0.9)
+        version, report = admin.build_index(progress=messages.append, kind="hnsw", recall=0.9)
         assert (version.operation, report["index"]["kind"]) == ("build-index", "hnsw")
         assert report["version"] == version.number
-        assert said
+        assert messages
         after = source.retrieve([picture("red", "circle")], k=3)[0]
         assert (after.version, after.neighbours) == (version.number, before.neighbours)
         with pytest.raises(errors.InvalidInput, match="budget"):

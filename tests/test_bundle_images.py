@@ -110,8 +110,8 @@ def test_images_from_the_command_line(root: Path, bundle: Path, source: Path, tm
         assert result.exit_code == 0, result.output
         return result.output
 
-    said = run("export", f"file://{root}/s", tmp_path / "b", "--images", "--source", source)
-    assert sha256(bundle.read_bytes()).hexdigest() in said
+    output = run("export", f"file://{root}/s", tmp_path / "b", "--images", "--source", source)
+    assert sha256(bundle.read_bytes()).hexdigest() in output
     assert "s@3: 195 entries" in run(
         "import", tmp_path / "b", "--root", tmp_path / "root", "--images", tmp_path / "pictures"
     )
@@ -138,26 +138,26 @@ def test_an_image_that_is_gone_or_another_now_is_named_and_nothing_is_written(
     assert os.listdir(tmp_path) == ["copy"]
 
 
-def spoilt(files: dict[str, bytes], what: str) -> dict[str, bytes]:
+def spoilt(files: dict[str, bytes], fault: str) -> dict[str, bytes]:
     names = [name for name in files if name.startswith("images/")]
-    if what == "a bit":
+    if fault == "a bit":
         return {**files, names[5]: bytes([files[names[5]][0] ^ 1]) + files[names[5]][1:]}
-    if what == "missing":
+    if fault == "missing":
         return {name: data for name, data in files.items() if name != names[5]}
-    if what == "swapped":
+    if fault == "swapped":
         return {**files, names[0]: files[names[1]], names[1]: files[names[0]]}
-    if what == "named":
+    if fault == "named":
         return {name if name != names[5] else "images/../../../escape": data for name, data in files.items()}
-    if what == "more":
+    if fault == "more":
         return {**files, "images/9999": b"more"}
     manifest = json.loads(files["manifest.json"])
-    manifest["image_bytes"] += {"too many": 1, "too few": -1}[what]
+    manifest["image_bytes"] += {"too many": 1, "too few": -1}[fault]
     return {**files, "manifest.json": json.dumps(manifest).encode()}
 
 
-@pytest.mark.parametrize("what", ["a bit", "missing", "swapped", "named", "more", "too many", "too few"])
-def test_images_that_are_not_those_of_the_entries_are_refused(bundle: Path, tmp_path: Path, what: str):
-    path = packed(tmp_path / "bad", spoilt(unpacked(bundle), what))
+@pytest.mark.parametrize("fault", ["a bit", "missing", "swapped", "named", "more", "too many", "too few"])
+def test_images_that_are_not_those_of_the_entries_are_refused(bundle: Path, tmp_path: Path, fault: str):
+    path = packed(tmp_path / "bad", spoilt(unpacked(bundle), fault))
     for images in (None, tmp_path / "pictures"):
         with pytest.raises(TagstoreError, match=r"image|where the archive should end"):
             import_(tmp_path / "root", path, images=images)

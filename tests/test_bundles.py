@@ -354,9 +354,9 @@ def test_only_the_members_of_a_bundle_are_taken_in_their_order(small: Path, tmp_
     strange = [member(name) for name in names] + [member("manifest.json", **values) for values in fields]
     strange.append(member("n" * 200))
     for i, info in enumerate(strange):
-        for at in (0, 1) if i % 5 else (0, len(good)):
-            data = files["manifest.json"] if at == 0 and info.isfile() else b""
-            members = [*good[:at], (info, data), *good[at if at else 1 :]]
+        for position in (0, 1) if i % 5 else (0, len(good)):
+            data = files["manifest.json"] if position == 0 and info.isfile() else b""
+            members = [*good[:position], (info, data), *good[position if position else 1 :]]
             archive = tarred(tmp_path / "strange", members)
             refused(new, archive, InvalidInput, "should come next|where the archive should end")
     for i in range(len(good)):

@@ -218,8 +218,8 @@ def test_answers_are_kept_on_disk_and_shared_by_processes(url: str, tmp_path: Pa
         guarded = source.retrieve([picture("red", "circle")] * 2, exclude=Exclude(key=True), keys=keys)
         assert guarded[0] != guarded[1]
         vectors = np.random.default_rng(0).standard_normal((4, mini.dimension)).astype(np.float32)
-        asked = [source.retrieve(vectors=vectors, fingerprint=mini.fingerprint) for _ in range(2)]
-        assert asked[0] == asked[1]
+        both_answers = [source.retrieve(vectors=vectors, fingerprint=mini.fingerprint) for _ in range(2)]
+        assert both_answers[0] == both_answers[1]
         assert 0 < source.stats().cache_hit_rate < 1
     with connect(url) as plain:
         assert plain.retrieve(IMAGES, k=3) == fresh

@@ -51,8 +51,8 @@ def names(prefix: str, n: int) -> list[str]:
 
 def answers(root: Path, version: int | None = None):
     engine = Engine(Store(root, "toy").snapshot(version))
-    found = engine.retrieve(np.random.default_rng(9).standard_normal((20, D)), Search(k=7))
-    return [(a.neighbours, a.tags) for a in found]
+    retrievals = engine.retrieve(np.random.default_rng(9).standard_normal((20, D)), Search(k=7))
+    return [(a.neighbours, a.tags) for a in retrievals]
 
 
 def size(root: Path) -> int:

@@ -79,10 +79,10 @@ def debian(tmp_path: Path, monkeypatch) -> Path:
 
 def test_pictures_come_from_the_package_and_are_kept(tmp_path: Path, debian: Path):
     out = stamps.fetch(tmp_path / "demo/pictures")
-    found = {item.key: item for item in read(str(out))}
+    items = {item.key: item for item in read(str(out))}
     captions = {"animals/cat": ("A cat — “Felix”.",), "plants/tree": ("A tree.",)}
-    assert {key: item.captions for key, item in found.items()} == captions
-    assert found["animals/cat"].image == png("red")
+    assert {key: item.captions for key, item in items.items()} == captions
+    assert items["animals/cat"].image == png("red")
     assert [path.name for path in out.parent.iterdir()] == ["pictures"]
     (debian / "apt-get").unlink()
     assert stamps.fetch(out) == out
@@ -185,11 +185,11 @@ class Page(HTMLParser):
 
 def sample(tags: int = 12) -> tuple[list[object], StoreInfo]:
     neighbours = tuple(Neighbour(f"in/{EVIL}{i}", i, 0.9 - i / 10) for i in range(5))
-    found = tuple(
+    retrieved = tuple(
         RetrievedTag(i, f"tag {i}" if i else f"Red {EVIL}", "object", 0.9, 1 + i % 5, -0.001 * i, (i % 5,))
         for i in range(tags)
     )
-    retrieval = Retrieval("demo", 3, "0" * 16, neighbours, found)
+    retrieval = Retrieval("demo", 3, "0" * 16, neighbours, retrieved)
     answers = (f"with {EVIL}", "a bare answer")
     captions = (f"a red {EVIL} & co", "second caption")
     asked = demo.Asked(f"key {EVIL}", png("red", (900, 300)), captions, retrieval, answers)

@@ -33,11 +33,11 @@ def values(metrics):
 
 def test_an_interval_holds_the_value_and_is_the_same_every_time(rng):
     sample = rng.normal(size=200).tolist()
-    one, two = (mean("m", sample, range(200), seed=3) for _ in range(2))
-    assert one == two
-    assert one.low < one.value < one.high
+    first, second = (mean("m", sample, range(200), seed=3) for _ in range(2))
+    assert first == second
+    assert first.low < first.value < first.high
     # the normal approximation of a mean of 200
-    assert (one.high - one.low) / (2 * 1.96) == pytest.approx(np.std(sample) / np.sqrt(200), rel=0.15)
+    assert (first.high - first.low) / (2 * 1.96) == pytest.approx(np.std(sample) / np.sqrt(200), rel=0.15)
 
 
 def test_answers_about_one_image_are_drawn_together():
@@ -48,8 +48,8 @@ def test_answers_about_one_image_are_drawn_together():
 
 
 def test_no_resamples_no_interval():
-    one = metric("m", lambda rows: float(len(rows)), ["a", "b"], resamples=0)
-    assert (one.low, one.value, one.high) == (2.0, 2.0, 2.0)
+    length = metric("m", lambda rows: float(len(rows)), ["a", "b"], resamples=0)
+    assert (length.low, length.value, length.high) == (2.0, 2.0, 2.0)
 
 
 # yes or no
@@ -97,19 +97,21 @@ def test_caption_metrics_are_pycocoevalcaps():
     from pycocoevalcap.cider.cider import Cider
 
     figures = values(caption_metrics(ANSWERS, REFERENCES, range(3)))
-    said = dict(enumerate(tokenise([[a] for a in ANSWERS])))
-    true = dict(enumerate(tokenise(REFERENCES)))
-    assert figures["BLEU-4"] == pytest.approx(Bleu(4).compute_score(true, said, verbose=0)[0][3], rel=1e-6)
-    assert figures["CIDEr"] == pytest.approx(Cider().compute_score(true, said)[0])
+    captions = dict(enumerate(tokenise([[a] for a in ANSWERS])))
+    references = dict(enumerate(tokenise(REFERENCES)))
+    bleu = Bleu(4).compute_score(references, captions, verbose=0)[0][3]
+    assert figures["BLEU-4"] == pytest.approx(bleu, rel=1e-6)
+    assert figures["CIDEr"] == pytest.approx(Cider().compute_score(references, captions)[0])
     assert 0 < figures["ROUGE-L"] <= 1
 
 
 def test_a_short_caption_pays_bleus_brevity_penalty():
     from pycocoevalcap.bleu.bleu import Bleu
 
-    said, true = {0: ["a dog runs on"]}, {0: ["a dog runs on the grass"]}
-    expected = Bleu(4).compute_score(true, said, verbose=0)[0][3]
-    assert values(caption_metrics(said[0], [true[0]], [0]))["BLEU-4"] == pytest.approx(expected, rel=1e-6)
+    captions, references = {0: ["a dog runs on"]}, {0: ["a dog runs on the grass"]}
+    expected = Bleu(4).compute_score(references, captions, verbose=0)[0][3]
+    figures = values(caption_metrics(captions[0], [references[0]], [0]))
+    assert figures["BLEU-4"] == pytest.approx(expected, rel=1e-6)
     assert expected < 0.7
 
 

@@ -24,20 +24,21 @@ def tuna(shapes_root: Path):
 
 def test_what_is_shown_is_what_the_model_did(tuna: Pipeline):
     image = picture("red", "circle", size=90)
-    found = examine(tuna, image, "What is it?", max_new_tokens=4)
+    examined = examine(tuna, image, "What is it?", max_new_tokens=4)
     answer = tuna.answer(image, "What is it?", max_new_tokens=4)
-    assert found.answers["with tags"] == answer.text
-    assert [(tag.text, tag.weight) for tag in found.tags] == [(tag.text, tag.weight) for tag in answer.tags]
-    assert found.retrieval is not None
-    assert [n.key for n in found.retrieval.neighbours] == [n.key for n in answer.neighbours]
-    for tag in found.tags:
+    assert examined.answers["with tags"] == answer.text
+    weights = [[(tag.text, tag.weight) for tag in result.tags] for result in (examined, answer)]
+    assert weights[0] == weights[1]
+    assert examined.retrieval is not None
+    assert [n.key for n in examined.retrieval.neighbours] == [n.key for n in answer.neighbours]
+    for tag in examined.tags:
         assert tag.heat.shape == (7, 7)
         assert float(tag.heat.sum()) == pytest.approx(1, abs=1e-3)
         assert 0 < len(tag.neighbours) == round(tag.vote_share * 5)
-    heaviest = max(found.tags, key=lambda tag: tag.weight).text
-    assert list(found.answers) == ["with tags", "without tags", f"without the tag “{heaviest}”"]
-    assert found.seen.size == (224, 224)
-    assert np.asarray(found.seen)[112, 112].tolist() == pytest.approx([255, 0, 0], abs=3)
+    heaviest = max(examined.tags, key=lambda tag: tag.weight).text
+    assert list(examined.answers) == ["with tags", "without tags", f"without the tag “{heaviest}”"]
+    assert examined.seen.size == (224, 224)
+    assert np.asarray(examined.seen)[112, 112].tolist() == pytest.approx([255, 0, 0], abs=3)
 
 
 def test_a_tag_is_banned_by_name(tuna: Pipeline):

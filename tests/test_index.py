@@ -115,11 +115,11 @@ def test_every_kind_finds_what_numpy_finds(
     queries = clustered(70, 5)
     best = similarities(oracle, queries, oracle.search(queries, 10))
     pieces = [engines[kind].index.search(queries[i : i + batch], 10)[:, :10] for i in range(0, 70, batch)]
-    found = similarities(oracle, queries, np.concatenate(pieces))
+    reached = similarities(oracle, queries, np.concatenate(pieces))
     if kind in APPROXIMATE:
-        assert np.mean(found >= best[:, -1:] - 1e-6) > 0.85
+        assert np.mean(reached >= best[:, -1:] - 1e-6) > 0.85
     else:
-        np.testing.assert_allclose(found, best, atol=2e-6)
+        np.testing.assert_allclose(reached, best, atol=2e-6)
     exactly = engines[kind].index.search(queries, 10, search=Search(exact=True))
     np.testing.assert_allclose(similarities(oracle, queries, exactly), best, atol=2e-6)
 
@@ -378,9 +378,9 @@ def test_exact_search_in_threads_and_with_merges(engines: dict[str, Engine], ora
     monkeypatch.setattr(exact, "cores", lambda: 2)
     queries = clustered(20, 12)
     live = Allowed(engines["flat"].snapshot.array("live", np.uint8), N)
-    found = exact.search(engines["flat"].snapshot, queries, 50, live)[1]
+    ids = exact.search(engines["flat"].snapshot, queries, 50, live)[1]
     expected = similarities(oracle, queries, oracle.search(queries, 50))
-    np.testing.assert_allclose(similarities(oracle, queries, found), expected, atol=2e-6)
+    np.testing.assert_allclose(similarities(oracle, queries, ids), expected, atol=2e-6)
 
 
 @pytest.fixture
@@ -406,9 +406,9 @@ def test_what_comes_and_goes_beside_a_tuned_index_is_seen_at_once(copied: Path):
     versions = CliRunner().invoke(cli, ["versions", f"file://{copied}/s"], env={"COLUMNS": "300"})
     assert "stale" in versions.stdout
     old = Store(copied, "s").snapshot(1)
-    found = third.nearest(old.vectors(np.arange(200)), Search(k=5))
-    assert min(i for ids, _, _ in found for i in ids) >= 200
-    assert all(len(ids) == 5 for ids, _, _ in found)
+    neighbours = third.nearest(old.vectors(np.arange(200)), Search(k=5))
+    assert min(i for ids, _, _ in neighbours for i in ids) >= 200
+    assert all(len(ids) == 5 for ids, _, _ in neighbours)
     rollback(copied, "s", 2)
     assert Engine(Store(copied, "s").snapshot()).nearest(new) == Engine(first).nearest(new)
     assert verify(copied, "s") == []

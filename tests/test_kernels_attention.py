@@ -156,24 +156,24 @@ def test_a_tag_that_sees_nothing_is_zero_and_moves_nothing(op: partial[Tensor]):
     grads, rest, dout = inputs(Case((3, 5), 49, 2, 2, 24, flags="wbm"))
     # the second image is masked; a tag of the first may be shut out by its bias too
     grads["bias"][0] = -torch.inf
-    found = with_gradients(op, grads, rest, dout)
-    assert all(x.isfinite().all() for x in found.values())
+    results = with_gradients(op, grads, rest, dout)
+    assert all(x.isfinite().all() for x in results.values())
     for name in ("out", "dq", "dweights", "dbias"):
-        assert not found[name][0].any()
-        assert not found[name][3:].any()
-    assert not found["dk"][1].any()
-    assert not found["dv"][1].any()
-    assert found["dk"][0].any()
+        assert not results[name][0].any()
+        assert not results[name][3:].any()
+    assert not results["dk"][1].any()
+    assert not results["dv"][1].any()
+    assert results["dk"][0].any()
 
 
 @pytest.mark.parametrize("counts", [(), (0, 0)], ids=["no images", "no tags"])
 def test_nothing_to_do(counts: tuple[int, ...]):
     grads, rest, dout = inputs(Case(counts, 49, 2, 2, 24, flags="w"))
-    found = with_gradients(kernel, grads, rest, dout)
-    assert found["out"].shape == (0, 2, 24)
-    assert found["dk"].shape == (len(counts), 49, 2, 24)
-    assert not found["dk"].any()
-    assert not found["dv"].any()
+    results = with_gradients(kernel, grads, rest, dout)
+    assert results["out"].shape == (0, 2, 24)
+    assert results["dk"].shape == (len(counts), 49, 2, 24)
+    assert not results["dk"].any()
+    assert not results["dv"].any()
 
 
 @pytest.mark.parametrize("splits", [2, 3])
@@ -219,9 +219,9 @@ def test_any_strides():
         "bias": grads["bias"].transpose(0, 2).contiguous().transpose(0, 2),
     }
     rest["patch_mask"] = rest["patch_mask"].t().contiguous().t()
-    found = with_gradients(kernel, strided, rest, dout.transpose(0, 2).contiguous().transpose(0, 2))
+    results = with_gradients(kernel, strided, rest, dout.transpose(0, 2).contiguous().transpose(0, 2))
     for name, x in plain.items():
-        assert torch.equal(found[name], x), name
+        assert torch.equal(results[name], x), name
 
 
 def test_dout_may_be_expanded():

@@ -83,11 +83,10 @@ def test_auto_says_once_what_it_chose(caplog, monkeypatch):
         for _ in range(3):
             gather_tags(torch.ones(3, 2), torch.tensor([0]))
         gather_tags(torch.ones(3, 2).double(), torch.tensor([0]))
-    said = [record.message for record in caplog.records]
-    assert len(said) == 2
-    assert all(
-        message.startswith("gather_tags: impl='auto' uses the torch reference, because") for message in said
-    )
+    messages = [record.message for record in caplog.records]
+    assert len(messages) == 2
+    start = "gather_tags: impl='auto' uses the torch reference, because"
+    assert all(message.startswith(start) for message in messages)
 
 
 def test_tf32_follows_torch():

@@ -133,12 +133,12 @@ def test_scores_are_weighed_as_cosines_are(coupling: str):
 def test_what_the_couplings_promise(impl: str):
     grads, _ = draw(COUNTS, 40, torch.float32)
     images = offsets(COUNTS)
-    found = {
+    weights = {
         c: tag_weights(**grads, cu_tags=images, coupling=c, threshold=0.3, impl=impl).split(COUNTS)
         for c in COUPLINGS
     }
     for multiply, largest, log_bias, drop in zip(
-        *(found[c] for c in ("multiply", "multiply_max", "log_bias", "drop")), strict=True
+        *(weights[c] for c in ("multiply", "multiply_max", "log_bias", "drop")), strict=True
     ):
         if not len(multiply):
             continue
@@ -156,11 +156,11 @@ def test_equal_tags_share_and_zero_tags_say_nothing(impl: str):
     grads["tag_embeddings"][:2] = best
     grads["tag_embeddings"][3] = 0
     rest = {"cu_tags": offsets(counts), "coupling": "multiply_max", "impl": impl}
-    found = with_gradients(tag_weights, grads, rest, dout)
-    assert found["out"][:2].tolist() == [1, 1]
-    assert found["out"][3].item() == pytest.approx(torch.tensor(-1 / 0.1).exp().item(), rel=1e-4)
-    assert all(x.isfinite().all() for x in found.values())
-    assert not found["dtag_embeddings"][3].any()
+    results = with_gradients(tag_weights, grads, rest, dout)
+    assert results["out"][:2].tolist() == [1, 1]
+    assert results["out"][3].item() == pytest.approx(torch.tensor(-1 / 0.1).exp().item(), rel=1e-4)
+    assert all(x.isfinite().all() for x in results.values())
+    assert not results["dtag_embeddings"][3].any()
 
 
 def test_a_number_is_a_temperature_too():
@@ -206,11 +206,11 @@ def test_torch_library_rules():
 @pytest.mark.parametrize("counts", [(), (0, 0)], ids=["no images", "no tags"])
 def test_nothing_to_do(counts: tuple[int, ...]):
     grads, dout = draw(counts, 20, torch.float32)
-    found = with_gradients(partial(tag_weights, impl="triton"), grads, {"cu_tags": offsets(counts)}, dout)
-    assert found["out"].shape == (0,)
-    assert found["dimage_embeddings"].shape == (len(counts), 20)
-    assert not found["dimage_embeddings"].any()
-    assert found["dtemperature"] == 0
+    results = with_gradients(partial(tag_weights, impl="triton"), grads, {"cu_tags": offsets(counts)}, dout)
+    assert results["out"].shape == (0,)
+    assert results["dimage_embeddings"].shape == (len(counts), 20)
+    assert not results["dimage_embeddings"].any()
+    assert results["dtemperature"] == 0
 
 
 @pytest.mark.parametrize(

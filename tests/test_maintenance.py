@@ -213,8 +213,8 @@ def test_a_damaged_index_file_is_named_and_mended(root: Path, tmp_path: Path, mi
 def test_a_damaged_record_is_found_and_not_papered_over(root: Path):
     database = Store(root, "s").generation / "data.mdb"
     data = bytearray(database.read_bytes())
-    at = data.index(b"A red circle on a white table in Paris.")
-    data[at + 3] ^= 1
+    offset = data.index(b"A red circle on a white table in Paris.")
+    data[offset + 3] ^= 1
     from tagstore.storage.environments import environment, forget
 
     environment(database.parent).close()

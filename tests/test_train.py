@@ -94,18 +94,18 @@ def test_kill_9_and_go_on(place: Path, shapes_root: Path, whole: Path):
 
 
 @pytest.fixture(scope="module")
-def one(place: Path) -> Path:
+def single(place: Path) -> Path:
     """The last checkpoint of a run in one process."""
     return train(recipe_of(place, "one", ema=0.9))
 
 
-def test_micro_batches_learn_what_a_whole_batch_does(place: Path, one: Path):
+def test_micro_batches_learn_what_a_whole_batch_does(place: Path, single: Path):
     train(recipe_of(place, "large", micro_batch=0))
-    assert losses(place / "large") == pytest.approx(losses(one.parent), rel=1e-5)
+    assert losses(place / "large") == pytest.approx(losses(single.parent), rel=1e-5)
 
 
 @pytest.mark.slow
-def test_two_processes_learn_what_one_does(place: Path, one: Path):
+def test_two_processes_learn_what_one_does(place: Path, single: Path):
     (place / "two.json").write_text(json.dumps(recipe_of(place, "two", ema=0.9, keep=3).to_dict()))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [str(WORKER), str(place / "two.json"), "ddp", "fsdp2"]
@@ -113,15 +113,15 @@ def test_two_processes_learn_what_one_does(place: Path, one: Path):
     subprocess.run(command, check=True, env=env, stdout=subprocess.DEVNULL)
     for mode in ("ddp", "fsdp2"):
         out = place / f"two-{mode}"
-        assert losses(out) == pytest.approx(losses(one.parent), rel=1e-5)
+        assert losses(out) == pytest.approx(losses(single.parent), rel=1e-5)
         for name in ("trained", "ema", "optimizer"):
-            mine, theirs = checkpoint.tensors(one, name), checkpoint.tensors(out / one.name, name)
+            mine, theirs = checkpoint.tensors(single, name), checkpoint.tensors(out / single.name, name)
             assert mine.keys() == theirs.keys()
             assert all(torch.allclose(mine[key], theirs[key], rtol=1e-3, atol=1e-5) for key in mine)
     # a checkpoint holds whole tensors: a run that two processes began goes on in one
     shutil.copytree(place / "two-fsdp2" / "step-000004", place / "fewer" / "step-000004")
     train(recipe_of(place, "fewer", ema=0.9))
-    assert losses(place / "fewer") == pytest.approx(losses(one.parent)[4:], rel=1e-5)
+    assert losses(place / "fewer") == pytest.approx(losses(single.parent)[4:], rel=1e-5)
 
 
 def test_what_a_checkpoint_says(place: Path, shapes_root: Path, whole: Path):

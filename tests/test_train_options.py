@@ -184,17 +184,17 @@ def test_batches_are_made_ahead(place: Path, monkeypatch):
     samples: Any = read_samples(place / "data.json")
     unused: Any = None
     loader = Loader(Recipe(steps=9, batch_size=2, ahead=3), samples, unused, None, unused, rank=0, world=1)
-    numbers, made = [], Semaphore(0)
+    numbers, finished = [], Semaphore(0)
 
     def make(number: int) -> int:
         numbers.append(number)
-        made.release()
+        finished.release()
         return number
 
     monkeypatch.setattr(loader, "make", make)
     steps = loader.from_step(0)
     assert next(steps) == 0
-    assert all(made.acquire(timeout=30) for _ in range(4))
+    assert all(finished.acquire(timeout=30) for _ in range(4))
     steps.close()
     assert numbers == [0, 1, 2, 3]
 

@@ -58,8 +58,8 @@ def test_a_shard_is_read_in_place(tmp_path: Path):
 
 def test_a_caption_is_drawn_by_the_generator(tmp_path: Path):
     sample = read_samples(write_shard(tmp_path / "a.tar"))[0]
-    said = {conversation(sample, np.random.default_rng(i), "What?")[1].text for i in range(20)}
-    assert said == set(sample.captions)
+    captions = {conversation(sample, np.random.default_rng(i), "What?")[1].text for i in range(20)}
+    assert captions == set(sample.captions)
 
 
 @pytest.mark.parametrize(

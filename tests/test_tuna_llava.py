@@ -77,8 +77,8 @@ def test_logits_are_equal_to_the_last_bit(decoder: str, clip: str, tmp_path: Pat
         # the same features, made before
         grid, vectors = model.encode_images(inputs()["pixel_values"])
         assert vectors is None
-        made = {name: tensor for name, tensor in inputs().items() if name != "pixel_values"}
-        assert torch.equal(model(**made, grid=grid).logits, llava(**inputs()).logits)
+        prompts = {name: tensor for name, tensor in inputs().items() if name != "pixel_values"}
+        assert torch.equal(model(**prompts, grid=grid).logits, llava(**inputs()).logits)
     options = {"max_new_tokens": 5, "do_sample": False, "num_beams": 2, "pad_token_id": 258}
     assert torch.equal(model.generate(**inputs(), **options), llava.generate(**inputs(), **options))
 

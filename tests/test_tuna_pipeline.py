@@ -192,14 +192,14 @@ def contrast(alpha: float | None, beta: float, wrong_tags: bool = False, **optio
 def test_contrastive_decoding_follows_its_formula(wrong_tags: bool):
     """Without a cache, each step scores likely tokens as (1 + alpha) * with tags - alpha * against."""
     alpha, beta = 1.5, 0.2
-    model, given, against, found = contrast(alpha, beta, wrong_tags, do_sample=False)
-    said = torch.zeros(2, 0, dtype=torch.int64)
+    model, given, against, generated = contrast(alpha, beta, wrong_tags, do_sample=False)
+    new_tokens = torch.zeros(2, 0, dtype=torch.int64)
     for _ in range(5):
 
-        def after(inputs, said=said):
+        def after(inputs, new_tokens=new_tokens):
             longer = {
-                "input_ids": torch.cat([inputs["input_ids"], said], 1),
-                "attention_mask": torch.cat([inputs["attention_mask"], torch.ones_like(said)], 1),
+                "input_ids": torch.cat([inputs["input_ids"], new_tokens], 1),
+                "attention_mask": torch.cat([inputs["attention_mask"], torch.ones_like(new_tokens)], 1),
             }
             positions = (longer["attention_mask"].cumsum(1) - 1).clamp_min(0)
             with torch.no_grad():
@@ -210,8 +210,8 @@ def test_contrastive_decoding_follows_its_formula(wrong_tags: bool):
         mixed = (1 + alpha) * scores - alpha * after(against)
         probability = scores.softmax(-1)
         mixed[probability < beta * probability.max(-1, keepdim=True).values] = -torch.inf
-        said = torch.cat([said, mixed.argmax(-1, keepdim=True)], 1)
-    assert torch.equal(found[:, -5:], said)
+        new_tokens = torch.cat([new_tokens, mixed.argmax(-1, keepdim=True)], 1)
+    assert torch.equal(generated[:, -5:], new_tokens)
 
 
 @pytest.mark.parametrize(
@@ -226,21 +226,20 @@ def test_contrast_of_no_strength_changes_nothing(options: dict):
 
 
 def test_prompts_for_models_that_know_nothing_of_tags():
-    some = tags(3)
-    weights = relative_weights(some)
+    three_tags = tags(3)
+    weights = relative_weights(three_tags)
     assert weights.max() == 1
-    text = tag_prompt("What is it?", some)
+    text = tag_prompt("What is it?", three_tags)
     assert text.endswith("\n\nWhat is it?")
-    best = int(some.relevance.argmax())
-    assert f"from 0 to 1: {some.texts[best]} (1.00)" in text
-    assert all(
-        word in tag_prompt("?", some, style=style) for style in ("words", "list") for word in some.texts
-    )
-    assert "fit it less well" in tag_prompt("?", some, style="words", temperature=0.01)
-    assert tag_prompt("What is it?", some.take([])) == "What is it?"
+    best = int(three_tags.relevance.argmax())
+    assert f"from 0 to 1: {three_tags.texts[best]} (1.00)" in text
+    for style in ("words", "list"):
+        assert all(word in tag_prompt("?", three_tags, style=style) for word in three_tags.texts)
+    assert "fit it less well" in tag_prompt("?", three_tags, style="words", temperature=0.01)
+    assert tag_prompt("What is it?", three_tags.take([])) == "What is it?"
     for wrong in ({"style": "loud"}, {"temperature": 0.0}):
         with pytest.raises(InvalidInput):
-            tag_prompt("?", some, **wrong)
+            tag_prompt("?", three_tags, **wrong)
 
 
 def run(options: str, *arguments: str, text: str | None = None):

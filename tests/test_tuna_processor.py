@@ -73,8 +73,8 @@ def test_a_word_inside_a_text_begins_with_a_space_where_the_tokenizer_has_such_w
 @pytest.mark.parametrize("queries", ["tag", "token"])
 def test_indices_count_over_the_whole_batch_and_parts_join(queries: str):
     _, processor = small(tag_queries=queries)
-    texts, some = ["<image>a", "b", "<image>c<image>"], [named("x", "yy"), None, named("z")]
-    batch = processor(text=texts, tags=some)
+    texts, tags_of_images = ["<image>a", "b", "<image>c<image>"], [named("x", "yy"), None, named("z")]
+    batch = processor(text=texts, tags=tags_of_images)
     assert batch["cu_tags"].tolist() == [0, 2, 2, 3]
     assert spelled(processor, batch, 2).endswith("VcQz\nV")
     word = processor.tokenizer.convert_tokens_to_ids("z")
@@ -110,26 +110,26 @@ def test_a_tag_cannot_write_special_tokens():
 
 
 def test_choosing_merging_and_ordering():
-    some = named("Sky", "blue sky", "sky", "dog", "Blue Sky", relevance=(0.1, 0.5, 0.4, 0.3, 0.6))
+    five_tags = named("Sky", "blue sky", "sky", "dog", "Blue Sky", relevance=(0.1, 0.5, 0.4, 0.3, 0.6))
 
     def chosen(**fields) -> tuple[str, ...]:
-        return TagLayout(**fields).choose(some).texts
+        return TagLayout(**fields).choose(five_tags).texts
 
     assert chosen(merge="none") == ("Blue Sky", "blue sky", "sky", "dog", "Sky")
     assert chosen(merge="text") == ("Blue Sky", "sky", "dog")
     assert chosen(merge="contained") == ("Blue Sky", "dog")
     assert chosen(merge="none", cap=3, order="retrieval") == ("blue sky", "sky", "Blue Sky")
     assert chosen(merge="none", signal="uniform", cap=2) == ("Sky", "blue sky")
-    shuffled = some.take([4, 2, 0, 1, 3])
+    shuffled = five_tags.take([4, 2, 0, 1, 3])
     assert TagLayout(merge="none", order="none").choose(shuffled).ids == (10, 11, 12, 13, 14)
     assert len(TagLayout().choose(ImageTags.none(4))) == 0
 
 
 def test_tags_of_another_image_are_weighed_for_this_one():
-    some, vector = tags(3), tags(1, 5).embeddings[0]
-    moved = some.for_image(vector)
-    np.testing.assert_allclose(moved.relevance, some.embeddings @ vector)
-    both = some.extend(moved)
+    three_tags, vector = tags(3), tags(1, 5).embeddings[0]
+    moved = three_tags.for_image(vector)
+    np.testing.assert_allclose(moved.relevance, three_tags.embeddings @ vector)
+    both = three_tags.extend(moved)
     assert len(both) == 6
     assert both.take([5]).texts == moved.take([2]).texts
 
@@ -158,9 +158,9 @@ def test_no_tags_are_the_tokens_of_transformers_llava():
     pictures = [np.zeros((60, 70, 3), np.uint8)] * 2
     prompts = ["USER: <image>\nWhat is this?", "<image> x"]
     expected = theirs(images=pictures, text=prompts, padding=True, padding_side="left", return_tensors="pt")
-    found = processor(text=prompts)
-    assert torch.equal(found["input_ids"], expected["input_ids"])
-    assert torch.equal(found["attention_mask"], expected["attention_mask"])
+    ours = processor(text=prompts)
+    assert torch.equal(ours["input_ids"], expected["input_ids"])
+    assert torch.equal(ours["attention_mask"], expected["attention_mask"])
 
 
 def test_chat_template_takes_text_and_parts():
