@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import wraps
+from functools import cached_property, wraps
 from hashlib import sha256
 from json import dumps
 from typing import Any, Literal, TypeVar, get_args
@@ -120,7 +120,7 @@ class Tag:
             object.__setattr__(self, "canonical", self.text)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Fingerprint:
     """Everything that decides what a vector means. Two encoders agree on vectors if and only if their fingerprints are equal."""
 
@@ -134,7 +134,7 @@ class Fingerprint:
     normalised: bool
     dimension: int
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """16 hex digits that stand for the whole; `model` is left out: it is a name, the weights say which model it is."""
         value = {k: v for k, v in asdict(self).items() if k != "model"}

@@ -25,8 +25,7 @@ from tagstore.errors import (
 )
 from tagstore.indexing.gpu import devices
 from tagstore.indexing.protocol import PLAIN
-from tagstore.retrieval.checks import check_request
-from tagstore.retrieval.engine import Engine, Query
+from tagstore.retrieval.engine import Engine, Query, check_request
 from tagstore.storage.store import Store, store_names
 from tagstore.types import Exclude, Fingerprint, Identity, Retrieval, Search, StoreInfo, Vectors
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tagstore.errors import InvalidInput
-from tagstore.indexing.protocol import Allowed
+from tagstore.storage.rows import Allowed
 from tagstore.storage.store import Snapshot
 from tagstore.types import Exclude, Identity
 

@@ -21,12 +21,11 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import grpc
-from google.protobuf.message import DecodeError
 
 from tagstore import errors
 from tagstore.serving import metrics, tracing
 from tagstore.serving.access import Role
-from tagstore.serving.gate import GONE, REFUSALS, Call, Gate, abort, understood
+from tagstore.serving.gate import GONE, REFUSALS, Call, Gate, abort, public_error
 from tagstore.wire.status import code_of
 
 Method = Callable[..., Any]
@@ -97,8 +96,8 @@ class Methods:
             call: Call | None = None
             failure: errors.TagstoreError
             try:
-                call = gate.call(context)
-                request = parsed(parse, data)
+                call = Call(context, gate.access)
+                request = parse(data)
                 store = getattr(request, "store", "")
                 if role is not None:
                     call.caller.check(role, store)
@@ -118,7 +117,7 @@ class Methods:
                 code = "CANCELLED"
                 raise
             except Exception as error:  # noqa: BLE001  what is not ours becomes INTERNAL
-                failure = understood(error, name)
+                failure = public_error(error, name)
                 code = code_of(failure).name
                 if isinstance(failure, REFUSALS):
                     gate.refused(failure, context, name, store, call)
@@ -158,12 +157,12 @@ class Methods:
 
             async def requests() -> AsyncIterator[Any]:
                 while (data := await context.read()) is not grpc.aio.EOF:
-                    yield data if parses else parsed(parse, data)
+                    yield data if parses else parse(data)
 
             try:
-                call = gate.call(context)
+                call = Call(context, gate.access)
                 gate.enter(call, stream=True)
-                taken = parsed(parse, given) if one else requests()
+                taken = parse(given) if one else requests()
                 with _span(name, context) if tracing.enabled else tracing.NO_SPAN:
                     if quick:
                         await method(taken, call, send)
@@ -175,20 +174,12 @@ class Methods:
                     raise
                 failure = errors.Unavailable("the answers were not taken")
             except Exception as error:  # noqa: BLE001  what is not ours becomes INTERNAL
-                failure = understood(error, name)
+                failure = public_error(error, name)
                 if isinstance(failure, REFUSALS):
                     gate.refused(failure, context, name, "", call)
             await abort(context, failure)
 
         return answer
-
-
-def parsed(parse: Method, data: bytes) -> Any:
-    """A message. Raises `InvalidInput` for bytes that are none: gRPC would call it a fault of ours."""
-    try:
-        return parse(data)
-    except DecodeError as error:
-        raise errors.InvalidInput(f"the message cannot be parsed: {error}") from error
 
 
 def _span(name: str, context: Any, **attributes: str) -> AbstractContextManager[Any]:

@@ -13,15 +13,14 @@ from concurrent.futures import Executor
 from typing import NamedTuple
 
 from tagstore import errors
-from tagstore.retrieval.checks import MAX_QUERIES
-from tagstore.retrieval.engine import Engine, Query
+from tagstore.retrieval.engine import MAX_QUERIES, Engine, Query
 from tagstore.retrieval.tag_votes import Neighbours, RetrievalColumns
 from tagstore.serving import metrics, tracing
 from tagstore.serving.batch_queue import BatchQueue
 from tagstore.serving.embed_queue import CallEncoder, EmbedQueue
-from tagstore.serving.gate import Call, understood
+from tagstore.serving.gate import Call, public_error
 from tagstore.serving.live_catalog import LiveCatalog
-from tagstore.serving.methods import answering, in_thread, parsed
+from tagstore.serving.methods import answering, in_thread
 from tagstore.serving.settings import Limits
 from tagstore.types import Search
 from tagstore.wire import convert
@@ -299,7 +298,7 @@ class _StreamedRequest:
         self._future: asyncio.Future[bytes] | None = None
         self._error: Exception | None = None
         try:
-            request = parsed(pb.RetrieveRequest.FromString, data)
+            request = pb.RetrieveRequest.FromString(data)
             call.caller.check("read", request.store)
             self._store = request.store
             self._future = service.start(request, call, streamed=True)
@@ -314,7 +313,7 @@ class _StreamedRequest:
             assert self._future is not None
             return await self._future
         except Exception as error:  # noqa: BLE001  a request that fails is answered, and the stream goes on
-            failure = understood(error, "RetrieveStream")
+            failure = public_error(error, "RetrieveStream")
             code, store = type(failure).__name__, ""
             data: bytes = pb.RetrieveStreamResponse(error=error_to_proto(failure)).SerializeToString()
             return data

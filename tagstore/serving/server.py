@@ -206,7 +206,7 @@ class Server:
 
     def _watch_readers(self) -> None:
         while not self._ended.wait(min(1.0, self.settings.limits.slow_reader / 4)):
-            loop().call_soon_threadsafe(self.gate.give_up_slow)
+            loop().call_soon_threadsafe(self.gate.end_slow)
 
 
 class _Health(health.aio.HealthServicer):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -220,31 +220,17 @@ def retrieval_to_proto(retrieval: Retrieval) -> pb.Retrieval:
 
 
 def retrievals_from_proto(response: pb.RetrieveResponse) -> list[Retrieval]:
-    return [
-        Retrieval(
-            store=response.store,
-            version=response.version,
-            fingerprint=response.fingerprint,
-            neighbours=tuple(Neighbour(n.key, n.entry_id, n.similarity) for n in message.neighbours),
-            tags=tuple(_tags_from_proto(message)),
-            excluded=message.excluded,
-        )
-        for message in response.retrievals
-    ]
-
-
-def _tags_from_proto(message: pb.Retrieval) -> Iterator[RetrievedTag]:
-    ids = [n.entry_id for n in message.neighbours]
-    for t in message.tags:
-        yield RetrievedTag(
-            tag_id=t.tag_id,
-            tag=t.tag,
-            kind=KIND_FROM_WIRE[t.kind],
-            similarity=t.similarity,
-            votes=t.votes,
-            relevance=t.relevance,
-            neighbours=tuple(ids[i] for i in t.neighbours),
-        )
+    version = response.store, response.version, response.fingerprint
+    retrievals = []
+    for message in response.retrievals:
+        neighbours = [Neighbour(n.key, n.entry_id, n.similarity) for n in message.neighbours]
+        ids = [neighbour.entry_id for neighbour in neighbours]
+        tags = []
+        for t in message.tags:
+            kind, carriers = KIND_FROM_WIRE[t.kind], tuple(map(ids.__getitem__, t.neighbours))
+            tags.append(RetrievedTag(t.tag_id, t.tag, kind, t.similarity, t.votes, t.relevance, carriers))
+        retrievals.append(Retrieval(*version, tuple(neighbours), tuple(tags), message.excluded))
+    return retrievals
 
 
 def tags_to_proto(tags: Iterable[TagInfo]) -> list[pb.TagInfo]:
