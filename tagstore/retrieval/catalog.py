@@ -54,7 +54,7 @@ class Catalog:
         self._index_device = device if devices() else "cpu"
         if device.startswith("cuda") and not devices():
             log.warning(
-                "indexes are searched on the CPU: the installed FAISS knows no GPU (the extra `gpu` has one that does)"
+                "indexes are searched on the CPU: this FAISS has no GPU support (install the extra `gpu`)"
             )
         self._stores: dict[str, Store] = {}
         self._engines: dict[tuple[str, int], Engine] = {}
@@ -63,7 +63,8 @@ class Catalog:
         self._decoders = ThreadPoolExecutor(thread_name_prefix="decode")
         if not self.root.is_dir():
             raise NotFound(
-                f"{self.root.resolve()} is no directory: `tagstore ingest SRC --root {self.root} --store NAME` makes one"
+                f"{self.root.resolve()} is no directory: "
+                f"`tagstore ingest SRC --root {self.root} --store NAME` makes one"
             )
 
     def engine(self, store: str, version: int = 0) -> Engine:

@@ -74,7 +74,7 @@ class Engine:
             vectors: `[N, D]` of the store's encoder, of any length.
             search: how many neighbours, which entries, what to return.
             identities: which image each query is, for `search.exclude`; none, or N of them.
-            fingerprint: digest of the encoder that made the vectors; None where the caller knows that it is the store's.
+            fingerprint: digest of the encoder that made the vectors; None if that is known to be the store's.
 
         Raises:
             BadVector: wrong shape, or a row with NaN, infinity or only zeros.
@@ -98,7 +98,7 @@ class Engine:
             )
 
     def ready(self, vectors: NDArray[np.floating], search: Search, identities: Sequence[Identity]) -> Query:
-        """Make a query of vectors `[N, D]` and options that are checked. Raises `BadVector` for one without direction."""
+        """Make a query of checked vectors `[N, D]` and options. Raises `BadVector` for zero, NaN, infinity."""
         queries: Vectors = vectors.astype(np.float32)
         with np.errstate(over="ignore", invalid="ignore"):
             norms = np.sqrt(np.add.reduce(queries * queries, axis=1, keepdims=True))
@@ -322,13 +322,15 @@ def check_request(queries: int, search: Search, identities: Sequence[Identity] =
         raise InvalidInput(f"order is '{search.order}': it is one of {', '.join(ORDERS)}")
     if search.nprobe < 0 or search.ef_search < 0:
         raise InvalidInput(
-            f"nprobe is {search.nprobe}, ef_search {search.ef_search}: pass 0 for what the index was tuned to, or more"
+            f"nprobe is {search.nprobe}, ef_search {search.ef_search}: "
+            "pass 0 for what the index was tuned to, or more"
         )
     if search.ef_search > MAX_EF:
         raise InvalidInput(f"ef_search is {search.ef_search}: at most {MAX_EF}, or ask for an exact search")
     if queries * k > MAX_ANSWERS:
         raise InvalidInput(
-            f"{queries} queries with k = {k} ask for {queries * k} neighbours: at most {MAX_ANSWERS} in one request"
+            f"{queries} queries with k = {k} ask for {queries * k} neighbours: "
+            f"at most {MAX_ANSWERS} in one request"
         )
     if queries > MAX_QUERIES:
         raise InvalidInput(f"{queries} queries in one request: send at most {MAX_QUERIES}")

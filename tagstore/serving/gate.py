@@ -1,4 +1,4 @@
-"""The gate: it identifies callers, refuses calls beyond the limits, ends those of slow readers, and keeps the audit log."""
+"""The gate identifies callers, enforces limits, ends calls of slow readers, and writes the audit log."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ REFUSALS = (errors.NotAuthenticated, errors.NotPermitted, errors.Overloaded)
 
 
 class Call:
-    """A call in flight, or a stream. Only the event loop's thread may use its context; any thread may read the rest."""
+    """A call in flight, or a stream.
+
+    Only the event loop's thread may use its context; any thread may read the rest.
+    """
 
     __slots__ = (
         "caller",
@@ -67,7 +70,10 @@ class Call:
 
 
 class Gate:
-    """Access, limits and the audit log of a server. Only the event loop's thread may use more than `refused` and `audit`."""
+    """Access, limits and the audit log of a server.
+
+    Only the event loop's thread may use more than `refused` and `audit`.
+    """
 
     def __init__(self, access: Access, limits: Limits, audit: Audit) -> None:
         self.access, self.limits, self.audit = access, limits, audit
@@ -98,8 +104,8 @@ class Gate:
         """Whether the calls in flight have reached their limit.
 
         The limit is `in_flight`, or `standing` when no call was answered soon for longer than a burst lasts.
-        This follows CoDel (Nichols and Jacobson, ACM Queue 10(5), 2012): the shortest wait in a queue, not its
-        length, distinguishes a queue that drains from one that stands.
+        This follows CoDel (Nichols and Jacobson, ACM Queue 10(5), 2012): the shortest wait in a queue, not
+        its length, distinguishes a queue that drains from one that stands.
         """
         if self._calls < min(self.limits.standing, self.limits.in_flight):
             return False
