@@ -98,7 +98,7 @@ class Engine:
             )
 
     def ready(self, vectors: NDArray[np.floating], search: Search, identities: Sequence[Identity]) -> Query:
-        """Make a query of checked vectors `[N, D]` and options. Raises `BadVector` for zero, NaN, infinity."""
+        """Make a query of checked vectors and options. Raises `BadVector` for zeros, NaN, infinity."""
         queries: Vectors = vectors.astype(np.float32)
         with np.errstate(over="ignore", invalid="ignore"):
             norms = np.sqrt(np.add.reduce(queries * queries, axis=1, keepdims=True))
