@@ -1,4 +1,4 @@
-"""tagstore: a datastore that maps images to the tags of similar images. `connect(url)` is where a client starts."""
+"""A datastore that maps images to the tags of similar images. A client starts with `connect(url)`."""
 
 from tagstore.types import Fingerprint, Neighbour, Pair, Retrieval, RetrievedTag, StoreInfo, Tag, TagInfo
 

@@ -1,30 +1,30 @@
-"""What can go wrong, as exceptions that know nothing of gRPC.
+"""The exceptions of this package, independent of gRPC.
 
     TagstoreError
-    ├── InvalidInput          the caller's request or data is wrong: fix it and try again
-    │   ├── BadImage          not an image that can be decoded within the limits
-    │   └── BadVector         wrong length, NaN, infinite or zero
+    ├── InvalidInput          the caller's request or data is wrong
+    │   ├── BadImage          bytes that do not decode to an image within the limits
+    │   └── BadVector         a vector of the wrong length, or with NaN, infinite or only zero values
     ├── NotFound              no such store, version, tag or file
-    ├── AlreadyExists         a store or key of that name is there
-    ├── FingerprintMismatch   vectors of another encoder
+    ├── AlreadyExists         the name is taken
+    ├── FingerprintMismatch   the vectors come from another encoder than the store's
     ├── Busy                  another writer holds the store
     ├── WriteFailed           the disk is full, read-only or broken; what was committed stays
-    ├── Damaged               what is on disk contradicts itself
+    ├── Damaged               data on disk is inconsistent
     ├── MissingExtra          an optional part of the package is not installed
-    ├── NotAuthenticated      the server wants a token or certificate, and this one is missing, wrong or expired
-    ├── NotPermitted          the caller is known and may not do this
+    ├── NotAuthenticated      the token or certificate is missing, wrong or expired
+    ├── NotPermitted          the caller has no right to do this
     └── Unavailable           the server cannot be reached, or did not answer in time
-        ├── TimedOut          the caller's deadline passed before its turn came
-        └── Overloaded        the server has more to do than it can: try again after `retry_after` seconds
+        ├── TimedOut          the caller's deadline passed while the request waited
+        └── Overloaded        the server or the caller is at its limit: try again after `retry_after` seconds
 
-Every message says what was wrong, where, and what to do. `status.py` holds the one table that maps these to status codes.
+Every message says what was wrong, where, and what to do. `wire/status.py` maps these classes to status codes.
 """
 
 from __future__ import annotations
 
 
 class TagstoreError(Exception):
-    """The root of all errors that this package raises on purpose."""
+    """Base class of all errors that this package raises on purpose."""
 
 
 class InvalidInput(TagstoreError, ValueError):
@@ -32,11 +32,11 @@ class InvalidInput(TagstoreError, ValueError):
 
 
 class BadImage(InvalidInput):
-    """Bytes that are no image, or one beyond the limits."""
+    """Bytes that do not decode to an image within the limits."""
 
 
 class BadVector(InvalidInput):
-    """A vector of the wrong length, or with values that mean nothing."""
+    """A vector of the wrong length, or with NaN, infinite or only zero values."""
 
 
 class NotFound(TagstoreError, LookupError):
@@ -44,7 +44,7 @@ class NotFound(TagstoreError, LookupError):
 
 
 class AlreadyExists(TagstoreError):
-    """Something of that name is there."""
+    """The name is taken."""
 
 
 class FingerprintMismatch(TagstoreError):
@@ -52,7 +52,7 @@ class FingerprintMismatch(TagstoreError):
 
     @classmethod
     def between(cls, store: str, expected: object, got: object) -> FingerprintMismatch:
-        """The message with both fingerprints in it."""
+        """Make the error with both fingerprints in its message."""
         return cls(
             f"store '{store}' holds vectors of encoder {expected}, these are of encoder {got}: "
             "cosines between them mean nothing. Use the store's encoder, or another store."
@@ -68,7 +68,7 @@ class WriteFailed(TagstoreError, OSError):
 
 
 class Damaged(TagstoreError):
-    """What is on disk contradicts itself."""
+    """Data on disk is inconsistent."""
 
 
 class MissingExtra(TagstoreError, ImportError):
@@ -80,11 +80,11 @@ class Unavailable(TagstoreError, ConnectionError):
 
 
 class TimedOut(Unavailable):
-    """The caller's deadline passed before its turn came."""
+    """The caller's deadline passed while the request waited."""
 
 
 class Overloaded(Unavailable):
-    """The server has more to do than it can, or the caller has more in flight than it may."""
+    """The server or the caller has as many requests in flight as it may."""
 
     def __init__(self, message: str, retry_after: float = 1.0) -> None:
         super().__init__(message)
@@ -93,8 +93,8 @@ class Overloaded(Unavailable):
 
 
 class NotAuthenticated(TagstoreError):
-    """A token or certificate that is missing, wrong or expired."""
+    """The token or certificate is missing, wrong or expired."""
 
 
 class NotPermitted(TagstoreError):
-    """A caller that is known and may not do this."""
+    """The caller has no right to do this."""

@@ -1,6 +1,6 @@
-"""The words of the project as values. Nothing here does anything; nothing here imports more than numpy.
+"""The value types that all rooms share. They hold data only, and import nothing beyond numpy.
 
-Pair ──mine──▶ Tag      Pair ──embed──▶ unit vector      query ──retrieve──▶ Retrieval(Neighbour, RetrievedTag)
+Pair ──mine──▶ Tag      Pair ──embed──▶ unit vector      query ──retrieve──▶ Retrieval
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import wraps
+from functools import cached_property, wraps
 from hashlib import sha256
 from json import dumps
 from typing import Any, Literal, TypeVar, get_args
@@ -31,7 +31,7 @@ _FORMER_NAMES: dict[type, dict[str, str]] = {}
 
 
 def current_names(kind: type, values: Mapping[str, Any], *, stacklevel: int = 3) -> dict[str, Any]:
-    """Replace former names of a type's fields by the present ones, with a `DeprecationWarning` for each."""
+    """Replace former names of a type's fields with the present ones, with a `DeprecationWarning` each."""
     former = _FORMER_NAMES.get(kind, {})
     renamed = {former[name]: value for name, value in values.items() if name in former}
     for name in former.keys() & values.keys():
@@ -48,9 +48,9 @@ def _renamed(**former: str) -> Callable[[type[T]], type[T]]:
 
         @wraps(create)
         def init(self: Any, *args: Any, **values: Any) -> None:
-            create(
-                self, *args, **(values if former.keys().isdisjoint(values) else current_names(kind, values))
-            )
+            if not former.keys().isdisjoint(values):
+                values = current_names(kind, values)
+            create(self, *args, **values)
 
         kind.__init__ = init
         for name, present in former.items():
@@ -85,12 +85,12 @@ class Pair:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """Further columns of the source; JSON values."""
     origin: str = ""
-    """Where it was read (file and line or member), for messages."""
+    """Where it was read, for messages: file with line or member."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """A pair that was read and could not be used: it is quarantined with its reason, the rest goes on."""
+    """A pair that cannot be used. It is quarantined with its reason, and the ingest continues."""
 
     key: str
     reason: str
@@ -105,27 +105,27 @@ class Tag:
     """As shown: "blue sky", "Montepulciano"."""
     kind: Kind
     span: tuple[int, int]
-    """Character offsets `[start, end)` in the caption that the tag was read from; `(0, 0)` when it has no place in one."""
+    """Character offsets `[start, end)` in its caption; `(0, 0)` if it has no place in one."""
     caption: int = 0
-    """Index into `Pair.captions`; -1 for a tag that comes from metadata."""
+    """Index into `Pair.captions`; -1 for a tag from the metadata."""
     score: float = 1.0
     """Confidence in [0, 1]."""
     canonical: str = ""
-    """What makes two tags of a kind the same tag (folded case and number); the text itself if left empty."""
+    """Text with case and number folded, which identifies a tag within its kind; `text` if empty."""
     label: str = ""
-    """What a miner knows beyond the kind: of an entity `PERSON`, `GPE`, `ORG`, `BRAND`; of a custom tag its column."""
+    """Detail of the kind: `PERSON`, `GPE`, `ORG` or `BRAND` for an entity, the column for a custom tag."""
 
     def __post_init__(self) -> None:
         if not self.canonical:
             object.__setattr__(self, "canonical", self.text)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Fingerprint:
-    """Everything that decides what a vector means. Two encoders agree on vectors if and only if their fingerprints are equal."""
+    """Everything that determines an encoder's vectors: two encoders agree if and only if the digests do."""
 
     model: str
-    """What the encoder was asked for: `mini`, `ViT-L-14/openai`, `local-dir:PATH`."""
+    """Name that the encoder was loaded by: `mini`, `ViT-L-14/openai`, `local-dir:PATH`."""
     weights: str
     """sha256 (hex) over the names, dtypes, shapes and bytes of all weights."""
     preprocess: Mapping[str, Any]
@@ -134,9 +134,9 @@ class Fingerprint:
     normalised: bool
     dimension: int
 
-    @property
+    @cached_property
     def digest(self) -> str:
-        """16 hex digits that stand for the whole; `model` is left out: it is a name, the weights say which model it is."""
+        """Hash of all fields but `model`, which is only a name: 16 hex digits."""
         value = {k: v for k, v in asdict(self).items() if k != "model"}
         return sha256(dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -146,23 +146,23 @@ class Fingerprint:
 
 @dataclass(frozen=True, slots=True)
 class EntryTag:
-    """A tag as one entry carries it."""
+    """A tag of one entry."""
 
     tag_id: int
     score: float
-    """Of the surest mention, in [0, 1]; kept to 1/255."""
+    """Confidence of the surest mention, in [0, 1], stored in steps of 1/255."""
     mentions: tuple[tuple[int, int, int], ...] = ()
-    """Provenance: (caption, start, end) of each place it was read from; caption -1 is the metadata."""
+    """Each place it was mined from: (caption, start, end); caption -1 is the metadata."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What a store keeps of a pair, beside its vector."""
+    """A pair as a store keeps it, without its vector."""
 
     entry_id: int
     key: str
     sha256: bytes
-    """Of the encoded image, 32 bytes."""
+    """Digest of the encoded image, 32 bytes."""
     perceptual_hash: int
     """64-bit pHash of the decoded image."""
     captions: tuple[str, ...]
@@ -175,56 +175,62 @@ class Entry:
 @_renamed(perceptual_hash="hash_distance")
 @dataclass(frozen=True, slots=True)
 class Exclude:
-    """Entries that must not be among a query's neighbours. A training query that finds its own image teaches a model to copy."""
+    """Entries that must not be among a query's neighbours.
+
+    A training query that finds its own image teaches a model to copy.
+    """
 
     key: bool = False
-    """The entry that has the query's own key (`Identity.key`)."""
+    """Exclude the entry that has the query's key (`Identity.key`)."""
     sha256: bool = False
-    """Entries of the very same encoded image."""
+    """Exclude entries of the same encoded image."""
     hash_distance: int = -1
-    """Entries whose perceptual hash differs from the query's in at most this many of 64 bits; -1 to compare none."""
+    """Bits, of 64, in which an excluded entry's perceptual hash may differ from the query's; -1 for none."""
     keys: tuple[str, ...] = ()
-    """Further keys that no query of the request may find."""
+    """Keys of further entries that no query of the request may find; `entry_ids` are theirs by id."""
     entry_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Which image a query is, for `Exclude`. Hashes of a query by image are computed where it is answered; one by vector brings them."""
+    """The image behind a query, for `Exclude`.
+
+    A query by vector must bring the hashes that are compared; those of a query by image are computed for it.
+    """
 
     key: str = ""
     sha256: bytes = b""
-    """32 bytes, or empty if not known."""
+    """Digest of the encoded image, 32 bytes; empty if unknown."""
     perceptual_hash: int | None = None
-    """64 bits unsigned, or None if not known."""
+    """64-bit pHash of the decoded image; None if unknown."""
 
 
 @_renamed(neighbours="with_neighbours", texts="with_texts")
 @dataclass(frozen=True, slots=True)
 class Search:
-    """How queries are answered: the options of a request, the same for each of its queries."""
+    """Options of a request, the same for each of its queries."""
 
     k: int = 5
-    """Neighbours a query, 1 to 1000; fewer come back if the store has fewer that qualify."""
+    """Neighbours per query, 1 to 1000; fewer come back if fewer entries qualify."""
     max_tags: int = 0
-    """At most so many tags a query, best first; 0 for all."""
+    """Largest number of tags per query, best first; 0 for all."""
     min_similarity: float = -1.0
-    """Neighbours less similar than this are left out."""
+    """Lowest cosine of a neighbour."""
     order: Order = "votes"
-    """What ranks merged tags first; ties are broken by the others in the order votes, similarity, relevance, then by tag id."""
+    """First signal that ranks tags. Votes, similarity, relevance and tag id, in this order, break ties."""
     where: Mapping[str, str] = field(default_factory=dict)
-    """Only entries whose metadata has these values, compared as text: {"brand": "Oatly"}."""
+    """Metadata values that a neighbour must have, compared as text: {"brand": "Oatly"}."""
     exclude: Exclude = Exclude()
     exact: bool = False
-    """Search all vectors, whatever the index."""
+    """Compare all vectors, whatever the index."""
     nprobe: int = 0
-    """Of an inverted file: lists visited; 0 for what the index was tuned to. Ignored by other kinds."""
+    """Lists that an inverted file visits; 0 for the tuned number. Other kinds of index ignore it."""
     ef_search: int = 0
-    """Of HNSW: length of the candidate list; 0 for what the index was tuned to. Ignored by other kinds."""
+    """Length of HNSW's candidate list; 0 for the tuned length. Other kinds of index ignore it."""
     with_neighbours: bool = True
-    """Return neighbours, and of each tag those that carry it."""
+    """Return the neighbours, and for each tag those that carry it."""
     with_texts: bool = True
-    """Return the tags' texts and kinds; a caller that knows the vocabulary needs only the ids."""
+    """Return the tags' texts and kinds; a caller that has the vocabulary needs only ids."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,24 +245,24 @@ class Neighbour:
 
 @dataclass(frozen=True, slots=True)
 class RetrievedTag:
-    """A tag of the neighbours, with its signals."""
+    """A tag of a query's neighbours, with its signals."""
 
     tag_id: int
     tag: str
     kind: Kind
     similarity: float
-    """Of the best neighbour that carries it."""
+    """Cosine of the best neighbour that carries it."""
     votes: int
-    """How many neighbours carry it."""
+    """Number of neighbours that carry it."""
     relevance: float
     """Cosine of the tag's text embedding and the query's image vector."""
     neighbours: tuple[int, ...]
-    """The `entry_id`s of the neighbours that carry it, best first; empty where neighbours were not asked for."""
+    """Entry ids of the neighbours that carry it, best first; empty without `Search.with_neighbours`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Retrieval(Sequence[RetrievedTag]):
-    """The answer to one query: a sequence of its retrieved tags, with the neighbours and the version they came from."""
+    """The answer to one query: a sequence of retrieved tags, with their neighbours and version."""
 
     store: str
     version: int
@@ -265,9 +271,9 @@ class Retrieval(Sequence[RetrievedTag]):
     neighbours: tuple[Neighbour, ...]
     tags: tuple[RetrievedTag, ...]
     excluded: int = 0
-    """How many nearer entries `Search.exclude` kept out."""
+    """Number of nearer entries that `Search.exclude` kept out."""
     degraded: bool = False
-    """No store answered: a client that may go on without tags made this up."""
+    """Whether no store answered, and a client that may continue without tags made this substitute."""
 
     def __len__(self) -> int:
         return len(self.tags)
@@ -287,20 +293,20 @@ class TagInfo:
     text: str
     kind: Kind
     count: int
-    """How many entries of the version carry it."""
+    """Number of entries of the version that carry it."""
     embedding: NDArray[np.float32] | None = None
-    """Its text embedding, `[D]` float32 of unit length, where asked for."""
+    """Text embedding, `[D]` float32 of unit length; None unless the caller asked for it."""
 
 
 @dataclass(frozen=True, slots=True)
 class StoreInfo:
-    """What is known of one version of a store."""
+    """Description of one version of a store."""
 
     store: str
     version: int
     entries: int
     tags: int
-    """Tags over all entries, counted once an entry."""
+    """Sum of the entries' numbers of tags."""
     unique_tags: int
     fingerprint: Fingerprint
     index: Mapping[str, Any]

@@ -18,11 +18,11 @@ from tagstore.cli import cli
 from tagstore.errors import BadVector, InvalidInput
 from tagstore.indexing import exact, faiss_index, plans
 from tagstore.indexing.faiss_index import FaissIndex
-from tagstore.indexing.protocol import Allowed, NumpyIndex
+from tagstore.indexing.protocol import NumpyIndex
 from tagstore.mining import MergedTag
 from tagstore.retrieval import filters, tag_votes
 from tagstore.retrieval.engine import Engine
-from tagstore.storage.rows import widened
+from tagstore.storage.rows import Allowed, widened
 from tagstore.storage.staging import Draft
 from tagstore.storage.store import Snapshot, Store
 from tagstore.storage.writer import Writer

@@ -108,7 +108,7 @@ def test_a_version_that_is_not_open_is_opened_once_for_all_who_wait(
         return plain(*arguments)
 
     monkeypatch.setattr(server.catalog, "engine", slow)
-    server.catalog._hot.clear()
+    server.catalog._current.clear()
     with ThreadPoolExecutor(8) as pool:
         calls = [pool.submit(stub.Retrieve, vector_request(mini)) for _ in range(8)]
         opened.acquire()

@@ -27,10 +27,10 @@ from benchmarks import synthetic
 from benchmarks.processes import memory_mib
 from benchmarks.report import arguments_parser, seconds, table, write
 from tagstore.indexing import exact, faiss_index, plans
-from tagstore.indexing.protocol import Allowed
 from tagstore.retrieval.engine import Engine
 from tagstore.retrieval.tag_votes import RetrievalColumns
 from tagstore.storage.codec import decode_hot
+from tagstore.storage.rows import Allowed
 from tagstore.storage.store import Snapshot, Store
 from tagstore.storage.tables import U64
 from tagstore.types import Search

@@ -63,7 +63,7 @@ def serve(
     Prints HOST:PORT when ready. Ctrl-C and SIGTERM finish the calls in flight first.
     """
     from tagstore.serving.settings import Limits, Settings, default_workers
-    from tagstore.serving.signals import Runs, run
+    from tagstore.serving.signals import RunnableServer, run
 
     limits = Limits(
         threads=threads,
@@ -77,7 +77,7 @@ def serve(
         from tagstore.serving.logs import use_json
 
         use_json()
-    server: Runs
+    server: RunnableServer
     if checked.workers > 1:
         from tagstore.serving.workers import Supervisor
 

@@ -21,8 +21,7 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from tagstore.indexing.protocol import Allowed
-from tagstore.storage.rows import BLOCK_ROWS
+from tagstore.storage.rows import BLOCK_ROWS, Allowed
 from tagstore.storage.snapshot import Snapshot
 from tagstore.types import Vectors
 
@@ -104,8 +103,8 @@ def search(
 
     def scan(part: int) -> Candidates:
         best = _Best(len(queries), k)
-        runs = (range(max(first, start), min(end, start + SCAN_ROWS)) for start in starts[part::parts])
-        for ids, rows in snapshot.scan_vectors(runs, allowed.holds):
+        runs = [range(max(first, start), min(end, start + SCAN_ROWS)) for start in starts[part::parts]]
+        for ids, rows in snapshot.scan_vectors(runs, allowed):
             similarities, best_rows = faiss.knn(queries, rows, min(k, len(rows)), faiss.METRIC_INNER_PRODUCT)
             best.add(similarities, ids[best_rows])
         return best.take()

@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 from tagstore.errors import Damaged, InvalidInput
 from tagstore.indexing import exact, plans
 from tagstore.indexing.plans import Advance, Plan
-from tagstore.indexing.protocol import PLAIN, Allowed
+from tagstore.indexing.protocol import PLAIN
 from tagstore.storage.generations import sync_directory
-from tagstore.storage.rows import widened
+from tagstore.storage.rows import Allowed, widened
 from tagstore.storage.snapshot import Snapshot
 from tagstore.storage.version import Version
 from tagstore.types import Search, Vectors

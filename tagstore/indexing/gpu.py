@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from tagstore.errors import Damaged, InvalidInput, MissingExtra
 from tagstore.indexing import exact
 from tagstore.indexing.faiss_index import FaissIndex
-from tagstore.indexing.protocol import PLAIN, Allowed
+from tagstore.indexing.protocol import PLAIN
+from tagstore.storage.rows import Allowed
 from tagstore.storage.snapshot import Snapshot
 from tagstore.types import Search, Vectors
 

@@ -8,49 +8,15 @@ depend on the index, on the batch a query came in, or on the machine's BLAS.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tagstore.storage.rows import Allowed
 from tagstore.types import Search, Vectors
 
 PLAIN = Search()
-
-
-@dataclass(frozen=True, slots=True)
-class Allowed:
-    """A set of entry ids, as bits: bit i (little endian in its byte) for entry i."""
-
-    bits: NDArray[np.uint8]
-    count: int
-
-    @classmethod
-    def of(cls, bits: NDArray[np.uint8]) -> Allowed:
-        """The set of the ids whose bit is set."""
-        return cls(bits, int(np.bitwise_count(bits).sum(dtype=np.int64)))
-
-    def ids(self) -> NDArray[np.int64]:
-        """Its members, ascending."""
-        return np.flatnonzero(np.unpackbits(self.bits, bitorder="little")).astype(np.int64)
-
-    def between(self, first: int, end: int) -> int:
-        """Count the members in `[first, end)`."""
-        end = min(end, 8 * len(self.bits))
-        if first >= end:
-            return 0
-        bits = np.unpackbits(self.bits[first // 8 : -(-end // 8)], bitorder="little")
-        return int(np.count_nonzero(bits[first % 8 : first % 8 + end - first]))
-
-    def holds(self, ids: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Which of the ids are members; negative ids and those beyond the bits are not."""
-        inside = (ids >= 0) & (ids < 8 * len(self.bits))
-        safe = np.where(inside, ids, 0)
-        held: NDArray[np.bool_] = inside & (self.bits[safe >> 3] >> (safe & 7).astype(np.uint8) & 1).astype(
-            bool
-        )
-        return held
 
 
 class Index(Protocol):

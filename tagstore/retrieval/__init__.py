@@ -1,1 +1,1 @@
-"""One version opened to answer, and all stores of a root: neighbours, tag votes, filters, the leak guard."""
+"""Answer queries from opened versions: neighbours, tag votes, filters, the leak guard."""

@@ -25,8 +25,7 @@ from tagstore.errors import (
 )
 from tagstore.indexing.gpu import devices
 from tagstore.indexing.protocol import PLAIN
-from tagstore.retrieval.checks import check_request
-from tagstore.retrieval.engine import Engine, Query
+from tagstore.retrieval.engine import Engine, Query, check_request
 from tagstore.storage.store import Store, store_names
 from tagstore.types import Exclude, Fingerprint, Identity, Retrieval, Search, StoreInfo, Vectors
 
@@ -55,7 +54,7 @@ class Catalog:
         self._index_device = device if devices() else "cpu"
         if device.startswith("cuda") and not devices():
             log.warning(
-                "indexes are searched on the CPU: the installed FAISS knows no GPU (the extra `gpu` has one that does)"
+                "indexes are searched on the CPU: this FAISS has no GPU support (install the extra `gpu`)"
             )
         self._stores: dict[str, Store] = {}
         self._engines: dict[tuple[str, int], Engine] = {}
@@ -64,7 +63,8 @@ class Catalog:
         self._decoders = ThreadPoolExecutor(thread_name_prefix="decode")
         if not self.root.is_dir():
             raise NotFound(
-                f"{self.root.resolve()} is no directory: `tagstore ingest SRC --root {self.root} --store NAME` makes one"
+                f"{self.root.resolve()} is no directory: "
+                f"`tagstore ingest SRC --root {self.root} --store NAME` makes one"
             )
 
     def engine(self, store: str, version: int = 0) -> Engine:

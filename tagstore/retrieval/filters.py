@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tagstore.errors import InvalidInput
-from tagstore.indexing.protocol import Allowed
+from tagstore.storage.rows import Allowed
 from tagstore.storage.store import Snapshot
 
 FILTER_BYTES = 64 << 20

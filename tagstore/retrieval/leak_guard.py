@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tagstore.errors import InvalidInput
-from tagstore.indexing.protocol import Allowed
+from tagstore.storage.rows import Allowed
 from tagstore.storage.store import Snapshot
 from tagstore.types import Exclude, Identity
 
@@ -59,8 +59,8 @@ class Guard:
         ):
             if compared and not all(known):
                 raise InvalidInput(
-                    f"entries are to be excluded by {name}, but that of query {known.index(False)} is not known: "
-                    "give it in its identity"
+                    f"entries are to be excluded by {name}, but that of query {known.index(False)} "
+                    "is not known: give it in its identity"
                 )
 
     def allows(self, queries: NDArray[np.int64], candidates: NDArray[np.int64]) -> NDArray[np.bool_]:

@@ -1,1 +1,1 @@
-"""What a server needs around the catalog: batches of concurrent work, callers and their rights, an audit log, metrics, spans."""
+"""The gRPC server: batches of concurrent work, callers and their rights, an audit log, metrics and spans."""

@@ -1,15 +1,16 @@
-"""Who calls, and what they may do.
+"""Callers and their rights.
 
-A file (or the environment variable TAGSTORE_TOKENS) lists the callers as JSON, and is read again when it changes:
+A file, which is read again when it changes, or the variable TAGSTORE_TOKENS lists the callers as JSON:
 
     {"callers": [
       {"name": "trainer", "token": "a long random text", "stores": {"fashion": "read"}},
-      {"name": "data team", "sha256": "sha256 of the token, hex", "stores": {"fashion": "ingest", "*": "read"}},
+      {"name": "data team", "sha256": "hex sha256 of its token", "stores": {"shoes": "ingest", "*": "read"}},
       {"name": "operator", "certificate": "common name of its client certificate", "stores": {"*": "admin"}}
     ]}
 
-`read` looks tags up, `ingest` also adds to a store and deletes from it, `admin` also rolls back, builds indexes, loads and unloads. A token
-comes as `authorization: Bearer TOKEN`; only its sha256 is compared, against every caller's, in constant time.
+`read` looks tags up, `ingest` also adds to a store and deletes from it, `admin` also rolls back, builds
+indexes, loads and unloads. A token comes as `authorization: Bearer TOKEN`; its sha256 is compared with every
+caller's, in constant time.
 """
 
 from __future__ import annotations
@@ -33,25 +34,27 @@ log = logging.getLogger(__name__)
 Role = Literal["read", "ingest", "admin"]
 ROLES: tuple[Role, ...] = get_args(Role)
 VARIABLE = "TAGSTORE_TOKENS"
-_KNOWN = {"name", "token", "sha256", "certificate", "stores"}
+"""Environment variable with the callers."""
+_KEYS = {"name", "token", "sha256", "certificate", "stores"}
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Somebody who is known, or anybody."""
+    """A caller, identified or anonymous."""
 
     name: str
     stores: Mapping[str, Role] = field(default_factory=dict)
     """Role by store; "*" is every store that is not named."""
     known: bool = True
-    """Whether a token or certificate says who it is."""
+    """Whether a token or certificate identifies the caller."""
 
     def may(self, role: Role, store: str) -> bool:
+        """Tell whether the caller has a role on a store, or a higher one."""
         granted = self.stores.get(store, self.stores.get("*"))
         return granted is not None and ROLES.index(granted) >= ROLES.index(role)
 
     def check(self, role: Role, store: str) -> None:
-        """Raises `NotPermitted`; whether there is such a store is not told."""
+        """Raise `NotPermitted` if the caller lacks a role, whether or not the store exists."""
         if not self.may(role, store):
             raise NotPermitted(
                 f"{self.name} may not {_VERBS[role]} store '{store}': ask for the role {role} on it"
@@ -65,10 +68,11 @@ class Access:
     """The callers of a server.
 
     Args:
-        path: of the file; None to read the environment variable.
-        anonymous: what callers without a token or certificate may do on every store; None for nothing, which is the default as soon as
-            there are tokens. Without tokens it is `read`.
-        certificates: whether client certificates are asked for. A caller whose certificate is in no list may read.
+        path: file of callers; None to read the environment variable.
+        anonymous: role of callers without token or certificate on every store. None: `read` if the server
+            asks for neither, else no role.
+        certificates: whether the server asks for client certificates. A caller whose certificate is not
+            listed may read.
     """
 
     def __init__(
@@ -92,14 +96,14 @@ class Access:
         self._anonymous = Caller("a caller without a token", {"*": granted}, known=False) if granted else None
 
     def caller(self, authorization: str, certificate: str = "") -> Caller:
-        """Who a call comes from.
+        """Identify the caller of a call.
 
         Args:
-            authorization: the metadata of that name, or "".
+            authorization: metadata of that name, or "".
             certificate: common name of the client's certificate, which TLS has verified; or "".
 
         Raises:
-            NotAuthenticated: a token that nobody has, or none where one is needed.
+            NotAuthenticated: the token is unknown, or missing where one is required.
         """
         if self._path is not None and time.monotonic() - self._checked > 1.0:
             self._reload(self._path)
@@ -108,13 +112,11 @@ class Access:
             if scheme.lower() != "bearer" or not token:
                 raise NotAuthenticated("the metadata 'authorization' is not 'Bearer TOKEN'")
             digest = hashlib.sha256(token.strip().encode()).digest()
-            found = None
-            for known, caller in self._tokens:  # all of them, so that the time says nothing of which it was
-                if hmac.compare_digest(known, digest):
-                    found = caller
-            if found is None:
+            # all tokens are compared, so that the time does not tell which one matched
+            matching = [caller for known, caller in self._tokens if hmac.compare_digest(known, digest)]
+            if not matching:
                 raise NotAuthenticated("the token is not known here: it is mistyped, or was withdrawn")
-            return found
+            return matching[-1]
         if certificate:
             return self._certificates.get(certificate) or Caller(
                 f"certificate '{certificate}'", {"*": "read"}
@@ -136,7 +138,7 @@ class Access:
                 self._read(_text(path), str(path))
                 log.warning("read %s again: %d callers", path, len(self._tokens) + len(self._certificates))
             except InvalidInput as error:
-                log.error("the tokens of before stay in use: %s", error)
+                log.error("the previous tokens stay in use: %s", error)
 
     def _read(self, text: str, origin: str) -> None:
         tokens: list[tuple[bytes, Caller]] = []
@@ -149,7 +151,8 @@ class Access:
             if isinstance(error, InvalidInput):
                 raise
             raise InvalidInput(
-                f'{origin} is no list of callers: write {{"callers": [{{"name": ..., "token": ..., "stores": ...}}]}}'
+                f"{origin} is no list of callers: "
+                'write {"callers": [{"name": ..., "token": ..., "stores": ...}]}'
             ) from error
         self._tokens, self._certificates = tokens, certificates
 
@@ -157,10 +160,10 @@ class Access:
 def _parse(
     entry: Mapping[str, Any], where: str, tokens: list[tuple[bytes, Caller]], certificates: dict[str, Caller]
 ) -> None:
-    unknown = set(entry) - _KNOWN
+    unknown = set(entry) - _KEYS
     if unknown:
         raise InvalidInput(
-            f"{where} has the unknown key '{min(unknown)}': there are {', '.join(sorted(_KNOWN))}"
+            f"{where} has the unknown key '{min(unknown)}': there are {', '.join(sorted(_KEYS))}"
         )
     stores = entry.get("stores") or {}
     for store, role in stores.items():
@@ -190,7 +193,7 @@ def _parse(
 
 
 def bearer(metadata: Iterable[tuple[str, str | bytes]]) -> str:
-    """`authorization` of a call's metadata, or ""."""
+    """Return `authorization` from a call's metadata, or ""."""
     for key, value in metadata:
         if key == "authorization":
             return value if isinstance(value, str) else value.decode("utf-8", "replace")

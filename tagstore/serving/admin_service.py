@@ -1,4 +1,4 @@
-"""The servicer that changes stores: the library's own functions behind the gate, with an audit line for each call."""
+"""The servicer that changes stores with the library's functions, and writes each call into the audit log."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class AdminService:
     """`tagstore.v1.Admin` over a catalog.
 
     Args:
-        announce: told what the other workers on this port must know: {"unload": STORE}.
+        announce: called with what the other workers of this port must know: {"unload": STORE}.
     """
 
     def __init__(
@@ -43,7 +43,9 @@ class AdminService:
         start = first.start
         call.caller.check("ingest", start.store)
         if start.encoder not in ("", "mini"):
-            call.caller.check("admin", start.store)  # it may name files of the server, or something to fetch
+            call.caller.check(
+                "admin", start.store
+            )  # the name may be of a file on the server, or of a download
         with self._recorded("Ingest", start.store, call):
             report = ingest_pairs(
                 _pairs(requests, send),
@@ -64,7 +66,7 @@ class AdminService:
             send(pb.IngestResponse(report=_report(report)))
 
     def _encoder(self, start: pb.IngestStart) -> str | Encoder | None:
-        """The store's encoder as it is loaded here already, unless another one is asked for."""
+        """Return the requested encoder, or the store's, which the catalog may have loaded."""
         if start.encoder:
             return start.encoder
         try:
@@ -74,7 +76,7 @@ class AdminService:
 
     @contextmanager
     def _recorded(self, method: str, store: str, call: Call) -> Iterator[None]:
-        """Audit lines around what takes long: one at its beginning, one at its end."""
+        """Write one audit line when a long call begins and one when it ends."""
         event: dict[str, Any] = {
             "method": method,
             "store": store,
@@ -85,14 +87,14 @@ class AdminService:
         try:
             yield
         except BaseException as error:
-            self.gate.audit.write(event="failed", reason=str(error) or "the caller broke off", **event)
+            self.gate.audit.write(event="failed", reason=str(error) or "the caller disconnected", **event)
             raise
         self.gate.audit.write(event="done", **event)
 
     @answering("ingest", writes=True)
     def Delete(self, request: pb.DeleteRequest, call: Call) -> pb.DeleteResponse:  # noqa: N802
-        near = [(n.perceptual_hash, n.distance) for n in request.near]
-        selection = Selection(list(request.keys), list(request.sha256), near, dict(request.where))
+        neighbourhoods = [(n.perceptual_hash, n.distance) for n in request.near]
+        selection = Selection(list(request.keys), list(request.sha256), neighbourhoods, dict(request.where))
         version, keys = delete(self._catalog.root, request.store, selection)
         return pb.DeleteResponse(version=_version(version), keys=keys)
 
@@ -119,7 +121,7 @@ class AdminService:
                 kind=request.kind or "auto",
                 device=self._catalog.device,
                 advance=lambda stage, rows: call.check(),
-                say=lambda what: send(pb.BuildIndexResponse(progress=what)),
+                say=lambda progress: send(pb.BuildIndexResponse(progress=progress)),
             )
             report = json.dumps(outcome.report(), sort_keys=True)
             send(pb.BuildIndexResponse(version=_version(outcome.version), report=report))
@@ -159,7 +161,7 @@ def _pairs(
                 raise errors.InvalidInput(
                     f"a message of an ingest is a pair or a rejected one, not {other or 'empty'}"
                 )
-    # a caller that broke off looks like one that has sent all it has: only to the former can nothing be sent
+    # a caller that disconnected looks like one that has finished, but sending to it fails
     send(pb.IngestResponse())
 
 
@@ -176,16 +178,16 @@ def _version(version: Version) -> pb.VersionInfo:
     )
 
 
-def _diff(found: Diff) -> pb.DiffResponse:
+def _diff(difference: Diff) -> pb.DiffResponse:
     return pb.DiffResponse(
-        before=found.before,
-        after=found.after,
-        added=found.added,
-        removed=found.removed,
-        changed=found.changed,
+        before=difference.before,
+        after=difference.after,
+        added=difference.added,
+        removed=difference.removed,
+        changed=difference.changed,
         tags=[
             pb.TagChange(text=text, kind=convert.KIND_TO_WIRE[kind], before=b, after=a)
-            for text, kind, b, a in found.tags
+            for text, kind, b, a in difference.tags
         ],
     )
 

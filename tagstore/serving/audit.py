@@ -1,4 +1,4 @@
-"""A log of writes and refusals, JSON Lines: who, from where, what, to which store, and what came of it."""
+"""A log of writes and refusals as JSON lines: caller, address, method, store and outcome."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tagstore.errors import WriteFailed
 
 
 class Audit:
-    """Appends to a file, one whole line a write, so that several workers can share it; None to keep no log."""
+    """Appends to a file, one line per write, so that workers can share it. A path of None keeps no log."""
 
     def __init__(self, path: str | Path | None) -> None:
         try:
@@ -23,7 +23,7 @@ class Audit:
             raise WriteFailed(f"the audit log {path} cannot be written: {error.strerror}") from error
 
     def write(self, **event: Any) -> None:
-        """Add an event; its time and process are added here. Raises `WriteFailed`: what cannot be recorded should not be done."""
+        """Add an event with its time and process. Raises `WriteFailed`: an action must not go unrecorded."""
         if self._file < 0:
             return
         event = {

@@ -1,16 +1,15 @@
-"""Work of concurrent calls, done together beside the event loop: searches in one queue, images and texts in another.
+"""Batches the work of concurrent calls: searches in one queue, images and texts in another.
 
-The loop takes calls in and sends answers; threads work. What comes while a batch of its kind is under way waits for it,
-and then goes with all the others that wait: no window to tune, zero when idle, and the busier, the larger the batches.
-One batch of a kind runs at a time: it uses the cores by itself, and more Python threads at work would only take the
-interpreter from each other and from the loop (four threads cost twice the CPU of one here). For the same reason the
-results of a batch, which are Python's work, are made in the loop where that is known to be quick: a thread that made
-them beside the loop would make both wait for the interpreter (a sixth fewer answers here). A query that comes alone to
-an idle server, of a kind known to be quick, runs in the loop at once: to hand it to a thread and back takes longer.
+The event loop receives calls and sends answers; threads do the work. A call that arrives while a batch of its
+kind runs waits for it, then joins all others that wait. So there is no window to tune, an idle server adds no
+delay, and batches grow with the load. One batch of a kind runs at a time: it uses all cores, and further
+Python threads would contend for the interpreter (four threads cost twice the CPU time of one). For the same
+reason the loop itself finishes a batch, which is Python work, if that is known to be short: a thread would
+contend with the loop (a sixth fewer answers). A lone query of a short kind runs in the loop of an idle
+server, because handing it to a thread takes longer.
 
-The queue is bounded by time: a call that would wait longer than `max_wait` is refused at once with `Overloaded`, unless
-hardly anything waits. One whose caller has gone, or whose deadline passes, while it waits is dropped before any work is
-done for it.
+Time bounds the queue. A call that would wait longer than `max_wait` is refused at once with `Overloaded`,
+unless few rows wait. A call whose caller leaves or whose deadline passes is dropped before any work for it.
 """
 
 from __future__ import annotations
@@ -31,19 +30,21 @@ F = TypeVar("F")
 R = TypeVar("R")
 
 MAX_PACES = 4096
-"""Kinds of work whose pace is remembered."""
+"""Kinds of work whose pace is kept."""
 REGROUP_SHARE = 0.1
-"""Pause after a batch of a slow kind, as a share of the time that it took. Callers who are answered ask again, and go
-along with those that came meanwhile: without it they fall into two groups that wait for each other."""
+"""Pause after a batch, as a share of its run time. Callers that were answered ask again and join those that
+came meanwhile; without the pause they form two groups that wait for each other."""
 MIN_PAUSE = 0.001
-"""Seconds of the shortest pause that is worth a timer."""
+"""Seconds of the shortest pause that gets a timer."""
 TRUSTED_BATCHES = 8
-"""Batches of a kind before its pace is trusted: the first ones of a new version are small and read cold pages."""
+"""Batches to observe before the pace of a kind is trusted: the first of a version read cold pages."""
 FINISH_SECONDS = 0.005
-"""Seconds that making a batch's results may take in the loop: half as long again as 64 plain queries on a slow core."""
+"""Seconds that finishing a batch may take in the loop: 1.5 times that of 64 plain queries on a slow core."""
 
 
 class _Call(Generic[T, R]):
+    """An item that waits for a batch."""
+
     __slots__ = ("arrived", "deadline", "future", "item", "rows", "store")
 
     def __init__(
@@ -54,7 +55,7 @@ class _Call(Generic[T, R]):
 
 
 class _Pace:
-    """Seconds a row that a kind took lately."""
+    """Moving averages of the seconds per row that a kind takes, to run and to finish."""
 
     __slots__ = ("batches", "finish", "run")
 
@@ -70,7 +71,7 @@ class _Pace:
 
 
 class _Batch(Generic[T, F, R]):
-    """Calls of one kind, on their way through."""
+    """Calls of one kind that are processed together."""
 
     __slots__ = (
         "calls",
@@ -89,28 +90,28 @@ class _Batch(Generic[T, F, R]):
     ) -> None:
         self.key, self.calls, self.rows, self.waited = key, calls, rows, waited
         self.finish_here = finish_here
-        """Whether the thread that runs it also makes its results."""
+        """Whether the thread that runs the batch also finishes it."""
         self.outcome: F | None = None
         self.results: Sequence[R | Exception] | None = None
         self.run_seconds = self.finish_seconds = 0.0
 
 
 class BatchQueue(Generic[T, F, R]):
-    """Runs items of concurrent calls together. All but `wait`, `run` and `finish` is for the loop's thread.
+    """Runs items of concurrent calls together. Other threads than the loop's may use `wait` only.
 
     Args:
-        name: of who works, for messages: "search".
-        run: does most of the work of items that have the same key, in any thread, and leaves the interpreter to others
-            meanwhile. If it or `finish` raises for several items, each is run by itself, so that one bad item does not
-            fail the others.
+        name: name of the worker, for messages: "search".
+        run: does most of the work for items of one key, in any thread, and releases the interpreter
+            meanwhile. If it or `finish` raises for several items, each is run by itself, so that one bad item
+            does not fail the rest.
         finish: makes the results of the items, in their order, from what `run` returned; in any thread.
         stages: names of `run`, and of `finish` if it is measured, for metrics.
-        rows: at most so many rows a batch; an item larger than that runs alone.
-        threads: batches that run at a time, of different keys.
-        max_wait: seconds that a call may be expected to wait.
+        rows: largest number of rows in a batch; a larger item runs alone.
+        threads: number of batches, of different keys, that run at a time.
+        max_wait: longest expected wait of a call, in seconds.
         spare: rows that may always wait, however slow the work is.
-        inline: seconds that a lone item may be expected to take in the loop's thread.
-        alone: whether the loop has nothing else in hand.
+        inline: longest expected time of a lone item in the loop's thread, in seconds.
+        alone: tells whether the loop has nothing else to do.
         trusted_batches: as `TRUSTED_BATCHES`.
         regroup_share: as `REGROUP_SHARE`.
     """
@@ -139,7 +140,7 @@ class BatchQueue(Generic[T, F, R]):
         self._waiting: dict[Hashable, deque[_Call[T, R]]] = {}
         self._running: set[Hashable] = set()
         self._paces: dict[Hashable, _Pace] = {}
-        """The last one used stands last."""
+        """Pace of each kind, the last used one last."""
         self._free = threads
         self._scheduled = False
         self.depth = 0
@@ -157,14 +158,14 @@ class BatchQueue(Generic[T, F, R]):
             self._work.put(None)
 
     def expected(self, key: Hashable) -> float:
-        """Estimate the seconds that a call which comes now waits for others of its kind; 0 while no pace is known."""
+        """Estimate the seconds that a new call would wait for its kind; 0 while the pace is unknown."""
         waiting, pace = self._waiting.get(key), self._paces.get(key)
         if not waiting or pace is None or pace.batches < self._trusted_batches:
             return 0.0
         return sum(call.rows for call in waiting) * (pace.run + pace.finish)
 
     def admit(self, key: Hashable) -> None:
-        """Raise `Overloaded` if a call that comes now would wait too long."""
+        """Raise `Overloaded` if a new call would wait too long."""
         if self.depth >= self.spare and (wait := self.expected(key)) > self.max_wait:
             raise Overloaded(
                 f"{self.depth} queries wait for the {self.name}, {wait:.2f} s of work: try again later", wait
@@ -177,12 +178,12 @@ class BatchQueue(Generic[T, F, R]):
 
         Args:
             key: only items of equal keys share a batch.
-            rows: how much work the item is.
-            deadline: on the monotonic clock.
-            store: that the work is counted for.
+            rows: amount of work of the item.
+            deadline: time on the monotonic clock.
+            store: store that metrics count the work for.
 
         Raises:
-            Overloaded: the queue is as long as it may be.
+            Overloaded: the queue is full.
             TimedOut: the deadline has passed.
         """
         now = self._in_time(deadline)
@@ -196,7 +197,7 @@ class BatchQueue(Generic[T, F, R]):
         self.depth += rows
         if self._free > 0 and not self._scheduled and key not in self._running:
             self._scheduled = True
-            self._loop.call_soon(self._start)  # after what else came in this turn of the loop: it goes along
+            self._loop.call_soon(self._start)  # later calls of this turn of the loop join the batch
         return call.future
 
     def wait(
@@ -233,7 +234,7 @@ class BatchQueue(Generic[T, F, R]):
             raise
 
     def sweep(self) -> None:
-        """Let go of what nobody waits for any more; to be called when a call that waited was cancelled."""
+        """Drop the calls that nobody waits for any more; call this when a waiting call was cancelled."""
         for key, waiting in list(self._waiting.items()):
             kept = deque(call for call in waiting if not call.future.done())
             self.depth -= sum(call.rows for call in waiting) - sum(call.rows for call in kept)
@@ -243,7 +244,7 @@ class BatchQueue(Generic[T, F, R]):
                 del self._waiting[key]
 
     def _start(self) -> None:
-        """Give what waits to free threads, the kind that has waited longest first."""
+        """Give batches to free threads, the kind that has waited longest first."""
         self._scheduled = False
         for key in list(self._waiting):
             if self._free <= 0:
@@ -254,7 +255,7 @@ class BatchQueue(Generic[T, F, R]):
             if batch is None:
                 continue
             lone = len(batch.calls) == 1 and not self._running and not self._waiting
-            if lone and self._alone() and self._is_quick(batch):
+            if lone and self._alone() and self._runs_in_loop(batch):
                 batch.finish_here = True
                 self._process(batch)
                 self._answer(batch)
@@ -263,12 +264,12 @@ class BatchQueue(Generic[T, F, R]):
                 self._free -= 1
                 self._work.put(batch)
 
-    def _is_quick(self, batch: _Batch[T, F, R]) -> bool:
+    def _runs_in_loop(self, batch: _Batch[T, F, R]) -> bool:
         pace = self._paces.get(batch.key)
         return pace is not None and (pace.run + pace.finish) * batch.rows <= self.inline
 
     def _next_batch(self, key: Hashable) -> _Batch[T, F, R] | None:
-        """Take the first call of a kind and those that fit with it, but for those that nobody waits for any more."""
+        """Take the first call of a kind and those that fit with it; drop the calls that nobody waits for."""
         waiting = self._waiting.pop(key)
         calls: list[_Call[T, R]] = []
         rows, now = 0, time.monotonic()
@@ -287,21 +288,21 @@ class BatchQueue(Generic[T, F, R]):
             calls.append(call)
             rows += call.rows
         if waiting:
-            self._waiting[key] = waiting  # behind the other kinds
+            self._waiting[key] = waiting  # last, after the other kinds
         if not calls:
             return None
         pace = self._paces.get(key)
-        slow = pace is None or pace.finish * rows > FINISH_SECONDS
-        return _Batch(key, calls, rows, now - calls[0].arrived, finish_here=slow)
+        finish_here = pace is None or pace.finish * rows > FINISH_SECONDS
+        return _Batch(key, calls, rows, now - calls[0].arrived, finish_here)
 
     def _serve(self) -> None:
         while (batch := self._work.get()) is not None:
             self._process(batch)
-            self._loop.call_soon_threadsafe(self._processed, batch)
-            del batch
+            self._loop.call_soon_threadsafe(self._complete, batch)
+            del batch  # its memory must not wait for the next one
 
     def _process(self, batch: _Batch[T, F, R]) -> None:
-        """Run a batch, and make its results if it says so; one by one, if together they fail."""
+        """Run a batch and, if it says so, finish it; run its items one by one if they fail together."""
         items = [call.item for call in batch.calls]
         start = middle = time.monotonic()
         try:
@@ -309,18 +310,18 @@ class BatchQueue(Generic[T, F, R]):
             middle = time.monotonic()
             if batch.finish_here:
                 batch.results = self._finish(items, batch.outcome)
-        except Exception as error:  # noqa: BLE001  it is raised in the call that it belongs to
+        except Exception as error:  # noqa: BLE001  its own call raises it
             batch.results = [error] if len(items) == 1 else [self._result(item) for item in items]
         batch.run_seconds, batch.finish_seconds = middle - start, time.monotonic() - middle
 
     def _result(self, item: T) -> R | Exception:
         try:
             return self._finish([item], self._run([item]))[0]
-        except Exception as error:  # noqa: BLE001  as above
+        except Exception as error:  # noqa: BLE001  its own call raises it
             return error
 
-    def _processed(self, batch: _Batch[T, F, R]) -> None:
-        """Go on with the next batch, then make this one's results if its thread has not, and answer."""
+    def _complete(self, batch: _Batch[T, F, R]) -> None:
+        """Start the next batch, then finish this one if its thread has not, and answer."""
         self._free += 1
         pause = self._regroup_share * batch.run_seconds
         if pause > MIN_PAUSE and len(batch.calls) > 1 and batch.rows < self.rows:
@@ -331,7 +332,7 @@ class BatchQueue(Generic[T, F, R]):
         if batch.results is None and not self._finish_in_loop(batch):
             self._running.add(batch.key)
             self._free -= 1
-            self._work.put(batch)  # again, by a thread, one by one
+            self._work.put(batch)  # a thread runs the items one by one
             return
         self._answer(batch)
 
@@ -344,7 +345,7 @@ class BatchQueue(Generic[T, F, R]):
         start = time.monotonic()
         try:
             batch.results = self._finish([call.item for call in batch.calls], batch.outcome)
-        except Exception:  # noqa: BLE001  a thread finds out whose it is
+        except Exception:  # noqa: BLE001  a thread runs the items one by one
             batch.finish_here = True
             return False
         batch.finish_seconds = time.monotonic() - start

@@ -1,4 +1,4 @@
-"""TLS and mutual TLS from files, which may be replaced while the server runs."""
+"""TLS and mutual TLS from files that may be replaced while the server runs."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Tls:
     """Paths of PEM files."""
 
     certificate: str
-    """The server's chain."""
+    """Chain of the server's certificate."""
     key: str
     client_ca: str = ""
-    """Authorities of client certificates; given, every client must show one."""
+    """Authorities of client certificates; if set, every client must show a certificate."""
 
     @property
     def files(self) -> Sequence[Path]:
@@ -33,7 +33,7 @@ class Tls:
 
 
 class Certificates:
-    """Server credentials that are taken from the files as they are at each handshake. Raises `InvalidInput` for files that do not fit."""
+    """Server credentials, read again when the files change. Raises `InvalidInput` if they are unusable."""
 
     def __init__(self, tls: Tls) -> None:
         self._tls = tls
@@ -42,14 +42,14 @@ class Certificates:
         self._configuration = _load(tls)
 
     def credentials(self) -> Any:
-        """Of one listener; all of them go by the same files, whoever sees first that they changed."""
+        """Make the credentials of one listener; all listeners share the files and the configuration."""
         used = self._configuration
 
         def current() -> Any:
             nonlocal used
             latest = self._latest()
             if latest is used:
-                return None  # as before
+                return None  # unchanged
             used = latest
             return latest
 
@@ -66,7 +66,7 @@ class Certificates:
                     self._configuration = _load(self._tls)
                     log.warning("read the certificate %s again", self._tls.certificate)
             except InvalidInput as error:
-                log.error("the certificate of before stays in use: %s", error)
+                log.error("the previous certificate stays in use: %s", error)
             return self._configuration
 
 
@@ -79,7 +79,7 @@ def _identities(tls: Tls) -> list[tuple[int, int]]:
 
 def _load(tls: Tls) -> Any:
     try:
-        # half a pair, as while files are being replaced, is refused here: gRPC would refuse every handshake
+        # with a certificate whose key is not there yet, gRPC would refuse every handshake
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(tls.certificate, tls.key)
         roots = None

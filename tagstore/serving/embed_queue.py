@@ -1,4 +1,4 @@
-"""Images and texts of concurrent calls, embedded together."""
+"""Embed the images and texts of concurrent calls together."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from tagstore.serving.settings import Limits
 from tagstore.types import Vectors
 
 BATCH_ROWS = 64
-"""Images or texts of one batch."""
+"""Largest number of images or texts in one batch."""
 EmbedKey = tuple[str, str]
-"""What is embedded, "images" or "texts", and the digest of the encoder's fingerprint."""
+"""Modality, "images" or "texts", and the digest of the encoder's fingerprint."""
 
 
 class Embedding(NamedTuple):
-    """What one call has to embed."""
+    """The images or texts of one call."""
 
     encoder: Encoder
     queries: NDArray[np.uint8] | Sequence[str]
@@ -32,7 +32,7 @@ class Embedding(NamedTuple):
 
 
 def embed(items: Sequence[Embedding]) -> Vectors:
-    """Embed what several calls have, all of it images or all of it texts for one encoder."""
+    """Embed the images of several calls, or the texts of several calls, with one encoder."""
     encoder, first = items[0]
     if isinstance(first, np.ndarray):
         pixels = first if len(items) == 1 else np.concatenate([item.queries for item in items])
@@ -46,7 +46,7 @@ def divide(items: Sequence[Embedding], vectors: Vectors) -> list[Vectors]:
 
 
 class EmbedQueue(BatchQueue[Embedding, Vectors, Vectors]):
-    """The queue in front of the encoders: one batch at a time, which has all cores."""
+    """The queue of the encoders. One batch, which uses all cores, runs at a time."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, limits: Limits) -> None:
         super().__init__(
@@ -65,19 +65,19 @@ class EmbedQueue(BatchQueue[Embedding, Vectors, Vectors]):
 
 
 class CallEncoder:
-    """Embeds for one call, in a thread of its own, together with other calls."""
+    """Embeds for one call, from its thread, together with other calls."""
 
     def __init__(self, queue: EmbedQueue, digest: str, deadline: float, store: str) -> None:
         self._queue, self._digest, self._deadline, self._store = queue, digest, deadline, store
         self.seconds = 0.0
-        """Time spent here so far, waiting included."""
+        """Seconds spent embedding so far, including waits."""
 
     def __call__(self, encoder: Encoder, queries: NDArray[np.uint8] | Sequence[str]) -> Vectors:
-        what = "images" if isinstance(queries, np.ndarray) else "texts"
+        modality = "images" if isinstance(queries, np.ndarray) else "texts"
         start = time.perf_counter()
         try:
-            with tracing.span("embed", what=what, queries=len(queries)):
-                key, item = (what, self._digest), Embedding(encoder, queries)
+            with tracing.span("embed", what=modality, queries=len(queries)):
+                key, item = (modality, self._digest), Embedding(encoder, queries)
                 return self._queue.wait(key, item, len(queries), self._deadline, self._store)
         finally:
             self.seconds += time.perf_counter() - start

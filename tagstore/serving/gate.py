@@ -1,4 +1,4 @@
-"""The gate: who a call is from, whether there is room for it, whether its answer is taken, and what is written down of it."""
+"""The gate identifies callers, enforces limits, ends calls of slow readers, and writes the audit log."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from collections.abc import Collection, Mapping
 from typing import Any, NoReturn
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from tagstore import errors
 from tagstore.serving import metrics
-from tagstore.serving.access import Access, Caller, bearer
+from tagstore.serving.access import Access, bearer
 from tagstore.serving.audit import Audit
 from tagstore.serving.settings import Limits
 from tagstore.wire.status import code_of, trailing
@@ -24,12 +25,15 @@ REFUSALS = (errors.NotAuthenticated, errors.NotPermitted, errors.Overloaded)
 
 
 class Call:
-    """A call in hand, or a stream. Its context is for the event loop's thread alone; the rest may be read in any."""
+    """A call in flight, or a stream.
+
+    Only the event loop's thread may use its context; any thread may read the rest.
+    """
 
     __slots__ = (
         "caller",
+        "client",
         "context",
-        "counted",
         "deadline",
         "entered",
         "gone",
@@ -39,88 +43,92 @@ class Call:
         "task",
     )
 
-    def __init__(self, context: Any, caller: Caller) -> None:
-        self.context, self.caller = context, caller
+    def __init__(self, context: Any, access: Access) -> None:
+        """Identify the caller. Raises `NotAuthenticated`."""
+        names = context.auth_context().get("x509_common_name") if access.certificates else None
+        metadata = context.invocation_metadata()
+        self.caller = access.caller(bearer(metadata), names[0].decode() if names else "")
+        self.context = context
         self.peer: str = context.peer()
-        left = context.time_remaining()
+        remaining = context.time_remaining()
         self.entered = time.monotonic()
-        self.deadline = float("inf") if left is None else self.entered + left
-        """On the monotonic clock."""
+        """Time on the monotonic clock, as is `deadline`."""
+        self.deadline = float("inf") if remaining is None else self.entered + remaining
         self.task = asyncio.current_task()
-        self.counted: str | None = None
-        """As whose call it is counted, while it is."""
+        self.client: str | None = None
+        """The client that the gate counts the call for, from `enter` until the answer is taken."""
         self.stream = False
         self.gone = False
         """Whether nobody waits for an answer any more."""
         self.slow = False
-        """Whether it was given up because its client does not take the answer."""
+        """Whether the gate ended the call because its client does not read the answer."""
 
     def check(self) -> None:
-        """Raises `Unavailable` once the caller has gone."""
+        """Raise `Unavailable` once the caller has gone."""
         if self.gone:
             raise errors.Unavailable(GONE)
 
 
 class Gate:
-    """Access, limits and the audit log of a server. Everything but `refused` and `audit` is for the event loop's thread."""
+    """Access, limits and the audit log of a server.
+
+    Only the event loop's thread may use more than `refused` and `audit`.
+    """
 
     def __init__(self, access: Access, limits: Limits, audit: Audit) -> None:
         self.access, self.limits, self.audit = access, limits, audit
         self.closed = ""
-        """Why nothing is answered now, while the stores are being opened."""
+        """Why calls are refused while the stores are being opened; empty once the server answers."""
         self._calls = 0
         self._streams = 0
-        self._quick = 0.0
-        """When a call was last answered soon, or came to an idle server."""
+        self._last_prompt = 0.0
+        """When a call was last answered within `Limits.soon`, or came to an idle server."""
         self._clients: dict[str, int] = {}
         self._sending: dict[Call, float] = {}
 
     def open(self) -> None:
-        """From now on calls are answered."""
+        """Answer calls from now on."""
         self.closed = ""
 
     @property
     def in_flight(self) -> int:
+        """Calls and streams in flight."""
         return self._calls + self._streams
 
     def is_idle(self) -> bool:
-        """Whether at most one call or stream is in hand."""
+        """Tell whether at most one call or stream is in flight."""
         return self._calls + self._streams <= 1
 
     @property
     def full(self) -> bool:
-        """Whether as many calls are in hand as there may be.
+        """Whether the calls in flight have reached their limit.
 
-        Fewer, when they have been answered late for longer than a burst lasts: after Nichols and Jacobson's CoDel (ACM Queue 10(5), 2012),
-        which tells a queue that drains from one that stands by the shortest wait in it, not by its length.
+        The limit is `in_flight`, or `standing` when no call was answered soon for longer than a burst lasts.
+        This follows CoDel (Nichols and Jacobson, ACM Queue 10(5), 2012): the shortest wait in a queue, not
+        its length, distinguishes a queue that drains from one that stands.
         """
         if self._calls < min(self.limits.standing, self.limits.in_flight):
             return False
-        return self._calls >= self.limits.in_flight or time.monotonic() - self._quick > self.limits.burst
+        return (
+            self._calls >= self.limits.in_flight or time.monotonic() - self._last_prompt > self.limits.burst
+        )
 
     def overloaded(self) -> errors.Overloaded:
-        """What a call is told that finds the server full."""
+        """Make the error for a call that comes while the server is full."""
         return errors.Overloaded(
             f"{self._calls} calls are in hand, as many as there may be: try again later", 0.1
         )
 
-    def call(self, context: Any) -> Call:
-        """Whose call this is. Raises `NotAuthenticated`."""
-        names = context.auth_context().get("x509_common_name") if self.access.certificates else None
-        return Call(
-            context,
-            self.access.caller(bearer(context.invocation_metadata()), names[0].decode() if names else ""),
-        )
-
     def enter(self, call: Call, *, stream: bool = False) -> None:
-        """Count a call in, and out when its answer was taken. Raises `Overloaded`, or `Unavailable` at start-up."""
+        """Count a call until its answer is taken. Raises `Overloaded`, or `Unavailable` at start-up."""
         if self.closed:
             raise errors.Unavailable(self.closed)
         client = call.caller.name if call.caller.known else call.peer
-        mine = self._clients.get(client, 0)
-        if mine >= self.limits.per_client:
+        in_flight = self._clients.get(client, 0)
+        if in_flight >= self.limits.per_client:
             raise errors.Overloaded(
-                f"{call.caller.name} has {mine} calls in flight, as many as one client may: wait for some to end",
+                f"{call.caller.name} has {in_flight} calls in flight, as many as one client may: "
+                "wait for some to end",
                 0.1,
             )
         if stream and self._streams >= self.limits.streams:
@@ -130,44 +138,44 @@ class Gate:
         if not stream and self.full:
             raise self.overloaded()
         if not self._calls:
-            self._quick = call.entered
-        self._clients[client] = mine + 1
+            self._last_prompt = call.entered
+        self._clients[client] = in_flight + 1
         self._streams += stream
         self._calls += not stream
         metrics.IN_FLIGHT.inc()
-        call.counted, call.stream = client, stream
+        call.client, call.stream = client, stream
         call.context.add_done_callback(lambda _: self._leave(call))
 
     def _leave(self, call: Call) -> None:
         self._sending.pop(call, None)
-        if call.counted is None:
+        if call.client is None:
             return
         self._streams -= call.stream
         self._calls -= not call.stream
         if not call.stream and (now := time.monotonic()) - call.entered <= self.limits.soon:
-            self._quick = now
-        if self._clients[call.counted] == 1:
-            del self._clients[call.counted]
+            self._last_prompt = now
+        if self._clients[call.client] == 1:
+            del self._clients[call.client]
         else:
-            self._clients[call.counted] -= 1
-        call.counted = None
+            self._clients[call.client] -= 1
+        call.client = None
         metrics.IN_FLIGHT.dec()
 
     def sending(self, call: Call) -> None:
-        """An answer is on its way to the client: from now on the client's time runs."""
+        """Start the time that the client has to take an answer."""
         self._sending[call] = time.monotonic()
 
     def sent(self, call: Call) -> None:
+        """Stop that time: the client has taken the answer."""
         self._sending.pop(call, None)
 
-    def give_up_slow(self) -> int:
-        """Count calls no more whose client takes too long to accept its answer, and end such streams; returns how many."""
+    def end_slow(self) -> int:
+        """End the calls whose client takes too long to accept an answer, and return how many there were."""
         limit = time.monotonic() - self.limits.slow_reader
         slow = [call for call, since in self._sending.items() if since < limit]
         for call in slow:
-            self._leave(
-                call
-            )  # now: the end of its stream, too, waits until the client has taken what came before
+            # the end of a stream also waits for the client, so the call stops counting now
+            self._leave(call)
             call.slow = True
             log.warning(
                 "a client at %s did not take its answer for %g s: its call is ended",
@@ -181,7 +189,7 @@ class Gate:
     def refused(
         self, error: errors.TagstoreError, context: Any, method: str, store: str, call: Call | None
     ) -> None:
-        """Count and record what was refused for a reason of access or load."""
+        """Count and record a call that was refused for a reason of access or load."""
         metrics.child(metrics.REFUSED, type(error).__name__).inc()
         name = call.caller.name if call else ""
         self.audit.write(
@@ -190,11 +198,11 @@ class Gate:
 
 
 class Door(grpc.GenericRpcHandler):
-    """Refuses calls while as many are in hand as there may be.
+    """Refuses calls while the server is full, before their messages are read.
 
     Args:
-        handlers: by full name of the method.
-        limited: names of those that are refused; the others, health above all, are always let in.
+        handlers: the handler of each method, by full name.
+        limited: names of the methods that are refused; the others, health above all, are always let in.
     """
 
     def __init__(self, handlers: Mapping[str, Any], gate: Gate, limited: Collection[str]) -> None:
@@ -204,7 +212,7 @@ class Door(grpc.GenericRpcHandler):
             metrics.child(metrics.REFUSED, "queue").inc()
             await abort(context, gate.overloaded())
 
-        # as a method that streams in: one that takes a single message would wait for it first
+        # a handler of a stream of requests: one of a single request would wait for its message first
         self._refusal = grpc.stream_unary_rpc_method_handler(refuse)
 
     def service(self, handler_call_details: Any) -> Any:
@@ -214,16 +222,17 @@ class Door(grpc.GenericRpcHandler):
         return self._handlers.get(method)
 
 
-def understood(error: Exception, name: str) -> errors.TagstoreError:
-    """An error as a caller may see it: nothing of a fault of ours, nor of what the server's disks look like."""
+def public_error(error: Exception, name: str) -> errors.TagstoreError:
+    """Turn an exception into the error that the caller gets: it hides the server's faults and disks."""
     if isinstance(error, errors.Damaged | errors.WriteFailed):
         log.error("%s failed: %s", name, error)
-        what = (
-            "the store is damaged" if isinstance(error, errors.Damaged) else "the server's disk took nothing"
-        )
-        return type(error)(f"{what}; the server's log has the details")
+        damaged = isinstance(error, errors.Damaged)
+        summary = "the store is damaged" if damaged else "the server's disk took nothing"
+        return type(error)(f"{summary}; the server's log has the details")
     if isinstance(error, errors.TagstoreError):
         return error
+    if isinstance(error, DecodeError):
+        return errors.InvalidInput(f"the message cannot be parsed: {error}")
     log.error("%s failed", name, exc_info=error)
     return errors.TagstoreError(f"{name} failed by a fault of the server; its log has the details")
 

@@ -1,4 +1,4 @@
-"""A catalog for many callers at once: it checks cheaply which version is current, and lets go of stores."""
+"""The catalog of a server: it checks cheaply which version is current, and loads and unloads stores."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ from tagstore.types import Fingerprint, StoreInfo
 log = logging.getLogger(__name__)
 
 PINNED = 32
-"""Versions other than the current ones that stay open, the least recently used one goes first."""
+"""Largest number of old versions held open; beyond it the least recently used one is closed."""
 
 
 class LiveCatalog(Catalog):
-    """The catalog of a server.
-
-    Args:
-        root: directory of the stores.
-        device: of the encoders.
-    """
+    """A catalog for many concurrent callers. Takes what `Catalog` does."""
 
     def __init__(self, root: str | Path, *, device: str = "auto") -> None:
         super().__init__(root, device=device)
-        self._hot: dict[str, tuple[tuple[int, int], int, Engine]] = {}
+        self._current: dict[str, tuple[tuple[int, int], int, Engine]] = {}
+        """Engine of each store's current version, after the mark of the store at the time of the look-up."""
         self._used: dict[tuple[str, int], float] = {}
+        """When each pinned version was last used."""
         self._unloaded: set[str] = set()
         self._warming = 0
-        """The thread that loads the encoders at start-up."""
+        """Id of the thread that loads the encoders at start-up; 0 when none does."""
 
     def ready(self, store: str, version: int = 0) -> Engine | None:
-        """The engine that `engine` would return, if that is seen at once and without a lock; else None. Raises `NotFound` if unloaded."""
+        """Return the engine that `engine` would return, or None if that takes a lock or reading.
+
+        Raises `NotFound` if the store is unloaded.
+        """
         if store in self._unloaded:
             raise NotFound(f"store '{store}' is not loaded here: an administrator can load it")
         if version:
@@ -51,27 +51,27 @@ class LiveCatalog(Catalog):
                 return None
             self._used[store, version] = time.monotonic()
             return engine
-        hot = self._hot.get(store)
-        return hot[2] if hot is not None and hot[:2] == self._mark(store, hot[2]) else None
+        current = self._current.get(store)
+        return current[2] if current and current[:2] == self._mark(store, current[2]) else None
 
     def engine(self, store: str, version: int = 0) -> Engine:
-        """As the catalog's; but where nothing was written since the last time, that is seen without reading anything."""
-        if (found := self.ready(store, version)) is not None:
-            return found
+        """Return an engine as `Catalog.engine` does, without reading if nothing was written since."""
+        if (engine := self.ready(store, version)) is not None:
+            return engine
         if version:
             engine = super().engine(store, version)
             self._pin(store, version)
             return engine
         engine = super().engine(store)
-        # the mark is of before a look at which version is current: what is written meanwhile makes it stale, never wrong
+        # the mark is taken before the second look-up: a write in between makes it stale, never wrong
         mark = self._mark(store, engine)
         if super().engine(store) is engine and mark is not None:
-            self._hot[store] = (*mark, engine)
+            self._current[store] = (*mark, engine)
             metrics.child(metrics.VERSION, store).set(engine.version.number)
         return engine
 
     def _mark(self, store: str, engine: Engine) -> tuple[tuple[int, int], int] | None:
-        """Changes whenever something was written to a store, or another store has its name."""
+        """Return a mark that changes when a store is written or replaced; None if it is gone."""
         try:
             status = os.stat(f"{self.root}/{store}/CURRENT")
         except OSError:
@@ -79,16 +79,17 @@ class LiveCatalog(Catalog):
         return (status.st_mtime_ns, status.st_ino), engine.snapshot.store.last_transaction()
 
     def _pin(self, store: str, version: int) -> None:
+        """Keep a version open, and close the least recently used one if there are more than `PINNED`."""
         self._used[store, version] = time.monotonic()
         if len(self._used) > PINNED:
             with self._lock:
                 oldest = min(list(self._used), key=lambda key: self._used[key])
                 self._used.pop(oldest, None)
-                if self._hot.get(oldest[0], (None, None, None))[2] is not self._engines.get(oldest):
+                if self._current.get(oldest[0], (None, None, None))[2] is not self._engines.get(oldest):
                     self._engines.pop(oldest, None)
 
     def warm(self, opened: Callable[[], None] = lambda: None) -> list[StoreInfo]:
-        """As the catalog's; meanwhile, who asks for an encoder that is not there yet is refused with `Unavailable`, not kept waiting."""
+        """Warm as `Catalog.warm` does; meanwhile `encoder` raises `Unavailable` instead of waiting."""
         self._warming = threading.get_ident()
         try:
             return super().warm(opened)
@@ -101,19 +102,19 @@ class LiveCatalog(Catalog):
         return super().encoder(fingerprint)
 
     def load(self, store: str) -> StoreInfo:
-        """Serve a store that was unloaded, or that came since; returns once it is open and its encoder there. Raises `NotFound`."""
+        """Serve an unloaded or new store, once it is open and its encoder loaded. Raises `NotFound`."""
         self._unloaded.discard(check_name(store))
         info = self.engine(store).info()
         self._warm_encoder(info)
         return info
 
     def unload(self, store: str) -> None:
-        """Serve a store no more and give its memory back; calls in flight end as they would have. Raises `NotFound`."""
+        """Stop serving a store and free its memory; calls in flight finish normally. Raises `NotFound`."""
         if not (self.root / check_name(store) / "CURRENT").exists():
             raise NotFound(f"no store '{store}'")
         self._unloaded.add(store)
         with self._lock:
-            self._hot.pop(store, None)
+            self._current.pop(store, None)
             if store in self._stores:
                 self._let_go(store)
             for key in [key for key in self._used if key[0] == store]:

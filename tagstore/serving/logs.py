@@ -1,4 +1,4 @@
-"""Log records as JSON, one a line."""
+"""Log records as JSON lines."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 
 
 class JsonFormatter(logging.Formatter):
-    """`{"time", "level", "logger", "message", "process"}`, and "trace" where something was raised."""
+    """Writes `{"time", "level", "logger", "message", "process"}`, and "trace" for an exception."""
 
     def format(self, record: logging.LogRecord) -> str:
         value = {
@@ -24,6 +24,6 @@ class JsonFormatter(logging.Formatter):
 
 
 def use_json() -> None:
-    """Let every handler of the root logger write JSON."""
+    """Make every handler of the root logger write JSON."""
     for handler in logging.getLogger().handlers:
         handler.setFormatter(JsonFormatter())

@@ -1,4 +1,4 @@
-"""The event loop that all servers of a process share, as gRPC's asyncio face has one queue of events a process."""
+"""The event loop that all servers of a process share: gRPC's asyncio API has one event queue per process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _loop: asyncio.AbstractEventLoop | None = None
 
 
 def loop() -> asyncio.AbstractEventLoop:
-    """The loop, running in a thread of its own."""
+    """Return the loop, which runs in its own thread."""
     global _loop
     with _lock:
         if _loop is None:
@@ -32,7 +32,7 @@ def _run(loop: asyncio.AbstractEventLoop) -> None:
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:
-    """What a coroutine returns or raises when the loop runs it; for other threads than the loop's."""
+    """Run a coroutine in the loop and return its result. Call this from another thread than the loop's."""
     return asyncio.run_coroutine_threadsafe(work, loop()).result()
 
 

@@ -1,13 +1,14 @@
-"""From a servicer's methods to gRPC's handlers: every call goes through the gate, is measured and recorded, and fails with a status code.
+"""Turn a servicer's methods into gRPC handlers that pass the gate, are measured, and fail with status codes.
 
-A method is one of these; what answers one message is marked with what it needs (`answering`):
+A method has one of these signatures; `answering` marks those that answer one message with one:
 
-    async def Method(self, request, call) -> response       runs in the event loop, and may not keep it
+    async def Method(self, request, call) -> response       runs in the event loop, and must not block it
     def Method(self, request, call) -> response             runs in a thread
-    async def Method(self, requests, call, send)            a stream: `async for request in requests: await send(response)`
-    def Method(self, requests, call, send)                  a stream in a thread: `for request in requests: send(response)`
+    async def Method(self, requests, call, send)            a stream, in the event loop
+    def Method(self, requests, call, send)                  a stream, in a thread
 
-Where a stream's client sends one message only, that stands in the place of `requests`. A method with the attribute `parses` gets bytes.
+If the client of a stream sends one message only, the method gets it in place of `requests`. A method with the
+attribute `parses` gets bytes.
 """
 
 from __future__ import annotations
@@ -21,23 +22,22 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import grpc
-from google.protobuf.message import DecodeError
 
 from tagstore import errors
 from tagstore.serving import metrics, tracing
 from tagstore.serving.access import Role
-from tagstore.serving.gate import GONE, REFUSALS, Call, Gate, abort, understood
+from tagstore.serving.gate import GONE, REFUSALS, Call, Gate, abort, public_error
 from tagstore.wire.status import code_of
 
 Method = Callable[..., Any]
 
 
 def answering(role: Role | None, *, writes: bool = False) -> Callable[[Method], Method]:
-    """A method that answers one message with one.
+    """Mark a method that answers one message with one.
 
     Args:
-        role: that the caller must have on the request's store; None where the method checks by itself.
-        writes: whether the audit log has a line for every call.
+        role: role that the caller needs on the request's store; None if the method checks it.
+        writes: write a line into the audit log for every call.
     """
 
     def mark(method: Method) -> Method:
@@ -48,48 +48,39 @@ def answering(role: Role | None, *, writes: bool = False) -> Callable[[Method], 
 
 
 class Methods:
-    """Stands in for a server where generated code adds its handlers.
+    """Collects the handlers that generated code would add to a server.
 
     Args:
-        threads: for methods that are no coroutines.
-        long: whether all methods take long: then they are counted with the streams, and do not keep short calls out.
+        threads: run the methods that are no coroutines.
+        long: count calls with the streams, so that long ones do not keep short ones out.
     """
 
     def __init__(self, gate: Gate, threads: Executor, *, long: bool = False) -> None:
         self.gate, self._threads, self._long = gate, threads, long
         self.handlers: dict[str, grpc.RpcMethodHandler] = {}
-        """By full name: "/tagstore.v1.TagStore/Retrieve"."""
+        """Handlers by full name of the method: "/tagstore.v1.TagStore/Retrieve"."""
 
     def add_generic_rpc_handlers(self, handlers: Any) -> None:
-        """Not needed: methods are taken by name."""
+        """Do nothing: handlers are registered by name."""
 
     def add_registered_method_handlers(self, service: str, handlers: Any) -> None:
         for name, handler in handlers.items():
             parse, serialize = handler.request_deserializer, handler.response_serializer
-            if handler.unary_unary:
-                made = grpc.unary_unary_rpc_method_handler(
-                    self._unary(name, handler.unary_unary, parse, serialize)
-                )
+            if method := handler.unary_unary:
+                answer = self._unary(name, method, parse, serialize)
+                wrapped = grpc.unary_unary_rpc_method_handler(answer)
+            elif method := handler.unary_stream:
+                answer = self._stream(name, method, parse, serialize, single_request=True)
+                wrapped = grpc.unary_stream_rpc_method_handler(answer)
             else:
-                kind = next(
-                    kind
-                    for kind in ("unary_stream", "stream_unary", "stream_stream")
-                    if getattr(handler, kind)
-                )
-                make = (
-                    grpc.stream_stream_rpc_method_handler
-                    if kind == "stream_stream"
-                    else grpc.unary_stream_rpc_method_handler
-                )
-                made = make(
-                    self._stream(name, getattr(handler, kind), parse, serialize, one=kind == "unary_stream")
-                )
-            self.handlers[f"/{service}/{name}"] = made
+                answer = self._stream(name, handler.stream_stream, parse, serialize, single_request=False)
+                wrapped = grpc.stream_stream_rpc_method_handler(answer)
+            self.handlers[f"/{service}/{name}"] = wrapped
 
     def _unary(self, name: str, method: Method, parse: Method, serialize: Method) -> Method:
         gate, threads = self.gate, self._threads
         role, writes = method.role, method.writes  # type: ignore[attr-defined]
-        quick = inspect.iscoroutinefunction(method)
+        in_loop = inspect.iscoroutinefunction(method)
 
         async def answer(data: bytes, context: Any) -> bytes:
             start = time.perf_counter()
@@ -97,14 +88,14 @@ class Methods:
             call: Call | None = None
             failure: errors.TagstoreError
             try:
-                call = gate.call(context)
-                request = parsed(parse, data)
+                call = Call(context, gate.access)
+                request = parse(data)
                 store = getattr(request, "store", "")
                 if role is not None:
                     call.caller.check(role, store)
                 gate.enter(call, stream=self._long)
                 with _span(name, context, store=store) if tracing.enabled else tracing.NO_SPAN:
-                    if quick:
+                    if in_loop:
                         response = await method(request, call)
                     else:
                         response = await in_thread(threads, method, request, call)
@@ -118,7 +109,7 @@ class Methods:
                 code = "CANCELLED"
                 raise
             except Exception as error:  # noqa: BLE001  what is not ours becomes INTERNAL
-                failure = understood(error, name)
+                failure = public_error(error, name)
                 code = code_of(failure).name
                 if isinstance(failure, REFUSALS):
                     gate.refused(failure, context, name, store, call)
@@ -133,20 +124,21 @@ class Methods:
                         reason=str(failure),
                     )
             finally:
-                known = (
-                    store if code in ("OK", "INVALID_ARGUMENT") else ""
-                )  # names that callers make up are no labels
-                metrics.child(metrics.REQUESTS, name, known, code).inc()
-                metrics.child(metrics.LATENCY, name, known).observe(time.perf_counter() - start)
+                # a name that a caller invented must not become a label
+                label = store if code in ("OK", "INVALID_ARGUMENT") else ""
+                metrics.child(metrics.REQUESTS, name, label, code).inc()
+                metrics.child(metrics.LATENCY, name, label).observe(time.perf_counter() - start)
             return await abort(context, failure)
 
         return answer
 
-    def _stream(self, name: str, method: Method, parse: Method, serialize: Method, *, one: bool) -> Method:
+    def _stream(
+        self, name: str, method: Method, parse: Method, serialize: Method, *, single_request: bool
+    ) -> Method:
         gate, threads = self.gate, self._threads
-        quick, parses = inspect.iscoroutinefunction(method), getattr(method, "parses", False)
+        in_loop, parses = inspect.iscoroutinefunction(method), getattr(method, "parses", False)
 
-        async def answer(given: Any, context: Any) -> None:
+        async def answer(first: Any, context: Any) -> None:
             call: Call | None = None
             failure: errors.TagstoreError
 
@@ -158,24 +150,24 @@ class Methods:
 
             async def requests() -> AsyncIterator[Any]:
                 while (data := await context.read()) is not grpc.aio.EOF:
-                    yield data if parses else parsed(parse, data)
+                    yield data if parses else parse(data)
 
             try:
-                call = gate.call(context)
+                call = Call(context, gate.access)
                 gate.enter(call, stream=True)
-                taken = parsed(parse, given) if one else requests()
+                stream = parse(first) if single_request else requests()
                 with _span(name, context) if tracing.enabled else tracing.NO_SPAN:
-                    if quick:
-                        await method(taken, call, send)
+                    if in_loop:
+                        await method(stream, call, send)
                     else:
-                        await _in_thread_with_stream(threads, call, method, taken, send)
+                        await _stream_in_thread(threads, call, method, stream, send)
                 return
             except asyncio.CancelledError:
                 if call is None or not call.slow:
                     raise
                 failure = errors.Unavailable("the answers were not taken")
             except Exception as error:  # noqa: BLE001  what is not ours becomes INTERNAL
-                failure = understood(error, name)
+                failure = public_error(error, name)
                 if isinstance(failure, REFUSALS):
                     gate.refused(failure, context, name, "", call)
             await abort(context, failure)
@@ -183,27 +175,17 @@ class Methods:
         return answer
 
 
-def parsed(parse: Method, data: bytes) -> Any:
-    """A message. Raises `InvalidInput` for bytes that are none: gRPC would call it a fault of ours."""
-    try:
-        return parse(data)
-    except DecodeError as error:
-        raise errors.InvalidInput(f"the message cannot be parsed: {error}") from error
-
-
 def _span(name: str, context: Any, **attributes: str) -> AbstractContextManager[Any]:
     return tracing.span(name, context.invocation_metadata(), **attributes)
 
 
 async def in_thread(threads: Executor, work: Method, *arguments: Any) -> Any:
-    """Return what a function returns in a thread, or raise what it raises."""
+    """Run a function in a thread and return its result."""
     return await asyncio.get_running_loop().run_in_executor(threads, work, *arguments)
 
 
-async def _in_thread_with_stream(
-    threads: Executor, call: Call, method: Method, given: Any, send: Method
-) -> None:
-    """Run a stream's method in a thread: what it reads and writes there goes through the event loop."""
+async def _stream_in_thread(threads: Executor, call: Call, method: Method, stream: Any, send: Method) -> None:
+    """Run a stream's method in a thread, which reads and writes through the event loop."""
     loop = asyncio.get_running_loop()
 
     def wait(work: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
@@ -214,22 +196,19 @@ async def _in_thread_with_stream(
             call.gone = True
             raise errors.Unavailable(GONE) from error
 
-    async def following() -> Any:
-        return await anext(given, None)
+    async def next_request() -> Any:
+        return await anext(stream, None)
 
     def requests() -> Iterator[Any]:
-        while (request := wait(following)) is not None:
+        while (request := wait(next_request)) is not None:
             yield request
 
     def work() -> None:
-        method(
-            requests() if hasattr(given, "__anext__") else given,
-            call,
-            lambda response: wait(lambda: send(response)),
-        )
+        argument = requests() if hasattr(stream, "__anext__") else stream
+        method(argument, call, lambda response: wait(lambda: send(response)))
 
     try:
         await in_thread(threads, work)
     except asyncio.CancelledError:
-        call.gone = True  # the thread hears of it when it reads or writes next
+        call.gone = True  # the thread notices when it next reads or writes
         raise

@@ -1,7 +1,7 @@
-"""What a server measures of itself, for Prometheus.
+"""A server's Prometheus metrics.
 
-The variable PROMETHEUS_MULTIPROC_DIR, set before this module is imported, makes several workers count into one directory, which `serve`
-then adds up.
+If the variable PROMETHEUS_MULTIPROC_DIR is set before this module is imported, workers count into that
+directory, and `serve` adds them up.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ REQUESTS = Counter(
 )
 LATENCY = Histogram(
     "tagstore_request_seconds",
-    "Seconds in our hands, from the parsed request to its answer.",
+    "Seconds from the arrival of a request to its answer.",
     ["method", "store"],
     buckets=_SECONDS,
 )
@@ -34,35 +34,34 @@ STAGE = Histogram(
     ["stage", "store"],
     buckets=_SECONDS,
 )
-BATCH = Histogram(
-    "tagstore_batch_rows", "Images or vectors that were worked on together.", ["stage"], buckets=_ROWS
-)
-DEPTH = Gauge("tagstore_queue_rows", "Images or vectors that wait.", ["stage"], multiprocess_mode="livesum")
-IN_FLIGHT = Gauge("tagstore_in_flight", "Calls in hand.", multiprocess_mode="livesum")
+BATCH = Histogram("tagstore_batch_rows", "Images or vectors processed together.", ["stage"], buckets=_ROWS)
+DEPTH = Gauge("tagstore_queue_rows", "Images or vectors waiting.", ["stage"], multiprocess_mode="livesum")
+IN_FLIGHT = Gauge("tagstore_in_flight", "Calls in flight.", multiprocess_mode="livesum")
 VERSION = Gauge("tagstore_store_version", "The version that answers.", ["store"], multiprocess_mode="livemax")
 REFUSED = Counter("tagstore_refused_total", "Calls refused for a reason of access or load.", ["reason"])
 
 
 @cache
 def child(metric: Any, *labels: str) -> Any:
-    """`metric.labels(...)`, which takes a lock and several microseconds each time."""
+    """Return `metric.labels(...)`, cached, because that takes a lock and several microseconds each time."""
     return metric.labels(*labels)
 
 
 def stage(name: str, store: str, seconds: float) -> None:
+    """Record the time of a stage."""
     child(STAGE, name, store).observe(seconds)
 
 
 def batch(name: str, rows: int, depth: int) -> None:
-    """What was worked on together, and how much waits."""
+    """Record the size of a batch and the number of rows that wait."""
     child(BATCH, name).observe(rows)
     child(DEPTH, name).set(depth)
 
 
 def serve(address: str, directory: str = "") -> tuple[Callable[[], None], int]:
-    """Answer scrapes at `HOST:PORT` in a thread of its own, of this process or of those that count into a directory.
+    """Answer scrapes at `HOST:PORT` in a thread, for this process or for all that count into a directory.
 
-    Returns a function that ends it, and the port. Raises `Unavailable` where the address is taken.
+    Returns a function that stops it, and the port. Raises `Unavailable` if the address is taken.
     """
     host, _, port = address.rpartition(":")
     registry: Any = REGISTRY
@@ -83,5 +82,5 @@ def serve(address: str, directory: str = "") -> tuple[Callable[[], None], int]:
 
 
 def forget(pid: int, directory: str) -> None:
-    """A worker has ended: its gauges count no more."""
+    """Remove the gauges of a worker that has ended."""
     mark_process_dead(pid, directory)

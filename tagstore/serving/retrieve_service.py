@@ -1,7 +1,7 @@
-"""The servicer: messages in, the catalog's answers out. Access, limits and errors are the business of `serving.methods`.
+"""The servicer that answers queries from a catalog.
 
-A request becomes a `Lookup`: checked, embedded, its version open. The search queue finds neighbours for several of them
-at once, and each is answered with a message in bytes.
+A request becomes a `Lookup`: checked, embedded, its version open. A queue searches several of them at once,
+and each is answered with a message in bytes. `serving.methods` handles access, limits and errors.
 """
 
 from __future__ import annotations
@@ -13,15 +13,14 @@ from concurrent.futures import Executor
 from typing import NamedTuple
 
 from tagstore import errors
-from tagstore.retrieval.checks import MAX_QUERIES
-from tagstore.retrieval.engine import Engine, Query
+from tagstore.retrieval.engine import MAX_QUERIES, Engine, Query
 from tagstore.retrieval.tag_votes import Neighbours, RetrievalColumns
 from tagstore.serving import metrics, tracing
 from tagstore.serving.batch_queue import BatchQueue
 from tagstore.serving.embed_queue import CallEncoder, EmbedQueue
-from tagstore.serving.gate import Call, understood
+from tagstore.serving.gate import Call, public_error
 from tagstore.serving.live_catalog import LiveCatalog
-from tagstore.serving.methods import answering, in_thread, parsed
+from tagstore.serving.methods import answering, in_thread
 from tagstore.serving.settings import Limits
 from tagstore.types import Search
 from tagstore.wire import convert
@@ -29,13 +28,13 @@ from tagstore.wire.status import error_to_proto
 from tagstore_proto.v1 import tagstore_pb2 as pb
 
 MAX_PAGE_TAGS = 10_000
-"""Tags of one answer of `GetTags`."""
+"""Largest number of tags in one answer of `GetTags`."""
 OPEN_RETRIES = 4
-"""How often a call waits for a version that another call opens, before it opens the version itself."""
+"""Times that a call waits for another call to open a version, before it opens the version itself."""
 STREAM_WINDOW = 64
-"""Requests of a stream in hand before the first of them is answered."""
+"""Requests of a stream that are read before the first of them is answered."""
 SEARCH_ROWS = 256
-"""Queries of one search."""
+"""Largest number of queries in one search."""
 
 
 class Lookup(NamedTuple):
@@ -46,14 +45,14 @@ class Lookup(NamedTuple):
 
     @staticmethod
     def find(lookups: Sequence[Lookup]) -> tuple[Query, list[Neighbours]]:
-        """Find the neighbours of requests that are alike but for their vectors and identities, in one search."""
+        """Find the neighbours of requests that differ in vectors and identities only, in one search."""
         query = Query.joined([lookup.query for lookup in lookups])
         return query, query.find()
 
     @staticmethod
-    def answer(lookups: Sequence[Lookup], found: tuple[Query, list[Neighbours]]) -> list[bytes]:
+    def answer(lookups: Sequence[Lookup], outcome: tuple[Query, list[Neighbours]]) -> list[bytes]:
         """Write the answer to each request."""
-        query, neighbours = found
+        query, neighbours = outcome
         answers = iter(query.answer(neighbours))
         return [lookup.message([next(answers) for _ in lookup.query.vectors]) for lookup in lookups]
 
@@ -74,10 +73,10 @@ class TagStoreService:
     """`tagstore.v1.TagStore` over a catalog.
 
     Args:
-        threads: for what would keep the event loop: images, texts, versions that are not open yet.
-        loop: that everything else runs in.
-        searchers: searches that run at a time.
-        alone: whether the loop has nothing else in hand.
+        threads: run what would block the event loop: decoding, embedding, opening versions.
+        loop: event loop that runs the rest.
+        searchers: number of searches that run at a time.
+        alone: tells whether the loop has nothing else to do.
     """
 
     def __init__(
@@ -107,7 +106,7 @@ class TagStoreService:
         self.embeddings = EmbedQueue(loop, limits)
         self._opening: dict[tuple[str, int], asyncio.Future[Engine]] = {}
         self._engines: dict[tuple[str, int], Engine] = {}
-        """Versions that were looked up in this turn of the loop."""
+        """Versions that were looked up in the current turn of the loop."""
 
     def close(self) -> None:
         """Let the queues' threads end."""
@@ -147,10 +146,10 @@ class TagStoreService:
                     request.cancel()
             self.searches.sweep()
 
-    RetrieveStream.parses = True  # type: ignore[attr-defined]  # a message that is none is answered, and the stream goes on
+    RetrieveStream.parses = True  # type: ignore[attr-defined]  # a bad message gets an answer and the stream goes on
 
     def start(self, request: pb.RetrieveRequest, call: Call, *, streamed: bool) -> asyncio.Future[bytes]:
-        """Begin to answer a request; the future gets a message in bytes. Raises what is wrong with it at first sight."""
+        """Begin to answer a request with a message in bytes. Raises the errors of the first checks."""
         check_sizes(request, self._limits)
         engine = self._current_engine(request.store, request.version)
         if engine is None or request.images or request.texts:
@@ -173,7 +172,7 @@ class TagStoreService:
         return answer
 
     def _current_engine(self, store: str, version: int) -> Engine | None:
-        """Look an open version up, once a turn of the loop: what begins in this turn had arrived before that look."""
+        """Look up an open version, once per turn of the loop: its requests arrived before the turn."""
         engine = self._engines.get((store, version))
         if engine is None and (engine := self._catalog.ready(store, version)) is not None:
             if not self._engines:
@@ -184,18 +183,18 @@ class TagStoreService:
     async def _prepared(
         self, engine: Engine | None, request: pb.RetrieveRequest, call: Call, streamed: bool
     ) -> bytes:
-        """Answer a request whose version has to be opened, or whose images or texts have to be embedded, first."""
+        """Open the version of a request and embed its images and texts, then answer it."""
         store = request.store
         if engine is None:
             engine = await self._opened(store, request.version)
-        for what, queries in (("images", request.images), ("texts", request.texts)):
+        for modality, queries in (("images", request.images), ("texts", request.texts)):
             if queries:
-                self.embeddings.admit((what, engine.digest))  # before anything is decoded for it
+                self.embeddings.admit((modality, engine.digest))  # refuse before decoding
         query = await in_thread(self._threads, self._query, engine, request, call)
         return await self._submit(query, call, streamed)
 
     async def _opened(self, store: str, version: int) -> Engine:
-        """Open a version once for all who wait for it: as many threads would keep the loop from its turn."""
+        """Open a version once for all calls that wait for it; a thread for each would starve the loop."""
         for _ in range(OPEN_RETRIES):
             opening = self._opening.get((store, version))
             if opening is None:
@@ -203,20 +202,20 @@ class TagStoreService:
                     in_thread(self._threads, self._catalog.engine, store, version)
                 )
                 self._opening[store, version] = opening
-                opening.add_done_callback(
-                    lambda done: (
-                        self._opening.pop((store, version), None),
-                        done.cancelled() or done.exception(),
-                    )
-                )
+
+                def forget(opened: asyncio.Future[Engine]) -> None:
+                    self._opening.pop((store, version), None)
+                    _ = opened.cancelled() or opened.exception()  # else asyncio logs it as never retrieved
+
+                opening.add_done_callback(forget)
             await asyncio.shield(opening)
             if (engine := self._catalog.ready(store, version)) is not None:
                 return engine
-            # what was opened when this call came may be of before a commit that it must see
+            # that opening may have begun before a commit that this call must see
         return await in_thread(self._threads, self._catalog.engine, store, version)  # type: ignore[no-any-return]
 
     def _query(self, engine: Engine, request: pb.RetrieveRequest, call: Call) -> Query:
-        """Check and embed what a request asks, in a thread."""
+        """Check and embed a request, in a thread."""
         start = time.perf_counter()
         encode = CallEncoder(self.embeddings, engine.digest, call.deadline, engine.store)
         search = convert.search_from_proto(request)
@@ -275,7 +274,7 @@ def check_sizes(request: pb.RetrieveRequest, limits: Limits) -> None:
 
 
 def _write(message: pb.Retrieval, answer: RetrievalColumns, search: Search) -> None:
-    """Write an answer into a message: what `RetrievalColumns.retrieval` makes, without making values of it first."""
+    """Write an answer into a message, without the objects that `RetrievalColumns.retrieval` makes."""
     message.excluded = answer.excluded
     if search.with_neighbours:
         add_neighbour = message.neighbours.add
@@ -292,18 +291,18 @@ def _write(message: pb.Retrieval, answer: RetrievalColumns, search: Search) -> N
 
 
 class _StreamedRequest:
-    """A request of a stream: begun when it is read, answered in its turn. A failure is an answer, too."""
+    """A request of a stream, which starts when it is read and is answered in order, also if it fails."""
 
     def __init__(self, service: TagStoreService, data: bytes, call: Call) -> None:
         self._store = ""
         self._future: asyncio.Future[bytes] | None = None
         self._error: Exception | None = None
         try:
-            request = parsed(pb.RetrieveRequest.FromString, data)
+            request = pb.RetrieveRequest.FromString(data)
             call.caller.check("read", request.store)
             self._store = request.store
             self._future = service.start(request, call, streamed=True)
-        except Exception as error:  # noqa: BLE001  it is the answer
+        except Exception as error:  # noqa: BLE001  `answer` reports it
             self._error = error
 
     async def answer(self) -> bytes:
@@ -313,8 +312,8 @@ class _StreamedRequest:
                 raise self._error
             assert self._future is not None
             return await self._future
-        except Exception as error:  # noqa: BLE001  a request that fails is answered, and the stream goes on
-            failure = understood(error, "RetrieveStream")
+        except Exception as error:  # noqa: BLE001  the answer reports it and the stream goes on
+            failure = public_error(error, "RetrieveStream")
             code, store = type(failure).__name__, ""
             data: bytes = pb.RetrieveStreamResponse(error=error_to_proto(failure)).SerializeToString()
             return data

@@ -1,4 +1,4 @@
-"""One process that serves: service, administration, health and reflection on one port, drained on SIGTERM."""
+"""One serving process: service, administration, health and reflection on one port."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tagstore.serving.gate import Call, Door, Gate
 from tagstore.serving.live_catalog import LiveCatalog
 from tagstore.serving.loop import loop, run
 from tagstore.serving.methods import Methods
-from tagstore.serving.ports import reserved
+from tagstore.serving.ports import reserve
 from tagstore.serving.retrieve_service import TagStoreService
 from tagstore.serving.settings import Settings, checked_host
 from tagstore_proto.v1 import tagstore_pb2, tagstore_pb2_grpc
@@ -37,38 +37,41 @@ from tagstore_proto.v1 import tagstore_pb2, tagstore_pb2_grpc
 log = logging.getLogger(__name__)
 
 DRAIN_SECONDS = 30.0
+"""Seconds that calls in flight get to finish when the server stops."""
 SERVICE = tagstore_pb2.DESCRIPTOR.services_by_name["TagStore"].full_name
 ADMIN = tagstore_pb2.DESCRIPTOR.services_by_name["Admin"].full_name
 SWITCH_SECONDS = 0.0005
-"""How long a thread may hold the interpreter while another waits for it; Python's 5 ms are longer than our calls take."""
+"""Seconds that a thread may hold the interpreter while another waits: Python's 5 ms exceed most calls."""
 LONG_THREADS = 8
-"""Administrators' calls at a time; others wait."""
+"""Administrators' calls that run at a time; others wait."""
 ACCEPTORS = 8
-"""Listeners of a process. gRPC's asyncio face takes one call at a time from each, several turns of the loop apart: with one, a busy server
-takes in half of what it could answer."""
+"""Listeners of a process. gRPC's asyncio server takes one call at a time from each, several turns of the loop
+apart: with one, a busy server receives half of what it could answer."""
 PENDING = 64
-"""Calls of an acceptor that gRPC holds before we have seen them. Beyond that it ends them itself, with CANCELLED: what is more than can
-even be refused has to be turned away without Python."""
+"""Calls that gRPC holds for an acceptor before Python sees them. It ends further ones with CANCELLED: Python
+could not even refuse so many."""
 STREAMS_A_CONNECTION = 1000
-"""Calls on one connection; what exceeds them waits at the client. Also what a client can hold that takes no answers."""
+"""Calls on one connection; further ones wait at the client. This also bounds the calls of a client that reads
+no answers."""
 M_ARENA_MAX, ARENAS = -8, 2
-"""Of glibc's malloc: with an arena a thread, memory that one has freed is of no use to another, and a busy server grows."""
+"""Option of glibc's mallopt, and the number of arenas: with an arena per thread, no thread reuses memory that
+another freed, and a busy server grows."""
 
 
 class Server:
-    """A server of all stores under `root`. `start` binds and answers health; the stores are served once it returns.
+    """Serves all stores under `root`. The port answers health checks first, and queries once `start` returns.
 
     Args:
         root: directory of the stores.
         address: `HOST:PORT`; port 0 picks a free one.
-        device: for the encoder; see `load_encoder`.
+        device: device of the encoders; see `load_encoder`.
         insecure: as `Settings.insecure`.
         settings: access, limits, metrics.
-        shared: listen beside other processes on the same port.
+        shared: share the port with other processes.
 
     Raises:
-        InvalidInput: an address, certificate or file of tokens that cannot be used.
-        NotFound: no such directory.
+        InvalidInput: the address, a certificate or the file of tokens cannot be used.
+        NotFound: the directory does not exist.
         Unavailable: the address is taken.
     """
 
@@ -93,11 +96,11 @@ class Server:
         )
         self.gate = Gate(access, limits, Audit(settings.audit or None))
         self.announce: Callable[[Mapping[str, Any]], None] = lambda message: None
-        """Told what the other workers on this port must know: {"unload": STORE}."""
+        """Called with what the other workers of this port must know: {"unload": STORE}."""
         self.gate.closed = "the server is opening its stores: try again in a moment"
         if settings.tracing:
             tracing.enable()
-        # administrators have threads of their own: what takes long would keep the others from the short calls
+        # administrators have threads of their own, so that long calls do not delay short ones
         self._threads = ThreadPoolExecutor(limits.threads, thread_name_prefix="rpc")
         self._service = TagStoreService(
             self.catalog,
@@ -112,17 +115,18 @@ class Server:
         self._ended = threading.Event()
         self._watch: threading.Thread | None = None
         self._stop_metrics: Callable[[], None] | None = None
-        # a port of its own is held until its acceptors are there: without that a second server on it would be a silent half of the traffic
-        held = None if shared else reserved(self._host, int(address.rpartition(":")[2]), address)
-        self._port = int(address.rpartition(":")[2]) if held is None else held.getsockname()[1]
+        # until the acceptors listen the port is reserved: a second server on it would take half of the calls
+        port = int(address.rpartition(":")[2])
+        reservation = None if shared else reserve(self._host, port, address)
+        self._port = port if reservation is None else reservation.getsockname()[1]
         try:
             self._acceptors, self._health = run(self._bound(f"{self._host}:{self._port}"))
         finally:
-            if held is not None:
-                held.close()
+            if reservation is not None:
+                reservation.close()
 
     async def _bound(self, address: str) -> tuple[list[Any], _Health]:
-        """The parts that belong to the event loop."""
+        """Make the parts that belong to the event loop."""
         settings, limits = self.settings, self.settings.limits
         calls, long = Methods(self.gate, self._threads), Methods(self.gate, self._long_threads, long=True)
         tagstore_pb2_grpc.add_TagStoreServicer_to_server(self._service, calls)
@@ -152,8 +156,8 @@ class Server:
                 ) from error
         return acceptors, checks
 
-    async def _all(self, what: Callable[[Any], Awaitable[None]]) -> None:
-        await asyncio.gather(*map(what, self._acceptors))
+    async def _for_all(self, action: Callable[[Any], Awaitable[None]]) -> None:
+        await asyncio.gather(*map(action, self._acceptors))
 
     @property
     def address(self) -> str:
@@ -163,26 +167,26 @@ class Server:
     def start(self, *, warm_first: bool = False) -> None:
         """Listen, open the stores and answer, load the encoders; until then health says NOT_SERVING.
 
-        Calls are refused with UNAVAILABLE until the stores are open, and those by image or text until the encoders are there.
+        Calls get UNAVAILABLE until the stores are open, and those by image or text until encoders are loaded.
 
         Args:
-            warm_first: open the stores before listening: beside others that serve meanwhile, nobody is to meet a closed door.
+            warm_first: open the stores before listening, as other workers answer meanwhile.
         """
         sys.setswitchinterval(SWITCH_SECONDS)
         ctypes.CDLL(None).mallopt(M_ARENA_MAX, ARENAS)
         if not warm_first:
-            run(self._all(lambda acceptor: acceptor.start()))
+            run(self._for_all(lambda acceptor: acceptor.start()))
         for info in self.catalog.warm(opened=self.gate.open):
             log.info(
                 "serving %s@%d: %d entries, %s", info.store, info.version, info.entries, info.fingerprint
             )
-        # what is there now stays: no collection, and unloading a store asks for one, has to look at all of torch again
+        # objects made so far stay: the collections of `unload` need not look at all of torch again
         gc.collect()
         gc.freeze()
         for name in ("", SERVICE):
             run(self._health.set(name, health_pb2.HealthCheckResponse.SERVING))
         if warm_first:
-            run(self._all(lambda acceptor: acceptor.start()))
+            run(self._for_all(lambda acceptor: acceptor.start()))
         self._watch = threading.Thread(target=self._watch_readers, name="rpc-watch", daemon=True)
         self._watch.start()
         if self.settings.metrics:
@@ -191,9 +195,9 @@ class Server:
         log.info("listening on %s: %s", self.address, self.settings.describe())
 
     def stop(self, grace: float = DRAIN_SECONDS) -> None:
-        """Refuse new requests, finish those in flight within `grace` seconds."""
+        """Refuse new requests, and let those in flight finish within `grace` seconds."""
         run(self._health.enter_graceful_shutdown())
-        run(self._all(lambda acceptor: acceptor.stop(grace)))
+        run(self._for_all(lambda acceptor: acceptor.stop(grace)))
         self._ended.set()
         self._service.close()
         for threads in (self._threads, self._long_threads):
@@ -206,21 +210,19 @@ class Server:
 
     def _watch_readers(self) -> None:
         while not self._ended.wait(min(1.0, self.settings.limits.slow_reader / 4)):
-            loop().call_soon_threadsafe(self.gate.give_up_slow)
+            loop().call_soon_threadsafe(self.gate.end_slow)
 
 
 class _Health(health.aio.HealthServicer):
-    """Health for everybody; who watches it does not keep a server from ending."""
+    """Health checks for every caller; those that watch it do not keep a server from stopping."""
 
     def __init__(self) -> None:
         super().__init__()
         self._ending = asyncio.Event()
 
     async def Watch(self, request: Any, context: Any) -> None:  # noqa: N802
-        watching, ending = (
-            asyncio.ensure_future(super().Watch(request, context)),
-            asyncio.ensure_future(self._ending.wait()),
-        )
+        watching = asyncio.ensure_future(super().Watch(request, context))
+        ending = asyncio.ensure_future(self._ending.wait())
         try:
             await asyncio.wait((watching, ending), return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -233,7 +235,7 @@ class _Health(health.aio.HealthServicer):
 
 
 class _Reflection(reflection.aio.ReflectionServicer):
-    """Reflection for those who may call."""
+    """Reflection for identified callers."""
 
     async def ServerReflectionInfo(  # noqa: N802
         self, requests: AsyncIterator[Any], call: Call, send: Callable[[Any], Awaitable[None]]
@@ -243,13 +245,13 @@ class _Reflection(reflection.aio.ReflectionServicer):
 
 
 class _Generic:
-    """A server that takes handlers by name as they come: registered ones each cost every call some time in gRPC's asyncio face."""
+    """Adds generic handlers only: in gRPC's asyncio server each registered handler slows down every call."""
 
     def __init__(self, server: Any) -> None:
         self.add_generic_rpc_handlers = server.add_generic_rpc_handlers
 
     def add_registered_method_handlers(self, service: str, handlers: Any) -> None:
-        """They were added already."""
+        """Do nothing: a generic handler has been added."""
 
 
 def _options(message_bytes: int) -> list[tuple[str, int]]:
@@ -261,9 +263,9 @@ def _options(message_bytes: int) -> list[tuple[str, int]]:
         ("grpc.server.max_pending_requests", PENDING),
         ("grpc.server.max_pending_requests_hard_limit", 2 * PENDING),
         ("grpc.so_reuseport", 1),
-        # a peer that is gone without a word is noticed, and one that never speaks is hung up on
+        # detect a peer that vanished, and hang up on one that never speaks
         ("grpc.keepalive_time_ms", 30_000),
-        ("grpc.http2.ping_timeout_ms", 10_000),  # gRPC 1.85 heeds no keepalive_timeout_ms
+        ("grpc.http2.ping_timeout_ms", 10_000),  # gRPC 1.85 ignores keepalive_timeout_ms
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
         ("grpc.server_handshake_timeout_ms", 10_000),

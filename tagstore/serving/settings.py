@@ -1,4 +1,4 @@
-"""Everything that a server is told, and that it tells its workers."""
+"""The settings of a server, which its supervisor passes to its workers."""
 
 from __future__ import annotations
 
@@ -15,66 +15,69 @@ from tagstore.serving.access import VARIABLE, Role
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Of one worker. What goes beyond is refused with RESOURCE_EXHAUSTED; where it is worth trying again, with the time to wait."""
+    """Limits of one worker.
+
+    It refuses what exceeds them with RESOURCE_EXHAUSTED, and says when to try again if that is worthwhile.
+    """
 
     threads: int = 8
-    """For what is not searched but embedded, read or opened."""
+    """Threads that decode, read the vocabulary and open versions."""
     in_flight: int = 1024
-    """Calls in hand: worked on, waiting, or with an answer that the client has not taken yet; streams not counted. Room for a burst, such
-    as what comes while a new version is opened."""
+    """Calls in flight without streams: running, waiting, or with an answer that the client has not taken.
+    This leaves room for a burst, such as the calls that arrive while a version is opened."""
     standing: int = 128
-    """Calls in hand when there is too much to do: when for as long as `burst` none was answered as soon as `soon`. What would wait longer
-    then is refused, so that what is taken in is still answered in time."""
+    """Calls in flight under overload, which is when no call was answered within `soon` for as long as
+    `burst`. Further calls are refused, so that admitted ones are answered in time."""
     soon: float = 0.05
-    """Seconds."""
+    """Seconds within which an answer is prompt."""
     burst: float = 1.0
-    """Seconds."""
+    """Seconds without a prompt answer before the server counts as overloaded."""
     per_client: int = 64
-    """Calls and streams of one client: a caller with a token, else a connection."""
+    """Calls and streams in flight of one client, which is a caller with a token, else a connection."""
     streams: int = 64
     """Open streams."""
     message_bytes: int = 64 << 20
-    """Of one request or answer."""
+    """Bytes of one request or answer."""
     image_bytes: int = 32 << 20
-    """Of one encoded image."""
+    """Bytes of one encoded image."""
     images: int = 256
-    """Of one request; as many texts."""
+    """Images of one request, and texts of one request."""
     search_wait: float = 1.0
-    """Seconds that a query may be expected to wait for the search."""
+    """Longest expected wait of a query for the search, in seconds."""
     embed_wait: float = 1.0
-    """Seconds that an image or a text may be expected to wait for the encoder."""
+    """Longest expected wait of an image or text for the encoder, in seconds."""
     search_queue: int = 128
-    """Queries that may always wait, whatever that takes: with a slow index they are waited for, not refused."""
+    """Queries that may always wait for the search: a slow index delays them, but does not refuse them."""
     search_inline: float = 0.003
-    """Seconds that a lone query's search may take in the thread that takes calls in."""
+    """Seconds that the search of a lone query may take in the event loop's thread."""
     embed_queue: int = 8
-    """Images and texts that may always wait."""
+    """Images and texts that may always wait for the encoder."""
     slow_reader: float = 60.0
     """Seconds that a client may take to accept an answer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How a server is reached, by whom, and what it takes on."""
+    """Workers, security, observability and limits of a server."""
 
     workers: int = 1
-    """Processes that serve; with more than one, a supervisor starts them again when they die."""
+    """Processes that serve; if more than one, a supervisor restarts those that die."""
     cores: int = 0
-    """Cores of one worker: searches that run at a time, threads of FAISS and torch; 0 for an equal share of the machine's."""
+    """Cores of one worker, for searches, FAISS and torch; 0 for an equal share of the machine."""
     tls_certificate: str = ""
     tls_key: str = ""
     tls_client_ca: str = ""
-    """Authorities of client certificates; given, every client must show one."""
+    """File of authorities of client certificates; if set, every client must show a certificate."""
     tokens: str = ""
     """File of callers; see `serving.access`."""
     anonymous: Role | None = None
-    """What callers without a token may do; see `serving.access.Access`."""
+    """Role of callers without a token; see `serving.access.Access`."""
     insecure: bool = False
-    """Listen where other machines can reach it, though nothing is encrypted or nobody is asked who they are."""
+    """Listen where other machines can connect, although calls are not encrypted or callers not identified."""
     audit: str = ""
     """File that the audit log is appended to."""
     metrics: str = ""
-    """HOST:PORT where Prometheus may ask."""
+    """HOST:PORT that answers Prometheus."""
     tracing: bool = False
     """Send spans to an OpenTelemetry collector."""
     json_logs: bool = False
@@ -89,7 +92,7 @@ class Settings:
         return cls(**{**value, "limits": Limits(**value["limits"])})
 
     def describe(self) -> Mapping[str, Any]:
-        """What was chosen, as JSON values."""
+        """Summarise the settings as JSON values, for the log."""
         return {
             "workers": self.workers,
             "cores a worker": self.cores,
@@ -99,12 +102,15 @@ class Settings:
 
 
 def default_workers() -> int:
-    """A worker for every two cores, eight at most: one core for Python, one for the search."""
+    """Return one worker per two cores, at most eight: one core for Python, one for the search."""
     return max(1, min(8, (os.cpu_count() or 1) // 2))
 
 
 def checked_host(address: str, settings: Settings) -> str:
-    """The host of HOST:PORT. Raises `InvalidInput` for an address that is none, or one that is open to others without protection."""
+    """Return the host of HOST:PORT.
+
+    Raises `InvalidInput` if the address is malformed, or open to other machines without protection.
+    """
     host, colon, port = address.rpartition(":")
     if not colon or not host or not port.isdecimal() or int(port) > 65535:
         raise InvalidInput(
@@ -118,15 +124,15 @@ def checked_host(address: str, settings: Settings) -> str:
         settings.tls_client_ca and not settings.tls_certificate
     ):
         raise InvalidInput("TLS needs both a certificate and its key: give --tls-certificate and --tls-key")
-    asks = bool(settings.tokens or settings.tls_client_ca or os.environ.get(VARIABLE))
-    if not loopback and not settings.insecure and not (settings.tls_certificate and asks):
+    identifies = bool(settings.tokens or settings.tls_client_ca or os.environ.get(VARIABLE))
+    if not loopback and not settings.insecure and not (settings.tls_certificate and identifies):
         lacking = [
-            what
-            for what, there in (
+            protection
+            for protection, enabled in (
                 ("encrypt (--tls-certificate, --tls-key)", settings.tls_certificate),
-                ("ask who calls (--tokens)", asks),
+                ("ask who calls (--tokens)", identifies),
             )
-            if not there
+            if not enabled
         ]
         raise InvalidInput(
             f"{host} can be reached from other machines, and this server does not {' nor '.join(lacking)}: "

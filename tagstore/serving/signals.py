@@ -1,4 +1,4 @@
-"""A server that runs until it is told to end."""
+"""Run a server until a signal ends it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Protocol
 log = logging.getLogger(__name__)
 
 
-class Runs(Protocol):
-    """What one process (`Server`) and several on a port (`Supervisor`) have in common."""
+class RunnableServer(Protocol):
+    """A server of one process (`Server`) or of several on one port (`Supervisor`)."""
 
     @property
     def address(self) -> str: ...
@@ -22,7 +22,7 @@ class Runs(Protocol):
     def stop(self) -> None: ...
 
 
-def run(server: Runs, ready: Callable[[str], None]) -> None:
+def run(server: RunnableServer, ready: Callable[[str], None]) -> None:
     """Start, call `ready` with the address, serve until SIGINT or SIGTERM, drain."""
     stopping = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):

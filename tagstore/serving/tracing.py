@@ -1,4 +1,4 @@
-"""Spans for OpenTelemetry, where it is switched on and installed (`tagstore[otel]`); otherwise nothing, at no cost."""
+"""OpenTelemetry spans, if switched on and installed (`tagstore[otel]`); otherwise nothing, at no cost."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tagstore.errors import MissingExtra
 
 NO_SPAN: AbstractContextManager[Any] = nullcontext()
 enabled = False
-"""Whether spans are taken."""
+"""Whether spans are recorded."""
 _tracer: Any = None
 
 
@@ -30,14 +30,17 @@ def enable() -> None:
 
 
 def use(provider: Any) -> None:
-    """Give spans to a provider; None for nobody."""
+    """Give spans to a provider, or switch tracing off with None."""
     global _tracer, enabled
     _tracer = provider.get_tracer("tagstore") if provider is not None else None
     enabled = _tracer is not None
 
 
 def start(name: str, **attributes: str | int) -> Callable[[object], None]:
-    """Start a child of the span around it and return what ends it. Only where spans are taken."""
+    """Start a child of the current span and return the function that ends it.
+
+    Call this only while `enabled`.
+    """
     span = _tracer.start_span(name, attributes=attributes)
     return lambda _: span.end()
 
@@ -45,14 +48,14 @@ def start(name: str, **attributes: str | int) -> Callable[[object], None]:
 def span(
     name: str, metadata: Iterable[tuple[str, str | bytes]] = (), **attributes: str | int
 ) -> AbstractContextManager[Any]:
-    """Return a span around what is done inside; a child of the caller's where its metadata carries a trace."""
+    """Return a context in a span, which is a child of the caller's span if the metadata carry a trace."""
     if _tracer is None:
         return NO_SPAN
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
     carrier = {key: str(value) for key, value in metadata if key in ("traceparent", "tracestate")}
     parent = TraceContextTextMapPropagator().extract(carrier) if carrier else None
-    started: AbstractContextManager[Any] = _tracer.start_as_current_span(
+    context: AbstractContextManager[Any] = _tracer.start_as_current_span(
         name, context=parent, attributes=attributes
     )
-    return started
+    return context

@@ -1,8 +1,9 @@
-"""Several processes on one port: a supervisor that starts them, starts them again when they die, and lets them drain.
+"""Several serving processes on one port, and the supervisor that starts, restarts and drains them.
 
-The kernel spreads connections over the workers (SO_REUSEPORT); index and LMDB are mapped, so they are in memory once. The supervisor opens
-no store and serves no call. It talks with each worker in JSON lines: down its standard input go the settings and then commands, up its
-standard output come what it has to say. A worker whose supervisor is gone drains and ends.
+The kernel spreads connections over the workers (SO_REUSEPORT). Index and LMDB are mapped, so memory holds
+them once. The supervisor opens no store and serves no call. It sends each worker JSON lines on standard
+input, the settings and then commands, and reads the worker's messages from standard output. A worker drains
+and ends when that input closes.
 """
 
 from __future__ import annotations
@@ -23,23 +24,24 @@ from pathlib import Path
 from typing import Any
 
 from tagstore.errors import InvalidInput, TagstoreError, Unavailable
-from tagstore.serving.ports import reserved
+from tagstore.serving.ports import reserve
 from tagstore.serving.settings import Settings, checked_host
 
 log = logging.getLogger(__name__)
 
 DRAIN_SECONDS = 35.0
+"""Seconds that workers get to drain before they are killed."""
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-"""What FAISS, numpy and torch read when they are loaded."""
+"""Variables with the number of threads, which FAISS, numpy and torch read when they are loaded."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 30.0
-"""Before a worker is started again: twice as long each time that one dies before it was ready."""
+"""Seconds before a worker is restarted: the pause doubles each time that one dies before it is ready."""
 
 
 class Supervisor:
-    """Serves `root` with `settings.workers` processes. Same face as `server.Server`.
+    """Serves `root` with `settings.workers` processes. It is used like `server.Server`.
 
     Raises:
-        InvalidInput: an address or setting that cannot be used.
+        InvalidInput: the address or a setting cannot be used.
         Unavailable: the address is taken.
     """
 
@@ -55,7 +57,7 @@ class Supervisor:
         self._root, self._device = str(root), device
         cores = settings.cores or max(1, (os.cpu_count() or 1) // settings.workers)
         self.settings = replace(settings, cores=cores)
-        self._socket = reserved(self._host, int(address.rpartition(":")[2]), address)
+        self._socket = reserve(self._host, int(address.rpartition(":")[2]), address)
         self._port = self._socket.getsockname()[1]
         self._workers: dict[int, _Worker] = {}
         self._unloaded: set[str] = set()
@@ -71,12 +73,12 @@ class Supervisor:
 
     @property
     def pids(self) -> list[int]:
-        """Of the workers that run."""
+        """Process ids of the workers."""
         with self._lock:
             return [worker.process.pid for worker in self._workers.values()]
 
     def start(self) -> None:
-        """Start the workers; returns once all of them answer. Raises what keeps one from starting."""
+        """Start the workers and return once all of them answer. Raises the error of one that cannot start."""
         for number in range(self.settings.workers):
             self._launch(number, warm_first=False)
         try:
@@ -94,7 +96,7 @@ class Supervisor:
         log.info("listening on %s: %s", self.address, self.settings.describe())
 
     def stop(self) -> None:
-        """Let every worker finish what it has in flight, then end."""
+        """Let every worker finish its calls in flight, then end it."""
         self._stopping.set()
         with self._lock:
             workers = list(self._workers.values())
@@ -115,7 +117,7 @@ class Supervisor:
             shutil.rmtree(self._metrics, ignore_errors=True)
 
     def _launch(self, number: int, *, warm_first: bool) -> None:
-        order = {
+        job = {
             "root": self._root,
             "address": self.address,
             "device": self._device,
@@ -125,11 +127,7 @@ class Supervisor:
             "level": logging.getLogger().getEffectiveLevel(),
         }
         threads = {name: os.environ.get(name, str(self.settings.cores)) for name in THREADS}
-        environment = {
-            **os.environ,
-            **threads,
-            "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
-        }
+        environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, **threads}
         if self._metrics:
             environment["PROMETHEUS_MULTIPROC_DIR"] = self._metrics
         process = subprocess.Popen(
@@ -142,17 +140,17 @@ class Supervisor:
         worker = _Worker(process)
         with self._lock:
             self._workers[number] = worker
-        worker.tell(order)
+        worker.send(job)
         worker.thread = threading.Thread(
             target=self._attend, args=(number, worker), name=f"rpc-worker-{number}", daemon=True
         )
         worker.thread.start()
 
     def _attend(self, number: int, worker: _Worker) -> None:
-        """Listen to a worker until it ends, and see to it that there is another."""
+        """Handle a worker's messages until it ends, then start another."""
         assert worker.process.stdout is not None
         for line in worker.process.stdout:
-            self._heed(worker, json.loads(line))
+            self._handle(worker, json.loads(line))
         code = worker.process.wait()
         worker.process.stdout.close()
         if worker.process.stdin is not None:
@@ -167,74 +165,70 @@ class Supervisor:
             from tagstore.serving import metrics
 
             metrics.forget(worker.process.pid, self._metrics)
-        if self._stopping.is_set() or not (was_ready or worker.again):
+        if self._stopping.is_set() or not (was_ready or worker.restarted):
             return
         pause = FIRST_PAUSE if was_ready else min(LONGEST_PAUSE, 2 * worker.pause)
-        log.error("worker %d ended with code %d: another one is started", worker.process.pid, code)
+        log.error("worker %d ended with code %d: starting another one", worker.process.pid, code)
         if not self._stopping.wait(pause):
             self._launch(number, warm_first=True)
-            self._workers[number].again, self._workers[number].pause = True, pause
+            self._workers[number].restarted, self._workers[number].pause = True, pause
 
-    def _heed(self, worker: _Worker, message: Mapping[str, Any]) -> None:
+    def _handle(self, worker: _Worker, message: Mapping[str, Any]) -> None:
         if "ready" in message:
             worker.ready.set()
         elif "error" in message:
-            worker.error = (
-                Unavailable(message["error"])
-                if message["kind"] == "Unavailable"
-                else InvalidInput(message["error"])
-            )
+            kind = Unavailable if message["kind"] == "Unavailable" else InvalidInput
+            worker.error = kind(message["error"])
             worker.ready.set()
         else:
-            # one worker was told by an administrator: all are to know
+            # an administrator has loaded or unloaded a store on one worker: pass it on to all others
             for name in ("load", "unload"):
                 if name in message:
                     (self._unloaded.add if name == "unload" else self._unloaded.discard)(message[name])
             with self._lock:
                 others = [other for other in self._workers.values() if other is not worker]
             for other in others:
-                other.tell(message)
+                other.send(message)
 
 
 class _Worker:
-    """One process, as its supervisor sees it."""
+    """The supervisor's side of one worker."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process = process
         self.ready = threading.Event()
         self.error: TagstoreError | None = None
-        self.again = False
+        self.restarted = False
         self.pause = FIRST_PAUSE
         self.thread: threading.Thread
         self._lock = threading.Lock()
 
-    def tell(self, message: Mapping[str, Any]) -> None:
+    def send(self, message: Mapping[str, Any]) -> None:
         assert self.process.stdin is not None
         with self._lock:
             try:
                 self.process.stdin.write(json.dumps(message) + "\n")
                 self.process.stdin.flush()
             except (BrokenPipeError, ValueError):
-                log.info("worker %d has gone, and was to be told %s", self.process.pid, sorted(message))
+                log.info("worker %d has ended and does not get %s", self.process.pid, sorted(message))
 
 
-def _say(message: Mapping[str, Any]) -> None:
+def _report(message: Mapping[str, Any]) -> None:
     sys.stdout.write(json.dumps(message) + "\n")
     sys.stdout.flush()
 
 
 def main() -> None:
-    """A worker: what it is told on standard input, until that ends or SIGTERM comes."""
-    order = json.loads(sys.stdin.readline())
-    settings = Settings.from_json(order["settings"])
-    logging.basicConfig(level=order["level"], format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    """Run a worker: obey standard input until it closes or SIGTERM arrives."""
+    job = json.loads(sys.stdin.readline())
+    settings = Settings.from_json(job["settings"])
+    logging.basicConfig(level=job["level"], format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     if settings.json_logs:
         from tagstore.serving.logs import use_json
 
         use_json()
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C in a terminal reaches everybody; the supervisor decides
+    # Ctrl-C in a terminal reaches all processes; the supervisor decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     stopping = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stopping.set())
     try:
@@ -243,17 +237,15 @@ def main() -> None:
         from tagstore.serving.server import Server
 
         faiss.omp_set_num_threads(settings.cores)
-        server = Server(
-            order["root"], order["address"], device=order["device"], settings=settings, shared=True
-        )
-        server.announce = _say
-        for store in order["unloaded"]:
+        server = Server(job["root"], job["address"], device=job["device"], settings=settings, shared=True)
+        server.announce = _report
+        for store in job["unloaded"]:
             server.catalog.unload(store)
-        server.start(warm_first=order["warm_first"])
+        server.start(warm_first=job["warm_first"])
     except TagstoreError as error:
-        _say({"error": str(error), "kind": type(error).__name__})
+        _report({"error": str(error), "kind": type(error).__name__})
         sys.exit(1)
-    _say({"ready": server.address})
+    _report({"ready": server.address})
 
     commands = {"load": server.catalog.load, "unload": server.catalog.unload}
 

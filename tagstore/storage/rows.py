@@ -6,7 +6,8 @@ never written read as zeros if a later row of their block was, else they are mis
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,39 @@ def put_rows(
         txn.put(block_key(space, block), new.tobytes(), db=table)
 
 
+@dataclass(frozen=True, slots=True)
+class Allowed:
+    """A set of entry ids, as bits: bit i (little endian in its byte) for entry i."""
+
+    bits: NDArray[np.uint8]
+    count: int
+
+    @classmethod
+    def of(cls, bits: NDArray[np.uint8]) -> Allowed:
+        """Make the set of the ids whose bit is set."""
+        return cls(bits, int(np.bitwise_count(bits).sum(dtype=np.int64)))
+
+    def ids(self) -> NDArray[np.int64]:
+        """Return the members, ascending."""
+        return np.flatnonzero(np.unpackbits(self.bits, bitorder="little")).astype(np.int64)
+
+    def between(self, first: int, end: int) -> int:
+        """Count the members in `[first, end)`."""
+        end = min(end, 8 * len(self.bits))
+        if first >= end:
+            return 0
+        bits = np.unpackbits(self.bits[first // 8 : -(-end // 8)], bitorder="little")
+        return int(np.count_nonzero(bits[first % 8 : first % 8 + end - first]))
+
+    def holds(self, ids: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Tell which of the ids are members; negative ids and those beyond the bits are not."""
+        inside = (ids >= 0) & (ids < 8 * len(self.bits))
+        safe = np.where(inside, ids, 0)
+        bits = self.bits[safe >> 3] >> (safe & 7).astype(np.uint8) & 1
+        held: NDArray[np.bool_] = inside & bits.astype(bool)
+        return held
+
+
 class RowReader:
     """Reads the rows of one table in one space. Raises `Damaged` where a row is missing."""
 
@@ -89,16 +123,14 @@ class RowReader:
             halves = np.frombuffer(b"".join(rows), np.float16)
         return widened(halves).reshape(len(ids), self._dimension)
 
-    def scan(
-        self, runs: Iterable[range], allowed: Callable[[NDArray[np.int64]], NDArray[np.bool_]]
-    ) -> Iterator[tuple[NDArray[np.int64], Vectors]]:
+    def scan(self, runs: Iterable[range], allowed: Allowed) -> Iterator[tuple[NDArray[np.int64], Vectors]]:
         """Yield the allowed ids of each run and their rows as float32; the next run reuses the memory."""
         dimension = self._dimension
         halves = np.empty((0, dimension), np.int32)
         with self._env.begin(buffers=True) as txn:
             for run in runs:
                 ids = np.arange(run.start, run.stop)
-                kept = allowed(ids)
+                kept = allowed.holds(ids)
                 if not kept.any():
                     continue
                 if len(halves) < len(run):

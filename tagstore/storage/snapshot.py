@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from tagstore.storage.codec import (
 )
 from tagstore.storage.database import Database
 from tagstore.storage.environments import trim
-from tagstore.storage.rows import RowReader
+from tagstore.storage.rows import Allowed, RowReader
 from tagstore.storage.tables import U64, key_of, unpack_ids
 from tagstore.storage.version import Version
 from tagstore.types import Entry, Kind, Rejected, StoreInfo, Vectors
@@ -156,7 +156,7 @@ class Snapshot:
             trim(self.store.env)
 
     def scan_vectors(
-        self, runs: Iterable[range], allowed: Callable[[NDArray[np.int64]], NDArray[np.bool_]]
+        self, runs: Iterable[range], allowed: Allowed
     ) -> Iterator[tuple[NDArray[np.int64], Vectors]]:
         """Yield the allowed ids of each run and their image vectors; the next run reuses the memory.
 

@@ -20,8 +20,8 @@ from tagstore.errors import BadVector, InvalidInput
 from tagstore.indexing import exact, faiss_index, plans
 from tagstore.indexing.gpu import device_number
 from tagstore.indexing.plans import INDEX_KINDS, Advance, IndexKind, Plan
-from tagstore.indexing.protocol import Allowed
 from tagstore.retrieval.engine import Engine
+from tagstore.storage.rows import Allowed
 from tagstore.storage.snapshot import Snapshot
 from tagstore.storage.version import Version
 from tagstore.storage.writer import Writer

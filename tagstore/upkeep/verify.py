@@ -17,10 +17,10 @@ import numpy as np
 
 from tagstore.errors import Damaged, TagstoreError
 from tagstore.indexing import faiss_index, plans
-from tagstore.indexing.protocol import Allowed
 from tagstore.storage.checksums import broken
 from tagstore.storage.consistency import json_faults, lookup_faults, page_faults, rebuild_lookups
 from tagstore.storage.generations import generation
+from tagstore.storage.rows import Allowed
 from tagstore.storage.snapshot import Snapshot
 from tagstore.storage.store import Store
 from tagstore.storage.writer import Writer

@@ -1,9 +1,9 @@
-"""Between the messages of the wire and the types of the code; nothing else knows both."""
+"""Convert between protobuf messages and the types of the code."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -53,7 +53,7 @@ _DTYPES: dict[int, np.dtype[Any]] = {
 
 
 def vectors_to_proto(vectors: NDArray[np.floating]) -> pb.Vectors:
-    """`[N, D]` of float16 as it is, of anything else as float32."""
+    """Pack vectors `[N, D]`: float16 as it is, anything else as float32."""
     half = vectors.dtype == np.float16
     packed = np.ascontiguousarray(vectors, "<f2" if half else "<f4")
     return pb.Vectors(
@@ -64,22 +64,26 @@ def vectors_to_proto(vectors: NDArray[np.floating]) -> pb.Vectors:
 
 
 def vectors_from_proto(message: pb.Vectors) -> NDArray[np.floating]:
-    """`[N, D]`, a view of the message's bytes. Raises `BadVector` if they are no whole number of vectors."""
+    """Return `[N, D]`, a view of the message's bytes.
+
+    Raises `BadVector` if they are no whole number of vectors.
+    """
     dtype = _DTYPES.get(message.dtype)
     if dtype is None:
         raise BadVector(f"dtype {message.dtype} is unknown here: send float32 or float16")
     size = message.dimension * dtype.itemsize
     if not size or len(message.data) % size:
         raise BadVector(
-            f"{len(message.data)} bytes are no whole number of {dtype.name} vectors of {message.dimension} dimensions"
+            f"{len(message.data)} bytes are no whole number of {dtype.name} vectors "
+            f"of {message.dimension} dimensions"
         )
     return np.frombuffer(message.data, dtype).reshape(-1, message.dimension)
 
 
 def search_to_proto(request: pb.RetrieveRequest, search: Search, identities: Sequence[Identity] = ()) -> None:
-    """Write the options of a request, and which image each of its queries is, into it.
+    """Write the options of a request and the identities of its queries into its message.
 
-    What is at its default is not sent. Raises `InvalidInput` for a number that the wire cannot carry.
+    Defaults are not sent. Raises `InvalidInput` for a number that the wire cannot carry.
     """
     request.k = _uint32("k", search.k)
     request.max_tags = _uint32("max_tags", search.max_tags)
@@ -100,11 +104,8 @@ def search_to_proto(request: pb.RetrieveRequest, search: Search, identities: Seq
             request.exclude.perceptual_hash = _uint32("exclude.hash_distance", exclude.hash_distance)
         request.exclude.keys.extend(exclude.keys)
         request.exclude.entry_ids.extend(exclude.entry_ids)
-    request.exact, request.omit_neighbours, request.omit_texts = (
-        search.exact,
-        not search.with_neighbours,
-        not search.with_texts,
-    )
+    request.exact = search.exact
+    request.omit_neighbours, request.omit_texts = not search.with_neighbours, not search.with_texts
     for identity in identities:
         message = request.identities.add(key=identity.key, sha256=identity.sha256)
         if identity.perceptual_hash is not None:
@@ -112,7 +113,7 @@ def search_to_proto(request: pb.RetrieveRequest, search: Search, identities: Seq
 
 
 def search_from_proto(request: pb.RetrieveRequest) -> Search:
-    """The options of a request. Ranges are for the engine to check; raises `InvalidInput` for an order that is none."""
+    """Read options, whose ranges the engine checks. Raises `InvalidInput` for an unknown order."""
     order = _ORDER_FROM_WIRE.get(request.order)
     if order is None:
         raise InvalidInput(
@@ -155,7 +156,7 @@ def _search(options: tuple[Any, ...], exclude: Exclude, where: Mapping[str, str]
 
 @lru_cache(1024)
 def _plain_search(options: tuple[Any, ...], key: bool, sha256: bool, hash_distance: int) -> Search:
-    """The same object for the same options: a server searches together what has one."""
+    """Return the same object for the same options: a server searches queries that share one together."""
     nobody = not key and not sha256 and hash_distance < 0
     return _search(
         options, _NOBODY if nobody else Exclude(key=key, sha256=sha256, hash_distance=hash_distance), {}
@@ -165,10 +166,7 @@ def _plain_search(options: tuple[Any, ...], key: bool, sha256: bool, hash_distan
 def queries_from_proto(
     request: pb.RetrieveRequest, dimension: int
 ) -> tuple[NDArray[np.floating], list[Identity]]:
-    """Read a request's queries by vector, `[N, D]`, and which image each of its queries is.
-
-    Raises `BadVector`. Without vectors D is `dimension`.
-    """
+    """Read vectors `[N, D]`, `[0, dimension]` if there are none, and identities. Raises `BadVector`."""
     if request.HasField("vectors"):
         vectors = vectors_from_proto(request.vectors)
     else:
@@ -220,31 +218,17 @@ def retrieval_to_proto(retrieval: Retrieval) -> pb.Retrieval:
 
 
 def retrievals_from_proto(response: pb.RetrieveResponse) -> list[Retrieval]:
-    return [
-        Retrieval(
-            store=response.store,
-            version=response.version,
-            fingerprint=response.fingerprint,
-            neighbours=tuple(Neighbour(n.key, n.entry_id, n.similarity) for n in message.neighbours),
-            tags=tuple(_tags_from_proto(message)),
-            excluded=message.excluded,
-        )
-        for message in response.retrievals
-    ]
-
-
-def _tags_from_proto(message: pb.Retrieval) -> Iterator[RetrievedTag]:
-    ids = [n.entry_id for n in message.neighbours]
-    for t in message.tags:
-        yield RetrievedTag(
-            tag_id=t.tag_id,
-            tag=t.tag,
-            kind=KIND_FROM_WIRE[t.kind],
-            similarity=t.similarity,
-            votes=t.votes,
-            relevance=t.relevance,
-            neighbours=tuple(ids[i] for i in t.neighbours),
-        )
+    version = response.store, response.version, response.fingerprint
+    retrievals = []
+    for message in response.retrievals:
+        neighbours = [Neighbour(n.key, n.entry_id, n.similarity) for n in message.neighbours]
+        ids = [neighbour.entry_id for neighbour in neighbours]
+        tags = []
+        for t in message.tags:
+            kind, carriers = KIND_FROM_WIRE[t.kind], tuple(map(ids.__getitem__, t.neighbours))
+            tags.append(RetrievedTag(t.tag_id, t.tag, kind, t.similarity, t.votes, t.relevance, carriers))
+        retrievals.append(Retrieval(*version, tuple(neighbours), tuple(tags), message.excluded))
+    return retrievals
 
 
 def tags_to_proto(tags: Iterable[TagInfo]) -> list[pb.TagInfo]:
@@ -273,7 +257,7 @@ def pair_to_proto(pair: Pair) -> pb.Pair:
 
 
 def pair_from_proto(message: pb.Pair) -> Pair | Rejected:
-    """A pair; or a rejected one, where its metadata is no JSON object."""
+    """Read a pair, or a rejected one if its metadata is no JSON object."""
     try:
         metadata = json.loads(message.metadata) if message.metadata else {}
     except ValueError:
@@ -325,5 +309,5 @@ def info_from_proto(message: pb.StoreInfo) -> StoreInfo:
 
 
 def stacked(tags: Iterable[TagInfo]) -> NDArray[np.float16]:
-    """Embeddings of tags, `[n, D]` float16: as they are stored, so nothing is lost."""
+    """Stack the embeddings of tags, `[n, D]` float16: they are stored so, and nothing is lost."""
     return np.stack([t.embedding for t in tags if t.embedding is not None]).astype(np.float16)

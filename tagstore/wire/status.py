@@ -1,7 +1,7 @@
-"""Errors as gRPC status codes and back: the one table that both ends of the wire share.
+"""Errors as gRPC status codes and back, in one table for both ends of the wire.
 
-A status has a code, a message for the person who meets it, and, where trying again is worth it, the trailing metadata
-`retry-after-ms`. An answer on a stream carries the same three in `Error`, so that one bad request does not end the stream.
+A status has a code, a message for people and, where a retry is worthwhile, the trailing metadata
+`retry-after-ms`. An answer on a stream has all three in `Error`, so a bad request does not end it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from tagstore_proto.v1 import tagstore_pb2 as pb
 
 RETRY_AFTER = "retry-after-ms"
 
-# From errors to status codes; the first class that fits counts.
 STATUS: tuple[tuple[type[errors.TagstoreError], grpc.StatusCode], ...] = (
     (errors.InvalidInput, grpc.StatusCode.INVALID_ARGUMENT),
     (errors.NotFound, grpc.StatusCode.NOT_FOUND),
@@ -32,6 +31,7 @@ STATUS: tuple[tuple[type[errors.TagstoreError], grpc.StatusCode], ...] = (
     (errors.WriteFailed, grpc.StatusCode.INTERNAL),
     (errors.Damaged, grpc.StatusCode.DATA_LOSS),
 )
+"""Status code of each class of errors; the first class that matches decides."""
 
 _ERRORS: dict[grpc.StatusCode, type[errors.TagstoreError]] = {
     code: kind for kind, code in STATUS if code != grpc.StatusCode.INTERNAL
@@ -42,37 +42,36 @@ _CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.Statu
 
 
 def code_of(error: errors.TagstoreError) -> grpc.StatusCode:
-    """The status code that stands for an error of ours."""
+    """Return the status code of an error."""
     return next((code for kind, code in STATUS if isinstance(error, kind)), grpc.StatusCode.INTERNAL)
 
 
 def retry_after_ms(error: errors.TagstoreError) -> int:
-    """Milliseconds after which the call is worth another try; 0 where the error says nothing of it."""
+    """Return the milliseconds after which to try again; 0 if the error does not say."""
     return max(1, math.ceil(error.retry_after * 1000)) if isinstance(error, errors.Overloaded) else 0
 
 
 def trailing(error: errors.TagstoreError) -> tuple[tuple[str, str], ...]:
-    """The trailing metadata of the call that an error ends."""
+    """Return the trailing metadata of a call that an error ends."""
     wait = retry_after_ms(error)
     return ((RETRY_AFTER, str(wait)),) if wait else ()
 
 
 def error_to_proto(error: errors.TagstoreError) -> pb.Error:
-    """An error as an answer on a stream."""
+    """Make the answer on a stream that reports an error."""
     return pb.Error(code=code_of(error).value[0], message=str(error), retry_after_ms=retry_after_ms(error))
 
 
 def error_from_proto(message: pb.Error) -> errors.TagstoreError:
-    """The error that an answer on a stream stands for."""
-    return error_of(
-        _CODES.get(message.code, grpc.StatusCode.UNKNOWN), message.message, message.retry_after_ms
-    )
+    """Make the error that an answer on a stream reports."""
+    code = _CODES.get(message.code, grpc.StatusCode.UNKNOWN)
+    return error_of(code, message.message, message.retry_after_ms)
 
 
 def error_of(code: grpc.StatusCode, message: str, retry_after_ms: int = 0) -> errors.TagstoreError:
-    """The error that a status stands for.
+    """Make the error that a status reports.
 
-    RESOURCE_EXHAUSTED without a time to try again is a message beyond the size limit: the caller's to change, not to repeat.
+    RESOURCE_EXHAUSTED without a time to try again means a message beyond the size limit: no retry helps.
     """
     if code == grpc.StatusCode.RESOURCE_EXHAUSTED:
         if retry_after_ms:
@@ -82,6 +81,6 @@ def error_of(code: grpc.StatusCode, message: str, retry_after_ms: int = 0) -> er
 
 
 def retry_after_of(metadata: Iterable[tuple[str, str | bytes]] | None) -> int:
-    """`retry-after-ms` of a call's trailing metadata; 0 if there is none."""
-    found = next((value for key, value in metadata or () if key == RETRY_AFTER), "0")
-    return int(found) if str(found).isdecimal() else 0
+    """Read `retry-after-ms` from a call's trailing metadata; 0 if there is none."""
+    value = str(next((value for key, value in metadata or () if key == RETRY_AFTER), "0"))
+    return int(value) if value.isdecimal() else 0

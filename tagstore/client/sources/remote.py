@@ -85,10 +85,11 @@ class RemoteCalls:
         request = pb.GetStoreRequest(store=self.location.store, version=version)
         return RemoteCall("GetStore", request, lambda r: convert.info_from_proto(r.store), self._insist)
 
-    def first_attempt(self, attempts: Attempts) -> Attempt:
-        """Return the first attempt, or count the request as not sent."""
+    def begin(self, balancer: Balancer, insist: bool) -> tuple[Attempts, Attempt]:
+        """Return the attempts of a request and the first of them, or count the request as not sent."""
+        attempts = Attempts(balancer, insist=insist)
         try:
-            return attempts.next()
+            return attempts, attempts.next()
         except Unavailable:
             self.counters.add(skipped=1)
             raise
@@ -175,8 +176,7 @@ class RemoteBackend(RemoteCalls, Backend):
 
     def _answer(self, call: RemoteCall) -> Any:
         connections = self._connections.get()
-        attempts = Attempts(connections.balancer, insist=call.insist)
-        attempt = self.first_attempt(attempts)
+        attempts, attempt = self.begin(connections.balancer, call.insist)
         send = self._send_hedged if self.options.hedge else self._send
         while True:
             if attempt.wait:

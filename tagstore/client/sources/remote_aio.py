@@ -83,8 +83,7 @@ class RemoteAioBackend(RemoteCalls):
                 await channel.close()
 
     async def _answer(self, call: RemoteCall) -> Any:
-        attempts = Attempts(self._balancer.get(), insist=call.insist)
-        attempt = self.first_attempt(attempts)
+        attempts, attempt = self.begin(self._balancer.get(), call.insist)
         while True:
             if attempt.wait:
                 await asyncio.sleep(attempt.wait)
