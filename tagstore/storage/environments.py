@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 from typing import Any
+from weakref import WeakValueDictionary
 
 import lmdb
 
@@ -21,11 +22,20 @@ The file grows as data comes, and no reader has to follow a resized map.
 """
 MAX_READERS = 2048
 """Transactions that read from a database at once, over all processes."""
+LOCK_FILE = "lock.mdb"
+"""LMDB's table of readers and mutexes.
+
+POSIX drops a process's locks on a file when it closes any descriptor of it. Without them the next process
+initialises the file anew, under those who use it. So nobody opens this file while its database is open here.
+"""
 _MADV_DONTNEED = 4  # Linux
 
 _lock = Lock()
-_open: dict[tuple[int, int], Any] = {}
-"""By device and inode of data.mdb: a renamed store keeps its own, a new one of its name gets another."""
+_open: WeakValueDictionary[tuple[int, int], Any] = WeakValueDictionary()
+"""Environments of this process, by device and inode of data.mdb: a renamed store keeps its own, a new one of
+its name gets another. None is opened twice, because closing the one would drop the locks of the other."""
+_kept: dict[tuple[int, int], Any] = {}
+"""Those that stay open although nobody uses them."""
 
 
 def _close_inherited() -> None:
@@ -34,6 +44,7 @@ def _close_inherited() -> None:
     for env in _open.values():
         env.close()  # the child's copy; LMDB knows the parent's readers by process id, they stay
     _open.clear()
+    _kept.clear()
 
 
 os.register_at_fork(after_in_child=_close_inherited)
@@ -96,6 +107,7 @@ def environment(directory: Path, *, create: bool = False) -> Any:
                 ) from error
             env.reader_check()
             _open[_identity(path)] = env
+        _kept[_identity(path)] = env
         return env
 
 
@@ -113,10 +125,12 @@ def _reserve(path: str) -> None:
     LMDB makes a file with holes and maps it: on a full disk the first reader would die of SIGBUS.
     """
     os.makedirs(path, exist_ok=True)
-    descriptor = os.open(os.path.join(path, "lock.mdb"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    file = os.path.join(path, LOCK_FILE)
+    if os.path.exists(file) and os.stat(file).st_size:
+        return
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        if not os.fstat(descriptor).st_size:
-            os.posix_fallocate(descriptor, 0, 64 * MAX_READERS + 128)
+        os.posix_fallocate(descriptor, 0, 64 * MAX_READERS + 128)
     finally:
         os.close(descriptor)
 
@@ -136,14 +150,14 @@ def _failed(env: Any) -> bool:
 def forget(directory: Path) -> None:
     """Drop the process's hold of a directory's environment, which closes when its last reader lets go."""
     with _lock:
-        _open.pop(_identity(os.path.realpath(directory)), None)
+        _kept.pop(_identity(os.path.realpath(directory)), None)
 
 
 def release(env: Any) -> None:
     """As `forget`, for an environment whose files may be gone because a compaction has replaced it."""
     with _lock:
-        for identity in [identity for identity, held in _open.items() if held is env]:
-            del _open[identity]
+        for identity in [identity for identity, kept in _kept.items() if kept is env]:
+            del _kept[identity]
 
 
 def trim(env: Any, beyond: int = 256 << 20) -> None:
