@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import errno
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,9 +15,18 @@ from weakref import WeakValueDictionary
 
 import lmdb
 
-from tagstore.errors import Damaged, NotFound, TagstoreError, WriteFailed
+from tagstore.errors import Damaged, InvalidInput, NotFound, TagstoreError, WriteFailed
+from tagstore.storage.file_length import check_length
 
-MAP_SIZE = int(os.environ.get("TAGSTORE_MAP_SIZE", 1 << 38))
+
+def _map_size() -> int:
+    text = os.environ.get("TAGSTORE_MAP_SIZE", str(1 << 38))
+    if not text.isdecimal() or int(text) < 1 << 20:
+        raise InvalidInput(f"TAGSTORE_MAP_SIZE is {text[:40]!r}: give it in bytes, at least {1 << 20}")
+    return int(text)
+
+
+MAP_SIZE = _map_size()
 """Bytes of address space, not of disk.
 
 The file grows as data comes, and no reader has to follow a resized map.
@@ -29,6 +40,8 @@ POSIX drops a process's locks on a file when it closes any descriptor of it. Wit
 initialises the file anew, under those who use it. So nobody opens this file while its database is open here.
 """
 _MADV_DONTNEED = 4  # Linux
+
+log = logging.getLogger(__name__)
 
 _lock = Lock()
 _open: WeakValueDictionary[tuple[int, int], Any] = WeakValueDictionary()
@@ -80,17 +93,10 @@ def environment(directory: Path, *, create: bool = False) -> Any:
         if env is None:
             if not create and not os.path.exists(os.path.join(path, "data.mdb")):
                 raise NotFound(f"no database at {path}")
+            if not create:
+                check_length(path)
             try:
-                _reserve(path)
-                # metasync=False: a commit syncs only the data, `env.sync(True)` the commit itself
-                env = lmdb.open(
-                    path,
-                    map_size=MAP_SIZE,
-                    max_readers=MAX_READERS,
-                    max_dbs=16,
-                    create=create,
-                    metasync=False,
-                )
+                env = _opened(path, create)
             except (lmdb.InvalidError, lmdb.CorruptedError, lmdb.VersionMismatchError) as error:
                 raise Damaged(
                     f"{path}/data.mdb is not a readable LMDB database: {error}. Restore it from a copy."
@@ -109,6 +115,25 @@ def environment(directory: Path, *, create: bool = False) -> Any:
             _open[_identity(path)] = env
         _kept[_identity(path)] = env
         return env
+
+
+def _opened(path: str, create: bool) -> Any:
+    # metasync=False: a commit syncs only the data, `env.sync(True)` the commit itself
+    options = {"map_size": MAP_SIZE, "max_readers": MAX_READERS, "max_dbs": 16, "metasync": False}
+    try:
+        _reserve(path)
+        return lmdb.open(path, create=create, **options)
+    except (lmdb.Error, OSError) as error:
+        if create or not _is_read_only(path, error):
+            raise
+    log.warning("%s is read-only here, and read without LMDB's lock: nobody may write to it meanwhile", path)
+    return lmdb.open(path, create=False, readonly=True, lock=False, **options)
+
+
+def _is_read_only(path: str, error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in (errno.EROFS, errno.EACCES, errno.EPERM)
+    return bool(os.statvfs(path).f_flag & os.ST_RDONLY) or not os.access(path, os.W_OK)
 
 
 def _identity(path: str) -> tuple[int, int]:
@@ -136,7 +161,7 @@ def _reserve(path: str) -> None:
 
 
 def _failed(env: Any) -> bool:
-    """Whether LMDB gave an environment up, as it does if writing a meta page fails.
+    """Whether an environment was closed, or given up by LMDB, as it is if writing a meta page fails.
 
     Opened again it holds what was committed.
     """
@@ -144,6 +169,8 @@ def _failed(env: Any) -> bool:
         env.begin().abort()
     except lmdb.PanicError:
         return True
+    except lmdb.Error as error:
+        return type(error) is lmdb.Error  # closed; others, such as a full table of readers, have a class
     return False
 
 

@@ -20,6 +20,7 @@ from tagstore.storage.checksums import check_sound, ranges_of
 from tagstore.storage.codec import unseal
 from tagstore.storage.database import Database
 from tagstore.storage.environments import environment
+from tagstore.storage.file_length import complete
 from tagstore.storage.generations import new_generation, sweep, switch
 from tagstore.storage.rows import BLOCK_ROWS, block_key, read_block
 from tagstore.storage.snapshot import Snapshot
@@ -115,6 +116,7 @@ class _Copy:
         with self._env.begin(write=True) as txn:
             self._tables.put_state(txn, self._new.number, *ends)
         self._env.sync(True)
+        complete(self._env)
         switch(self._writer.directory, path)
         assert copied is not None
         return copied
