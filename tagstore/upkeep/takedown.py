@@ -78,7 +78,9 @@ def purge(root: str | Path, store: str, selection: Selection, *, reason: str, wh
             proof="the search for their traces was cut off or found some: run `tagstore prove-absent`",
         )
         # the record is part of the commit that takes the entries down: a crash leaves both or neither
-        version = rewrite(writer, kept, "purge", index_copy, without=keys, takedown=asdict(takedown))
+        version = rewrite(
+            writer, kept, "purge", index_copy, without=keys, absent=ids, takedown=asdict(takedown)
+        )
         with writing(f"{writer.directory} without its old database"):
             sweep(writer.directory)  # unlike a compaction, a takedown may not leave this to the next writer
         captions, images = {c for e in doomed for c in e.captions}, {e.sha256.hex() for e in doomed}
