@@ -1,4 +1,4 @@
-"""Images and texts of concurrent calls go to the encoder together: at once when it is idle, bounded always."""
+"""Images and texts of concurrent calls go to the encoder together: at once when it is idle, bounded."""
 
 from __future__ import annotations
 

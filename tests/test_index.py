@@ -29,6 +29,7 @@ from tagstore.storage.writer import Writer
 from tagstore.types import Exclude, Fingerprint, Identity, Search
 from tagstore.upkeep.compact import compact
 from tagstore.upkeep.edits import Selection, delete, rollback
+from tagstore.upkeep.takedown import purge
 from tagstore.upkeep.tuning import Budget, OverBudget, build_index
 from tagstore.upkeep.verify import repair, verify
 
@@ -526,3 +527,24 @@ def test_verify_names_an_index_that_holds_other_vectors_than_the_store(tmp_path:
     assert "holds another vector for entry 0 than the store (300 such)" in problem.what
     assert repair(tmp_path, "s")
     assert verify(tmp_path, "s", full=True) == []
+
+
+def test_compaction_leaves_the_answers_of_old_versions_alone(copied: Path) -> None:
+    append(copied, "s", clustered(60, 78), "new")
+    delete(copied, "s", Selection(keys=[f"k{i}" for i in range(100)]))
+    queries = clustered(200, 5)
+
+    def answers(version: int) -> list:
+        engine = Engine(Store(copied, "s").snapshot(version))
+        return [engine.info().index["kind"], engine.nearest(queries, Search(k=5))]
+
+    expected = {version: answers(version) for version in (1, 2, 3, 4)}
+    assert [expected[version][0] for version in (1, 2, 3)] == ["flat", "hnsw", "hnsw"]
+    compact(copied, "s")
+    assert {version: answers(version) for version in (1, 2, 3, 4)} == expected
+    assert verify(copied, "s", full=True) == []
+    # of a version that loses nothing a takedown keeps the kind, but no row of what was taken down
+    purge(copied, "s", Selection(keys=["new3"]), reason="asked for")
+    snapshot = Store(copied, "s").snapshot(2)
+    assert snapshot.version.index["files"][0]["plan"]["kind"] == "hnsw"
+    assert verify(copied, "s", full=True) == []

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -223,3 +227,61 @@ def test_a_damaged_record_is_found_and_not_papered_over(root: Path):
     assert any("data.mdb" in p.file and "entries" in p.what for p in verify(root, "s"))
     with pytest.raises(Damaged, match="can't be repaired"):
         repair(root, "s")
+
+
+def test_a_lost_current_is_said_and_not_taken_for_no_store(root: Path) -> None:
+    current = root / "s" / "CURRENT"
+    name = current.read_text().strip()
+    current.unlink()
+    for ask in (lambda: Store(root, "s"), lambda: delete(root, "s", Selection(keys=["x"]))):
+        with pytest.raises(Damaged, match=f"CURRENT is missing, there is {name}: write into it"):
+            ask()
+    [problem] = verify(root, "s")
+    assert "CURRENT is missing" in problem.what
+    current.symlink_to("CURRENT")
+    with pytest.raises(Damaged, match="CURRENT cannot be read: Too many levels of symbolic links"):
+        Store(root, "s")
+
+
+def test_strange_paths_among_the_dropped_do_no_harm(root: Path) -> None:
+    for _ in range(2):  # within a second
+        shutil.copytree(root / "s", root / "t")
+        drop(root, "t")
+    for stray in ("notes", "t@yesterday", "t@"):
+        (root / ".dropped" / stray).mkdir()
+    shutil.copytree(root / "s", root / "t")
+    drop(root, "t")
+    assert len(list((root / ".dropped").glob("t@[0-9]*"))) == 3
+    undrop(root, "t")
+    assert verify(root, "t") == []
+
+
+@pytest.mark.parametrize("size", ["abc", "", "-1", "1000"])
+def test_a_map_size_that_is_none_is_said(root: Path, size: str) -> None:
+    command = [sys.executable, "-m", "tagstore.cli", "info", f"file://{root}/s"]
+    child = subprocess.run(
+        command, env={**os.environ, "TAGSTORE_MAP_SIZE": size}, capture_output=True, text=True
+    )
+    assert child.returncode == 1
+    assert child.stderr.startswith(f"error: TAGSTORE_MAP_SIZE is '{size}': give it in bytes")
+
+
+_READ_ONLY = """
+mount --bind "$1" "$1" && mount -o remount,ro,bind "$1" || exit 77
+"$2" -m tagstore.cli info "file://$1/s" && "$2" -m tagstore.cli verify "file://$1/s" || exit 1
+"$2" -m tagstore.cli delete "file://$1/s" --key red-circle
+"""
+
+
+def test_a_read_only_volume_is_read_and_verified(root: Path) -> None:
+    command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", _READ_ONLY, "sh"]
+    try:
+        child = subprocess.run([*command, root, sys.executable], capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("needs unshare")
+    if child.returncode == 77 or "unshare:" in child.stderr:
+        pytest.skip(f"needs a mount of its own: {child.stderr}")
+    assert "s is sound" in child.stdout, child.stderr
+    assert "read without LMDB's lock: nobody may write to it meanwhile" in child.stderr
+    assert child.returncode == 1
+    assert "Read-only file system" in child.stderr

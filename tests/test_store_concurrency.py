@@ -20,11 +20,15 @@ import numpy as np
 import pytest
 
 import crash
+from tagstore.bundles import export
 from tagstore.retrieval.catalog import Catalog
 from tagstore.storage.store import Snapshot, Store
 from tagstore.storage.writer import Writer
 from tagstore.types import Search
 from tagstore.upkeep.compact import compact
+from tagstore.upkeep.edits import Selection
+from tagstore.upkeep.takedown import prove_absent, purge
+from tagstore.upkeep.verify import repair, verify
 from waiting import wait_until
 
 SPAWN, FORK = multiprocessing.get_context("spawn"), multiprocessing.get_context("fork")
@@ -226,3 +230,40 @@ def test_a_store_is_opened_beside_a_writer_of_the_same_process(tmp_path: Path):
     work = "from pathlib import Path; import test_store_concurrency as t; "
     work += f"t._write_and_open(Path({str(tmp_path)!r}), 3.0)"
     subprocess.run([sys.executable, "-c", work], cwd=Path(__file__).parent, check=True, timeout=60)
+
+
+_TRY_TO_INITIALISE = """
+import fcntl, sys
+with open(sys.argv[1], "r+b") as file:
+    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1)
+"""
+"""What LMDB does to find out whether it is the first to open a database, and may initialise `lock.mdb`."""
+
+
+@pytest.mark.parametrize("work", ["purge", "prove_absent", "verify", "repair", "compact", "export", "ingest"])
+def test_this_process_keeps_its_lock_on_a_database(tmp_path: Path, work: str) -> None:
+    # closing any descriptor of lock.mdb would drop it, and the next process to open the database would
+    # initialise the table of readers, and the mutexes in it, under those who use them
+    for number in (1, 2):
+        _write(tmp_path, number)
+    held = Store(tmp_path, crash.NAME).env  # closed if nothing holds it
+    match work:
+        case "purge":
+            purge(tmp_path, crash.NAME, Selection(keys=["key-00003"]), reason="asked for")
+        case "prove_absent":
+            assert prove_absent(tmp_path, crash.NAME, keys=["no such key"]) == []
+        case "verify":
+            assert verify(tmp_path, crash.NAME, full=True) == []
+        case "repair":
+            assert repair(tmp_path, crash.NAME) == []
+        case "compact":
+            compact(tmp_path, crash.NAME)
+        case "export":
+            export(tmp_path, crash.NAME, tmp_path / "bundle")
+        case "ingest":
+            _write(tmp_path, 3)
+    store = Store(tmp_path, crash.NAME)
+    assert (store.env is held) == (work not in ("purge", "compact"))
+    command = [sys.executable, "-c", _TRY_TO_INITIALISE, str(store.generation / "lock.mdb")]
+    child = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    assert "BlockingIOError" in child.stderr

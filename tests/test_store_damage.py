@@ -17,7 +17,9 @@ import pytest
 
 import crash
 from tagstore.errors import Damaged
-from tagstore.storage.environments import forget
+from tagstore.retrieval.catalog import Catalog
+from tagstore.storage.environments import environment, forget
+from tagstore.storage.file_length import complete
 from tagstore.storage.store import Store
 from tagstore.storage.tables import TABLES
 from tagstore.storage.writer import Writer
@@ -177,3 +179,42 @@ def test_verify_reads_in_a_process_of_its_own_and_says_the_same(sound: Path, tmp
         pass
     current.write_text(line)
     assert verify(root, crash.NAME, full=True) == []
+
+
+@pytest.mark.parametrize("share", [0.9, 0.5, 0.02])
+@pytest.mark.parametrize("name", ["index", "database"])
+def test_a_file_that_was_cut_off_is_damage(tmp_path: Path, sound: Path, name: str, share: float) -> None:
+    root = Path(shutil.copytree(sound, tmp_path / "root"))
+    store = Store(root, crash.NAME)
+    index = store.index_directory / store.snapshot().version.index["files"][0]["file"]
+    path = index if name == "index" else store.generation / "data.mdb"
+    store.env.close()
+    forget(store.generation)
+    os.truncate(path, int(share * path.stat().st_size))
+    with pytest.raises(Damaged, match=r"cut off"):
+        Catalog(root, device="cpu").engine(crash.NAME)
+    assert [problem for problem in verify(root, crash.NAME) if str(path) in problem.file]
+
+
+def test_a_database_without_its_last_free_pages_is_sound(tmp_path: Path) -> None:
+    directory, rng = tmp_path / "db", random.Random(1)
+    env = environment(directory, create=True)
+    table = env.open_db(b"table")
+    for _ in range(20):  # LMDB does not write a page that was freed in the transaction that made it
+        with env.begin(table, write=True) as txn:
+            for _ in range(rng.randrange(50)):
+                txn.put(rng.randbytes(8), rng.randbytes(rng.randrange(5000)))
+            for _ in range(rng.randrange(50)):
+                key = rng.randbytes(8)
+                txn.put(key, bytes(20_000))
+                txn.delete(key)
+    with env.begin(table) as txn:
+        records = list(txn.cursor())
+    promised = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
+    assert (directory / "data.mdb").stat().st_size < promised
+    env.close()
+    env = environment(directory)
+    with env.begin(env.open_db(b"table")) as txn:
+        assert list(txn.cursor()) == records
+    complete(env)
+    assert (directory / "data.mdb").stat().st_size == promised

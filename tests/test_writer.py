@@ -263,7 +263,7 @@ OPERATIONS = {
 
 
 # Operations that write much, or verify, skip some writes; odd steps, so that ENOSPC and EIO alternate.
-STRIDES = {"ingest": 3, "reembed": 3, "compact": 5, "purge": 5, "repair": 9, "import": 7}
+STRIDES = {"ingest": 3, "reembed": 3, "compact": 5, "purge": 3, "repair": 9, "import": 7}
 
 
 def fail_everywhere(root: str, operation: str, stride: str) -> None:

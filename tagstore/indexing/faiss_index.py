@@ -189,7 +189,7 @@ class Part:
 
     def __init__(self, path: Path, about: Mapping[str, Any], live: Allowed, dimension: int) -> None:
         self.plan = plan_of(about["plan"]) if "plan" in about else Plan("flat")
-        self.index = open_file(path, about["rows"], dimension)
+        self.index = open_file(path, about, dimension)
         self.first, self.end, self.rows = about["first"], about["end"], about["rows"]
         self._dimension = dimension
         self.alive = live.between(self.first, self.end)
@@ -360,10 +360,13 @@ _open: WeakValueDictionary[tuple[str, int, int], Any] = WeakValueDictionary()
 """Open files by path, inode and time: the next version shares most of them, and their pages are in memory."""
 
 
-def open_file(path: Path, rows: int, dimension: int) -> Any:
+def open_file(path: Path, about: Mapping[str, Any], dimension: int) -> Any:
     """Map an index file into memory. Raises `Damaged` if it can't be read or holds something else."""
+    rows = about["rows"]
     try:
         status = path.stat()
+        if status.st_size != about["bytes"]:
+            raise OSError("its length is another")  # beyond the end of a mapped file is SIGBUS
         key = str(path), status.st_ino, status.st_mtime_ns
         index = _open.get(key)
         if index is None:

@@ -3,29 +3,52 @@
 from __future__ import annotations
 
 import ctypes
+import errno
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 from typing import Any
+from weakref import WeakValueDictionary
 
 import lmdb
 
-from tagstore.errors import Damaged, NotFound, TagstoreError, WriteFailed
+from tagstore.errors import Damaged, InvalidInput, NotFound, TagstoreError, WriteFailed
+from tagstore.storage.file_length import check_length
 
-MAP_SIZE = int(os.environ.get("TAGSTORE_MAP_SIZE", 1 << 38))
+
+def _map_size() -> int:
+    text = os.environ.get("TAGSTORE_MAP_SIZE", str(1 << 38))
+    if not text.isdecimal() or int(text) < 1 << 20:
+        raise InvalidInput(f"TAGSTORE_MAP_SIZE is {text[:40]!r}: give it in bytes, at least {1 << 20}")
+    return int(text)
+
+
+MAP_SIZE = _map_size()
 """Bytes of address space, not of disk.
 
 The file grows as data comes, and no reader has to follow a resized map.
 """
 MAX_READERS = 2048
 """Transactions that read from a database at once, over all processes."""
+LOCK_FILE = "lock.mdb"
+"""LMDB's table of readers and mutexes.
+
+POSIX drops a process's locks on a file when it closes any descriptor of it. Without them the next process
+initialises the file anew, under those who use it. So nobody opens this file while its database is open here.
+"""
 _MADV_DONTNEED = 4  # Linux
 
+log = logging.getLogger(__name__)
+
 _lock = Lock()
-_open: dict[tuple[int, int], Any] = {}
-"""By device and inode of data.mdb: a renamed store keeps its own, a new one of its name gets another."""
+_open: WeakValueDictionary[tuple[int, int], Any] = WeakValueDictionary()
+"""Environments of this process, by device and inode of data.mdb: a renamed store keeps its own, a new one of
+its name gets another. None is opened twice, because closing the one would drop the locks of the other."""
+_kept: dict[tuple[int, int], Any] = {}
+"""Those that stay open although nobody uses them."""
 
 
 def _close_inherited() -> None:
@@ -34,6 +57,7 @@ def _close_inherited() -> None:
     for env in _open.values():
         env.close()  # the child's copy; LMDB knows the parent's readers by process id, they stay
     _open.clear()
+    _kept.clear()
 
 
 os.register_at_fork(after_in_child=_close_inherited)
@@ -69,17 +93,10 @@ def environment(directory: Path, *, create: bool = False) -> Any:
         if env is None:
             if not create and not os.path.exists(os.path.join(path, "data.mdb")):
                 raise NotFound(f"no database at {path}")
+            if not create:
+                check_length(path)
             try:
-                _reserve(path)
-                # metasync=False: a commit syncs only the data, `env.sync(True)` the commit itself
-                env = lmdb.open(
-                    path,
-                    map_size=MAP_SIZE,
-                    max_readers=MAX_READERS,
-                    max_dbs=16,
-                    create=create,
-                    metasync=False,
-                )
+                env = _opened(path, create)
             except (lmdb.InvalidError, lmdb.CorruptedError, lmdb.VersionMismatchError) as error:
                 raise Damaged(
                     f"{path}/data.mdb is not a readable LMDB database: {error}. Restore it from a copy."
@@ -96,7 +113,27 @@ def environment(directory: Path, *, create: bool = False) -> Any:
                 ) from error
             env.reader_check()
             _open[_identity(path)] = env
+        _kept[_identity(path)] = env
         return env
+
+
+def _opened(path: str, create: bool) -> Any:
+    # metasync=False: a commit syncs only the data, `env.sync(True)` the commit itself
+    options = {"map_size": MAP_SIZE, "max_readers": MAX_READERS, "max_dbs": 16, "metasync": False}
+    try:
+        _reserve(path)
+        return lmdb.open(path, create=create, **options)
+    except (lmdb.Error, OSError) as error:
+        if create or not _is_read_only(path, error):
+            raise
+    log.warning("%s is read-only here, and read without LMDB's lock: nobody may write to it meanwhile", path)
+    return lmdb.open(path, create=False, readonly=True, lock=False, **options)
+
+
+def _is_read_only(path: str, error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in (errno.EROFS, errno.EACCES, errno.EPERM)
+    return bool(os.statvfs(path).f_flag & os.ST_RDONLY) or not os.access(path, os.W_OK)
 
 
 def _identity(path: str) -> tuple[int, int]:
@@ -113,16 +150,18 @@ def _reserve(path: str) -> None:
     LMDB makes a file with holes and maps it: on a full disk the first reader would die of SIGBUS.
     """
     os.makedirs(path, exist_ok=True)
-    descriptor = os.open(os.path.join(path, "lock.mdb"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    file = os.path.join(path, LOCK_FILE)
+    if os.path.exists(file) and os.stat(file).st_size:
+        return
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        if not os.fstat(descriptor).st_size:
-            os.posix_fallocate(descriptor, 0, 64 * MAX_READERS + 128)
+        os.posix_fallocate(descriptor, 0, 64 * MAX_READERS + 128)
     finally:
         os.close(descriptor)
 
 
 def _failed(env: Any) -> bool:
-    """Whether LMDB gave an environment up, as it does if writing a meta page fails.
+    """Whether an environment was closed, or given up by LMDB, as it is if writing a meta page fails.
 
     Opened again it holds what was committed.
     """
@@ -130,20 +169,22 @@ def _failed(env: Any) -> bool:
         env.begin().abort()
     except lmdb.PanicError:
         return True
+    except lmdb.Error as error:
+        return type(error) is lmdb.Error  # closed; others, such as a full table of readers, have a class
     return False
 
 
 def forget(directory: Path) -> None:
     """Drop the process's hold of a directory's environment, which closes when its last reader lets go."""
     with _lock:
-        _open.pop(_identity(os.path.realpath(directory)), None)
+        _kept.pop(_identity(os.path.realpath(directory)), None)
 
 
 def release(env: Any) -> None:
     """As `forget`, for an environment whose files may be gone because a compaction has replaced it."""
     with _lock:
-        for identity in [identity for identity, held in _open.items() if held is env]:
-            del _open[identity]
+        for identity in [identity for identity, kept in _kept.items() if kept is env]:
+            del _kept[identity]
 
 
 def trim(env: Any, beyond: int = 256 << 20) -> None:

@@ -26,12 +26,20 @@ from tagstore.storage.environments import forget
 def generation(store: Path) -> Path:
     """The directory of a store's current generation.
 
-    Raises `NotFound` if there is no store, `Damaged` if its `CURRENT` names no generation.
+    Raises `NotFound` if there is no store, `Damaged` if its `CURRENT` is lost or names no generation.
     """
     try:
         name = (store / "CURRENT").read_bytes().decode("ascii", "replace").strip()
     except (FileNotFoundError, NotADirectoryError):
-        raise NotFound(f"no store at {store}") from None
+        there = sorted(path.parent.name for path in store.glob("db-*/data.mdb"))
+        if not there:
+            raise NotFound(f"no store at {store}") from None
+        raise Damaged(
+            f"{store}/CURRENT is missing, there is {', '.join(there)}: write into it which of them is the "
+            "store's"
+        ) from None
+    except OSError as error:
+        raise Damaged(f"{store}/CURRENT cannot be read: {error.strerror}") from error
     if not re.fullmatch(r"db-[0-9a-f-]+", name):
         raise Damaged(
             f"{store}/CURRENT holds {name[:40]!r}: write into it the name of the db-... directory beside it"

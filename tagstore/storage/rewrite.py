@@ -7,6 +7,8 @@ step the old one is untouched and served; readers that hold it keep it until the
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -20,7 +22,8 @@ from tagstore.storage.checksums import check_sound, ranges_of
 from tagstore.storage.codec import unseal
 from tagstore.storage.database import Database
 from tagstore.storage.environments import environment
-from tagstore.storage.generations import new_generation, sweep, switch
+from tagstore.storage.file_length import complete
+from tagstore.storage.generations import new_generation, sweep, switch, sync_directory
 from tagstore.storage.rows import BLOCK_ROWS, block_key, read_block
 from tagstore.storage.snapshot import Snapshot
 from tagstore.storage.tables import U64, TableWriter, arrays_of, open_tables
@@ -32,9 +35,9 @@ BATCH = 4096
 BLOCK_BATCH = 256
 """Blocks of rows copied in one transaction."""
 
-CopyIndexer = Callable[[Snapshot, Version | None, Path, bool], Mapping[str, Any]]
-"""Builds an index of a copied version: (version, parent whose files it may share, directory, one file only).
-"""
+CopyIndexer = Callable[[Snapshot, Path], Mapping[str, Any]]
+"""Builds an index for a copied version in a directory, of the kind that its record names."""
+NO_IDS = np.zeros(0, np.int64)
 
 
 def rewrite(
@@ -44,12 +47,15 @@ def rewrite(
     indexer: CopyIndexer,
     *,
     without: Iterable[str] = (),
+    absent: NDArray[np.int64] = NO_IDS,
     takedown: Mapping[str, Any] | None = None,
 ) -> Version:
     """Copy versions, and what the writer has as a new one, into a fresh generation; make that current.
 
     Args:
         without: keys whose refused pairs are not copied.
+        absent: ids of entries that no file may contain. The index files of kept versions, whose answers must
+            not change, are taken over as they are, except those that may contain one of these.
         takedown: a record to keep in the same commit.
 
     Raises `Damaged` if what is to be copied is not what was committed.
@@ -59,7 +65,7 @@ def rewrite(
         advice = "a copy would hide that. Run `tagstore verify`, restore the store from a bundle or a copy"
         check_sound(Snapshot(writer.store, version), seen, advice)
     with writer.step():
-        version = _Copy(writer, kept, operation, indexer, set(without)).write(takedown)
+        version = _Copy(writer, kept, operation, indexer, set(without), absent).write(takedown)
     with suppress(OSError):  # it is committed; the next writer removes what cannot be removed now
         sweep(writer.directory)
     writer.reopen()
@@ -70,10 +76,17 @@ class _Copy:
     """A fresh generation that is being written."""
 
     def __init__(
-        self, writer: Writer, kept: list[Version], operation: str, indexer: CopyIndexer, without: set[str]
+        self,
+        writer: Writer,
+        kept: list[Version],
+        operation: str,
+        indexer: CopyIndexer,
+        without: set[str],
+        absent: NDArray[np.int64],
     ) -> None:
         assert writer.parent is not None
         self._writer, self._old, self._indexer, self._without = writer, writer.store, indexer, without
+        self._absent = absent
         self._new = replace(writer.draft_version(operation, {}), index=writer.parent.index)
         self._versions = [*kept, self._new]
         snapshots = [Snapshot(self._old, version) for version in kept]
@@ -115,6 +128,7 @@ class _Copy:
         with self._env.begin(write=True) as txn:
             self._tables.put_state(txn, self._new.number, *ends)
         self._env.sync(True)
+        complete(self._env)
         switch(self._writer.directory, path)
         assert copied is not None
         return copied
@@ -165,21 +179,36 @@ class _Copy:
         base = parent if parent is not None and parent.next_entry_id <= version.next_entry_id else None
         ranges = ranges_of(database, base, version, arrays, min(version.next_tag_id, embedded))
         version = replace(version, pages=pages, ranges=ranges)
-        # the record of the old index holds the parameters of a tuned one
-        snapshot, whole = Snapshot(database, version), version.number == self._new.number
-        index = self._indexer(snapshot, self._index_parent(version, parent), database.index_directory, whole)
-        version = replace(version, index=index)
+        if version.number == self._new.number or not self._take_over(version, database.index_directory):
+            index = self._indexer(Snapshot(database, version), database.index_directory)
+            version = replace(version, index=index)
         with self._env.begin(write=True) as txn:
             self._tables.put_version(txn, version)
         return version
 
-    def _index_parent(self, version: Version, parent: Version | None) -> Version | None:
-        """The parent, if this version may share its index files: if they leave out none of its entries."""
-        if parent is None or parent.space != version.space:
-            return None
-        here, there = self._live[version.number], self._live[parent.number]
-        shared = here[: len(there)]
-        return None if (shared & ~there[: len(shared)]).any() else parent
+    def _take_over(self, version: Version, directory: Path) -> bool:
+        """Link the index files of a version into the new generation, if they are there and contain nothing of
+        what must be absent."""
+        directory.mkdir(exist_ok=True)
+        for about in version.index["files"]:
+            source, target = self._old.index_directory / about["file"], directory / about["file"]
+            if not source.exists() or np.any(
+                (about["first"] <= self._absent) & (self._absent < about["end"])
+            ):
+                return False
+            if not target.exists():
+                _link(source, target)
+        sync_directory(directory)
+        return True
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a filesystem without links
+        shutil.copyfile(source, target)
+        with target.open("rb") as file:
+            os.fsync(file.fileno())
 
 
 def _union(arrays: Iterable[NDArray[Any]], n: int) -> NDArray[np.bool_]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tagstore.errors import Damaged, InvalidInput, NotFound
 from tagstore.storage.database import Database
-from tagstore.storage.environments import environment
+from tagstore.storage.environments import LOCK_FILE, environment
 from tagstore.storage.generations import generation
 from tagstore.storage.snapshot import Snapshot as Snapshot
 from tagstore.storage.tables import U64
@@ -43,6 +43,14 @@ class Store(Database):
                 if attempt == OPEN_ATTEMPTS:
                     raise Damaged(f"{directory}/CURRENT names {path.name}, which is not there") from None
         super().__init__(name, directory, path, env)
+
+    def files(self) -> list[Path]:
+        """List the files of the store, of all generations, except `lock.mdb`.
+
+        That one holds no data, and closing any descriptor of it drops this process's locks on the database.
+        """
+        paths = self.directory.rglob("*")
+        return sorted(path for path in paths if path.name != LOCK_FILE and path.is_file())
 
     def versions(self) -> list[Version]:
         """All versions, oldest first."""

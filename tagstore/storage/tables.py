@@ -49,21 +49,29 @@ def open_tables(env: Any, *, create: bool = False) -> dict[str, Any]:
     Raises `NotFound` if a first ingest did not get to make them, `Damaged` for another release's format.
     """
     try:
+        if env.flags()["readonly"]:
+            meta = env.open_db(b"meta", create=False)
+            with env.begin() as txn:
+                _check_format(env, txn.get(b"state", db=meta))
+            return {name: env.open_db(name.encode(), create=False) for name in TABLES}
         # in a transaction of ours: its own would wait for the writer and hold the interpreter meanwhile
         with env.begin(write=True) as txn:
             meta = env.open_db(b"meta", txn=txn, create=create)
-            state = txn.get(b"state", db=meta)
-            if state is not None and (number := unseal(b"state", state)["format"]) != FORMAT:
-                raise Damaged(
-                    f"{env.path()} has on-disk format {number}, this release reads {FORMAT}: use the release "
-                    "that wrote it"
-                )
+            _check_format(env, txn.get(b"state", db=meta))
             return {name: env.open_db(name.encode(), txn=txn, create=create) for name in TABLES}
     except lmdb.NotFoundError:
         raise NotFound(
             f"{env.path()}/data.mdb holds no tag store, or its first ingest did not finish: ingest into it "
             "again"
         ) from None
+
+
+def _check_format(env: Any, state: bytes | None) -> None:
+    if state is not None and (number := unseal(b"state", state)["format"]) != FORMAT:
+        raise Damaged(
+            f"{env.path()} has on-disk format {number}, this release reads {FORMAT}: use the release that "
+            "wrote it"
+        )
 
 
 def key_of(key: str) -> bytes:

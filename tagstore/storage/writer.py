@@ -18,6 +18,7 @@ from tagstore.mining import MergedTag
 from tagstore.storage.checksums import ranges_of
 from tagstore.storage.codec import decode_entry, decode_tag, encode_entry, encode_tag, seal, unseal
 from tagstore.storage.environments import environment, trim, writing
+from tagstore.storage.file_length import complete
 from tagstore.storage.generations import (
     generation,
     new_generation,
@@ -118,6 +119,7 @@ class Writer:
         try:
             with writing(f"store '{self.name}'"):
                 yield
+                complete(self.env)
         except BaseException:
             self._failed = True
             raise

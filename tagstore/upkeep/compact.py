@@ -29,6 +29,6 @@ def compact(root: str | Path, store: str, *, keep: int | None = None) -> Version
         return rewrite(writer, kept, "compact", index_copy)
 
 
-def index_copy(snapshot: Snapshot, parent: Version | None, directory: Path, whole: bool) -> Mapping[str, Any]:
-    """Build the index of a version that is being rewritten."""
-    return faiss_index.extend(snapshot, parent, directory, whole=whole)
+def index_copy(snapshot: Snapshot, directory: Path) -> Mapping[str, Any]:
+    """Build the index of a version that is being rewritten, of the kind that it had, in one file."""
+    return faiss_index.extend(snapshot, None, directory, whole=True)

@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 
 import numpy as np
@@ -156,17 +157,20 @@ def drop(root: str | Path, store: str) -> float:
     with writing(str(dropped)), writer_lock(source):
         forget(generation(source))
         dropped.mkdir(exist_ok=True)
-        source.rename(dropped / f"{store}@{int(time.time())}")
+        when = int(time.time())
+        while (dropped / f"{store}@{when}").exists():
+            when += 1
+        source.rename(dropped / f"{store}@{when}")
         for old in dropped.iterdir():
-            if int(old.name.rpartition("@")[2]) < time.time() - UNDO_DAYS * 86400:
+            if _dropped_at(old) < time.time() - UNDO_DAYS * 86400:
                 shutil.rmtree(old)
     return UNDO_DAYS
 
 
 def undrop(root: str | Path, store: str) -> None:
     """Bring back the store that was last dropped under a name."""
-    candidates = (Path(root) / DROPPED).glob(f"{check_name(store)}@*")
-    newest = max(candidates, key=lambda path: int(path.name.rpartition("@")[2]), default=None)
+    paths = (Path(root) / DROPPED).glob(f"{check_name(store)}@*")
+    newest = max((path for path in paths if _dropped_at(path) < inf), key=_dropped_at, default=None)
     if newest is None:
         raise NotFound(
             f"no dropped store '{store}' under {root}: it was never dropped, or more than {UNDO_DAYS:g} days "
@@ -177,6 +181,12 @@ def undrop(root: str | Path, store: str) -> None:
         raise AlreadyExists(f"there is a store '{store}' again: rename that one first")
     with writing(str(target)):
         newest.rename(target)
+
+
+def _dropped_at(path: Path) -> float:
+    """Return when a store was dropped, in seconds; infinity for a path that no drop has made."""
+    when = path.name.rpartition("@")[2]
+    return int(when) if when.isdecimal() else inf
 
 
 def _directory(root: str | Path, store: str) -> Path:

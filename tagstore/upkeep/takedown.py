@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tagstore.errors import Damaged, NotFound
+from tagstore.storage.environments import writing
+from tagstore.storage.generations import sweep
 from tagstore.storage.rewrite import rewrite
 from tagstore.storage.snapshot import Snapshot
 from tagstore.storage.store import Store
@@ -49,6 +51,7 @@ def purge(root: str | Path, store: str, selection: Selection, *, reason: str, wh
 
     Raises:
         NotFound: no entry of any version fits.
+        WriteFailed: they are taken down, but the files that held them could not be removed: try again.
         Damaged: a trace of them was found; the message says where.
     """
     selection.check()
@@ -75,7 +78,11 @@ def purge(root: str | Path, store: str, selection: Selection, *, reason: str, wh
             proof="the search for their traces was cut off or found some: run `tagstore prove-absent`",
         )
         # the record is part of the commit that takes the entries down: a crash leaves both or neither
-        version = rewrite(writer, kept, "purge", index_copy, without=keys, takedown=asdict(takedown))
+        version = rewrite(
+            writer, kept, "purge", index_copy, without=keys, absent=ids, takedown=asdict(takedown)
+        )
+        with writing(f"{writer.directory} without its old database"):
+            sweep(writer.directory)  # unlike a compaction, a takedown may not leave this to the next writer
         captions, images = {c for e in doomed for c in e.captions}, {e.sha256.hex() for e in doomed}
         for other in Store(root, store).all_entries():
             # another entry that says the same or shows the same picture keeps it
@@ -134,12 +141,7 @@ def prove_absent(
     texts = set(names)
     names |= {bytes.fromhex(h): f"image hash {h[:12]}" for h in images} | dict.fromkeys(vectors, "a vector")
     needles = [needle for needle in names if len(needle) >= MIN_NEEDLE_BYTES]
-    in_files = [
-        (path, needle)
-        for path in sorted(opened.directory.rglob("*"))
-        if path.is_file()
-        for needle in _needles_in(path, needles)
-    ]
+    in_files = [(path, needle) for path in opened.files() for needle in _needles_in(path, needles)]
     # "photo-1" is in "photo-12": for a text within one that remains, the check of the records above must do
     shared = opened.within_records({needle for _, needle in in_files if needle in texts})
     return traces + [f"{path}: {names[needle]}" for path, needle in in_files if needle not in shared]

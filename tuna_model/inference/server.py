@@ -1,6 +1,6 @@
 """`tuna serve`: OpenAI's chat completions over a pipeline, with the tags beside the answer.
 
-    POST /v1/chat/completions  messages with text and images (data: URLs); "stream": true for server-sent events
+    POST /v1/chat/completions  messages with text and images (data: URLs); "stream": true streams
     GET  /v1/models            the model
     GET  /health               counts of waiting and answered requests, and whether the store answers
 
