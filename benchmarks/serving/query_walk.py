@@ -3,9 +3,9 @@
     python -m benchmarks.serving.query_walk [--root DIR --store NAME --queries FILE.npy]
                                             [--trace] [--keep]
 
-Client and server run in this process. Every call of a function of `tagstore` is noted, in every thread, for one
-query after five others; a move is a call in another file than the call before. The answer must equal that of
-file://.
+Client and server run in this process. Every call of a function of `tagstore` is noted, in every thread, for
+one query after five others; a move is a call in another file than the call before. The answer must equal that
+of file://.
 """
 
 from __future__ import annotations
