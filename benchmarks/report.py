@@ -29,9 +29,10 @@ def machine(*packages: str) -> str:
     model = next((line.split(":")[1].strip() for line in processors if line.startswith("model name")), "")
     command = ["git", "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(command, cwd=RESULTS, capture_output=True, text=True, check=False).stdout.strip()
-    versions = ", ".join(f"{package} {version(package)}" for package in packages)
+    versions = [f"{package} {version(package)}" for package in packages]
     python = f"Python {platform.python_version()}"
-    return f"{model or platform.machine()}, {os.cpu_count()} cores, {python}, {versions}, commit {commit}"
+    machine = [model or platform.machine(), f"{os.cpu_count()} cores"]
+    return ", ".join([*machine, python, *versions, f"commit {commit}"])
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
