@@ -183,13 +183,13 @@ def test_many_equal_vectors_are_cut_by_id_whatever_the_files(
 
 def test_an_index_of_other_contents_or_none_is_refused(tmp_path: Path, rng: np.random.Generator) -> None:
     make(tmp_path, clustered(rng, 60), [[]] * 60, "a")
-    other = make(tmp_path, clustered(rng, 50), [[]] * 50, "b")
     [file] = Store(tmp_path, "a").index_directory.iterdir()
-    file.write_bytes(
-        (Store(tmp_path, "b").index_directory / other.version.index["files"][0]["file"]).read_bytes()
-    )
-    with pytest.raises(Damaged, match="holds 50 vectors"):
-        FaissIndex(Store(tmp_path, "a").snapshot())
+    for rows, complaint in (70, "holds 70 vectors"), (50, "cut off"):
+        other = make(tmp_path, clustered(rng, rows), [[]] * rows, f"b{rows}")
+        name = other.version.index["files"][0]["file"]
+        file.write_bytes((Store(tmp_path, f"b{rows}").index_directory / name).read_bytes())
+        with pytest.raises(Damaged, match=complaint):
+            FaissIndex(Store(tmp_path, "a").snapshot())
     file.write_bytes(b"IxSQ")
     with pytest.raises(Damaged, match="cannot be read"):
         FaissIndex(Store(tmp_path, "a").snapshot())

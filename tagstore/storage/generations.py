@@ -31,7 +31,9 @@ def generation(store: Path) -> Path:
     try:
         name = (store / "CURRENT").read_bytes().decode("ascii", "replace").strip()
     except (FileNotFoundError, NotADirectoryError):
-        there = sorted(path.parent.name for path in store.glob("db-*/data.mdb"))
+        there = sorted(
+            path.parent.name for path in store.glob("db-*/index")
+        )  # one that never committed has none
         if not there:
             raise NotFound(f"no store at {store}") from None
         raise Damaged(

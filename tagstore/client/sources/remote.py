@@ -85,7 +85,7 @@ class RemoteCalls:
         request = pb.GetStoreRequest(store=self.location.store, version=version)
         return RemoteCall("GetStore", request, lambda r: convert.info_from_proto(r.store), self._insist)
 
-    def begin(self, balancer: Balancer, insist: bool) -> tuple[Attempts, Attempt]:
+    def first_attempt(self, balancer: Balancer, insist: bool) -> tuple[Attempts, Attempt]:
         """Return the attempts of a request and the first of them, or count the request as not sent."""
         attempts = Attempts(balancer, insist=insist)
         try:
@@ -176,7 +176,7 @@ class RemoteBackend(RemoteCalls, Backend):
 
     def _answer(self, call: RemoteCall) -> Any:
         connections = self._connections.get()
-        attempts, attempt = self.begin(connections.balancer, call.insist)
+        attempts, attempt = self.first_attempt(connections.balancer, call.insist)
         send = self._send_hedged if self.options.hedge else self._send
         while True:
             if attempt.wait:

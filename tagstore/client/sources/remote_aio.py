@@ -83,7 +83,7 @@ class RemoteAioBackend(RemoteCalls):
                 await channel.close()
 
     async def _answer(self, call: RemoteCall) -> Any:
-        attempts, attempt = self.begin(self._balancer.get(), call.insist)
+        attempts, attempt = self.first_attempt(self._balancer.get(), call.insist)
         while True:
             if attempt.wait:
                 await asyncio.sleep(attempt.wait)
