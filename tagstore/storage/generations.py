@@ -31,9 +31,8 @@ def generation(store: Path) -> Path:
     try:
         name = (store / "CURRENT").read_bytes().decode("ascii", "replace").strip()
     except (FileNotFoundError, NotADirectoryError):
-        there = sorted(
-            path.parent.name for path in store.glob("db-*/index")
-        )  # one that never committed has none
+        # a generation that never committed has no index directory
+        there = sorted(path.parent.name for path in store.glob("db-*/index"))
         if not there:
             raise NotFound(f"no store at {store}") from None
         raise Damaged(
