@@ -313,9 +313,10 @@ def test_tags_come_in_the_order_asked_for_and_only_as_much_of_them(small: Engine
 
 def test_filters_are_kept_within_their_memory(small: Engine, monkeypatch):
     monkeypatch.setattr(filters, "FILTER_BYTES", 100)
+    engine = Engine(small.snapshot)
     for i in range(5):
-        small.retrieve(np.ones((1, D), np.float32), Search(where={"size": str(i)}))
-    assert len(small._filters._kept) == 2
+        engine.retrieve(np.ones((1, D), np.float32), Search(where={"size": str(i)}))
+    assert len(engine._filters._kept) == 2
 
 
 def test_tags_at_hand_are_let_go_when_they_are_too_many(small: Engine, monkeypatch):

@@ -7,11 +7,11 @@ the next request, 1/8 byte an entry.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping
 from threading import Lock
 
 import numpy as np
+from cachetools import LRUCache
 from numpy.typing import NDArray
 
 from tagstore.errors import InvalidInput
@@ -28,7 +28,9 @@ class Filters:
 
     def __init__(self, snapshot: Snapshot, live: Allowed) -> None:
         self._snapshot, self._live = snapshot, live
-        self._kept: OrderedDict[tuple[tuple[str, str], ...], Allowed] = OrderedDict()
+        self._kept: LRUCache[tuple[tuple[str, str], ...], Allowed] = LRUCache(
+            max(FILTER_BYTES, len(live.bits)), getsizeof=lambda allowed: len(allowed.bits)
+        )
         self._lock = Lock()
 
     def find(self, where: Mapping[str, str]) -> Allowed:
@@ -39,14 +41,10 @@ class Filters:
         key = tuple(sorted(where.items()))
         with self._lock:
             found = self._kept.get(key)
-            if found is not None:
-                self._kept.move_to_end(key)
-                return found
-        found = Allowed.of(self._read(where))
-        with self._lock:
-            self._kept[key] = found
-            while len(self._kept) > max(1, FILTER_BYTES // max(1, len(found.bits))):
-                self._kept.popitem(last=False)
+        if found is None:
+            found = Allowed.of(self._read(where))
+            with self._lock:
+                self._kept[key] = found
         return found
 
     def _read(self, where: Mapping[str, str]) -> NDArray[np.uint8]:
