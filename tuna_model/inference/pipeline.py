@@ -217,7 +217,7 @@ class Pipeline:
                     f"and {len(pictures)} images are given"
                 )
         prompts = [
-            self.processor.apply_chat_template(list(messages), add_generation_prompt=True)
+            self.processor.apply_chat_template(self.processor.neutral(messages), add_generation_prompt=True)
             for messages in conversations
         ]
         all_pictures = [picture for pictures in images for picture in pictures]

@@ -190,6 +190,7 @@ def app(
                 "answered": worker.answered,
                 "batches": worker.batches,
                 "degraded": tuna.lookup.degraded,
+                "dropped_tags": tuna.lookup.dropped,
                 "last_store_error": tuna.lookup.last_error,
             }
         )
