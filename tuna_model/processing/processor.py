@@ -134,7 +134,15 @@ class TunaProcessor(ProcessorMixin):  # type: ignore[misc]
 
         Parts of a conversation may be encoded one by one and joined with `join`.
         """
-        ids = self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+        return self.insert(self.token_ids(text, add_special_tokens=add_special_tokens), tags)
+
+    def token_ids(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Tokenize one text; an image is still one token."""
+        ids: list[int] = self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+        return ids
+
+    def insert(self, ids: Sequence[int], tags: Sequence[ImageTags | None] = ()) -> EncodedPrompt:
+        """Put image tokens and the chosen of each image's tags in the place of image tokens; see `encode`."""
         count = ids.count(self.image_token_id)
         if len(tags) not in (0, count):
             raise InvalidInput(

@@ -10,7 +10,8 @@ from lmms_eval.api.model import lmms
 from lmms_eval.api.registry import register_model
 
 from tagstore.errors import InvalidInput
-from tuna_model.inference.pipeline import Pipeline, user_message
+from tuna_model.inference.conversations import user_message
+from tuna_model.inference.pipeline import Pipeline
 from tuna_model.processing.foreign_text import neutral, special_tokens
 
 _GENERATION = ("max_new_tokens", "do_sample", "num_beams", "temperature", "top_p", "top_k")
