@@ -14,7 +14,6 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 import numpy as np
@@ -23,67 +22,15 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStr
 
 from tagstore.client import TagSource, connect
 from tagstore.errors import InvalidInput
-from tagstore.types import Neighbour, Retrieval
+from tagstore.types import Retrieval
 from tuna_model import presets
+from tuna_model.inference.answers import Answer, PreparedBatch, WeighedTag, weighed_tags
 from tuna_model.inference.conversations import Message, Prompt, Reader, user_message
 from tuna_model.modeling.model import TAG_INPUTS, TunaForConditionalGeneration
 from tuna_model.processing.processor import EncodedPrompt, TunaProcessor
 from tuna_model.processing.tags import ImageTags, TagLookup
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class WeighedTag:
-    """A tag in the prompt, with its weight and signals."""
-
-    text: str
-    weight: float
-    relevance: float
-    similarity: float
-    vote_share: float
-    """Share of the neighbours that carry it."""
-    image: int = 0
-    """Number of its picture in the conversation."""
-
-    @property
-    def votes(self) -> float:
-        """Deprecated name of `vote_share`."""
-        return self.vote_share
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON values; "votes" is the deprecated name of "vote_share"."""
-        return asdict(self) | {"votes": self.vote_share}
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What the model says, and the tags that it was given."""
-
-    text: str
-    tags: tuple[WeighedTag, ...]
-    neighbours: tuple[Neighbour, ...]
-    """Of all pictures, in their order."""
-    store: str
-    """Name of the store that answered; empty if none did."""
-    version: int
-    degraded: bool
-    """Whether the store did not answer in time, so that the model answered without tags."""
-    finished: bool = True
-    """False if `max_new_tokens` cut it off."""
-
-
-@dataclass(frozen=True, slots=True)
-class PreparedBatch:
-    """Conversations ready for `generate`."""
-
-    inputs: dict[str, Any]
-    tags: tuple[tuple[WeighedTag, ...], ...]
-    """Of each conversation."""
-    retrievals: tuple[tuple[Retrieval | None, ...], ...]
-    """Of each conversation and each of its pictures; None where no store was asked or none answered."""
-    degraded: tuple[bool, ...]
-    """Of each conversation: whether the store did not answer for one of its pictures."""
 
 
 class Pipeline:
@@ -266,7 +213,7 @@ class Pipeline:
         inputs = {name: tensor.to(self.model.device) for name, tensor in batch.items()} | features
         weights = iter(self._weights(inputs))
         weighed = tuple(
-            tuple(tag for i, tags in enumerate(prompt.tags) for tag in _weighed(tags, weights, i))
+            tuple(tag for i, tags in enumerate(prompt.tags) for tag in weighed_tags(tags, weights, i))
             for prompt in encoded
         )
         degraded = tuple(store_asked and None in part for part in retrievals)
@@ -322,15 +269,6 @@ class Pipeline:
     def _end_tokens(self) -> Any:
         end = self.model.generation_config.eos_token_id
         return np.atleast_1d(self.processor.tokenizer.eos_token_id if end is None else end)
-
-
-def _weighed(tags: ImageTags, weights: Iterator[float], image: int) -> list[WeighedTag]:
-    """The tags of one picture with the next weights."""
-    signals = np.stack([tags.relevance, tags.similarity, tags.vote_share], axis=1).tolist()
-    return [
-        WeighedTag(text, next(weights), relevance, similarity, vote_share, image)
-        for text, (relevance, similarity, vote_share) in zip(tags.texts, signals, strict=True)
-    ]
 
 
 class _StopWhenSet(StoppingCriteria):  # type: ignore[misc]

@@ -26,7 +26,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from tagstore.errors import InvalidInput, Overloaded, TagstoreError, TimedOut
-from tuna_model.inference.pipeline import Pipeline, PreparedBatch, WeighedTag
+from tuna_model.inference.answers import PreparedBatch, WeighedTag
+from tuna_model.inference.pipeline import Pipeline
 from tuna_model.inference.worker import END, Job, Worker
 
 log = logging.getLogger(__name__)
