@@ -24,7 +24,7 @@ from tagstore.client import TagSource, connect
 from tagstore.errors import InvalidInput
 from tagstore.types import Retrieval
 from tuna_model import presets
-from tuna_model.inference.answers import Answer, PreparedBatch, WeighedTag, weighed_tags
+from tuna_model.inference.answers import Answer, PreparedBatch, weighed_tags
 from tuna_model.inference.conversations import Message, Prompt, Reader, user_message
 from tuna_model.modeling.model import TAG_INPUTS, TunaForConditionalGeneration
 from tuna_model.processing.processor import EncodedPrompt, TunaProcessor
