@@ -226,7 +226,7 @@ def retrieval_to_proto(retrieval: Retrieval) -> pb.Retrieval:
 def retrievals_from_proto(response: pb.RetrieveResponse) -> list[Retrieval]:
     """Read answers. Raises `BadAnswer`."""
     version = response.store, response.version, response.fingerprint
-    retrievals = []
+    retrievals, kinds = [], _KIND_FROM_WIRE.get
     signals = 0.0  # finite if and only if all signals are: float32 values cannot overflow a float64
     try:
         for message in response.retrievals:
@@ -234,7 +234,7 @@ def retrievals_from_proto(response: pb.RetrieveResponse) -> list[Retrieval]:
             ids = [neighbour.entry_id for neighbour in neighbours]
             tags = []
             for t in message.tags:
-                kind, carriers = kind_from_proto(t.kind), tuple(map(ids.__getitem__, t.neighbours))
+                kind, carriers = kinds(t.kind, "custom"), tuple(map(ids.__getitem__, t.neighbours))
                 signals += t.similarity + t.relevance
                 tags.append(RetrievedTag(t.tag_id, t.tag, kind, t.similarity, t.votes, t.relevance, carriers))
             signals += sum(neighbour.similarity for neighbour in neighbours)
