@@ -1,6 +1,7 @@
 """Triton's compiler, which needs no GPU, compiles every kernel without spills.
 
-For sm_90 in every run, for sm_80 and sm_100 with `pytest -m matrix`. The whole table (every dtype, head size and flag) is `python -m benchmarks.kernels.ahead_of_time`.
+For sm_90 in every run, for sm_80 and sm_100 with `pytest -m matrix`. The whole table (every dtype, head size
+and flag) is `python -m benchmarks.kernels.ahead_of_time`.
 """
 
 from __future__ import annotations
