@@ -116,8 +116,11 @@ class TunaForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: i
         super()._init_weights(module)
         if module is self and self.config.vision_config is not None:
             init.zeros_(self.vision_projection)
-        elif isinstance(module, TagEncoder) and module.layers is None:
-            init.zeros_(module.projection)
+        elif isinstance(module, TagEncoder):
+            if module.layers is None:
+                init.zeros_(module.projection)
+            if module.gate is not None:
+                init.zeros_(module.gate)
         elif isinstance(module, WeightTuner) and self.config.learn_temperature:
             init.constant_(module.log_temperature, math.log(self.config.tag_temperature))
 
@@ -375,7 +378,10 @@ class TunaForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: i
             cu_queries,
             return_attention=output_attention,
         )
-        h_vt = self.multi_modal_projector(z_vt).to(inputs_embeds.dtype)
+        h_vt = self.multi_modal_projector(z_vt)
+        if self.tag_encoder.gate is not None:
+            h_vt = h_vt * self.tag_encoder.gate
+        h_vt = h_vt.to(inputs_embeds.dtype)
 
         index = _to_length(tag_index, input_ids.shape[1], -1)
         is_query = (index >= 0) & (input_ids == self.config.image_token_id)

@@ -24,6 +24,7 @@ from transformers.initialization import no_init_weights
 from tagstore.encoding.encoder import load_encoder
 from tagstore.errors import InvalidInput, NotFound
 from tuna_model.modeling.config import TunaConfig
+from tuna_model.modeling.lora import add_updates
 from tuna_model.modeling.model import TunaForConditionalGeneration
 from tuna_model.presets import smollm
 from tuna_model.processing.image_processor import TunaImageProcessor
@@ -170,8 +171,8 @@ def smol_config(**fields: Any) -> TunaConfig:
 def _smol(trained: bool, **fields: Any) -> tuple[TunaForConditionalGeneration, TunaProcessor]:
     from tuna_model.presets.trained import read_trained
 
-    weights, trained_fields = read_trained(TRAINED) if trained and TRAINED.is_file() else ({}, {})
-    config = smol_config(**trained_fields | fields)
+    learnt = read_trained(TRAINED) if trained and TRAINED.is_file() else None
+    config = smol_config(**(dict(learnt.fields) if learnt else {}) | fields)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         with no_init_weights():
@@ -183,7 +184,8 @@ def _smol(trained: bool, **fields: Any) -> tuple[TunaForConditionalGeneration, T
         _initialise_near_word(model, smollm.tokenizer().encode(" picture")[0])
     encoder = load_encoder("mini", device="cpu")
     model.join_encoder(encoder)
-    if weights:
+    if learnt:
+        weights = dict(learnt.weights)
         if not config.tags:
             weights = {name: weights[name] for name in weights if name.startswith("multi_modal_projector.")}
         unexpected = model.load_state_dict(weights, strict=False).unexpected_keys
@@ -192,6 +194,7 @@ def _smol(trained: bool, **fields: Any) -> tuple[TunaForConditionalGeneration, T
                 f"{TRAINED} was trained with another tag path (it has {unexpected[0]}): "
                 "load smol without changed fields"
             )
+        add_updates(model, learnt.updates, learnt.scale)
     elif trained:
         log.warning("smol: connector and tag path are not trained, so it answers without seeing the picture")
     return model, processor_for(config, smollm.tokenizer(), encoder.fingerprint.preprocess, CHATML)

@@ -123,9 +123,15 @@ class ImageTags:
         """The same tags for another image: computes relevance anew from its unit vector `[D]`."""
         return replace(self, relevance=self.embeddings @ vector)
 
-    def score(self, signal: str) -> NDArray[np.float32]:
-        """`[n]` of a signal of `TunaConfig.tag_signal`."""
-        return np.zeros(len(self), np.float32) if signal == "uniform" else getattr(self, signal)
+    def score(self, signal: str, mix: Sequence[float] = (1.0, 1.0, 1.0)) -> NDArray[np.float32]:
+        """`[n]` of a signal of `TunaConfig.tag_signal`; `mix` is its `tag_mix`."""
+        if signal == "uniform":
+            return np.zeros(len(self), np.float32)
+        if signal == "mixed":
+            signals = np.stack([self.relevance, self.similarity, self.vote_share], axis=1)
+            return signals @ np.asarray(mix, np.float32)
+        values: NDArray[np.float32] = getattr(self, signal)
+        return values
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,13 +148,14 @@ class TagLayout:
     cap: int = 10
     merge: str = "text"
     queries: str = "tag"
+    mix: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
     @classmethod
     def of(cls, config: Any) -> TagLayout:
         """The layout fields of a `TunaConfig`."""
         return cls(
             config.tag_signal, config.tag_place, config.tag_prefix, config.tag_separator, config.tag_suffix,
-            config.tag_order, config.max_tags, config.tag_merge, config.tag_queries,
+            config.tag_order, config.max_tags, config.tag_merge, config.tag_queries, tuple(config.tag_mix),
         )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
@@ -158,7 +165,7 @@ class TagLayout:
     def choose(self, tags: ImageTags) -> ImageTags:
         """Merge the sound ones, keep the best `cap` by the signal (of equal ones the earlier), order."""
         tags = tags.sound()
-        score = tags.score(self.signal)
+        score = tags.score(self.signal, self.mix)
         best = sorted(self._merged(tags), key=lambda i: (-score[i], i))[: self.cap]
         if self.order == "retrieval":
             best.sort()
@@ -170,7 +177,7 @@ class TagLayout:
         """Rows that remain; of equal texts the one with the best signal."""
         if self.merge == "none":
             return list(range(len(tags)))
-        score = tags.score(self.signal)
+        score = tags.score(self.signal, self.mix)
         words = [tuple(re.findall(r"\w+", text.casefold())) or (text,) for text in tags.texts]
         best: dict[tuple[str, ...], int] = {}
         for i, key in enumerate(words):
