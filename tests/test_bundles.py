@@ -732,6 +732,15 @@ def test_a_damaged_store_is_not_exported(tmp_path: Path):
     assert not (tmp_path / "b").exists()
 
 
+def test_a_store_of_very_many_sources_names_the_newest(tmp_path: Path, monkeypatch):
+    for i in range(5):
+        put(tmp_path, [draft(i, ["Tag"])], unit(i, 1), source={"stream": f"{i}" * 100})
+    monkeypatch.setattr("tagstore.bundles.exporting.MAX_ORIGINS_BYTES", 250)
+    info = export(tmp_path, "toy", tmp_path / "b")
+    assert info.sources == [{"stream": "3" * 100}, {"stream": "4" * 100}]
+    assert import_(tmp_path, tmp_path / "b", store="again").entries == 5
+
+
 def test_what_json_cannot_hold_is_named(tmp_path: Path):
     put(tmp_path, [Draft("odd", bytes(32), 0, ("c",), metadata={"x": float("nan")})], unit(0, 1))
     with pytest.raises(InvalidInput, match=r"entry 0 \(odd\) holds what JSON cannot"):
