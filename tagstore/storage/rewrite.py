@@ -195,7 +195,7 @@ class _Copy:
             return False
         try:
             with (self._old.index_directory / files[0]["file"]).open("rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest() == files[0]["sha256"]
+                return str(files[0]["sha256"]) == hashlib.file_digest(file, "sha256").hexdigest()
         except OSError:
             return False
 
