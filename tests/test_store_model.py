@@ -123,7 +123,7 @@ class StoreMachine(RuleBasedStateMachine):
 
 
 HEALTH = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
-StoreMachine.TestCase.settings = settings(max_examples=10, stateful_step_count=20, **HEALTH)
+StoreMachine.TestCase.settings = settings(max_examples=6, stateful_step_count=20, **HEALTH)
 TestStoreMachine = StoreMachine.TestCase
 
 

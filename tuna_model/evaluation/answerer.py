@@ -7,7 +7,8 @@ from typing import Any
 
 from tuna_model.evaluation.run import TaskAnswer
 from tuna_model.evaluation.tasks import Question
-from tuna_model.inference.pipeline import Pipeline, user_message
+from tuna_model.inference.conversations import user_message
+from tuna_model.inference.pipeline import Pipeline
 from tuna_model.processing.tags import ImageTags
 
 _TAG_FIELDS = ("tag_signal", "tag_coupling", "tag_temperature", "max_tags", "neighbours")
