@@ -42,10 +42,12 @@ from tagstore.storage.writer import Writer
 from tagstore.types import Fingerprint, Vectors
 from tagstore.upkeep.compact import compact
 from tagstore.upkeep.edits import Selection
+from tagstore.upkeep.takedown import purge
 from tagstore.upkeep.verify import _problems
 
 D = 8
-NAME = "toy"
+NAME = os.environ.get("CRASH_STORE", "toy")
+"""Name of the store; a process has one."""
 SPACES = {name: Fingerprint(name, name, {"size": [8, 8]}, False, True, D) for name in ("first", "second")}
 WAYS = ("clock", "KILL", "TORN", "POWER", "ENOSPC", "EIO")
 _MODES = {"KILL": 1, "TORN": 2, "ENOSPC": 3, "EIO": 3, "POWER": 4}
@@ -136,13 +138,17 @@ def shrink(root: Path, operation: Operation) -> dict[str, Any]:
     return {"version": compact(root, NAME, keep=operation["keep"]).number}
 
 
+def take_down(root: Path, operation: Operation) -> dict[str, Any]:
+    return {"version": purge(root, NAME, Selection(keys=operation["keys"]), reason="asked for").version}
+
+
 def bundle(root: Path, operation: Operation) -> dict[str, Any]:
     info = export(root, NAME, operation["path"], version=operation["of"])
     return {"version": Store(root, NAME).state()["current"], "sha256": info.sha256}
 
 
 OPERATIONS = {"ingest": ingest, "delete": delete, "reembed": reembed, "rollback": rollback}
-OPERATIONS |= {"compact": shrink, "export": bundle}
+OPERATIONS |= {"compact": shrink, "purge": take_down, "export": bundle}
 
 
 def child() -> None:
@@ -187,6 +193,7 @@ class Model:
         space, content = self.content
         new = dict(content)
         keep = None
+        versions = self.versions
         if operation["operation"] == "ingest":
             taken: Content = {}
             for key, serial in (item for batch in operation["batches"] for item in batch):
@@ -194,7 +201,7 @@ class Model:
             new.update(taken)
             if new == content:
                 return self
-        elif operation["operation"] == "delete":
+        elif operation["operation"] in ("delete", "purge"):
             new = {key: serial for key, serial in content.items() if key not in operation["keys"]}
         elif operation["operation"] == "reembed":
             space = operation["space"]
@@ -204,18 +211,20 @@ class Model:
             space, new = self.versions[operation["to"]]
         else:
             keep = operation["keep"]
-        versions = {**self.versions, self.current + 1: (space, new)}
+        if operation["operation"] == "purge":  # the versions that held it go too
+            versions = {n: v for n, v in versions.items() if not v[1].keys() & set(operation["keys"])}
+        versions = {**versions, self.current + 1: (space, new)}
         return Model({n: versions[n] for n in sorted(versions)[-keep if keep else 0 :]})
 
 
 def draw(rng: random.Random, model: Model, serial: Iterator[int], bundles: Path) -> Operation:
     """The next operation; bundles are written to a directory."""
     space, content = model.content
-    weights = {"ingest": 10, "delete": 3, "rollback": 2, "reembed": 1, "compact": 2, "export": 2}
+    weights = {"ingest": 10, "delete": 3, "rollback": 2, "reembed": 1, "compact": 2, "purge": 1, "export": 2}
     kind = rng.choices(list(weights), list(weights.values()))[0] if content else "ingest"
-    if kind == "delete":
+    if kind in ("delete", "purge"):
         keys = rng.sample(sorted(content), min(len(content), rng.randint(1, 8)))
-        return {"operation": "delete", "keys": keys}
+        return {"operation": kind, "keys": keys}
     if kind == "rollback":
         return {"operation": "rollback", "to": rng.choice(sorted(model.versions))}
     if kind == "reembed":
