@@ -422,6 +422,7 @@ class Harness:
             again, self.interrupted = self.interrupted, None
             repeated = again and self.rng.random() < 0.6
             operation = again if repeated else draw(self.rng, self.model, self.serial, self.bundles)
+            self.began(operation)
             current.send({**operation, "root": str(self.root)})
             answer = current.receive(end - time.monotonic())
             if answer is None:
@@ -442,7 +443,7 @@ class Harness:
                 figures.refused[f"{way}: {kind}"] += 1
                 self._resolve(operation, close=False)
             else:
-                self.model = self.model.after(operation)
+                self.settled(self.model.after(operation))
                 figures.acknowledged[operation["operation"]] += 1
                 figures.resumed_pairs += answer.get("resumed", 0)
                 if "sha256" in answer:
@@ -491,7 +492,14 @@ class Harness:
         if actual not in (self.model, candidate):
             expected = f"acknowledged is {_brief(self.model)}, in flight was {operation}"
             self.figures.lost.append(f"the store holds {_brief(actual)}, {expected}")
-        self.model = actual
+        self.settled(actual)
+
+    def began(self, operation: Operation) -> None:
+        """Called before the child gets an operation."""
+
+    def settled(self, model: Model) -> None:
+        """Called when it is known what the store holds: when it was acknowledged, or read."""
+        self.model = model
 
 
 def _brief(model: Model) -> dict[int, tuple[str, int]]:
