@@ -42,7 +42,8 @@ class Attacks:
         attacks: list[Callable[[], None]] = [self.garbage, self.silence, self.huge, self.idle, self.malformed]
         end = time.monotonic() + seconds
         while time.monotonic() < end and len(self.trouble) < 10:
-            self.rng.choice(attacks)()
+            for attack in self.rng.sample(attacks, len(attacks)):
+                attack()
 
     def garbage(self) -> None:
         """Random bytes over TCP, with or without the start of HTTP/2; the server closes or is left."""
