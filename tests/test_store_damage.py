@@ -14,6 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from lmdb.verify import verify as verify_pages
 
 import crash
 from tagstore.errors import Damaged
@@ -184,7 +185,7 @@ def test_verify_reads_in_a_process_of_its_own_and_says_the_same(sound: Path, tmp
     assert verify(root, crash.NAME, full=True) == []
 
 
-@pytest.mark.parametrize("share", [0.9, 0.5, 0.02])
+@pytest.mark.parametrize("share", [0.5, 0.02])
 @pytest.mark.parametrize("name", ["index", "database"])
 def test_a_file_that_was_cut_off_is_damage(tmp_path: Path, sound: Path, name: str, share: float) -> None:
     root = Path(shutil.copytree(sound, tmp_path / "root"))
@@ -197,6 +198,22 @@ def test_a_file_that_was_cut_off_is_damage(tmp_path: Path, sound: Path, name: st
     with pytest.raises(Damaged, match=r"cut off"):
         Catalog(root, device="cpu").engine(crash.NAME)
     assert [problem for problem in verify(root, crash.NAME) if str(path) in problem.file]
+
+
+def test_a_database_cut_off_within_its_last_page_in_use_is_damage(tmp_path: Path, sound: Path) -> None:
+    root = Path(shutil.copytree(sound, tmp_path / "root"))
+    [path] = (root / crash.NAME).glob("db-*/data.mdb")
+    before, page = _look(root), 4096
+    cuts = range(path.stat().st_size // page * page, 0, -page)
+    # LMDB's own check, on a file that ends with a page
+    last = next(end for end in cuts if os.truncate(path, end) or verify_pages(str(path)))
+    for end, damaged in ((last + page, False), (last + page - 16, True)):
+        shutil.copytree(sound, root, dirs_exist_ok=True)
+        os.truncate(path, end)
+        if damaged:  # the rest of the page would read as zeros
+            assert "cut off" in _look(root)[0][0]
+        else:
+            assert _look(root) == before
 
 
 def test_a_database_without_its_last_free_pages_is_sound(tmp_path: Path) -> None:

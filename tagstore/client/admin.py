@@ -17,6 +17,7 @@ from tagstore.client.channels import Channels
 from tagstore.client.options import ConnectOptions, Options
 from tagstore.client.urls import Location, locate
 from tagstore.errors import InvalidInput, Unavailable
+from tagstore.readers.pair_check import checked
 from tagstore.types import Fingerprint, Kind, Pair, Rejected, StoreInfo
 from tagstore.wire import convert
 from tagstore.wire.status import error_of, retry_after_of
@@ -135,7 +136,7 @@ class RemoteAdmin:
                 start=pb.IngestStart(store=self._store, encoder=encoder, miner=miner, source=source)
             )
             try:
-                for item in pairs:
+                for item in map(checked, pairs):
                     if isinstance(item, Rejected):
                         yield pb.IngestRequest(
                             rejected=pb.Rejected(key=item.key, reason=item.reason, origin=item.origin)

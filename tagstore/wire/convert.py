@@ -286,11 +286,13 @@ def pair_to_proto(pair: Pair) -> pb.Pair:
 
 
 def pair_from_proto(message: pb.Pair) -> Pair | Rejected:
-    """Read a pair, or a rejected one if its metadata is no JSON object."""
+    """Read a pair, or a rejected one if its metadata is no JSON object. Nothing else of it is checked."""
     try:
         metadata = json.loads(message.metadata) if message.metadata else {}
     except ValueError:
         metadata = None
+    except RecursionError:
+        return Rejected(message.key, "nested too deeply: the metadata cannot be read", message.origin)
     if not isinstance(metadata, dict):
         return Rejected(message.key, "metadata: no JSON object", message.origin)
     return Pair(message.key, message.image, tuple(message.captions), metadata, message.origin)
