@@ -41,7 +41,7 @@ PHOTOGRAPHS = "flickr8k"
 
 
 class Signals:
-    """Signals of the retrieved tags of pictures, and which tags are true: the learned mix is fitted to them."""
+    """Signals of retrieved tags, and which of them are true: the learned mix is fitted to them."""
 
     def __init__(self) -> None:
         self.rows: list[NDArray[np.float64]] = []

@@ -22,7 +22,7 @@ from tuna_model.presets.trained import read_trained
 from tuna_model.training import checkpoint
 from tuna_model.training.recipe import Recipe
 from tuna_model.training.runs import export, load_run
-from tuna_model.training.train import train
+from tuna_model.training.train import Diverged, train
 
 WORKER = Path(__file__).with_name("training.py")
 
@@ -238,3 +238,13 @@ def test_low_rank_updates_travel_in_the_small_file(place: Path, tmp_path: Path):
     updates = {name: tensor for name, tensor in learnt.updates.items() if not name.endswith("lora_B")}
     with pytest.raises(Damaged, match=r"q_proj|down_proj"):
         add_updates(fresh, updates, learnt.scale)
+
+
+def test_a_run_whose_loss_is_not_finite_ends_and_keeps_what_it_had(place: Path):
+    rates = {"connector": 1e30, "tag_encoder": 1e30, "language_model": 1e30}
+    recipe = recipe_of(place, "diverged", rates=rates, steps=20, save_every=1, warmup=1, clip=0.0)
+    with pytest.raises(Diverged, match="lower the rates"):
+        train(recipe)
+    last = checkpoint.latest(place / "diverged")
+    assert last is not None
+    assert checkpoint.read(last).step < 20

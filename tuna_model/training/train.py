@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -26,7 +27,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
 
 from tagstore.client import TagSource, connect
-from tagstore.errors import FingerprintMismatch, InvalidInput, Unavailable
+from tagstore.errors import FingerprintMismatch, InvalidInput, TagstoreError, Unavailable
 from tagstore.readers.samples import Sample, read_samples
 from tuna_model.modeling.model import TunaForConditionalGeneration
 from tuna_model.processing.processor import TunaProcessor
@@ -46,6 +47,10 @@ log = logging.getLogger(__name__)
 
 STORE = "{store}"
 """In `tags.store`, where each sample names its own store."""
+
+
+class Diverged(TagstoreError):
+    """The loss of a run is not finite any more."""
 
 
 def train(
@@ -71,8 +76,14 @@ def train(
         FingerprintMismatch: the run's checkpoint is of another store or version, and `tags.any_store` is not
             set.
         NotFound, Unavailable, Damaged: a file, the store or a checkpoint; see their messages.
+        Diverged: the loss is not finite; the checkpoints are from before.
     """
     accelerator = make_accelerator(recipe)
+    if recipe.precision == "bf16" and accelerator.device.type == "cpu" and not _multiplies_bf16():
+        log.warning(
+            "this processor has no bf16 products: with precision=bf16 a step takes many times as long as "
+            "with precision=no"
+        )
     out = Path(recipe.out)
 
     # 1. model, data, tags and optimizer
@@ -137,6 +148,11 @@ def train(
                 )
                 set_rate(prepared.optimizer, factor)
                 loss, tokens, norm = optimizer_step(accelerator, wrapped, prepared, step, recipe.clip)
+                if not math.isfinite(loss):
+                    raise Diverged(
+                        f"the loss of step {step.number + 1} is {loss}: lower the rates, or set "
+                        f"precision=no. What {out} holds is from before"
+                    )
                 if average is not None:
                     update_average(average, wrapped, recipe.ema)
                 done = step.number + 1
@@ -217,6 +233,11 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         state.distributed_type = DistributedType.FSDP
         type(state)._shared_state["distributed_type"] = DistributedType.FSDP
     return accelerator
+
+
+def _multiplies_bf16() -> bool:
+    """Whether the CPU has instructions for products of bf16 (AVX512-BF16, AMX)."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def parts_of(model: TunaForConditionalGeneration) -> dict[str, nn.Module]:
