@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tuna_model.evaluation.run import TaskAnswer
-from tuna_model.evaluation.tasks import Question
+from tuna_model.evaluation.questions import Question, TaskAnswer
 from tuna_model.inference.conversations import user_message
 from tuna_model.inference.pipeline import Pipeline
 from tuna_model.processing.tags import ImageTags
