@@ -163,15 +163,16 @@ def _matched(
     matched: dict[str, tuple[ImageTags, Any]] = {}
     for start in range(0, len(questions), batch_size):
         batch = questions[start : start + batch_size]
-        pictures = [question.image.read() for question in batch]
-        pixels = pipeline.processor.image_processor(pictures)["pixel_values"]
+        pictures = [question.picture() for question in batch]
+        pixels = pipeline.processor.image_processor([picture for picture, _ in pictures])["pixel_values"]
         _, vectors = pipeline.model.encode_images(pixels.to(pipeline.model.device))
         if vectors is None:
             raise InvalidInput(
                 "this model's own tower has no vectors in a store's space: "
                 "call join_encoder('hf:...') and save it first"
             )
-        tags = pipeline.lookup(vectors, pipeline.model.config.encoder_digest)
+        identities = [identity for _, identity in pictures]
+        tags = pipeline.lookup(vectors, pipeline.model.config.encoder_digest, identities=identities)
         pairs = zip(tags, vectors.float().cpu().numpy(), strict=True)
         matched |= {question.image_key: pair for question, pair in zip(batch, pairs, strict=True)}
     return matched

@@ -7,8 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from PIL.Image import Image
+
+from tagstore.encoding.images import decode, identify
 from tagstore.errors import InvalidInput
-from tagstore.readers.samples import Place, image_place, read_lines
+from tagstore.readers.samples import Place, image_key, image_place, read_lines
+from tagstore.types import Identity
 from tuna_model.evaluation.bootstrap import Metric
 from tuna_model.evaluation.captions import Tokeniser
 from tuna_model.evaluation.judge import Judge
@@ -25,6 +29,14 @@ class Question:
     text: str
     truth: Mapping[str, Any] = field(default_factory=dict)
     """The right answer, which its task scores against and the model never sees."""
+    store_key: str = ""
+    """Key that the image has in a store or a recorded map of the same data; empty if unknown."""
+
+    def picture(self) -> tuple[Image, Identity]:
+        """Read and decode the image, with its identity for the leak guard. Raises `NotFound`, `BadImage`."""
+        data = self.image.read()
+        picture = decode(data)
+        return picture, identify(data, picture, self.store_key)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +120,8 @@ def read_questions(o: TaskOptions, suffix: str = "") -> list[Question]:
         if key in questions:
             raise InvalidInput(f"{where}: the question_id {key} is there twice, and answers are kept by it")
         image = image_place(line["image"], folder, where, allow_outside=o.allow_outside)
-        questions[key] = Question(key, image, line["image"], prompt, {**line, "text": text})
+        store_key = image_key(line, line["image"], folder, where)
+        questions[key] = Question(key, image, line["image"], prompt, {**line, "text": text}, store_key)
         if len(questions) == o.limit:
             break
     if not questions:

@@ -197,7 +197,7 @@ def _captioned(o: TaskOptions, prompt: str) -> list[Question]:
         if not sample.captions or not sample.images:
             raise InvalidInput(f"{o.data}, {sample.key}: a captioned picture has an image and captions")
         truth = {"captions": list(sample.captions), "objects": sample.metadata.get("objects")}
-        questions.append(Question(sample.key, sample.images[0], sample.key, prompt, truth))
+        questions.append(Question(sample.key, sample.images[0], sample.key, prompt, truth, sample.key))
     return questions
 
 
