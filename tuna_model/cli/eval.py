@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tuna_model.evaluation import Task
 
 _PATH = click.Path(path_type=Path)
-TASK_NAMES = ("pope", "mme", "vqa", "captions", "chair", "llava-bench", "naming")
+TASK_NAMES = ("pope", "mme", "vqa", "captions", "chair", "llava-bench", "naming", "choice")
 
 
 def with_task(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -27,7 +27,7 @@ def with_task(command: Callable[..., Any]) -> Callable[..., Any]:
                 "--data",
                 type=_PATH,
                 required=True,
-                help="Questions (JSON lines), or captioned images (JSON lines, WebDataset).",
+                help="Questions (JSON lines, TSV), or captioned images (JSON lines, WebDataset).",
             ),
             click.option(
                 "--images",

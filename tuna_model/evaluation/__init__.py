@@ -3,8 +3,8 @@
     task = load_task("pope", TaskOptions(data=Path("coco_pope_random.json"), images=Path("val2014")))
     result = evaluate(task, model, out=Path("results"))       # results/pope.json, pope.md, pope.answers.jsonl
 
-`tasks` reads the benchmarks' own files; `yes_no`, `captions`, `chair`, `vqa` and `naming` score answers;
-`bootstrap` adds intervals.
+`tasks` reads the benchmarks' own files; `yes_no`, `captions`, `chair`, `vqa`, `naming` and `choice` score
+answers; `bootstrap` adds intervals.
 """
 
 from tuna_model.evaluation.bootstrap import Metric

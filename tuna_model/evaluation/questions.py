@@ -68,7 +68,8 @@ class TaskOptions:
     """Files and settings of a task."""
 
     data: Path
-    """Questions (JSON lines), or captioned images (JSON lines, JSON, WebDataset)."""
+    """Questions (JSON lines; also TSV and JSON for `choice`), or captioned images (JSON lines, JSON,
+    WebDataset)."""
     images: Path | None = None
     """Directory that image names are relative to; by default that of `data`."""
     allow_outside: bool = False

@@ -11,6 +11,7 @@ from tagstore.readers.samples import read_lines, read_samples
 from tuna_model.evaluation.bootstrap import Metric, mean
 from tuna_model.evaluation.captions import caption_metrics
 from tuna_model.evaluation.chair import Synonyms, chair, present
+from tuna_model.evaluation.choice import choice, read_choices
 from tuna_model.evaluation.naming import fold, naming
 from tuna_model.evaluation.questions import Question, Task, TaskAnswer, TaskOptions, read_questions
 from tuna_model.evaluation.vqa import SHORT_PROMPT, vqa
@@ -149,6 +150,15 @@ def _naming(o: TaskOptions) -> Task:
     return _task("naming", questions, score, 32, o)
 
 
+def _choice(o: TaskOptions) -> Task:
+    questions = read_choices(o)
+
+    def score(answers: Sequence[TaskAnswer], **options: Any) -> list[Metric]:
+        return choice(_texts(answers), questions, **options)
+
+    return _task("choice", questions, score, 32, o)
+
+
 TASKS: dict[str, Callable[[TaskOptions], Task]] = {
     "pope": _pope,
     "mme": _mme,
@@ -157,6 +167,7 @@ TASKS: dict[str, Callable[[TaskOptions], Task]] = {
     "chair": _chair,
     "llava-bench": _llava_bench,
     "naming": _naming,
+    "choice": _choice,
 }
 
 
