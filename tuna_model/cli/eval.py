@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tuna_model.evaluation import Task
 
 _PATH = click.Path(path_type=Path)
-TASK_NAMES = ("pope", "mme", "vqa", "captions", "chair", "llava-bench")
+TASK_NAMES = ("pope", "mme", "vqa", "captions", "chair", "llava-bench", "naming", "choice")
 
 
 def with_task(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -27,7 +27,7 @@ def with_task(command: Callable[..., Any]) -> Callable[..., Any]:
                 "--data",
                 type=_PATH,
                 required=True,
-                help="Questions (JSON lines), or captioned images (JSON lines, WebDataset).",
+                help="Questions (JSON lines, TSV), or captioned images (JSON lines, WebDataset).",
             ),
             click.option(
                 "--images",
@@ -41,7 +41,7 @@ def with_task(command: Callable[..., Any]) -> Callable[..., Any]:
             ),
             click.option("--labels", type=_PATH, help="pope: RePOPE's corrected labels."),
             click.option("--synonyms", type=_PATH, help="chair: the paper's synonym list."),
-            click.option("--split", default="", help="Only captioned images of this split."),
+            click.option("--split", default="", help="Only questions or captioned images of this split."),
             click.option("--limit", default=0, help="Only so many questions; 0 for all."),
             click.option("--prompt", default="", help="Instead of the task's own."),
             click.option(

@@ -12,17 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tuna_model.evaluation.bootstrap import Metric
-from tuna_model.evaluation.tasks import Question, Task
-
-
-@dataclass(frozen=True, slots=True)
-class TaskAnswer:
-    """A model's answer to a question of a task, and the tags that it was given."""
-
-    text: str
-    tags: tuple[str, ...] = ()
-    degraded: bool = False
-    """Whether the store did not answer, so that the model answered without tags."""
+from tuna_model.evaluation.questions import Question, Task, TaskAnswer
 
 
 class Answerer(Protocol):
@@ -75,7 +65,8 @@ def evaluate(
     """
     clock = time.perf_counter()
     description = dict(model.describe())
-    header = {"model": description, "settings": dict(task.settings)}
+    settings = {**task.settings, "max_new_tokens": task.max_new_tokens}
+    header = {"model": description, "settings": settings}
     with _AnswerFile(out / f"{task.name}.answers.jsonl" if out else None, header) as file:
         open_questions = [question for question in task.questions if question.key not in file.answers]
         progress(len(task.questions) - len(open_questions))
@@ -86,11 +77,11 @@ def evaluate(
     answers = [file.answers[question.key] for question in task.questions]
     result = Result(
         task.name,
-        tuple(task.score([answer.text for answer in answers])),
+        tuple(task.score(answers)),
         len(answers),
         sum(answer.degraded for answer in answers),
         time.perf_counter() - clock,
-        dict(task.settings),
+        settings,
         description,
         datetime.now(UTC).isoformat(timespec="seconds"),
     )

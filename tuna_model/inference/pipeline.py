@@ -22,7 +22,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStr
 
 from tagstore.client import TagSource, connect
 from tagstore.errors import InvalidInput
-from tagstore.types import Retrieval
+from tagstore.types import Identity, Retrieval
 from tuna_model import presets
 from tuna_model.inference.answers import Answer, PreparedBatch, weighed_tags
 from tuna_model.inference.conversations import Message, Prompt, Reader, user_message
@@ -93,6 +93,7 @@ class Pipeline:
         conversations: Sequence[Sequence[Message]],
         *,
         tags: Sequence[ImageTags] | None = None,
+        identities: Sequence[Identity] = (),
         **options: Any,
     ) -> list[Answer]:
         """Answer several conversations in one batch.
@@ -101,15 +102,18 @@ class Pipeline:
             images: of each conversation, in the order of its {"type": "image"} parts.
             conversations: the messages of each; the answer is the assistant's next message.
             tags: of all pictures, instead of the store's.
+            identities: key and hashes of all pictures, for a store with `exclude=self`; or none.
             options: of `generate`.
         """
-        return self.answer_prompts(self._read(images, conversations), tags=tags, **options)
+        prompts = self._read(images, conversations)
+        return self.answer_prompts(prompts, tags=tags, identities=identities, **options)
 
     def answer_prompts(
         self,
         prompts: Sequence[Prompt],
         *,
         tags: Sequence[ImageTags] | None = None,
+        identities: Sequence[Identity] = (),
         stops: Sequence[threading.Event] = (),
         **options: Any,
     ) -> list[Answer]:
@@ -118,7 +122,7 @@ class Pipeline:
         Args:
             stops: none, or one for each: an answer ends where it is once its event is set.
         """
-        prepared = self.prepare_prompts(prompts, tags=tags)
+        prepared = self.prepare_prompts(prompts, tags=tags, identities=identities)
         with torch.inference_mode():
             out = self.model.generate(
                 **prepared.inputs, **self._options(options), stopping_criteria=_stopping(stops)
@@ -175,12 +179,17 @@ class Pipeline:
         conversations: Sequence[Sequence[Message]],
         *,
         tags: Sequence[ImageTags] | None = None,
+        identities: Sequence[Identity] = (),
     ) -> PreparedBatch:
         """Encode the pictures, ask the store for tags, and write the prompts. Arguments as for `answers`."""
-        return self.prepare_prompts(self._read(images, conversations), tags=tags)
+        return self.prepare_prompts(self._read(images, conversations), tags=tags, identities=identities)
 
     def prepare_prompts(
-        self, prompts: Sequence[Prompt], *, tags: Sequence[ImageTags] | None = None
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        tags: Sequence[ImageTags] | None = None,
+        identities: Sequence[Identity] = (),
     ) -> PreparedBatch:
         """As `prepare`, of conversations that were read before."""
         features: dict[str, Any] = {}
@@ -200,7 +209,7 @@ class Pipeline:
             elif vectors is not None and self.model.config.tags:
                 store_asked = True
                 fingerprint = self.model.config.encoder_digest or self.model.encoder.fingerprint
-                retrieved = self.lookup.detailed(vectors, fingerprint)
+                retrieved = self.lookup.detailed(vectors, fingerprint, identities=identities)
         encoded: list[EncodedPrompt] = []
         retrievals: list[tuple[Retrieval | None, ...]] = []
         start = 0

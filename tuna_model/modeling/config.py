@@ -14,6 +14,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from tagstore.errors import InvalidInput
+from tuna_model.modeling.llava_layout import check_config
 
 ConnectorKind = Literal["mlp2x_gelu", "linear", "pooled"]
 TagQueries = Literal["tag", "token"]
@@ -220,8 +221,12 @@ class TunaConfig(PreTrainedConfig):  # type: ignore[misc]
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """As transformers'; translates the configuration of its Llava."""
+        """As transformers'; translates the configuration of its Llava.
+
+        Raises `InvalidInput` for one in LLaVA's original layout.
+        """
         fields, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        check_config(fields, pretrained_model_name_or_path)
         return (_from_llava(fields) if fields.get("model_type") == "llava" else fields), kwargs
 
 

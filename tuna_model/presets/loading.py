@@ -18,7 +18,13 @@ from typing import Any, cast
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    CLIPVisionConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
 from transformers.initialization import no_init_weights
 
 from tagstore.encoding.encoder import load_encoder
@@ -91,7 +97,9 @@ def load(
 
     Raises:
         NotFound: there is no such preset or directory.
-        InvalidInput: `paper` has no weights; or a field is invalid.
+        InvalidInput: `paper` has no weights; a field is invalid; or the directory has LLaVA's original
+            layout.
+        Damaged: the directory lacks weights beside those of the tag path.
     """
     if name == "tiny":
         model, processor = _tiny(**fields)
@@ -103,7 +111,7 @@ def load(
             "load_llava(DIRECTORY) puts its tag path beside a Llava checkpoint's"
         )
     elif Path(name, "config.json").is_file():
-        if AutoConfig.from_pretrained(name).model_type == "llava":
+        if PreTrainedConfig.get_config_dict(name)[0].get("model_type") == "llava":
             model, processor = load_llava(name, dtype=dtype, **fields)
         else:
             model = TunaForConditionalGeneration.from_pretrained(name, dtype=dtype, **fields)

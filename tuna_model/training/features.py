@@ -27,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tagstore.encoding.images import decode, perceptual_hash
+from tagstore.encoding.images import decode, identify
 from tagstore.errors import Damaged, FingerprintMismatch, InvalidInput
 from tagstore.readers.samples import Place, Sample
 from tagstore.types import Identity
@@ -78,10 +78,7 @@ class LiveFeatures:
         """Features of the images at these places; their identities have no keys."""
         data = [place.read() for place in places]
         pictures = [decode(image) for image in data]
-        identities = tuple(
-            Identity("", hashlib.sha256(image).digest(), perceptual_hash(picture))
-            for image, picture in zip(data, pictures, strict=True)
-        )
+        identities = tuple(map(identify, data, pictures))
         with torch.inference_mode():
             grid, vectors = self._model.encode_images(self._prepare(pictures)["pixel_values"])
         if vectors is None:
