@@ -16,6 +16,7 @@ import torch
 
 from benchmarks.report import arguments_parser, table, write
 from tuna_model import ImageTags, Pipeline
+from tuna_model.cli.options import load
 from tuna_model.evaluation.answerer import PipelineAnswerer
 from tuna_model.evaluation.naming import naming
 from tuna_model.evaluation.questions import Question, TaskAnswer
