@@ -185,7 +185,11 @@ def clusters(vectors: NDArray[np.float32], count: int, rng: np.random.Generator)
     """k-means of unit vectors: the class of each row."""
     import faiss
 
-    kmeans = faiss.Kmeans(vectors.shape[1], count, niter=10, seed=int(rng.integers(1 << 30)), spherical=True)
+    count = min(count, max(1, len(vectors) // 8))
+    kmeans = faiss.Kmeans(
+        vectors.shape[1], count, niter=10, seed=int(rng.integers(1 << 30)), spherical=True,
+        min_points_per_centroid=1,
+    )  # fmt: skip
     kmeans.train(np.ascontiguousarray(vectors))
     return np.asarray(kmeans.index.search(np.ascontiguousarray(vectors), 1)[1][:, 0], np.int64)
 
@@ -237,7 +241,7 @@ def invented(
     drawn = [photos[i] for i in sorted(rng.choice(len(photos), min(len(photos), 3000), replace=False))]
     vectors = np.stack([known[str(picture.path)] for picture in drawn])
     for number, count in enumerate((80, 160), start=len(cuts)):
-        labels = clusters(vectors, min(count, len(drawn) // 8), rng).tolist()
+        labels = clusters(vectors, count, rng).tolist()
         catalogues[f"invented-{number}"] = renamed(drawn, labels, "name" if number % 2 else "brand", rng)
     return catalogues
 

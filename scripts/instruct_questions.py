@@ -196,6 +196,8 @@ TOPICS = (
 
 def plain_text(count: int, rng: np.random.Generator, out: Path) -> list[tuple[str, str]]:
     """Instructions without a picture, answered by the decoder as it comes: it shall keep its language."""
+    if not count:
+        return []
     import torch
 
     from tuna_model.presets import smollm
