@@ -118,7 +118,7 @@ def audit(
     }
     metrics = {name: task.score(of_condition) for name, of_condition in answers.items()}
     if not all(metrics.values()):
-        raise InvalidInput(f"task '{task.name}' gives no figure without a judge: audit one that does")
+        raise InvalidInput(f"task '{task.name}' gives no figure of one run alone: audit one that does")
     if task.name in ("pope", "mme"):
         main = "accuracy"
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,6 +83,8 @@ class TaskOptions:
     """llava-bench: reference answers, JSON lines with question_id and text."""
     contexts: Path | None = None
     """llava-bench: descriptions of the images for the judge, JSON lines with image and caption."""
+    before: Path | None = None
+    """edits: directory of the answers with the store before its edit; without it answers are only written."""
     split: str = ""
     """Keeps only questions, or captioned images, whose field `split` is this."""
     limit: int = 0
@@ -94,6 +97,23 @@ class TaskOptions:
     """llava-bench: gives the marks; without one, answers are only written."""
     resamples: int = 1000
     seed: int = 0
+
+
+def read_answers(path: Path, header: str = "") -> dict[str, TaskAnswer]:
+    """Read a file of answers that `evaluate` wrote, by the keys of their questions.
+
+    Args:
+        header: the first line that it must have to be read, or none for any. Without it there is no answer.
+    """
+    first, *lines = path.read_text(encoding="utf-8").split("\n")
+    answers = {}
+    for line in lines if header in ("", first) else ():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            break  # the end, or the line that was being written when the run was cut off
+        answers[record["key"]] = TaskAnswer(record["answer"], tuple(record["tags"]), record["degraded"])
+    return answers
 
 
 def read_questions(o: TaskOptions, suffix: str = "") -> list[Question]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tuna_model.evaluation.bootstrap import Metric
-from tuna_model.evaluation.questions import Question, Task, TaskAnswer
+from tuna_model.evaluation.questions import Question, Task, TaskAnswer, read_answers
 
 
 class Answerer(Protocol):
@@ -102,15 +102,8 @@ class _AnswerFile:
     def __enter__(self) -> _AnswerFile:
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
-            if lines and lines[0] == self._header:
-                for line in lines[1:]:
-                    try:
-                        record = json.loads(line)
-                    except json.JSONDecodeError:
-                        break  # the line that was being written when the run was cut off
-                    answer = TaskAnswer(record["answer"], tuple(record["tags"]), record["degraded"])
-                    self.answers[record["key"]] = answer
+            if self._path.exists():
+                self.answers = read_answers(self._path, self._header)
             self._file = self._path.open("w", encoding="utf-8")
             self._file.write(self._header + "\n")
             for key, answer in self.answers.items():

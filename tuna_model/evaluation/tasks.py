@@ -12,6 +12,7 @@ from tuna_model.evaluation.bootstrap import Metric, mean
 from tuna_model.evaluation.captions import caption_metrics
 from tuna_model.evaluation.chair import Synonyms, chair, present
 from tuna_model.evaluation.choice import choice, read_choices
+from tuna_model.evaluation.edits import answers_before, check_truths, edits
 from tuna_model.evaluation.naming import fold, naming
 from tuna_model.evaluation.questions import Question, Task, TaskAnswer, TaskOptions, read_questions
 from tuna_model.evaluation.vqa import SHORT_PROMPT, vqa
@@ -159,6 +160,18 @@ def _choice(o: TaskOptions) -> Task:
     return _task("choice", questions, score, 32, o)
 
 
+def _edits(o: TaskOptions) -> Task:
+    questions = read_questions(o)
+    for q in questions:
+        check_truths(q)
+    before = answers_before(o.before, questions) if o.before is not None else None
+
+    def score(answers: Sequence[TaskAnswer], **options: Any) -> list[Metric]:
+        return [] if before is None else edits(before, _texts(answers), questions, **options)
+
+    return _task("edits", questions, score, 32, o)
+
+
 TASKS: dict[str, Callable[[TaskOptions], Task]] = {
     "pope": _pope,
     "mme": _mme,
@@ -168,6 +181,7 @@ TASKS: dict[str, Callable[[TaskOptions], Task]] = {
     "llava-bench": _llava_bench,
     "naming": _naming,
     "choice": _choice,
+    "edits": _edits,
 }
 
 
@@ -181,7 +195,7 @@ def _task(
     """A task whose `score` gets the images of the answers, `resamples` and `seed` beside them."""
     options: dict[str, Any] = {"resamples": o.resamples, "seed": o.seed}
     images = [q.image_key for q in questions]
-    names = ("data", "images", "labels", "synonyms", "references", "contexts")
+    names = ("data", "images", "labels", "synonyms", "references", "contexts", "before")
     files = {name: str(getattr(o, name)) for name in names if getattr(o, name)}
     settings = {**files, "split": o.split, "prompt": o.prompt, "questions": len(questions), **options}
     if name == "captions":
