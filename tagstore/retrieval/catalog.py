@@ -86,6 +86,8 @@ class Catalog:
             opened = None
         if opened is None:
             opened = self._stores[store] = Store(self.root, store)
+        else:
+            opened.check_length()
         number = version or opened.state()["current"]
         engine = self._engines.pop((store, number), None)
         if engine is not None:

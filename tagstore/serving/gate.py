@@ -15,6 +15,7 @@ from tagstore import errors
 from tagstore.serving import metrics
 from tagstore.serving.access import Access, bearer
 from tagstore.serving.audit import Audit
+from tagstore.serving.damages import LeftOut
 from tagstore.serving.settings import Limits
 from tagstore.wire.status import code_of, trailing
 
@@ -224,10 +225,12 @@ class Door(grpc.GenericRpcHandler):
 
 def public_error(error: Exception, name: str) -> errors.TagstoreError:
     """Turn an exception into the error that the caller gets: it hides the server's faults and disks."""
+    if isinstance(error, LeftOut):
+        return error
     if isinstance(error, errors.Damaged | errors.WriteFailed):
         log.error("%s failed: %s", name, error)
         damaged = isinstance(error, errors.Damaged)
-        summary = "the store is damaged" if damaged else "the server's disk took nothing"
+        summary = "the store or the version is damaged" if damaged else "the server's disk took nothing"
         return type(error)(f"{summary}; the server's log has the details")
     if isinstance(error, errors.TagstoreError):
         return error

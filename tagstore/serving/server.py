@@ -20,11 +20,12 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from tagstore.errors import Unavailable
-from tagstore.serving import metrics, tracing
+from tagstore.serving import probes, tracing
 from tagstore.serving.access import Access
 from tagstore.serving.admin_service import AdminService
 from tagstore.serving.audit import Audit
 from tagstore.serving.certificates import Certificates, Tls
+from tagstore.serving.damages import Damages
 from tagstore.serving.gate import Call, Door, Gate
 from tagstore.serving.live_catalog import LiveCatalog
 from tagstore.serving.loop import loop, run
@@ -96,7 +97,7 @@ class Server:
         )
         self.gate = Gate(access, limits, Audit(settings.audit or None))
         self.announce: Callable[[Mapping[str, Any]], None] = lambda message: None
-        """Called with what the other workers of this port must know: {"unload": STORE}."""
+        """Called with what supervisor and other workers must know: {"unload": STORE}, {"damaged": {...}}."""
         self.gate.closed = "the server is opening its stores: try again in a moment"
         if settings.tracing:
             tracing.enable()
@@ -114,7 +115,8 @@ class Server:
         self._long_threads = ThreadPoolExecutor(LONG_THREADS, thread_name_prefix="rpc-long")
         self._ended = threading.Event()
         self._watch: threading.Thread | None = None
-        self._stop_metrics: Callable[[], None] | None = None
+        self._stop_probes: Callable[[], None] | None = None
+        self._phase = "opening stores"
         # until the acceptors listen the port is reserved: a second server on it would take half of the calls
         port = int(address.rpartition(":")[2])
         reservation = None if shared else reserve(self._host, port, address)
@@ -135,7 +137,7 @@ class Server:
         names = (SERVICE, ADMIN, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(_Reflection(names), long)
         limited = [f"/{SERVICE}/{method}" for method in ("Retrieve", "GetTags", "ListStores", "GetStore")]
-        checks = _Health()
+        checks = _Health(self.catalog.damages)
         for name in ("", SERVICE):
             await checks.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
         door = Door({**calls.handlers, **long.handlers}, self.gate, limited)
@@ -174,9 +176,13 @@ class Server:
         """
         sys.setswitchinterval(SWITCH_SECONDS)
         ctypes.CDLL(None).mallopt(M_ARENA_MAX, ARENAS)
+        self.catalog.damages.changed = lambda stores: self.announce({"damaged": stores})
+        if self.settings.metrics:
+            self._stop_probes, port = probes.serve(self.settings.metrics, self.state)
+            log.info("metrics on port %d", port)
         if not warm_first:
             run(self._for_all(lambda acceptor: acceptor.start()))
-        for info in self.catalog.warm(opened=self.gate.open):
+        for info in self.catalog.warm(opened=self._open):
             log.info(
                 "serving %s@%d: %d entries, %s", info.store, info.version, info.entries, info.fingerprint
             )
@@ -189,13 +195,12 @@ class Server:
             run(self._for_all(lambda acceptor: acceptor.start()))
         self._watch = threading.Thread(target=self._watch_readers, name="rpc-watch", daemon=True)
         self._watch.start()
-        if self.settings.metrics:
-            self._stop_metrics, port = metrics.serve(self.settings.metrics)
-            log.info("metrics on port %d", port)
+        self._phase = "serving"
         log.info("listening on %s: %s", self.address, self.settings.describe())
 
     def stop(self, grace: float = DRAIN_SECONDS) -> None:
         """Refuse new requests, and let those in flight finish within `grace` seconds."""
+        self._phase = "stopping"
         run(self._health.enter_graceful_shutdown())
         run(self._for_all(lambda acceptor: acceptor.stop(grace)))
         self._ended.set()
@@ -204,9 +209,17 @@ class Server:
             threads.shutdown(wait=False)
         if self._watch is not None:
             self._watch.join()
-        if self._stop_metrics is not None:
-            self._stop_metrics()
+        if self._stop_probes is not None:
+            self._stop_probes()
         self.gate.audit.close()
+
+    def state(self) -> probes.State:
+        """Say how far the server is, and which stores are damaged."""
+        return probes.State(self._phase == "serving", self._phase, self.catalog.damages.stores())
+
+    def _open(self) -> None:
+        self._phase = "loading encoders"
+        self.gate.open()
 
     def _watch_readers(self) -> None:
         while not self._ended.wait(min(1.0, self.settings.limits.slow_reader / 4)):
@@ -216,9 +229,14 @@ class Server:
 class _Health(health.aio.HealthServicer):
     """Health checks for every caller; those that watch it do not keep a server from stopping."""
 
-    def __init__(self) -> None:
+    def __init__(self, damages: Damages) -> None:
         super().__init__()
-        self._ending = asyncio.Event()
+        self._ending, self._damages = asyncio.Event(), damages
+
+    async def Check(self, request: Any, context: Any) -> Any:  # noqa: N802
+        # how many, not which: whoever may not read a store is not told that it is there
+        context.set_trailing_metadata((("damaged-stores", str(len(self._damages.stores()))),))
+        return await super().Check(request, context)
 
     async def Watch(self, request: Any, context: Any) -> None:  # noqa: N802
         watching = asyncio.ensure_future(super().Watch(request, context))

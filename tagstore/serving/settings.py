@@ -106,20 +106,30 @@ def default_workers() -> int:
     return max(1, min(8, (os.cpu_count() or 1) // 2))
 
 
-def checked_host(address: str, settings: Settings) -> str:
-    """Return the host of HOST:PORT.
-
-    Raises `InvalidInput` if the address is malformed, or open to other machines without protection.
-    """
+def _split(address: str) -> tuple[str, bool]:
+    """Return the host of HOST:PORT, and whether only this machine can reach it."""
     host, colon, port = address.rpartition(":")
     if not colon or not host or not port.isdecimal() or int(port) > 65535:
         raise InvalidInput(
             f"'{address}' is no HOST:PORT; for example 127.0.0.1:50051, or port 0 for a free one"
         )
     try:
-        loopback = ipaddress.ip_address(host.strip("[]")).is_loopback
+        return host, ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
-        loopback = host == "localhost"
+        return host, host == "localhost"
+
+
+def checked_host(address: str, settings: Settings) -> str:
+    """Return the host of HOST:PORT.
+
+    Raises `InvalidInput` if it or that of the metrics is malformed, or open to others without protection.
+    """
+    host, loopback = _split(address)
+    if settings.metrics and not _split(settings.metrics)[1] and not settings.insecure:
+        raise InvalidInput(
+            f"the metrics at {settings.metrics} can be reached from other machines, and name stores to all "
+            "who ask: let them listen on 127.0.0.1, or say --insecure if the network is trusted"
+        )
     if bool(settings.tls_certificate) != bool(settings.tls_key) or (
         settings.tls_client_ca and not settings.tls_certificate
     ):
