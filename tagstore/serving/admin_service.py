@@ -10,9 +10,10 @@ from typing import Any
 from tagstore import errors
 from tagstore.encoding.encoder import Encoder
 from tagstore.ingest import Report, ingest_pairs
-from tagstore.serving.gate import Call, Gate
+from tagstore.serving.call import Call
+from tagstore.serving.gate import Gate
 from tagstore.serving.live_catalog import LiveCatalog
-from tagstore.serving.methods import answering
+from tagstore.serving.methods import answering, streaming
 from tagstore.storage.store import Store
 from tagstore.storage.version import Version
 from tagstore.types import Pair, Rejected
@@ -34,6 +35,7 @@ class AdminService:
     ) -> None:
         self._catalog, self.gate, self._announce = catalog, gate, announce
 
+    @streaming("ingest")
     def Ingest(  # noqa: N802
         self, requests: Iterator[pb.IngestRequest], call: Call, send: Callable[[pb.IngestResponse], None]
     ) -> None:
@@ -104,6 +106,7 @@ class AdminService:
             version=_version(rollback(self._catalog.root, request.store, request.version))
         )
 
+    @streaming("admin")
     def BuildIndex(  # noqa: N802
         self, request: pb.BuildIndexRequest, call: Call, send: Callable[[pb.BuildIndexResponse], None]
     ) -> None:

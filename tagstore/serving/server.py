@@ -24,12 +24,13 @@ from tagstore.serving import probes, tracing
 from tagstore.serving.access import Access
 from tagstore.serving.admin_service import AdminService
 from tagstore.serving.audit import Audit
+from tagstore.serving.call import Call
 from tagstore.serving.certificates import Certificates, Tls
 from tagstore.serving.damages import Damages
-from tagstore.serving.gate import Call, Door, Gate
+from tagstore.serving.gate import Door, Gate
 from tagstore.serving.live_catalog import LiveCatalog
 from tagstore.serving.loop import loop, run
-from tagstore.serving.methods import Methods
+from tagstore.serving.methods import Methods, streaming
 from tagstore.serving.ports import reserve
 from tagstore.serving.retrieve_service import TagStoreService
 from tagstore.serving.settings import Settings, checked_host
@@ -44,7 +45,7 @@ ADMIN = tagstore_pb2.DESCRIPTOR.services_by_name["Admin"].full_name
 SWITCH_SECONDS = 0.0005
 """Seconds that a thread may hold the interpreter while another waits: Python's 5 ms exceed most calls."""
 LONG_THREADS = 8
-"""Administrators' calls that run at a time; others wait."""
+"""Long calls that run at a time, of administrators and of all others; further ones wait."""
 ACCEPTORS = 8
 """Listeners of a process. gRPC's asyncio server takes one call at a time from each, several turns of the loop
 apart: with one, a busy server receives half of what it could answer."""
@@ -113,6 +114,7 @@ class Server:
         )
         self.searches, self.embeddings = self._service.searches, self._service.embeddings
         self._long_threads = ThreadPoolExecutor(LONG_THREADS, thread_name_prefix="rpc-long")
+        self._admin_threads = ThreadPoolExecutor(LONG_THREADS, thread_name_prefix="rpc-admin")
         self._ended = threading.Event()
         self._watch: threading.Thread | None = None
         self._stop_probes: Callable[[], None] | None = None
@@ -130,7 +132,10 @@ class Server:
     async def _bound(self, address: str) -> tuple[list[Any], _Health]:
         """Make the parts that belong to the event loop."""
         settings, limits = self.settings, self.settings.limits
-        calls, long = Methods(self.gate, self._threads), Methods(self.gate, self._long_threads, long=True)
+        calls, long = (
+            Methods(self.gate, self._threads),
+            Methods(self.gate, self._long_threads, kept=self._admin_threads, long=True),
+        )
         tagstore_pb2_grpc.add_TagStoreServicer_to_server(self._service, calls)
         admin = AdminService(self.catalog, self.gate, lambda message: self.announce(message))
         tagstore_pb2_grpc.add_AdminServicer_to_server(admin, long)
@@ -203,9 +208,10 @@ class Server:
         self._phase = "stopping"
         run(self._health.enter_graceful_shutdown())
         run(self._for_all(lambda acceptor: acceptor.stop(grace)))
+        run(self.gate.intake.close())
         self._ended.set()
         self._service.close()
-        for threads in (self._threads, self._long_threads):
+        for threads in (self._threads, self._long_threads, self._admin_threads):
             threads.shutdown(wait=False)
         if self._watch is not None:
             self._watch.join()
@@ -222,7 +228,9 @@ class Server:
         self.gate.open()
 
     def _watch_readers(self) -> None:
-        while not self._ended.wait(min(1.0, self.settings.limits.slow_reader / 4)):
+        limits = self.settings.limits
+        period = min(1.0, limits.slow_reader / 4, limits.idle_stream / 4)
+        while not self._ended.wait(period):
             loop().call_soon_threadsafe(self.gate.end_slow)
 
 
@@ -255,6 +263,7 @@ class _Health(health.aio.HealthServicer):
 class _Reflection(reflection.aio.ReflectionServicer):
     """Reflection for identified callers."""
 
+    @streaming(None)
     async def ServerReflectionInfo(  # noqa: N802
         self, requests: AsyncIterator[Any], call: Call, send: Callable[[Any], Awaitable[None]]
     ) -> None:

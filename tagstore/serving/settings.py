@@ -34,10 +34,20 @@ class Limits:
     """Seconds without a prompt answer before the server counts as overloaded."""
     per_client: int = 64
     """Calls and streams in flight of one client, which is a caller with a token, else a connection."""
-    streams: int = 64
-    """Open streams."""
-    message_bytes: int = 64 << 20
-    """Bytes of one request or answer."""
+    streams: int = 12
+    """Open streams, of which each may bring a message of the largest size at any time."""
+    streams_per_client: int = 6
+    """Open streams of one client."""
+    streams_kept: int = 4
+    """Places for streams that only administrators get."""
+    idle_stream: float = 120.0
+    """Seconds that a stream may wait for its caller's next message."""
+    message_bytes: int = 34 << 20
+    """Bytes of one request or answer: the largest image, and what comes with it."""
+    request_bytes: int = 256 << 20
+    """Bytes of memory for the requests that are being answered, over all callers."""
+    slow_requests: int = 4
+    """Requests that take long to arrive, over all callers; a client gets half of them."""
     image_bytes: int = 32 << 20
     """Bytes of one encoded image."""
     images: int = 256
@@ -53,7 +63,7 @@ class Limits:
     embed_queue: int = 8
     """Images and texts that may always wait for the encoder."""
     slow_reader: float = 60.0
-    """Seconds that a client may take to accept an answer."""
+    """Seconds that a client may take to accept an answer, or to send a request."""
 
 
 @dataclass(frozen=True, slots=True)
