@@ -50,7 +50,7 @@ class AdminService:
             )  # the name may be of a file on the server, or of a download
         with self._recorded("Ingest", start.store, call):
             report = ingest_pairs(
-                _pairs(requests, send),
+                _pairs(requests, send, call, start.store),
                 root=self._catalog.root,
                 store=start.store,
                 source=start.source,
@@ -79,19 +79,14 @@ class AdminService:
     @contextmanager
     def _recorded(self, method: str, store: str, call: Call) -> Iterator[None]:
         """Write one audit line when a long call begins and one when it ends."""
-        event: dict[str, Any] = {
-            "method": method,
-            "store": store,
-            "caller": call.caller.name,
-            "peer": call.peer,
-        }
-        self.gate.audit.write(event="begun", **event)
+        event = {"method": method, "store": store, "caller": call.caller.name, "peer": call.peer}
+        self.gate.audit.begin(**event)
         try:
             yield
         except BaseException as error:
-            self.gate.audit.write(event="failed", reason=str(error) or "the caller disconnected", **event)
+            self.gate.audit.end("failed", **event, reason=str(error) or "the caller disconnected")
             raise
-        self.gate.audit.write(event="done", **event)
+        self.gate.audit.end("done", **event)
 
     @answering("ingest", writes=True)
     def Delete(self, request: pb.DeleteRequest, call: Call) -> pb.DeleteResponse:  # noqa: N802
@@ -152,7 +147,10 @@ class AdminService:
 
 
 def _pairs(
-    requests: Iterator[pb.IngestRequest], send: Callable[[pb.IngestResponse], None]
+    requests: Iterator[pb.IngestRequest],
+    send: Callable[[pb.IngestResponse], None],
+    call: Call,
+    store: str,
 ) -> Iterator[Pair | Rejected]:
     for request in requests:
         match request.WhichOneof("part"):
@@ -166,6 +164,7 @@ def _pairs(
                 )
     # a caller that disconnected looks like one that has finished, but sending to it fails
     send(pb.IngestResponse())
+    call.caller.check("ingest", store)  # `send` has looked whether the right was withdrawn meanwhile
 
 
 def _version(version: Version) -> pb.VersionInfo:

@@ -23,6 +23,8 @@ from tagstore.wire.status import code_of, trailing
 
 log = logging.getLogger(__name__)
 
+MAX_DETAILS = 4096
+"""Characters of an error's message on the wire: it may repeat what the caller sent."""
 REFUSALS = (errors.NotAuthenticated, errors.NotPermitted, errors.Overloaded)
 
 
@@ -152,9 +154,8 @@ class Gate:
         """Count and record a call that was refused for a reason of access or load."""
         metrics.child(metrics.REFUSED, type(error).__name__).inc()
         name, store = (call.caller.name, store or call.named_store) if call else ("", store)
-        self.audit.write(
-            event="refused", method=method, store=store, caller=name, peer=context.peer(), reason=str(error)
-        )
+        event = {"method": method, "store": store, "caller": name, "peer": context.peer()}
+        self.audit.end("refused", **event, reason=str(error))
 
 
 class Door(grpc.GenericRpcHandler):
@@ -201,5 +202,5 @@ def public_error(error: Exception, name: str) -> errors.TagstoreError:
 
 async def abort(context: Any, error: errors.TagstoreError) -> NoReturn:
     """End a call with the status that stands for an error."""
-    await context.abort(code_of(error), str(error), trailing(error))
+    await context.abort(code_of(error), str(error)[:MAX_DETAILS], trailing(error))
     raise AssertionError("abort does not return")

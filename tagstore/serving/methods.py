@@ -111,6 +111,7 @@ class Methods:
         async def answer(_: Any, context: Any) -> bytes:
             start = time.perf_counter()
             store, code = "", "OK"
+            event: dict[str, str] = {}
             call: Call | None = None
             failure: errors.TagstoreError
             try:
@@ -121,18 +122,21 @@ class Methods:
                 store = getattr(request, "store", "")
                 if role is not None:
                     call.caller.check(role, store)
+                if writes:
+                    event = {"method": name, "store": store, "caller": call.caller.name, "peer": call.peer}
+                    gate.audit.begin(**event)
                 with _span(name, context, store=store) if tracing.enabled else tracing.NO_SPAN:
                     if in_loop:
                         response = await method(request, call)
                     else:
                         response = await in_thread(self._pool(call), method, request, call)
-                if writes:
-                    gate.audit.write(
-                        event="done", method=name, store=store, caller=call.caller.name, peer=call.peer
-                    )
+                if event:
+                    gate.audit.end("done", **event)
                 gate.sending(call)
                 return response if type(response) is bytes else serialize(response)
             except asyncio.CancelledError:
+                if event:
+                    gate.audit.end("failed", **event, reason="the caller has gone; the change may be done")
                 if call is None or call.ended is None:
                     code = "CANCELLED"
                     raise
@@ -144,16 +148,8 @@ class Methods:
                 code = code_of(failure).name
                 if isinstance(failure, REFUSALS):
                     gate.refused(failure, context, name, store, call)
-                elif writes:
-                    caller = call.caller.name if call else ""
-                    gate.audit.write(
-                        event="failed",
-                        method=name,
-                        store=store,
-                        caller=caller,
-                        peer=context.peer(),
-                        reason=str(failure),
-                    )
+                elif event:
+                    gate.audit.end("failed", **event, reason=str(failure))
             finally:
                 # a name that a caller invented must not become a label
                 label = store if code in ("OK", "INVALID_ARGUMENT") else ""
