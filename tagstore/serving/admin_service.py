@@ -57,6 +57,7 @@ class AdminService:
                 encoder=self._encoder(start),
                 miner=start.miner or "rules",
                 device=self._catalog.device,
+                decode_memory=self._catalog.decode_memory,
                 settled=lambda results: send(
                     pb.IngestResponse(
                         results=[

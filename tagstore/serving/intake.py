@@ -33,6 +33,8 @@ class Intake:
         self._freed: asyncio.Future[None] | None = None
         self.bytes = 0
         """Bytes of requests that are being answered."""
+        self.total = 0
+        """Bytes of requests so far."""
 
     async def read(self, call: Call) -> bytes:
         """Read the one message of a call. Raises `InvalidInput` if there is none, `Overloaded`."""
@@ -58,6 +60,7 @@ class Intake:
                 RETRY_AFTER,
             )
         self.bytes += needed
+        self.total += needed
         call.bytes += needed
 
     async def hold(self, call: Call, size: int) -> None:

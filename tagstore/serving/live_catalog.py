@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import logging
 import os
@@ -11,11 +10,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tagstore.encoding.decode_memory import SHARED, Budget
 from tagstore.encoding.encoder import Encoder
 from tagstore.errors import Damaged, NotFound, TagstoreError, Unavailable
 from tagstore.retrieval.catalog import Catalog
 from tagstore.retrieval.engine import Engine
-from tagstore.serving import metrics
+from tagstore.serving import allocator, metrics
 from tagstore.serving.damages import Damages
 from tagstore.storage.store import check_name
 from tagstore.types import Fingerprint, StoreInfo
@@ -29,8 +29,8 @@ PINNED = 32
 class LiveCatalog(Catalog):
     """A catalog for many concurrent callers. Takes what `Catalog` does."""
 
-    def __init__(self, root: str | Path, *, device: str = "auto") -> None:
-        super().__init__(root, device=device)
+    def __init__(self, root: str | Path, *, device: str = "auto", decode_memory: Budget = SHARED) -> None:
+        super().__init__(root, device=device, decode_memory=decode_memory)
         self._current: dict[str, tuple[tuple[int, int], int, Engine]] = {}
         """Engine of each store's current version, after the mark of the store at the time of the look-up."""
         self._used: dict[tuple[str, int], float] = {}
@@ -152,7 +152,7 @@ class LiveCatalog(Catalog):
             for digest in [digest for digest in self._encoders if digest not in used]:
                 del self._encoders[digest]
         gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
+        allocator.trim()
         log.info("unloaded %s", store)
 
     def _close(self, store: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import gc
 import logging
 import os
@@ -19,8 +18,9 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
+from tagstore.encoding.decode_memory import Budget
 from tagstore.errors import Unavailable
-from tagstore.serving import probes, tracing
+from tagstore.serving import allocator, probes, tracing
 from tagstore.serving.access import Access
 from tagstore.serving.admin_service import AdminService
 from tagstore.serving.audit import Audit
@@ -55,9 +55,6 @@ could not even refuse so many."""
 STREAMS_A_CONNECTION = 1000
 """Calls on one connection; further ones wait at the client. This also bounds the calls of a client that reads
 no answers."""
-M_ARENA_MAX, ARENAS = -8, 2
-"""Option of glibc's mallopt, and the number of arenas: with an arena per thread, no thread reuses memory that
-another freed, and a busy server grows."""
 
 
 class Server:
@@ -92,7 +89,7 @@ class Server:
         self._host = checked_host(address, settings)
         self.settings = settings
         limits = settings.limits
-        self.catalog = LiveCatalog(root, device=device)
+        self.catalog = LiveCatalog(root, device=device, decode_memory=Budget(limits.decode_bytes))
         access = Access(
             settings.tokens or None, anonymous=settings.anonymous, certificates=bool(settings.tls_client_ca)
         )
@@ -180,7 +177,7 @@ class Server:
             warm_first: open the stores before listening, as other workers answer meanwhile.
         """
         sys.setswitchinterval(SWITCH_SECONDS)
-        ctypes.CDLL(None).mallopt(M_ARENA_MAX, ARENAS)
+        allocator.configure()
         self.catalog.damages.changed = lambda stores: self.announce({"damaged": stores})
         if self.settings.metrics:
             self._stop_probes, port = probes.serve(self.settings.metrics, self.state)
@@ -198,7 +195,7 @@ class Server:
             run(self._health.set(name, health_pb2.HealthCheckResponse.SERVING))
         if warm_first:
             run(self._for_all(lambda acceptor: acceptor.start()))
-        self._watch = threading.Thread(target=self._watch_readers, name="rpc-watch", daemon=True)
+        self._watch = threading.Thread(target=self._watch_over, name="rpc-watch", daemon=True)
         self._watch.start()
         self._phase = "serving"
         log.info("listening on %s: %s", self.address, self.settings.describe())
@@ -227,11 +224,13 @@ class Server:
         self._phase = "loading encoders"
         self.gate.open()
 
-    def _watch_readers(self) -> None:
+    def _watch_over(self) -> None:
         limits = self.settings.limits
         period = min(1.0, limits.slow_reader / 4, limits.idle_stream / 4)
+        trimmer = allocator.Trimmer(lambda: self.gate.intake.total + self.catalog.decode_memory.total)
         while not self._ended.wait(period):
             loop().call_soon_threadsafe(self.gate.end_slow)
+            trimmer.look()
 
 
 class _Health(health.aio.HealthServicer):

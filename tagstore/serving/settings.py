@@ -46,6 +46,9 @@ class Limits:
     """Bytes of one request or answer: the largest image, and what comes with it."""
     request_bytes: int = 256 << 20
     """Bytes of memory for the requests that are being answered, over all callers."""
+    decode_bytes: int = 640 << 20
+    """Bytes of memory for the images that are decoded at a time, over all callers. It is also the limit of
+    one: 83 million pixels of a PNG, 67 of a JPEG, 41 of a WebP."""
     slow_requests: int = 4
     """Requests that take long to arrive, over all callers; a client gets half of them."""
     image_bytes: int = 32 << 20
