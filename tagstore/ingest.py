@@ -26,8 +26,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from tagstore.encoding.decode_memory import SHARED, Budget
 from tagstore.encoding.encoder import Encoder, load_encoder, load_encoder_of
-from tagstore.encoding.images import decode, perceptual_hash
+from tagstore.encoding.images import decoding, perceptual_hash
 from tagstore.errors import BadImage, InvalidInput, NotFound
 from tagstore.indexing import faiss_index
 from tagstore.mining import Miner, Rules, identity, load_miner, load_rules, merge
@@ -169,6 +170,8 @@ def ingest_pairs(
     device: str = "auto",
     sync: Sync = "full",
     settled: Settled = lambda results: None,
+    batch_bytes: int = BATCH_BYTES,
+    decode_memory: Budget = SHARED,
 ) -> Report:
     """As `ingest`, of pairs that come from elsewhere than a file; what was cut off is not resumed.
 
@@ -177,6 +180,8 @@ def ingest_pairs(
     Args:
         source: what to call where they come from, at most `MAX_NOTE_CHARS` characters.
         settled: called as batches are done.
+        batch_bytes: as `BATCH_BYTES`.
+        decode_memory: of which images take what they need while they are decoded.
 
     Raises:
         InvalidInput: such a name is too long; or as `ingest`.
@@ -187,6 +192,7 @@ def ingest_pairs(
             f"the name of the source has {len(source)} characters, {MAX_NOTE_CHARS} is the most: shorten it"
         )
     run = _Run(root, store, {"stream": source}, encoder, miner, load_rules(), device, settled=settled)
+    run.batch_bytes, run.decode_memory = batch_bytes, decode_memory
     with Writer(root, store, run.encoder.fingerprint, sync=sync) as writer:
         try:
             return run.finish(map(checked, pairs), writer, Progress(""))
@@ -243,6 +249,7 @@ class _Run:
         self.miner_identity = identity(self._miner, rules)
         self._source, self._rules, self._advance, self._settled = source, rules, advance, settled
         self._report = Report(store, 0)
+        self.batch_bytes, self.decode_memory = BATCH_BYTES, SHARED
 
     def finish(self, pairs: Pairs, writer: Writer, progress: Progress) -> Report:
         """Read the pairs, commit, and report. Raises `InvalidInput` if a new store would be empty."""
@@ -324,7 +331,10 @@ class _Run:
 
         def submit() -> list[Future[tuple[bytes, _Prepared | Rejected]]]:
             with self.clock("read"):
-                return [pool.submit(_prepare, item, self.encoder, folder) for item in _next_batch(pairs)]
+                batch = _next_batch(pairs, self.batch_bytes)
+                return [
+                    pool.submit(_prepare, item, self.encoder, folder, self.decode_memory) for item in batch
+                ]
 
         ahead = submit()
         while ahead:
@@ -353,30 +363,32 @@ def _outcomes(batch: Batch, added: set[str], duplicates: list[Rejected]) -> list
     return outcomes
 
 
-def _next_batch(pairs: Pairs) -> Pairs:
+def _next_batch(pairs: Pairs, batch_bytes: int = BATCH_BYTES) -> Pairs:
     size = 0
     for item in islice(pairs, BATCH):
         yield item
         size += len(item.image) + sum(map(len, item.captions)) if isinstance(item, Pair) else 0
-        if size > BATCH_BYTES:
+        if size > batch_bytes:
             return
 
 
-def _prepare(item: Pair | Rejected, encoder: Encoder, folder: str) -> tuple[bytes, _Prepared | Rejected]:
+def _prepare(
+    item: Pair | Rejected, encoder: Encoder, folder: str, memory: Budget
+) -> tuple[bytes, _Prepared | Rejected]:
     """The digest of an item of the source, and the item with its image decoded, or why it was refused."""
     digest = hashlib.sha256(item.image).digest() if isinstance(item, Pair) else b""
     mark = _item_digest(item, digest)
     if isinstance(item, Rejected):
         return mark, item
     try:
-        image = decode(item.image)
-        pixels = encoder.prepare(image)
+        with decoding(item.image, memory=memory) as image:
+            pixels, near = encoder.prepare(image), perceptual_hash(image)
     except BadImage as error:
         return mark, Rejected(item.key, str(error), item.origin)
     draft = Draft(
         item.key,
         digest,
-        perceptual_hash(image),
+        near,
         item.captions,
         metadata=item.metadata,
         origin=item.origin.removeprefix(folder),

@@ -211,13 +211,13 @@ def test_vectors_are_answered_once_the_stores_are_open_and_health_waits_for_the_
 
 
 def test_metrics_count_by_stage_and_store(shapes_root: Path, served, mini) -> None:
-    from tagstore.serving import metrics
+    from tagstore.serving import probes
 
     _, stub = served()
     stub.Retrieve(pb.RetrieveRequest(store="shapes", images=[picture("red", "circle")]))
     with pytest.raises(grpc.RpcError):
         stub.Retrieve(pb.RetrieveRequest(store="made-up"))
-    stop, port = metrics.serve("127.0.0.1:0")
+    stop, port = probes.serve("127.0.0.1:0", lambda: probes.State(True, "serving"))
     try:
         text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()
     finally:

@@ -104,8 +104,9 @@ class RemoteAdmin:
 
     def __init__(self, location: Location, options: Options) -> None:
         channels = Channels(location, options)
-        self._metadata = channels.metadata
         self._store = location.store
+        # by it the server refuses a caller without the role before it reads a message
+        self._metadata = (*channels.metadata, ("tagstore-store", self._store))
         [self._address] = location.addresses
         self._channel = channels.open(self._address)
         self._stub = tagstore_pb2_grpc.AdminStub(self._channel)

@@ -1,6 +1,7 @@
 """Decode untrusted image bytes. Nothing else in the project decodes them.
 
     bytes ──signature──▶ Pillow plugin ──size in the header──▶ pixels ──mode, rotation──▶ upright RGB, 8 bits
+                                            memory for it
 
 Only decoders that run inside this process are used (no EPS, which starts Ghostscript). Colour profiles are
 ignored, as open_clip's own preprocessing does.
@@ -10,11 +11,10 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from hashlib import sha256
 from io import BytesIO
-from threading import Lock
 from typing import Any, cast
 
 import imagehash
@@ -30,6 +30,7 @@ from PIL import (
     WebPImagePlugin,
 )
 
+from tagstore.encoding.decode_memory import BAND_PIXELS, SHARED, Budget, decoding_bytes, reading_bytes
 from tagstore.errors import BadImage
 from tagstore.types import Identity
 
@@ -61,15 +62,12 @@ _UPRIGHT = {
 
 MAX_ASPECT = 100
 """Longest side over shortest: encoders scale the shortest up, and a strip would become gigabytes."""
-_LARGE_PIXELS = 16_000_000
-_large = Lock()
-"""Held while a large image is decoded: several at a time would take a gigabyte each."""
 
 
 def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode the first frame of an encoded image to upright RGB with 8 bits a channel.
 
-    Safe to call from many threads.
+    Safe to call from many threads. Whoever decodes large images in many uses `decoding`.
 
     Transparent parts become white: the colour stored under full transparency is arbitrary (mostly black) and
     would otherwise decide the vector, and pictures with alpha (products, clip art) are made for white pages.
@@ -79,21 +77,46 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     Raises `BadImage` for anything that is no image, is cut off or damaged, or has more than `max_pixels`
     pixels; the size is read from the header before any pixel is decoded.
     """
+    with decoding(data, max_pixels=max_pixels) as image:
+        return image
+
+
+@contextmanager
+def decoding(data: bytes, *, max_pixels: int = MAX_PIXELS, memory: Budget = SHARED) -> Iterator[Image.Image]:
+    """Decode as `decode` does, and hold what the image takes of `memory` until the block ends."""
     if not data:
         raise BadImage("the image is empty: 0 bytes, fetch or export it again")
     plugin = next((plugin for signature, plugin in _PLUGINS if signature.match(data)), None)
     if plugin is None:
         raise BadImage(f"not an image of a known format: it starts with {bytes(data[:16])!r}, give {FORMATS}")
-    with _quiet():
-        try:
+    with _reading(data, plugin.format or "image"):
+        metadata = reading_bytes(data, plugin.format)
+        with memory.hold(metadata):
             image = plugin(BytesIO(data))
             width, height = image.size
             _check_size(width, height, max_pixels)
-            with _large if width * height > _LARGE_PIXELS else nullcontext():
-                image.load()
-                orientation = _orientation(image)
-                upright = _to_rgb(image)
-                return upright.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else upright
+            size = metadata + decoding_bytes(image)
+        if metadata:
+            del image  # its metadata must not wait beside that of others
+    with memory.hold(size):
+        with _reading(data, plugin.format or "image"):
+            if metadata:
+                image = plugin(BytesIO(data))
+            image.load()
+            orientation = _orientation(image)
+            upright = _to_rgb(image)
+            del image
+            if orientation in _UPRIGHT:
+                upright = upright.transpose(_UPRIGHT[orientation])
+        yield upright
+
+
+@contextmanager
+def _reading(data: bytes, name: str) -> Iterator[None]:
+    """Turn whatever reading an image raises into `BadImage`."""
+    with _quiet():
+        try:
+            yield
         except BadImage:
             raise
         except Image.DecompressionBombError as error:
@@ -105,7 +128,6 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         except (
             Exception
         ) as error:  # decoders answer damaged bytes with any exception at all; each means the same
-            name = plugin.format or "image"
             raise BadImage(
                 f"damaged or truncated {name}: {error} ({len(data)} bytes), fetch or export it again"
             ) from error
@@ -156,35 +178,70 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    """Convert a loaded image, in bands, so that little beside it and the result is in memory."""
+    transparent = image.has_transparency_data
+    if image.mode == "RGB" and not transparent:
+        return image._new(image.im)  # its pixels, and nothing that its decoder holds
+    rgb = Image.new("RGB", image.size)
+    convert = _converter(image, transparent)
+    for band in _bands(image):
+        rgb.paste(convert(image if band[3] == image.height and not band[1] else image.crop(band)), band)
+    return rgb
+
+
+def _bands(image: Image.Image) -> Iterator[tuple[int, int, int, int]]:
+    rows = max(1, BAND_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        yield 0, top, image.width, min(image.height, top + rows)
+
+
+def _converter(image: Image.Image, transparent: bool) -> Callable[[Image.Image], Image.Image]:
+    """Return what converts a part of an image to RGB."""
     if image.mode == "CMYK" and image.format == "JPEG" and "adobe" not in image.info:
         # Adobe writes CMYK inverted, and Pillow takes every CMYK JPEG for Adobe's.
-        image = ImageChops.invert(image)
-    if image.mode.startswith(("I", "F")):
-        return _grey_to_rgb(image)
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGB", image.size, "white")
-        white.paste(rgba, mask=rgba.getchannel("A"))
-        return white
-    return image.convert("RGB")
-
-
-def _grey_to_rgb(image: Image.Image) -> Image.Image:
-    values = np.asarray(image)
+        return lambda part: ImageChops.invert(part).convert("RGB")
     if image.mode.startswith("I;16"):
-        grey = (values / 257 + 0.5).astype(np.uint8)
-        if "transparency" in image.info:
-            grey[values == image.info["transparency"]] = 255
-    else:
-        finite = values[np.isfinite(values)].astype(np.float64)
-        if not finite.size:
-            raise BadImage("the image is empty: it has no finite pixel values, export it again")
-        low, high = float(finite.min()), float(finite.max())
-        scaled = (np.nan_to_num(values.astype(np.float64), nan=low, posinf=high, neginf=low) - low) * (
-            255 / max(high - low, 1e-300)
-        )
-        grey = (scaled + 0.5).astype(np.uint8)
+        return _sixteen_bits
+    if image.mode.startswith(("I", "F")):
+        low, high = _extremes(image)
+        return lambda part: _stretched(part, low, high)
+    if transparent:
+        return _on_white
+    return lambda part: part.convert("RGB")
+
+
+def _on_white(part: Image.Image) -> Image.Image:
+    rgba = part.convert("RGBA")
+    white = Image.new("RGB", part.size, "white")
+    white.paste(rgba, mask=rgba.getchannel("A"))
+    return white
+
+
+def _sixteen_bits(part: Image.Image) -> Image.Image:
+    values = np.asarray(part)
+    grey = (values / 257 + 0.5).astype(np.uint8)
+    if "transparency" in part.info:
+        grey[values == part.info["transparency"]] = 255
     return Image.fromarray(grey).convert("RGB")
+
+
+def _extremes(image: Image.Image) -> tuple[float, float]:
+    """Return the least and the largest finite value. Raises `BadImage` if there is none."""
+    low, high = np.inf, -np.inf
+    for band in _bands(image):
+        values = np.asarray(image.crop(band))
+        values = values[np.isfinite(values)]
+        if values.size:
+            low, high = min(low, float(values.min())), max(high, float(values.max()))
+    if low > high:
+        raise BadImage("the image is empty: it has no finite pixel values, export it again")
+    return low, high
+
+
+def _stretched(part: Image.Image, low: float, high: float) -> Image.Image:
+    values = np.asarray(part).astype(np.float64)
+    scaled = (np.nan_to_num(values, nan=low, posinf=high, neginf=low) - low) * (255 / max(high - low, 1e-300))
+    return Image.fromarray((scaled + 0.5).astype(np.uint8)).convert("RGB")
 
 
 _IGNORE_PILLOW = ("ignore", None, Warning, re.compile(r"PIL\."), 0)

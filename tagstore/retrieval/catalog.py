@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tagstore.encoding.decode_memory import SHARED, Budget
 from tagstore.encoding.encoder import Encoder, load_encoder_of
 from tagstore.errors import (
     BadImage,
@@ -36,8 +37,9 @@ log = logging.getLogger(__name__)
 
 Encode = Callable[[Encoder, "NDArray[np.uint8] | Sequence[str]"], Vectors]
 """What embeds prepared images `[N, ...]`, or texts."""
-DECODE_BATCH = 128
-"""Images of a request that are decoded before they are embedded."""
+DECODE_BYTES = 4 << 20
+"""Bytes of a request's images, at the size of the encoder's input, that are held before they are embedded: 27
+images of 224 x 224 pixels."""
 MAX_TEXT = 4096
 """Characters of a query by text; an encoder reads far fewer."""
 MAX_OPEN = 256
@@ -48,8 +50,10 @@ class Catalog:
     """The stores under a directory. Safe for threads. A new version is served from the first request after
     its commit."""
 
-    def __init__(self, root: str | PathLike[str], *, device: str = "auto") -> None:
-        self.root = Path(root)
+    def __init__(
+        self, root: str | PathLike[str], *, device: str = "auto", decode_memory: Budget = SHARED
+    ) -> None:
+        self.root, self.decode_memory = Path(root), decode_memory
         self.device = device
         self._index_device = device if devices() else "cpu"
         if device.startswith("cuda") and not devices():
@@ -86,6 +90,8 @@ class Catalog:
             opened = None
         if opened is None:
             opened = self._stores[store] = Store(self.root, store)
+        else:
+            opened.check_length()
         number = version or opened.state()["current"]
         engine = self._engines.pop((store, number), None)
         if engine is not None:
@@ -226,24 +232,25 @@ class Catalog:
         encode: Encode,
     ) -> Vectors:
         """Decode and embed images; write the hashes that `exclude` needs into their identities."""
-        from tagstore.encoding.images import decode, perceptual_hash
+        from tagstore.encoding.images import decoding, perceptual_hash
 
         def prepared(position: int) -> NDArray[np.uint8]:
-            try:
-                image = decode(images[position])
-            except BadImage as error:
-                raise BadImage(f"image {position} of the request: {error}") from error
             identity = identities[position]
             if exclude.sha256 and not identity.sha256:
                 identity = replace(identity, sha256=sha256(images[position]).digest())
-            if exclude.hash_distance >= 0 and identity.perceptual_hash is None:
-                identity = replace(identity, perceptual_hash=perceptual_hash(image))
-            identities[position] = identity
-            return encoder.prepare(image)
+            try:
+                with decoding(images[position], memory=self.decode_memory) as image:
+                    if exclude.hash_distance >= 0 and identity.perceptual_hash is None:
+                        identity = replace(identity, perceptual_hash=perceptual_hash(image))
+                    identities[position] = identity
+                    return encoder.prepare(image)
+            except BadImage as error:
+                raise BadImage(f"image {position} of the request: {error}") from error
 
-        # in pieces: many small files may be large pictures, and all of them at once too much memory
-        starts = range(0, len(images), DECODE_BATCH)
-        pieces = [range(len(images))[start : start + DECODE_BATCH] for start in starts]
+        # in pieces, so that memory is bounded whatever the request
+        height, width = encoder.image_size
+        step = max(1, DECODE_BYTES // (3 * height * width))
+        pieces = [range(len(images))[start : start + step] for start in range(0, len(images), step)]
         # for one image a thread costs more than it saves
         apply = map if len(images) == 1 else self._decoders.map
         return np.concatenate([encode(encoder, np.stack(list(apply(prepared, piece)))) for piece in pieces])

@@ -53,6 +53,17 @@ class Caller:
         granted = self.stores.get(store, self.stores.get("*"))
         return granted is not None and ROLES.index(granted) >= ROLES.index(role)
 
+    def may_anywhere(self, role: Role) -> bool:
+        """Tell whether the caller has a role, or a higher one, on any store at all."""
+        return any(ROLES.index(granted) >= ROLES.index(role) for granted in self.stores.values())
+
+    def check_anywhere(self, role: Role) -> None:
+        """Raise `NotPermitted` if the caller has a role on no store: known before a message is read."""
+        if not self.may_anywhere(role):
+            raise NotPermitted(
+                f"{self.name} may not {_VERBS[role]} any store: ask for the role {role} on one"
+            )
+
     def check(self, role: Role, store: str) -> None:
         """Raise `NotPermitted` if the caller lacks a role, whether or not the store exists."""
         if not self.may(role, store):
@@ -85,6 +96,8 @@ class Access:
         self._tokens: list[tuple[bytes, Caller]] = []
         self._certificates: dict[str, Caller] = {}
         self.certificates = certificates
+        self.changes = 0
+        """How often the callers were read."""
         text = os.environ.get(VARIABLE, "")
         if self._path:
             self._changed = _identity(self._path)
@@ -105,8 +118,7 @@ class Access:
         Raises:
             NotAuthenticated: the token is unknown, or missing where one is required.
         """
-        if self._path is not None and time.monotonic() - self._checked > 1.0:
-            self._reload(self._path)
+        self.refresh()
         if authorization:
             scheme, _, token = authorization.partition(" ")
             if scheme.lower() != "bearer" or not token:
@@ -126,6 +138,11 @@ class Access:
                 "this server wants a token: send the metadata 'authorization: Bearer TOKEN'"
             )
         return self._anonymous
+
+    def refresh(self) -> None:
+        """Read the file of callers again if it has changed, at most once a second."""
+        if self._path is not None and time.monotonic() - self._checked > 1.0:
+            self._reload(self._path)
 
     def _reload(self, path: Path) -> None:
         with self._lock:
@@ -155,6 +172,7 @@ class Access:
                 'write {"callers": [{"name": ..., "token": ..., "stores": ...}]}'
             ) from error
         self._tokens, self._certificates = tokens, certificates
+        self.changes += 1
 
 
 def _parse(
@@ -192,12 +210,14 @@ def _parse(
         raise InvalidInput(f"{where} has neither token, sha256 nor certificate")
 
 
-def bearer(metadata: Iterable[tuple[str, str | bytes]]) -> str:
-    """Return `authorization` from a call's metadata, or ""."""
+def read_metadata(metadata: Iterable[tuple[str, str | bytes]]) -> tuple[str, str]:
+    """Return `authorization` and `tagstore-store` from a call's metadata, or "" for what is not there."""
+    authorization = store = ""
     for key, value in metadata:
-        if key == "authorization":
-            return value if isinstance(value, str) else value.decode("utf-8", "replace")
-    return ""
+        if key in ("authorization", "tagstore-store"):
+            text = value if isinstance(value, str) else value.decode("utf-8", "replace")
+            authorization, store = (text, store) if key == "authorization" else (authorization, text)
+    return authorization, store
 
 
 def _identity(path: Path) -> tuple[int, int]:

@@ -10,9 +10,10 @@ from typing import Any
 from tagstore import errors
 from tagstore.encoding.encoder import Encoder
 from tagstore.ingest import Report, ingest_pairs
-from tagstore.serving.gate import Call, Gate
+from tagstore.serving.call import Call
+from tagstore.serving.gate import Gate
 from tagstore.serving.live_catalog import LiveCatalog
-from tagstore.serving.methods import answering
+from tagstore.serving.methods import answering, streaming
 from tagstore.storage.store import Store
 from tagstore.storage.version import Version
 from tagstore.types import Pair, Rejected
@@ -34,6 +35,7 @@ class AdminService:
     ) -> None:
         self._catalog, self.gate, self._announce = catalog, gate, announce
 
+    @streaming("ingest")
     def Ingest(  # noqa: N802
         self, requests: Iterator[pb.IngestRequest], call: Call, send: Callable[[pb.IngestResponse], None]
     ) -> None:
@@ -48,13 +50,14 @@ class AdminService:
             )  # the name may be of a file on the server, or of a download
         with self._recorded("Ingest", start.store, call):
             report = ingest_pairs(
-                _pairs(requests, send),
+                _pairs(requests, send, call, start.store),
                 root=self._catalog.root,
                 store=start.store,
                 source=start.source,
                 encoder=self._encoder(start),
                 miner=start.miner or "rules",
                 device=self._catalog.device,
+                decode_memory=self._catalog.decode_memory,
                 settled=lambda results: send(
                     pb.IngestResponse(
                         results=[
@@ -77,19 +80,14 @@ class AdminService:
     @contextmanager
     def _recorded(self, method: str, store: str, call: Call) -> Iterator[None]:
         """Write one audit line when a long call begins and one when it ends."""
-        event: dict[str, Any] = {
-            "method": method,
-            "store": store,
-            "caller": call.caller.name,
-            "peer": call.peer,
-        }
-        self.gate.audit.write(event="begun", **event)
+        event = {"method": method, "store": store, "caller": call.caller.name, "peer": call.peer}
+        self.gate.audit.begin(**event)
         try:
             yield
         except BaseException as error:
-            self.gate.audit.write(event="failed", reason=str(error) or "the caller disconnected", **event)
+            self.gate.audit.end("failed", **event, reason=str(error) or "the caller disconnected")
             raise
-        self.gate.audit.write(event="done", **event)
+        self.gate.audit.end("done", **event)
 
     @answering("ingest", writes=True)
     def Delete(self, request: pb.DeleteRequest, call: Call) -> pb.DeleteResponse:  # noqa: N802
@@ -104,6 +102,7 @@ class AdminService:
             version=_version(rollback(self._catalog.root, request.store, request.version))
         )
 
+    @streaming("admin")
     def BuildIndex(  # noqa: N802
         self, request: pb.BuildIndexRequest, call: Call, send: Callable[[pb.BuildIndexResponse], None]
     ) -> None:
@@ -149,7 +148,10 @@ class AdminService:
 
 
 def _pairs(
-    requests: Iterator[pb.IngestRequest], send: Callable[[pb.IngestResponse], None]
+    requests: Iterator[pb.IngestRequest],
+    send: Callable[[pb.IngestResponse], None],
+    call: Call,
+    store: str,
 ) -> Iterator[Pair | Rejected]:
     for request in requests:
         match request.WhichOneof("part"):
@@ -163,6 +165,7 @@ def _pairs(
                 )
     # a caller that disconnected looks like one that has finished, but sending to it fails
     send(pb.IngestResponse())
+    call.caller.check("ingest", store)  # `send` has looked whether the right was withdrawn meanwhile
 
 
 def _version(version: Version) -> pb.VersionInfo:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from collections.abc import Collection, Mapping
@@ -13,60 +12,20 @@ from google.protobuf.message import DecodeError
 
 from tagstore import errors
 from tagstore.serving import metrics
-from tagstore.serving.access import Access, bearer
+from tagstore.serving.access import Access
 from tagstore.serving.audit import Audit
+from tagstore.serving.call import Call
+from tagstore.serving.damages import LeftOut
+from tagstore.serving.intake import Intake
 from tagstore.serving.settings import Limits
+from tagstore.serving.stream_places import StreamPlaces
 from tagstore.wire.status import code_of, trailing
 
 log = logging.getLogger(__name__)
 
-GONE = "the caller has gone: nothing was changed"
+MAX_DETAILS = 4096
+"""Characters of an error's message on the wire: it may repeat what the caller sent."""
 REFUSALS = (errors.NotAuthenticated, errors.NotPermitted, errors.Overloaded)
-
-
-class Call:
-    """A call in flight, or a stream.
-
-    Only the event loop's thread may use its context; any thread may read the rest.
-    """
-
-    __slots__ = (
-        "caller",
-        "client",
-        "context",
-        "deadline",
-        "entered",
-        "gone",
-        "peer",
-        "slow",
-        "stream",
-        "task",
-    )
-
-    def __init__(self, context: Any, access: Access) -> None:
-        """Identify the caller. Raises `NotAuthenticated`."""
-        names = context.auth_context().get("x509_common_name") if access.certificates else None
-        metadata = context.invocation_metadata()
-        self.caller = access.caller(bearer(metadata), names[0].decode() if names else "")
-        self.context = context
-        self.peer: str = context.peer()
-        remaining = context.time_remaining()
-        self.entered = time.monotonic()
-        """Time on the monotonic clock, as is `deadline`."""
-        self.deadline = float("inf") if remaining is None else self.entered + remaining
-        self.task = asyncio.current_task()
-        self.client: str | None = None
-        """The client that the gate counts the call for, from `enter` until the answer is taken."""
-        self.stream = False
-        self.gone = False
-        """Whether nobody waits for an answer any more."""
-        self.slow = False
-        """Whether the gate ended the call because its client does not read the answer."""
-
-    def check(self) -> None:
-        """Raise `Unavailable` once the caller has gone."""
-        if self.gone:
-            raise errors.Unavailable(GONE)
 
 
 class Gate:
@@ -79,8 +38,8 @@ class Gate:
         self.access, self.limits, self.audit = access, limits, audit
         self.closed = ""
         """Why calls are refused while the stores are being opened; empty once the server answers."""
+        self.intake, self.streams = Intake(limits), StreamPlaces(limits)
         self._calls = 0
-        self._streams = 0
         self._last_prompt = 0.0
         """When a call was last answered within `Limits.soon`, or came to an idle server."""
         self._clients: dict[str, int] = {}
@@ -93,11 +52,11 @@ class Gate:
     @property
     def in_flight(self) -> int:
         """Calls and streams in flight."""
-        return self._calls + self._streams
+        return self._calls + len(self.streams)
 
     def is_idle(self) -> bool:
         """Tell whether at most one call or stream is in flight."""
-        return self._calls + self._streams <= 1
+        return self._calls + len(self.streams) <= 1
 
     @property
     def full(self) -> bool:
@@ -131,16 +90,14 @@ class Gate:
                 "wait for some to end",
                 0.1,
             )
-        if stream and self._streams >= self.limits.streams:
-            raise errors.Overloaded(
-                f"{self._streams} streams are open, as many as there may be: try again later", 1.0
-            )
-        if not stream and self.full:
+        if stream:
+            self.streams.take(call, client)
+        elif self.full:
             raise self.overloaded()
+        call.entered = time.monotonic()
         if not self._calls:
             self._last_prompt = call.entered
         self._clients[client] = in_flight + 1
-        self._streams += stream
         self._calls += not stream
         metrics.IN_FLIGHT.inc()
         call.client, call.stream = client, stream
@@ -148,9 +105,10 @@ class Gate:
 
     def _leave(self, call: Call) -> None:
         self._sending.pop(call, None)
+        self.intake.give_back(call)
+        self.streams.leave(call)
         if call.client is None:
             return
-        self._streams -= call.stream
         self._calls -= not call.stream
         if not call.stream and (now := time.monotonic()) - call.entered <= self.limits.soon:
             self._last_prompt = now
@@ -168,33 +126,36 @@ class Gate:
     def sent(self, call: Call) -> None:
         """Stop that time: the client has taken the answer."""
         self._sending.pop(call, None)
+        if call.unanswered:
+            self.intake.give_back(call, call.unanswered.popleft())
+            self.streams.answered(call)
 
     def end_slow(self) -> int:
-        """End the calls whose client takes too long to accept an answer, and return how many there were."""
+        """End the calls whose client takes too long to accept an answer or to send the next message.
+
+        Returns how many there were.
+        """
         limit = time.monotonic() - self.limits.slow_reader
         slow = [call for call, since in self._sending.items() if since < limit]
         for call in slow:
             # the end of a stream also waits for the client, so the call stops counting now
             self._leave(call)
-            call.slow = True
             log.warning(
                 "a client at %s did not take its answer for %g s: its call is ended",
                 call.peer,
                 self.limits.slow_reader,
             )
-            if call.task is not None:
-                call.task.cancel()
-        return len(slow)
+            call.end(errors.Unavailable("the answers were not taken"))
+        return len(slow) + self.streams.end_idle()
 
     def refused(
         self, error: errors.TagstoreError, context: Any, method: str, store: str, call: Call | None
     ) -> None:
         """Count and record a call that was refused for a reason of access or load."""
         metrics.child(metrics.REFUSED, type(error).__name__).inc()
-        name = call.caller.name if call else ""
-        self.audit.write(
-            event="refused", method=method, store=store, caller=name, peer=context.peer(), reason=str(error)
-        )
+        name, store = (call.caller.name, store or call.named_store) if call else ("", store)
+        event = {"method": method, "store": store, "caller": name, "peer": context.peer()}
+        self.audit.end("refused", **event, reason=str(error))
 
 
 class Door(grpc.GenericRpcHandler):
@@ -224,10 +185,12 @@ class Door(grpc.GenericRpcHandler):
 
 def public_error(error: Exception, name: str) -> errors.TagstoreError:
     """Turn an exception into the error that the caller gets: it hides the server's faults and disks."""
+    if isinstance(error, LeftOut):
+        return error
     if isinstance(error, errors.Damaged | errors.WriteFailed):
         log.error("%s failed: %s", name, error)
         damaged = isinstance(error, errors.Damaged)
-        summary = "the store is damaged" if damaged else "the server's disk took nothing"
+        summary = "the store or the version is damaged" if damaged else "the server's disk took nothing"
         return type(error)(f"{summary}; the server's log has the details")
     if isinstance(error, errors.TagstoreError):
         return error
@@ -239,5 +202,5 @@ def public_error(error: Exception, name: str) -> errors.TagstoreError:
 
 async def abort(context: Any, error: errors.TagstoreError) -> NoReturn:
     """End a call with the status that stands for an error."""
-    await context.abort(code_of(error), str(error), trailing(error))
+    await context.abort(code_of(error), str(error)[:MAX_DETAILS], trailing(error))
     raise AssertionError("abort does not return")

@@ -7,8 +7,11 @@ A method has one of these signatures; `answering` marks those that answer one me
     async def Method(self, requests, call, send)            a stream, in the event loop
     def Method(self, requests, call, send)                  a stream, in a thread
 
-If the client of a stream sends one message only, the method gets it in place of `requests`. A method with the
-attribute `parses` gets bytes.
+`streaming` marks streams. If the client of a stream sends one message only, the method gets it in place of
+`requests`.
+
+All handlers are registered as streams of requests, whose messages gRPC leaves to us to read: the caller is
+identified, and the call counted, before a byte of a message takes memory here.
 """
 
 from __future__ import annotations
@@ -26,7 +29,8 @@ import grpc
 from tagstore import errors
 from tagstore.serving import metrics, tracing
 from tagstore.serving.access import Role
-from tagstore.serving.gate import GONE, REFUSALS, Call, Gate, abort, public_error
+from tagstore.serving.call import GONE, Call
+from tagstore.serving.gate import REFUSALS, Gate, abort, public_error
 from tagstore.wire.status import code_of
 
 Method = Callable[..., Any]
@@ -47,16 +51,35 @@ def answering(role: Role | None, *, writes: bool = False) -> Callable[[Method], 
     return mark
 
 
+def streaming(role: Role | None, *, parses: bool = False) -> Callable[[Method], Method]:
+    """Mark a stream.
+
+    Args:
+        role: role that the caller needs on some store, whichever the messages name.
+        parses: the method gets bytes, and answers each message with one.
+    """
+
+    def mark(method: Method) -> Method:
+        method.role, method.parses = role, parses  # type: ignore[attr-defined]
+        return method
+
+    return mark
+
+
 class Methods:
     """Collects the handlers that generated code would add to a server.
 
     Args:
         threads: run the methods that are no coroutines.
+        kept: run those of administrators, so that others do not keep them waiting.
         long: count calls with the streams, so that long ones do not keep short ones out.
     """
 
-    def __init__(self, gate: Gate, threads: Executor, *, long: bool = False) -> None:
-        self.gate, self._threads, self._long = gate, threads, long
+    def __init__(
+        self, gate: Gate, threads: Executor, *, kept: Executor | None = None, long: bool = False
+    ) -> None:
+        self.gate, self._long = gate, long
+        self._threads, self._kept = threads, kept or threads
         self.handlers: dict[str, grpc.RpcMethodHandler] = {}
         """Handlers by full name of the method: "/tagstore.v1.TagStore/Retrieve"."""
 
@@ -68,61 +91,65 @@ class Methods:
             parse, serialize = handler.request_deserializer, handler.response_serializer
             if method := handler.unary_unary:
                 answer = self._unary(name, method, parse, serialize)
-                wrapped = grpc.unary_unary_rpc_method_handler(answer)
+                wrapped = grpc.stream_unary_rpc_method_handler(answer)
             elif method := handler.unary_stream:
                 answer = self._stream(name, method, parse, serialize, single_request=True)
-                wrapped = grpc.unary_stream_rpc_method_handler(answer)
+                wrapped = grpc.stream_stream_rpc_method_handler(answer)
             else:
                 answer = self._stream(name, handler.stream_stream, parse, serialize, single_request=False)
                 wrapped = grpc.stream_stream_rpc_method_handler(answer)
             self.handlers[f"/{service}/{name}"] = wrapped
 
+    def _pool(self, call: Call) -> Executor:
+        return self._kept if call.caller.may_anywhere("admin") else self._threads
+
     def _unary(self, name: str, method: Method, parse: Method, serialize: Method) -> Method:
-        gate, threads = self.gate, self._threads
+        gate = self.gate
         role, writes = method.role, method.writes  # type: ignore[attr-defined]
         in_loop = inspect.iscoroutinefunction(method)
 
-        async def answer(data: bytes, context: Any) -> bytes:
+        async def answer(_: Any, context: Any) -> bytes:
             start = time.perf_counter()
             store, code = "", "OK"
+            event: dict[str, str] = {}
             call: Call | None = None
             failure: errors.TagstoreError
             try:
-                call = Call(context, gate.access)
-                request = parse(data)
+                call = Call(context, gate.access, role)
+                call.check_role()
+                gate.enter(call, stream=self._long)
+                request = parse(await gate.intake.read(call))
                 store = getattr(request, "store", "")
                 if role is not None:
                     call.caller.check(role, store)
-                gate.enter(call, stream=self._long)
+                if writes:
+                    event = {"method": name, "store": store, "caller": call.caller.name, "peer": call.peer}
+                    gate.audit.begin(**event)
                 with _span(name, context, store=store) if tracing.enabled else tracing.NO_SPAN:
                     if in_loop:
                         response = await method(request, call)
                     else:
-                        response = await in_thread(threads, method, request, call)
-                if writes:
-                    gate.audit.write(
-                        event="done", method=name, store=store, caller=call.caller.name, peer=call.peer
-                    )
+                        response = await in_thread(self._pool(call), method, request, call)
+                if event:
+                    gate.audit.end("done", **event)
                 gate.sending(call)
                 return response if type(response) is bytes else serialize(response)
             except asyncio.CancelledError:
-                code = "CANCELLED"
-                raise
+                if event:
+                    gate.audit.end("failed", **event, reason="the caller has gone; the change may be done")
+                if call is None or call.ended is None:
+                    code = "CANCELLED"
+                    raise
+                failure, code = call.ended, code_of(call.ended).name
+                if isinstance(failure, REFUSALS):
+                    gate.refused(failure, context, name, store, call)
             except Exception as error:  # noqa: BLE001  what is not ours becomes INTERNAL
                 failure = public_error(error, name)
                 code = code_of(failure).name
                 if isinstance(failure, REFUSALS):
                     gate.refused(failure, context, name, store, call)
-                elif writes:
-                    caller = call.caller.name if call else ""
-                    gate.audit.write(
-                        event="failed",
-                        method=name,
-                        store=store,
-                        caller=caller,
-                        peer=context.peer(),
-                        reason=str(failure),
-                    )
+                elif event:
+                    gate.audit.end("failed", **event, reason=str(failure))
             finally:
                 # a name that a caller invented must not become a label
                 label = store if code in ("OK", "INVALID_ARGUMENT") else ""
@@ -135,37 +162,54 @@ class Methods:
     def _stream(
         self, name: str, method: Method, parse: Method, serialize: Method, *, single_request: bool
     ) -> Method:
-        gate, threads = self.gate, self._threads
-        in_loop, parses = inspect.iscoroutinefunction(method), getattr(method, "parses", False)
+        gate = self.gate
+        role, parses = method.role, method.parses  # type: ignore[attr-defined]
+        in_loop = inspect.iscoroutinefunction(method)
 
-        async def answer(first: Any, context: Any) -> None:
+        async def answer(_: Any, context: Any) -> None:
             call: Call | None = None
             failure: errors.TagstoreError
 
             async def send(response: Any) -> None:
                 assert call is not None
+                call.identify()  # a token may have been withdrawn since the stream began
                 gate.sending(call)
                 await context.write(response if type(response) is bytes else serialize(response))
                 gate.sent(call)
 
             async def requests() -> AsyncIterator[Any]:
-                while (data := await context.read()) is not grpc.aio.EOF:
+                assert call is not None
+                while True:
+                    gate.streams.waiting(call)
+                    data = await context.read()
+                    if data is grpc.aio.EOF:
+                        return
+                    gate.streams.working(call)
+                    if parses:
+                        await gate.intake.hold(call, len(data))
                     yield data if parses else parse(data)
 
             try:
-                call = Call(context, gate.access)
+                call = Call(context, gate.access, role)
+                call.check_role()
                 gate.enter(call, stream=True)
-                stream = parse(first) if single_request else requests()
+                stream: Any = requests()
+                if single_request:
+                    stream = parse(await gate.intake.read(call))
+                elif not in_loop:
+                    stream = await _begun(stream)
                 with _span(name, context) if tracing.enabled else tracing.NO_SPAN:
                     if in_loop:
                         await method(stream, call, send)
                     else:
-                        await _stream_in_thread(threads, call, method, stream, send)
+                        await _stream_in_thread(self._pool(call), call, method, stream, send)
                 return
             except asyncio.CancelledError:
-                if call is None or not call.slow:
+                if call is None or call.ended is None:
                     raise
-                failure = errors.Unavailable("the answers were not taken")
+                failure = call.ended
+                if isinstance(failure, REFUSALS):
+                    gate.refused(failure, context, name, "", call)
             except Exception as error:  # noqa: BLE001  what is not ours becomes INTERNAL
                 failure = public_error(error, name)
                 if isinstance(failure, REFUSALS):
@@ -182,6 +226,19 @@ def _span(name: str, context: Any, **attributes: str) -> AbstractContextManager[
 async def in_thread(threads: Executor, work: Method, *arguments: Any) -> Any:
     """Run a function in a thread and return its result."""
     return await asyncio.get_running_loop().run_in_executor(threads, work, *arguments)
+
+
+async def _begun(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    """Wait for the first message, so that no thread waits for a caller that sends nothing."""
+    first = await anext(requests, None)
+
+    async def all_requests() -> AsyncIterator[Any]:
+        if first is not None:
+            yield first
+            async for request in requests:
+                yield request
+
+    return all_requests()
 
 
 async def _stream_in_thread(threads: Executor, call: Call, method: Method, stream: Any, send: Method) -> None:

@@ -1,19 +1,16 @@
 """A server's Prometheus metrics.
 
 If the variable PROMETHEUS_MULTIPROC_DIR is set before this module is imported, workers count into that
-directory, and `serve` adds them up.
+directory, and `probes.serve` adds them up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, start_http_server
-from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
-
-from tagstore.errors import Unavailable
+from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client.multiprocess import mark_process_dead
 
 DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
 _SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
@@ -38,6 +35,12 @@ BATCH = Histogram("tagstore_batch_rows", "Images or vectors processed together."
 DEPTH = Gauge("tagstore_queue_rows", "Images or vectors waiting.", ["stage"], multiprocess_mode="livesum")
 IN_FLIGHT = Gauge("tagstore_in_flight", "Calls in flight.", multiprocess_mode="livesum")
 VERSION = Gauge("tagstore_store_version", "The version that answers.", ["store"], multiprocess_mode="livemax")
+DAMAGED = Gauge(
+    "tagstore_store_damaged",
+    "1 for a store that is left out because it is damaged.",
+    ["store"],
+    multiprocess_mode="livemax",
+)
 REFUSED = Counter("tagstore_refused_total", "Calls refused for a reason of access or load.", ["reason"])
 
 
@@ -56,29 +59,6 @@ def batch(name: str, rows: int, depth: int) -> None:
     """Record the size of a batch and the number of rows that wait."""
     child(BATCH, name).observe(rows)
     child(DEPTH, name).set(depth)
-
-
-def serve(address: str, directory: str = "") -> tuple[Callable[[], None], int]:
-    """Answer scrapes at `HOST:PORT` in a thread, for this process or for all that count into a directory.
-
-    Returns a function that stops it, and the port. Raises `Unavailable` if the address is taken.
-    """
-    host, _, port = address.rpartition(":")
-    registry: Any = REGISTRY
-    if directory:
-        registry = CollectorRegistry()
-        MultiProcessCollector(registry, path=directory)
-    try:
-        server, thread = start_http_server(int(port), host.strip("[]"), registry)
-    except OSError as error:
-        raise Unavailable(f"cannot serve metrics at {address}: {error.strerror}") from error
-
-    def stop() -> None:
-        server.shutdown()
-        server.server_close()
-        thread.join()
-
-    return stop, server.server_port
 
 
 def forget(pid: int, directory: str) -> None:

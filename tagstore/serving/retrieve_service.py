@@ -17,10 +17,11 @@ from tagstore.retrieval.engine import MAX_QUERIES, Engine, Query
 from tagstore.retrieval.tag_votes import Neighbours, RetrievalColumns
 from tagstore.serving import metrics, tracing
 from tagstore.serving.batch_queue import BatchQueue
+from tagstore.serving.call import Call
 from tagstore.serving.embed_queue import CallEncoder, EmbedQueue
-from tagstore.serving.gate import Call, public_error
+from tagstore.serving.gate import public_error
 from tagstore.serving.live_catalog import LiveCatalog
-from tagstore.serving.methods import answering, in_thread
+from tagstore.serving.methods import answering, in_thread, streaming
 from tagstore.serving.settings import Limits
 from tagstore.types import Search
 from tagstore.wire import convert
@@ -121,6 +122,7 @@ class TagStoreService:
             self.searches.sweep()
             raise
 
+    @streaming("read", parses=True)
     async def RetrieveStream(  # noqa: N802
         self, requests: AsyncIterator[bytes], call: Call, send: Callable[[bytes], Awaitable[None]]
     ) -> None:
@@ -145,8 +147,6 @@ class TagStoreService:
                 if request is not None:
                     request.cancel()
             self.searches.sweep()
-
-    RetrieveStream.parses = True  # type: ignore[attr-defined]  # a bad message gets an answer and the stream goes on
 
     def start(self, request: pb.RetrieveRequest, call: Call, *, streamed: bool) -> asyncio.Future[bytes]:
         """Begin to answer a request with a message in bytes. Raises the errors of the first checks."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import gc
 import logging
 import os
@@ -19,16 +18,19 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
+from tagstore.encoding.decode_memory import Budget
 from tagstore.errors import Unavailable
-from tagstore.serving import metrics, tracing
+from tagstore.serving import allocator, probes, tracing
 from tagstore.serving.access import Access
 from tagstore.serving.admin_service import AdminService
 from tagstore.serving.audit import Audit
+from tagstore.serving.call import Call
 from tagstore.serving.certificates import Certificates, Tls
-from tagstore.serving.gate import Call, Door, Gate
+from tagstore.serving.damages import Damages
+from tagstore.serving.gate import Door, Gate
 from tagstore.serving.live_catalog import LiveCatalog
 from tagstore.serving.loop import loop, run
-from tagstore.serving.methods import Methods
+from tagstore.serving.methods import Methods, streaming
 from tagstore.serving.ports import reserve
 from tagstore.serving.retrieve_service import TagStoreService
 from tagstore.serving.settings import Settings, checked_host
@@ -43,7 +45,7 @@ ADMIN = tagstore_pb2.DESCRIPTOR.services_by_name["Admin"].full_name
 SWITCH_SECONDS = 0.0005
 """Seconds that a thread may hold the interpreter while another waits: Python's 5 ms exceed most calls."""
 LONG_THREADS = 8
-"""Administrators' calls that run at a time; others wait."""
+"""Long calls that run at a time, of administrators and of all others; further ones wait."""
 ACCEPTORS = 8
 """Listeners of a process. gRPC's asyncio server takes one call at a time from each, several turns of the loop
 apart: with one, a busy server receives half of what it could answer."""
@@ -53,9 +55,6 @@ could not even refuse so many."""
 STREAMS_A_CONNECTION = 1000
 """Calls on one connection; further ones wait at the client. This also bounds the calls of a client that reads
 no answers."""
-M_ARENA_MAX, ARENAS = -8, 2
-"""Option of glibc's mallopt, and the number of arenas: with an arena per thread, no thread reuses memory that
-another freed, and a busy server grows."""
 
 
 class Server:
@@ -90,13 +89,13 @@ class Server:
         self._host = checked_host(address, settings)
         self.settings = settings
         limits = settings.limits
-        self.catalog = LiveCatalog(root, device=device)
+        self.catalog = LiveCatalog(root, device=device, decode_memory=Budget(limits.decode_bytes))
         access = Access(
             settings.tokens or None, anonymous=settings.anonymous, certificates=bool(settings.tls_client_ca)
         )
         self.gate = Gate(access, limits, Audit(settings.audit or None))
         self.announce: Callable[[Mapping[str, Any]], None] = lambda message: None
-        """Called with what the other workers of this port must know: {"unload": STORE}."""
+        """Called with what supervisor and other workers must know: {"unload": STORE}, {"damaged": {...}}."""
         self.gate.closed = "the server is opening its stores: try again in a moment"
         if settings.tracing:
             tracing.enable()
@@ -112,9 +111,11 @@ class Server:
         )
         self.searches, self.embeddings = self._service.searches, self._service.embeddings
         self._long_threads = ThreadPoolExecutor(LONG_THREADS, thread_name_prefix="rpc-long")
+        self._admin_threads = ThreadPoolExecutor(LONG_THREADS, thread_name_prefix="rpc-admin")
         self._ended = threading.Event()
         self._watch: threading.Thread | None = None
-        self._stop_metrics: Callable[[], None] | None = None
+        self._stop_probes: Callable[[], None] | None = None
+        self._phase = "opening stores"
         # until the acceptors listen the port is reserved: a second server on it would take half of the calls
         port = int(address.rpartition(":")[2])
         reservation = None if shared else reserve(self._host, port, address)
@@ -128,14 +129,17 @@ class Server:
     async def _bound(self, address: str) -> tuple[list[Any], _Health]:
         """Make the parts that belong to the event loop."""
         settings, limits = self.settings, self.settings.limits
-        calls, long = Methods(self.gate, self._threads), Methods(self.gate, self._long_threads, long=True)
+        calls, long = (
+            Methods(self.gate, self._threads),
+            Methods(self.gate, self._long_threads, kept=self._admin_threads, long=True),
+        )
         tagstore_pb2_grpc.add_TagStoreServicer_to_server(self._service, calls)
         admin = AdminService(self.catalog, self.gate, lambda message: self.announce(message))
         tagstore_pb2_grpc.add_AdminServicer_to_server(admin, long)
         names = (SERVICE, ADMIN, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(_Reflection(names), long)
         limited = [f"/{SERVICE}/{method}" for method in ("Retrieve", "GetTags", "ListStores", "GetStore")]
-        checks = _Health()
+        checks = _Health(self.catalog.damages)
         for name in ("", SERVICE):
             await checks.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
         door = Door({**calls.handlers, **long.handlers}, self.gate, limited)
@@ -173,10 +177,14 @@ class Server:
             warm_first: open the stores before listening, as other workers answer meanwhile.
         """
         sys.setswitchinterval(SWITCH_SECONDS)
-        ctypes.CDLL(None).mallopt(M_ARENA_MAX, ARENAS)
+        allocator.configure()
+        self.catalog.damages.changed = lambda stores: self.announce({"damaged": stores})
+        if self.settings.metrics:
+            self._stop_probes, port = probes.serve(self.settings.metrics, self.state)
+            log.info("metrics on port %d", port)
         if not warm_first:
             run(self._for_all(lambda acceptor: acceptor.start()))
-        for info in self.catalog.warm(opened=self.gate.open):
+        for info in self.catalog.warm(opened=self._open):
             log.info(
                 "serving %s@%d: %d entries, %s", info.store, info.version, info.entries, info.fingerprint
             )
@@ -187,38 +195,55 @@ class Server:
             run(self._health.set(name, health_pb2.HealthCheckResponse.SERVING))
         if warm_first:
             run(self._for_all(lambda acceptor: acceptor.start()))
-        self._watch = threading.Thread(target=self._watch_readers, name="rpc-watch", daemon=True)
+        self._watch = threading.Thread(target=self._watch_over, name="rpc-watch", daemon=True)
         self._watch.start()
-        if self.settings.metrics:
-            self._stop_metrics, port = metrics.serve(self.settings.metrics)
-            log.info("metrics on port %d", port)
+        self._phase = "serving"
         log.info("listening on %s: %s", self.address, self.settings.describe())
 
     def stop(self, grace: float = DRAIN_SECONDS) -> None:
         """Refuse new requests, and let those in flight finish within `grace` seconds."""
+        self._phase = "stopping"
         run(self._health.enter_graceful_shutdown())
         run(self._for_all(lambda acceptor: acceptor.stop(grace)))
+        run(self.gate.intake.close())
         self._ended.set()
         self._service.close()
-        for threads in (self._threads, self._long_threads):
+        for threads in (self._threads, self._long_threads, self._admin_threads):
             threads.shutdown(wait=False)
         if self._watch is not None:
             self._watch.join()
-        if self._stop_metrics is not None:
-            self._stop_metrics()
+        if self._stop_probes is not None:
+            self._stop_probes()
         self.gate.audit.close()
 
-    def _watch_readers(self) -> None:
-        while not self._ended.wait(min(1.0, self.settings.limits.slow_reader / 4)):
+    def state(self) -> probes.State:
+        """Say how far the server is, and which stores are damaged."""
+        return probes.State(self._phase == "serving", self._phase, self.catalog.damages.stores())
+
+    def _open(self) -> None:
+        self._phase = "loading encoders"
+        self.gate.open()
+
+    def _watch_over(self) -> None:
+        limits = self.settings.limits
+        period = min(1.0, limits.slow_reader / 4, limits.idle_stream / 4)
+        trimmer = allocator.Trimmer(lambda: self.gate.intake.total + self.catalog.decode_memory.total)
+        while not self._ended.wait(period):
             loop().call_soon_threadsafe(self.gate.end_slow)
+            trimmer.look()
 
 
 class _Health(health.aio.HealthServicer):
     """Health checks for every caller; those that watch it do not keep a server from stopping."""
 
-    def __init__(self) -> None:
+    def __init__(self, damages: Damages) -> None:
         super().__init__()
-        self._ending = asyncio.Event()
+        self._ending, self._damages = asyncio.Event(), damages
+
+    async def Check(self, request: Any, context: Any) -> Any:  # noqa: N802
+        # how many, not which: whoever may not read a store is not told that it is there
+        context.set_trailing_metadata((("damaged-stores", str(len(self._damages.stores()))),))
+        return await super().Check(request, context)
 
     async def Watch(self, request: Any, context: Any) -> None:  # noqa: N802
         watching = asyncio.ensure_future(super().Watch(request, context))
@@ -237,6 +262,7 @@ class _Health(health.aio.HealthServicer):
 class _Reflection(reflection.aio.ReflectionServicer):
     """Reflection for identified callers."""
 
+    @streaming(None)
     async def ServerReflectionInfo(  # noqa: N802
         self, requests: AsyncIterator[Any], call: Call, send: Callable[[Any], Awaitable[None]]
     ) -> None:

@@ -34,10 +34,23 @@ class Limits:
     """Seconds without a prompt answer before the server counts as overloaded."""
     per_client: int = 64
     """Calls and streams in flight of one client, which is a caller with a token, else a connection."""
-    streams: int = 64
-    """Open streams."""
-    message_bytes: int = 64 << 20
-    """Bytes of one request or answer."""
+    streams: int = 12
+    """Open streams, of which each may bring a message of the largest size at any time."""
+    streams_per_client: int = 6
+    """Open streams of one client."""
+    streams_kept: int = 4
+    """Places for streams that only administrators get."""
+    idle_stream: float = 120.0
+    """Seconds that a stream may wait for its caller's next message."""
+    message_bytes: int = 34 << 20
+    """Bytes of one request or answer: the largest image, and what comes with it."""
+    request_bytes: int = 256 << 20
+    """Bytes of memory for the requests that are being answered, over all callers."""
+    decode_bytes: int = 640 << 20
+    """Bytes of memory for the images that are decoded at a time, over all callers. It is also the limit of
+    one: 83 million pixels of a PNG, 67 of a JPEG, 41 of a WebP."""
+    slow_requests: int = 4
+    """Requests that take long to arrive, over all callers; a client gets half of them."""
     image_bytes: int = 32 << 20
     """Bytes of one encoded image."""
     images: int = 256
@@ -53,7 +66,7 @@ class Limits:
     embed_queue: int = 8
     """Images and texts that may always wait for the encoder."""
     slow_reader: float = 60.0
-    """Seconds that a client may take to accept an answer."""
+    """Seconds that a client may take to accept an answer, or to send a request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,20 +119,30 @@ def default_workers() -> int:
     return max(1, min(8, (os.cpu_count() or 1) // 2))
 
 
-def checked_host(address: str, settings: Settings) -> str:
-    """Return the host of HOST:PORT.
-
-    Raises `InvalidInput` if the address is malformed, or open to other machines without protection.
-    """
+def _split(address: str) -> tuple[str, bool]:
+    """Return the host of HOST:PORT, and whether only this machine can reach it."""
     host, colon, port = address.rpartition(":")
     if not colon or not host or not port.isdecimal() or int(port) > 65535:
         raise InvalidInput(
             f"'{address}' is no HOST:PORT; for example 127.0.0.1:50051, or port 0 for a free one"
         )
     try:
-        loopback = ipaddress.ip_address(host.strip("[]")).is_loopback
+        return host, ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
-        loopback = host == "localhost"
+        return host, host == "localhost"
+
+
+def checked_host(address: str, settings: Settings) -> str:
+    """Return the host of HOST:PORT.
+
+    Raises `InvalidInput` if it or that of the metrics is malformed, or open to others without protection.
+    """
+    host, loopback = _split(address)
+    if settings.metrics and not _split(settings.metrics)[1] and not settings.insecure:
+        raise InvalidInput(
+            f"the metrics at {settings.metrics} can be reached from other machines, and name stores to all "
+            "who ask: let them listen on 127.0.0.1, or say --insecure if the network is trusted"
+        )
     if bool(settings.tls_certificate) != bool(settings.tls_key) or (
         settings.tls_client_ca and not settings.tls_certificate
     ):

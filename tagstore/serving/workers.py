@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from tagstore.errors import InvalidInput, TagstoreError, Unavailable
+from tagstore.serving import metrics, probes
 from tagstore.serving.ports import reserve
 from tagstore.serving.settings import Settings, checked_host
 
@@ -64,7 +65,8 @@ class Supervisor:
         self._lock = threading.Lock()
         self._stopping = threading.Event()
         self._metrics = tempfile.mkdtemp(prefix="tagstore-metrics-") if settings.metrics else ""
-        self._stop_metrics: Callable[[], None] | None = None
+        self._stop_probes: Callable[[], None] | None = None
+        self._phase = "opening stores"
 
     @property
     def address(self) -> str:
@@ -79,6 +81,9 @@ class Supervisor:
 
     def start(self) -> None:
         """Start the workers and return once all of them answer. Raises the error of one that cannot start."""
+        if self.settings.metrics:
+            self._stop_probes, port = probes.serve(self.settings.metrics, self.state, self._metrics)
+            log.info("metrics on port %d", port)
         for number in range(self.settings.workers):
             self._launch(number, warm_first=False)
         try:
@@ -89,15 +94,21 @@ class Supervisor:
         except TagstoreError:
             self.stop()
             raise
-        if self.settings.metrics:
-            from tagstore.serving import metrics
-
-            self._stop_metrics, _ = metrics.serve(self.settings.metrics, self._metrics)
+        self._phase = "serving"
         log.info("listening on %s: %s", self.address, self.settings.describe())
+
+    def state(self) -> probes.State:
+        """Say how far the workers are, and which stores are damaged."""
+        with self._lock:
+            workers = list(self._workers.values())
+        answering = any(worker.ready.is_set() and worker.error is None for worker in workers)
+        damaged = {store: what for worker in workers for store, what in worker.damaged.items()}
+        return probes.State(self._phase == "serving" and answering, self._phase, damaged)
 
     def stop(self) -> None:
         """Let every worker finish its calls in flight, then end it."""
         self._stopping.set()
+        self._phase = "stopping"
         with self._lock:
             workers = list(self._workers.values())
         for worker in workers:
@@ -111,8 +122,8 @@ class Supervisor:
                 worker.process.kill()
             worker.thread.join()
         self._socket.close()
-        if self._stop_metrics is not None:
-            self._stop_metrics()
+        if self._stop_probes is not None:
+            self._stop_probes()
         if self._metrics:
             shutil.rmtree(self._metrics, ignore_errors=True)
 
@@ -162,8 +173,6 @@ class Supervisor:
             )
         worker.ready.set()
         if self._metrics:
-            from tagstore.serving import metrics
-
             metrics.forget(worker.process.pid, self._metrics)
         if self._stopping.is_set() or not (was_ready or worker.restarted):
             return
@@ -180,6 +189,8 @@ class Supervisor:
             kind = Unavailable if message["kind"] == "Unavailable" else InvalidInput
             worker.error = kind(message["error"])
             worker.ready.set()
+        elif "damaged" in message:
+            worker.damaged = message["damaged"]
         else:
             # an administrator has loaded or unloaded a store on one worker: pass it on to all others
             for name in ("load", "unload"):
@@ -198,6 +209,8 @@ class _Worker:
         self.process = process
         self.ready = threading.Event()
         self.error: TagstoreError | None = None
+        self.damaged: Mapping[str, str] = {}
+        """What is wrong with each store that the worker leaves out."""
         self.restarted = False
         self.pause = FIRST_PAUSE
         self.thread: threading.Thread

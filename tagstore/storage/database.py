@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from tagstore.errors import Damaged, NotFound
 from tagstore.storage.codec import decode_entry, unseal
 from tagstore.storage.environments import release
+from tagstore.storage.file_length import check_open
 from tagstore.storage.generations import generation
 from tagstore.storage.tables import U64, open_tables
 from tagstore.types import Entry
@@ -60,6 +61,10 @@ class Database:
             return generation(self.directory) == self.generation
         except NotFound:
             return False
+
+    def check_length(self) -> None:
+        """Raise `Damaged` if the file was cut off since it was opened: reading beyond its end is SIGBUS."""
+        check_open(self.env)
 
     def release(self) -> None:
         """Let go of the environment, whose files may be gone; it closes when its last reader lets go."""

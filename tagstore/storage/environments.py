@@ -16,7 +16,7 @@ from weakref import WeakValueDictionary
 import lmdb
 
 from tagstore.errors import Damaged, InvalidInput, NotFound, TagstoreError, WriteFailed
-from tagstore.storage.file_length import check_length
+from tagstore.storage.file_length import check_length, check_open
 
 
 def _map_size() -> int:
@@ -90,7 +90,9 @@ def environment(directory: Path, *, create: bool = False) -> Any:
         if env is not None and _failed(env):
             env.close()
             env = None
-        if env is None:
+        if env is not None:
+            check_open(env)
+        else:
             if not create and not os.path.exists(os.path.join(path, "data.mdb")):
                 raise NotFound(f"no database at {path}")
             if not create:

@@ -61,6 +61,16 @@ def check_length(path: str) -> None:
         )
 
 
+def check_open(env: Any) -> None:
+    """Raise `Damaged` if the database of an open environment was cut off. Reads its meta page only."""
+    try:
+        length = os.stat(os.path.join(env.path(), "data.mdb")).st_size
+    except FileNotFoundError:
+        return  # a compaction has replaced it, and those who read it keep it
+    if length < _promised(env):
+        check_length(env.path())
+
+
 def _meta(page: bytes) -> _Meta | None:
     """Parse a meta page of LMDB's 64-bit format; None for anything else."""
     if len(page) < _META_BYTES or struct.unpack_from("<II", page, 16) != (0xBEEFC0DE, 1):
@@ -71,6 +81,11 @@ def _meta(page: bytes) -> _Meta | None:
 
 def complete(env: Any) -> None:
     """Make the file of an environment as long as its meta page promises, with a hole at its end."""
-    file, promised = os.path.join(env.path(), "data.mdb"), env.info()["last_pgno"] + 1
-    if os.stat(file).st_size < promised * env.stat()["psize"]:
-        os.truncate(file, promised * env.stat()["psize"])
+    file, promised = os.path.join(env.path(), "data.mdb"), _promised(env)
+    if os.stat(file).st_size < promised:
+        os.truncate(file, promised)
+
+
+def _promised(env: Any) -> int:
+    """Bytes that the file of an environment should have at least."""
+    return int((env.info()["last_pgno"] + 1) * env.stat()["psize"])

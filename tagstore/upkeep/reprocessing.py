@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tagstore.encoding.encoder import Encoder, load_encoder, load_encoder_of
-from tagstore.encoding.images import decode
+from tagstore.encoding.images import decoding
 from tagstore.errors import BadImage, InvalidInput, NotFound
 from tagstore.indexing import faiss_index
 from tagstore.mining import MergedTag, Miner, Rules, identity, load_miner, load_rules, merge
@@ -155,6 +155,7 @@ def _mined(
 
 def _pixels(encoder: Encoder, entry: Entry, image: bytes) -> NDArray[np.uint8]:
     try:
-        return encoder.prepare(decode(image))
+        with decoding(image) as picture:
+            return encoder.prepare(picture)
     except BadImage as error:
         raise BadImage(f"{entry.key}: {error}") from error
