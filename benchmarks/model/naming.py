@@ -1,20 +1,26 @@
 """Does a model name what a swapped-in store knows? Beside the baselines that need no training.
 
-    python -m benchmarks.model.naming --model smol --store file://stores/grocery --questions grocery.jsonl
+    python -m benchmarks.model.naming --model smol --data ../shared/data/grocery --out /tmp/naming
 
-QUESTIONS are those of `tuna eval naming`: {"question_id", "image", "text", "name"}. All rows answer the same
-questions with the same k and tags: the model with the store, the model without, SmolLM2 as it comes with the
-tags as words in its prompt, and the first tag by votes, by similarity, and as the model orders them.
+DATA is a catalogue: items.csv with image, name and split. Its pictures of split train become the store
+OUT/stores, each with its name as tag; the questions, OUT/questions.jsonl, are what `PROMPTS` asks about the
+first picture of every name in split test. All rows answer the same questions with the same tags: the model
+with the store, the model without, SmolLM2 as it comes with the tags as words in its prompt, and the first tag
+by votes, by similarity, and as the model orders them.
 """
 
 from __future__ import annotations
 
+import csv
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from benchmarks.report import arguments_parser, table, write
+from tagstore.ingest import ingest
+from tagstore.mining import load_miner
 from tuna_model import ImageTags, Pipeline
 from tuna_model.cli.options import load
 from tuna_model.evaluation.answerer import PipelineAnswerer
@@ -26,19 +32,25 @@ from tuna_model.presets import smollm
 from tuna_model.processing.tags import TagLayout
 
 MAX_TOKENS = 24
+PROMPTS = (
+    "What product is this?",
+    "Which product is shown in this picture?",
+    "What is this product called?",
+)
 
 
 def main() -> None:
     parser = arguments_parser(__doc__)
     parser.add_argument("--model", default="smol", help="a preset, a directory or a run")
-    parser.add_argument("--store", required=True, help="URL of the store that is swapped in")
-    parser.add_argument("--questions", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True, help="folder with items.csv")
+    parser.add_argument("--out", type=Path, required=True, help="folder for store and questions; used again")
     parser.add_argument("--limit", type=int, default=0, help="the first so many questions; 0 for all")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--keep", action="store_true", help="write the report to benchmarks/results")
     options = parser.parse_args()
-    task = load_task("naming", TaskOptions(options.questions, limit=options.limit, allow_outside=True))
-    tuna = load(options.model, options.store, True, 60.0, "cpu", "fp32")
+    store, questions = prepare(options.data.resolve(), options.out)
+    task = load_task("naming", TaskOptions(questions, limit=options.limit, allow_outside=True))
+    tuna = load(options.model, store, True, 60.0, "cpu", "fp32")
     asked = list(task.questions)
     tags = looked_up(tuna, asked, options.batch)
     nothing = [ImageTags.none(tuna.model.config.tag_dimension)] * len(asked)
@@ -64,9 +76,36 @@ def main() -> None:
         ]
         lines.append([label, *cells])
     header = ["answers of", "named", "named if among tags", "name among tags"]
-    title = f"Names by lookup: {options.model}, {options.store}"
+    title = f"Names by lookup: {options.model}, {options.data.name}"
     about = f"{len(asked)} questions on {len(set(images))} images, greedy; 95 % intervals over images."
     write("naming", title, about, table(header, lines), packages=("torch", "transformers"), keep=options.keep)
+
+
+def prepare(data: Path, out: Path) -> tuple[str, Path]:
+    """Make store and questions of a catalogue; returns the store's URL and the file of questions."""
+    questions, root = out / "questions.jsonl", out / "stores"
+    url = f"file://{root.resolve()}/{data.name}"
+    if questions.exists():
+        return url, questions
+    out.mkdir(parents=True, exist_ok=True)
+    with (data / "items.csv").open(newline="") as file:
+        rows = [row | {"image": str(data / row["image"])} for row in csv.DictReader(file)]
+    table_of = out / "train.jsonl"
+    with table_of.open("w") as file:
+        for row in rows:
+            if row["split"] == "train":
+                record = {"image": row["image"], "captions": [row["name"]], "name": row["name"]}
+                file.write(json.dumps(record) + "\n")
+    miner = load_miner("metadata", columns="name")
+    ingest(str(table_of), root=root, store=data.name, encoder="mini", miner=miner, allow_outside=True)
+    first = {row["name"]: row for row in reversed(rows) if row["split"] == "test"}
+    with questions.open("w") as file:
+        for name, row in sorted(first.items()):
+            for number, prompt in enumerate(PROMPTS):
+                key = f"{Path(row['image']).stem}-{number}"
+                record = {"question_id": key, "image": row["image"], "text": prompt, "name": name}
+                file.write(json.dumps(record) + "\n")
+    return url, questions
 
 
 Order = Callable[[ImageTags, int], tuple[float, ...]]
