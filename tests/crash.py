@@ -487,8 +487,10 @@ class Harness:
         self.figures.lost += wrong
         candidate = self.model.after(operation) if operation else self.model
         if operation:
-            self.interrupted = operation
-            self.figures.in_flight["committed" if actual == candidate != self.model else "not there"] += 1
+            committed = actual == candidate != self.model
+            # nothing fits a purge that was done: it would be told so
+            self.interrupted = None if committed and operation["operation"] == "purge" else operation
+            self.figures.in_flight["committed" if committed else "not there"] += 1
         if actual not in (self.model, candidate):
             expected = f"acknowledged is {_brief(self.model)}, in flight was {operation}"
             self.figures.lost.append(f"the store holds {_brief(actual)}, {expected}")

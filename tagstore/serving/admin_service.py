@@ -81,7 +81,7 @@ class AdminService:
     def _recorded(self, method: str, store: str, call: Call) -> Iterator[None]:
         """Write one audit line when a long call begins and one when it ends."""
         event = {"method": method, "store": store, "caller": call.caller.name, "peer": call.peer}
-        self.gate.audit.begin(**event)
+        self.gate.audit.begun(**event)
         try:
             yield
         except BaseException as error:

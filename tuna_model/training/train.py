@@ -27,7 +27,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
 
 from tagstore.client import TagSource, connect
-from tagstore.errors import FingerprintMismatch, InvalidInput, TagstoreError, Unavailable
+from tagstore.errors import FingerprintMismatch, InvalidInput, Unavailable
 from tagstore.readers.samples import Sample, read_samples
 from tuna_model.modeling.model import TunaForConditionalGeneration
 from tuna_model.processing.processor import TunaProcessor
@@ -49,7 +49,7 @@ STORE = "{store}"
 """In `tags.store`, where each sample names its own store."""
 
 
-class Diverged(TagstoreError):
+class Diverged(InvalidInput):
     """The loss of a run is not finite any more."""
 
 
