@@ -38,6 +38,11 @@ BRAND = ("Which brand is this?", "What brand is this?", "Who makes this product?
 COLOUR = ("What colour is it?", "What color is this?", "Which colour does it have?")
 KIND = ("What kind of product is this?", "What type of item is this?", "Which category is it in?")
 YES_NO = "Answer with yes or no."
+HARD = 0.3
+"""Of the things that are asked for and not there, the share that the neighbours' tags name. More would teach
+that a tag says nothing: in a photograph it is drawn, a tag of the neighbours is true more often than not."""
+ABSENT = 0.85
+"""How often a thing that is not there is asked for, beside one that is."""
 
 Turns = list[tuple[str, str]]
 
@@ -103,8 +108,8 @@ class Photographs:
         asked = []
         if present:
             asked.append((pick(rng, present), True))
-        negatives = hard if hard and rng.random() < 0.6 else easy
-        if negatives:
+        negatives = hard if hard and rng.random() < HARD else easy
+        if negatives and rng.random() < ABSENT:
             asked.append((pick(rng, negatives), False))
         rng.shuffle(asked)
         turns = []

@@ -9,9 +9,11 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from captioned import write_llava
 from pictures import picture
@@ -20,6 +22,7 @@ from tuna_model import presets
 from tuna_model.modeling.lora import add_updates
 from tuna_model.presets.trained import read_trained
 from tuna_model.training import checkpoint
+from tuna_model.training.journal import LogLine
 from tuna_model.training.recipe import Recipe
 from tuna_model.training.runs import export, load_run
 from tuna_model.training.train import Diverged, train
@@ -248,3 +251,20 @@ def test_a_run_whose_loss_is_not_finite_ends_and_keeps_what_it_had(place: Path):
     last = checkpoint.latest(place / "diverged")
     assert last is not None
     assert checkpoint.read(last).step < 20
+
+
+def test_a_step_whose_gradient_is_not_finite_is_not_taken_and_the_run_goes_on(place: Path, monkeypatch):
+    real, norms = Accelerator.clip_grad_norm_, iter((1, float("nan"), 1, 1))
+
+    def clip(self: Accelerator, parameters: Any, most: float) -> torch.Tensor:
+        spoil = next(norms)
+        for parameter in (parameters := list(parameters)):
+            if parameter.grad is not None:
+                parameter.grad *= spoil
+        return real(self, parameters, most)
+
+    monkeypatch.setattr(Accelerator, "clip_grad_norm_", clip)
+    lines: list[LogLine] = []
+    last = train(recipe_of(place, "one-bad-step", steps=4, log_every=1), progress=lines.append)
+    assert [line.skipped for line in lines] == [0, 1, 1, 1]
+    assert all(torch.isfinite(p).all() for p in load_run(last)[0].parameters())

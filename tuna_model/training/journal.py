@@ -29,6 +29,8 @@ class LogLine:
     rates: Mapping[str, float]
     gradient_norm: float
     """Before clipping."""
+    skipped: int
+    """Steps so far that were not taken, because loss or gradient was not finite."""
     samples_a_second: float
     tokens: int
     """Labels in this step."""

@@ -49,8 +49,12 @@ STORE = "{store}"
 """In `tags.store`, where each sample names its own store."""
 
 
+NOT_TAKEN = 3
+"""Steps in a row whose loss or gradient is not finite, before a run ends."""
+
+
 class Diverged(InvalidInput):
-    """The loss of a run is not finite any more."""
+    """Loss or gradient of a run is not finite any more."""
 
 
 def train(
@@ -76,7 +80,8 @@ def train(
         FingerprintMismatch: the run's checkpoint is of another store or version, and `tags.any_store` is not
             set.
         NotFound, Unavailable, Damaged: a file, the store or a checkpoint; see their messages.
-        Diverged: the loss is not finite; the checkpoints are from before.
+        Diverged: loss or gradient of several steps in a row, or of the last one, is not finite. A step of
+            that kind is not taken, and the checkpoints are from before.
     """
     accelerator = make_accelerator(recipe)
     if recipe.precision == "bf16" and accelerator.device.type == "cpu" and not _multiplies_bf16():
@@ -137,6 +142,7 @@ def train(
         journal = Journal(out, first, recipe) if accelerator.is_main_process else None
 
         # 3. the steps
+        skipped = in_a_row = 0
         wrapped.train()
         clock = time.perf_counter()
         with closing(loader.from_step(first)) as steps, journal or contextlib.nullcontext():
@@ -148,14 +154,18 @@ def train(
                 )
                 set_rate(prepared.optimizer, factor)
                 loss, tokens, norm = optimizer_step(accelerator, wrapped, prepared, step, recipe.clip)
-                if not math.isfinite(loss):
-                    raise Diverged(
-                        f"the loss of step {step.number + 1} is {loss}: lower the rates, or set "
-                        f"precision=no. What {out} holds is from before"
-                    )
-                if average is not None:
-                    update_average(average, wrapped, recipe.ema)
                 done = step.number + 1
+                taken = math.isfinite(loss) and math.isfinite(norm)
+                skipped, in_a_row = skipped + (not taken), 0 if taken else in_a_row + 1
+                if not taken:
+                    what = f"step {done} has loss {loss} and a gradient of norm {norm}"
+                    if in_a_row == NOT_TAKEN or done == recipe.steps:
+                        raise Diverged(
+                            f"{what}: lower the rates, or set precision=no. What {out} holds is from before"
+                        )
+                    log.warning("%s: it is not taken", what)
+                elif average is not None:
+                    update_average(average, wrapped, recipe.ema)
                 if journal is not None and (done % recipe.log_every == 0 or done == recipe.steps):
                     seconds = time.perf_counter() - clock
                     line = LogLine(
@@ -164,6 +174,7 @@ def train(
                         loss=loss,
                         rates={name: rate * factor for name, rate in recipe.rates.items()},
                         gradient_norm=norm,
+                        skipped=skipped,
                         samples_a_second=recipe.batch_size / seconds,
                         tokens=tokens,
                         tags=step.tags / max(1, step.samples),
@@ -175,7 +186,7 @@ def train(
                     journal.write(line)
                     progress(line)
                 clock = time.perf_counter()
-                if done % recipe.save_every == 0 or done == recipe.steps:
+                if (taken and done % recipe.save_every == 0) or done == recipe.steps:
                     scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
                     state = Checkpoint(done, recipe, pin, model.config.encoder_digest, scaler=scaler)
                     save_checkpoint(accelerator, out, state, wrapped, prepared.optimizer, average)
@@ -188,8 +199,8 @@ def train(
 def optimizer_step(
     accelerator: Accelerator, model: nn.Module, optimizer: Any, step: Step, clip: float
 ) -> tuple[float, int, float]:
-    """Take one optimizer step. Returns loss and labels (both over all processes) and the gradient's norm
-    before clipping.
+    """Take one optimizer step, unless its gradient is not finite. Returns loss and labels (both over all
+    processes) and the gradient's norm before clipping.
 
     Losses are sums, divided by the labels of the whole step: every token counts the same in any process and
     micro-batch, so one process and eight have the same curve.
@@ -207,10 +218,12 @@ def optimizer_step(
         total += loss.detach()
     trained = [p for p in model.parameters() if p.requires_grad]
     norm = accelerator.clip_grad_norm_(trained, clip or float("inf"))
-    optimizer.step()
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    # with a scaler (fp16) the step decides for itself, and the scale has to learn of it
+    if accelerator.scaler is not None or bool(torch.isfinite(norm)):
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     loss = accelerator.reduce(total, "mean")
-    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     return float(loss), int(tokens), float(norm)
 
 
