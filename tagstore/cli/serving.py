@@ -44,8 +44,8 @@ from tagstore.errors import InvalidInput, NotFound
 @options.number("--threads", 8, "Threads of a worker for all but searches.")
 @options.number("--max-in-flight", 1024, "Calls in flight in a worker; more are refused.")
 @options.number("--max-per-client", 64, "Calls in flight of one client.")
-@options.number("--max-message", 34, "Size of a request or an answer.", metavar="MIB")
-@options.number("--max-image", 32, "Size of one encoded image.", metavar="MIB")
+@options.number("--max-message", 18, "Size of a request or an answer.", metavar="MIB")
+@options.number("--max-image", 16, "Size of one encoded image.", metavar="MIB")
 def serve(
     root: str,
     address: str,

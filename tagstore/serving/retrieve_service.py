@@ -25,6 +25,7 @@ from tagstore.serving.methods import answering, in_thread, streaming
 from tagstore.serving.settings import Limits
 from tagstore.types import Search
 from tagstore.wire import convert
+from tagstore.wire.bounds import bounded
 from tagstore.wire.status import error_to_proto
 from tagstore_proto.v1 import tagstore_pb2 as pb
 
@@ -34,6 +35,7 @@ OPEN_RETRIES = 4
 """Times that a call waits for another call to open a version, before it opens the version itself."""
 STREAM_WINDOW = 64
 """Requests of a stream that are read before the first of them is answered."""
+parse_request = bounded("RetrieveStream", pb.RetrieveRequest.FromString)
 SEARCH_ROWS = 256
 """Largest number of queries in one search."""
 
@@ -298,7 +300,7 @@ class _StreamedRequest:
         self._future: asyncio.Future[bytes] | None = None
         self._error: Exception | None = None
         try:
-            request = pb.RetrieveRequest.FromString(data)
+            request = parse_request(data)
             call.caller.check("read", request.store)
             self._store = request.store
             self._future = service.start(request, call, streamed=True)

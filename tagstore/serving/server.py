@@ -205,7 +205,7 @@ class Server:
         self._phase = "stopping"
         run(self._health.enter_graceful_shutdown())
         run(self._for_all(lambda acceptor: acceptor.stop(grace)))
-        run(self.gate.intake.close())
+        run(self.gate.arrivals.close())
         self._ended.set()
         self._service.close()
         for threads in (self._threads, self._long_threads, self._admin_threads):
@@ -227,7 +227,7 @@ class Server:
     def _watch_over(self) -> None:
         limits = self.settings.limits
         period = min(1.0, limits.slow_reader / 4, limits.idle_stream / 4)
-        trimmer = allocator.Trimmer(lambda: self.gate.intake.total + self.catalog.decode_memory.total)
+        trimmer = allocator.Trimmer()
         while not self._ended.wait(period):
             loop().call_soon_threadsafe(self.gate.end_slow)
             trimmer.look()
@@ -286,6 +286,8 @@ def _options(message_bytes: int) -> list[tuple[str, int]]:
         ("grpc.max_send_message_length", message_bytes),
         ("grpc.max_metadata_size", 16 << 10),
         ("grpc.max_concurrent_streams", STREAMS_A_CONNECTION),
+        # or gRPC reads megabytes of each call ahead, of a message that nobody has asked for yet
+        ("grpc.http2.bdp_probe", 0),
         ("grpc.server.max_pending_requests", PENDING),
         ("grpc.server.max_pending_requests_hard_limit", 2 * PENDING),
         ("grpc.so_reuseport", 1),
