@@ -143,7 +143,7 @@ def test_a_store_that_is_unloaded_is_not_served_until_it_is_loaded(address: str)
 
 
 def test_results_come_while_pairs_are_still_sent(address: str, monkeypatch):
-    monkeypatch.setattr("tagstore.ingest.BATCH", 8)
+    monkeypatch.setattr("tagstore.serving.admin_service.INGEST_BATCH", 8)
     go = threading.Event()
 
     def many() -> Iterator[pb.IngestRequest]:

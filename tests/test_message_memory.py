@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError
 
 from serving import vector_request
 from tagstore import errors
-from tagstore.serving import arrivals, message_memory
+from tagstore.serving import arrivals, lookup, message_memory, request_stream
 from tagstore.serving.allocator import private_bytes
 from tagstore.serving.arrivals import READS, Arrivals
 from tagstore.serving.call import Call
@@ -215,6 +215,36 @@ def test_answers_that_are_not_taken_have_little_memory(served, mini, monkeypatch
         wait_until(lambda: not server.gate.memory.answers)
         assert stub.Retrieve(vector_request(mini)).retrievals
         call.cancel()
+
+
+def test_an_answer_is_written_in_parts_and_bounded(served, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, stub = served()
+    request = pb.RetrieveRequest(store="shapes", texts=["a red circle"] * 50, k=18)
+    whole = stub.Retrieve(request)
+    monkeypatch.setattr(lookup, "PART_VALUES", 20)
+    assert stub.Retrieve(request) == whole
+    assert next(stub.RetrieveStream(iter([request]))).response == whole
+    _, small = served(message_bytes=len(whole.SerializeToString()) - 1)
+    with pytest.raises(grpc.RpcError) as caught:
+        small.Retrieve(request)
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert "send fewer queries at once" in caught.value.details()
+
+
+async def test_a_stream_is_not_read_ahead_of_many_neighbours() -> None:
+    window = request_stream.Window()
+    large, small = SimpleNamespace(neighbours=request_stream.WINDOW_NEIGHBOURS), SimpleNamespace(neighbours=1)
+    await window.enter(large)  # type: ignore[arg-type]
+    entering = asyncio.ensure_future(window.enter(small))  # type: ignore[arg-type]
+    await turns()
+    assert not entering.done()
+    window.answered(large)  # type: ignore[arg-type]
+    await entering
+    await asyncio.gather(*(window.enter(small) for _ in range(request_stream.WINDOW - 1)))  # type: ignore[arg-type]
+    entering = asyncio.ensure_future(window.enter(small))  # type: ignore[arg-type]
+    await turns()
+    assert not entering.done()
+    entering.cancel()
 
 
 @pytest.mark.parametrize(("family", "host"), [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")])

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tagstore.encoding.decode_memory import SHARED, Budget
+from tagstore.encoding.decode_memory import SHARED, MemoryBudget
 from tagstore.encoding.encoder import Encoder
 from tagstore.errors import Damaged, NotFound, TagstoreError, Unavailable
 from tagstore.retrieval.catalog import Catalog
@@ -29,7 +29,9 @@ PINNED = 32
 class LiveCatalog(Catalog):
     """A catalog for many concurrent callers. Takes what `Catalog` does."""
 
-    def __init__(self, root: str | Path, *, device: str = "auto", decode_memory: Budget = SHARED) -> None:
+    def __init__(
+        self, root: str | Path, *, device: str = "auto", decode_memory: MemoryBudget = SHARED
+    ) -> None:
         super().__init__(root, device=device, decode_memory=decode_memory)
         self._current: dict[str, tuple[tuple[int, int], int, Engine]] = {}
         """Engine of each store's current version, after the mark of the store at the time of the look-up."""

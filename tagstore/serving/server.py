@@ -18,7 +18,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
-from tagstore.encoding.decode_memory import Budget
+from tagstore.encoding.decode_memory import MemoryBudget
 from tagstore.errors import Unavailable
 from tagstore.serving import allocator, probes, tracing
 from tagstore.serving.access import Access
@@ -89,7 +89,7 @@ class Server:
         self._host = checked_host(address, settings)
         self.settings = settings
         limits = settings.limits
-        self.catalog = LiveCatalog(root, device=device, decode_memory=Budget(limits.decode_bytes))
+        self.catalog = LiveCatalog(root, device=device, decode_memory=MemoryBudget(limits.decode_bytes))
         access = Access(
             settings.tokens or None, anonymous=settings.anonymous, certificates=bool(settings.tls_client_ca)
         )
