@@ -28,9 +28,9 @@ def start_server(root: Path, *options: str, **popen: Any) -> subprocess.Popen[st
 
 
 @contextmanager
-def running_server(root: Path, *options: str) -> Iterator[tuple[str, int]]:
+def running_server(root: Path, *options: str, **popen: Any) -> Iterator[tuple[str, int]]:
     """Run `tagstore serve`; gives its address and process id."""
-    process = start_server(root, *options)
+    process = start_server(root, *options, **popen)
     try:
         assert process.stdout is not None
         address = process.stdout.readline().strip()

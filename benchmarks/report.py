@@ -41,9 +41,16 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
-def write(theme: str, title: str, *parts: str, packages: Sequence[str] = (), keep: bool = True) -> Path:
-    """Print a report and, unless `keep` is false, write it to `results/THEME-DATE.md`."""
-    path = RESULTS / f"{theme}-{date.today().isoformat()}.md"
+def write(
+    theme: str,
+    title: str,
+    *parts: str,
+    packages: Sequence[str] = (),
+    keep: bool = True,
+    path: Path | None = None,
+) -> Path:
+    """Print a report and, unless `keep` is false, write it to a path, by default `results/THEME-DATE.md`."""
+    path = path or RESULTS / f"{theme}-{date.today().isoformat()}.md"
     text = "\n\n".join([f"# {title}", f"{date.today().isoformat()}. {machine(*packages)}.", *parts]) + "\n"
     print(text)
     if keep:

@@ -45,8 +45,8 @@ from fetch_stamps import PACKAGE, NoPictures, fetch
 
 HELD_OUT = 40
 ANSWERED = 8
-QUESTION = "Describe the image in one sentence."
-"""The prompt that `smol` was trained with."""
+QUESTION = "What is this?"
+"""One of the questions that `smol` learnt to answer with its tags."""
 STORE = "demo"
 TAGSTORE = (sys.executable, "-m", "tagstore.cli")
 SHOWN_TAGS = 10

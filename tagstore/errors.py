@@ -15,6 +15,7 @@
     ├── NotPermitted          the caller has no right to do this
     └── Unavailable           the server cannot be reached, or did not answer in time
         ├── TimedOut          the caller's deadline passed while the request waited
+        ├── BadAnswer         what answered does not fit the question: another store, too few answers, NaN ...
         └── Overloaded        the server or the caller is at its limit: try again after `retry_after` seconds
 
 Every message says what was wrong, where, and what to do. `wire/status.py` maps these classes to status codes.
@@ -81,6 +82,10 @@ class Unavailable(TagstoreError, ConnectionError):
 
 class TimedOut(Unavailable):
     """The caller's deadline passed while the request waited."""
+
+
+class BadAnswer(Unavailable):
+    """A server's answer does not fit the question. As good as none: another server may answer it."""
 
 
 class Overloaded(Unavailable):

@@ -33,6 +33,7 @@ from tagstore.errors import BadImage, InvalidInput, NotFound
 from tagstore.indexing import faiss_index
 from tagstore.mining import Miner, Rules, identity, load_miner, load_rules, merge
 from tagstore.readers import Columns, read
+from tagstore.readers.pair_check import MAX_NOTE_CHARS, checked
 from tagstore.storage.environments import writing
 from tagstore.storage.staging import Draft, Progress, Sync
 from tagstore.storage.store import Store, check_name
@@ -137,7 +138,8 @@ def ingest(
     }
 
     def read_source() -> Pairs:
-        return _peeked(read(source, format=format, columns=columns, allow_outside=allow_outside))
+        items = read(source, format=format, columns=columns, allow_outside=allow_outside)
+        return _peeked(map(checked, items))
 
     pairs = read_source()
     run = _Run(root, store, where, encoder, miner, vocabulary or load_rules(), device, progress)
@@ -180,18 +182,25 @@ def ingest_pairs(
     Pairs are read at most two batches ahead. If their iterator raises, no version is made.
 
     Args:
-        source: what to call where they come from.
+        source: what to call where they come from, at most `MAX_NOTE_CHARS` characters.
         settled: called as batches are done.
         batch, batch_bytes: as `BATCH`, `BATCH_BYTES`.
         decode_memory: of which images take what they need while they are decoded.
         decoded: called in some thread when the image of a pair is needed no longer.
+
+    Raises:
+        InvalidInput: such a name is too long; or as `ingest`.
     """
     check_name(store)
+    if len(source) > MAX_NOTE_CHARS:
+        raise InvalidInput(
+            f"the name of the source has {len(source)} characters, {MAX_NOTE_CHARS} is the most: shorten it"
+        )
     run = _Run(root, store, {"stream": source}, encoder, miner, load_rules(), device, settled=settled)
     run.batch, run.batch_bytes, run.decode_memory, run.decoded = batch, batch_bytes, decode_memory, decoded
     with Writer(root, store, run.encoder.fingerprint, sync=sync) as writer:
         try:
-            return run.finish(iter(pairs), writer, Progress(""))
+            return run.finish(map(checked, pairs), writer, Progress(""))
         except Exception:
             _remove_if_empty(writer)
             raise
@@ -311,7 +320,7 @@ class _Run:
         for refused in rejected:
             self._note(refused)
         self._advance("pairs", len(batch))
-        self._settled(_outcomes(batch, {draft.key for draft in drafts}, rejected))
+        self._settled(_outcomes(batch, {draft.key for draft in drafts}, duplicates))
 
     def _note(self, refused: Rejected) -> None:
         report = self._report
@@ -346,13 +355,16 @@ class _Run:
                 self.decoded(item)
 
 
-def _outcomes(batch: Batch, added: set[str], rejected: list[Rejected]) -> list[tuple[str, Outcome, str]]:
+def _outcomes(batch: Batch, added: set[str], duplicates: list[Rejected]) -> list[tuple[str, Outcome, str]]:
     """What became of each item of a batch: (key, outcome, reason)."""
-    reasons = {refused.key: refused.reason for refused in rejected}
+    reasons = {refused.key: refused.reason for refused in duplicates}
     outcomes: list[tuple[str, Outcome, str]] = []
     for _, item in batch:
-        key = item.key if isinstance(item, Rejected) else item.draft.key
-        if key in added and isinstance(item, _Prepared):
+        if isinstance(item, Rejected):
+            outcomes.append((item.key, "quarantined", item.reason))
+            continue
+        key = item.draft.key
+        if key in added:
             added.remove(key)  # a second one of the same key is a duplicate
             outcomes.append((key, "added", ""))
         elif key in reasons:

@@ -42,10 +42,12 @@ from tagstore.storage.writer import Writer
 from tagstore.types import Fingerprint, Vectors
 from tagstore.upkeep.compact import compact
 from tagstore.upkeep.edits import Selection
+from tagstore.upkeep.takedown import purge
 from tagstore.upkeep.verify import _problems
 
 D = 8
-NAME = "toy"
+NAME = os.environ.get("CRASH_STORE", "toy")
+"""Name of the store; a process has one."""
 SPACES = {name: Fingerprint(name, name, {"size": [8, 8]}, False, True, D) for name in ("first", "second")}
 WAYS = ("clock", "KILL", "TORN", "POWER", "ENOSPC", "EIO")
 _MODES = {"KILL": 1, "TORN": 2, "ENOSPC": 3, "EIO": 3, "POWER": 4}
@@ -136,13 +138,17 @@ def shrink(root: Path, operation: Operation) -> dict[str, Any]:
     return {"version": compact(root, NAME, keep=operation["keep"]).number}
 
 
+def take_down(root: Path, operation: Operation) -> dict[str, Any]:
+    return {"version": purge(root, NAME, Selection(keys=operation["keys"]), reason="asked for").version}
+
+
 def bundle(root: Path, operation: Operation) -> dict[str, Any]:
     info = export(root, NAME, operation["path"], version=operation["of"])
     return {"version": Store(root, NAME).state()["current"], "sha256": info.sha256}
 
 
 OPERATIONS = {"ingest": ingest, "delete": delete, "reembed": reembed, "rollback": rollback}
-OPERATIONS |= {"compact": shrink, "export": bundle}
+OPERATIONS |= {"compact": shrink, "purge": take_down, "export": bundle}
 
 
 def child() -> None:
@@ -187,6 +193,7 @@ class Model:
         space, content = self.content
         new = dict(content)
         keep = None
+        versions = self.versions
         if operation["operation"] == "ingest":
             taken: Content = {}
             for key, serial in (item for batch in operation["batches"] for item in batch):
@@ -194,7 +201,7 @@ class Model:
             new.update(taken)
             if new == content:
                 return self
-        elif operation["operation"] == "delete":
+        elif operation["operation"] in ("delete", "purge"):
             new = {key: serial for key, serial in content.items() if key not in operation["keys"]}
         elif operation["operation"] == "reembed":
             space = operation["space"]
@@ -204,18 +211,20 @@ class Model:
             space, new = self.versions[operation["to"]]
         else:
             keep = operation["keep"]
-        versions = {**self.versions, self.current + 1: (space, new)}
+        if operation["operation"] == "purge":  # the versions that held it go too
+            versions = {n: v for n, v in versions.items() if not v[1].keys() & set(operation["keys"])}
+        versions = {**versions, self.current + 1: (space, new)}
         return Model({n: versions[n] for n in sorted(versions)[-keep if keep else 0 :]})
 
 
 def draw(rng: random.Random, model: Model, serial: Iterator[int], bundles: Path) -> Operation:
     """The next operation; bundles are written to a directory."""
     space, content = model.content
-    weights = {"ingest": 10, "delete": 3, "rollback": 2, "reembed": 1, "compact": 2, "export": 2}
+    weights = {"ingest": 10, "delete": 3, "rollback": 2, "reembed": 1, "compact": 2, "purge": 1, "export": 2}
     kind = rng.choices(list(weights), list(weights.values()))[0] if content else "ingest"
-    if kind == "delete":
+    if kind in ("delete", "purge"):
         keys = rng.sample(sorted(content), min(len(content), rng.randint(1, 8)))
-        return {"operation": "delete", "keys": keys}
+        return {"operation": kind, "keys": keys}
     if kind == "rollback":
         return {"operation": "rollback", "to": rng.choice(sorted(model.versions))}
     if kind == "reembed":
@@ -413,6 +422,7 @@ class Harness:
             again, self.interrupted = self.interrupted, None
             repeated = again and self.rng.random() < 0.6
             operation = again if repeated else draw(self.rng, self.model, self.serial, self.bundles)
+            self.began(operation)
             current.send({**operation, "root": str(self.root)})
             answer = current.receive(end - time.monotonic())
             if answer is None:
@@ -433,7 +443,7 @@ class Harness:
                 figures.refused[f"{way}: {kind}"] += 1
                 self._resolve(operation, close=False)
             else:
-                self.model = self.model.after(operation)
+                self.settled(self.model.after(operation))
                 figures.acknowledged[operation["operation"]] += 1
                 figures.resumed_pairs += answer.get("resumed", 0)
                 if "sha256" in answer:
@@ -477,12 +487,21 @@ class Harness:
         self.figures.lost += wrong
         candidate = self.model.after(operation) if operation else self.model
         if operation:
-            self.interrupted = operation
-            self.figures.in_flight["committed" if actual == candidate != self.model else "not there"] += 1
+            committed = actual == candidate != self.model
+            # nothing fits a purge that was done: it would be told so
+            self.interrupted = None if committed and operation["operation"] == "purge" else operation
+            self.figures.in_flight["committed" if committed else "not there"] += 1
         if actual not in (self.model, candidate):
             expected = f"acknowledged is {_brief(self.model)}, in flight was {operation}"
             self.figures.lost.append(f"the store holds {_brief(actual)}, {expected}")
-        self.model = actual
+        self.settled(actual)
+
+    def began(self, operation: Operation) -> None:
+        """Called before the child gets an operation."""
+
+    def settled(self, model: Model) -> None:
+        """Called when it is known what the store holds: when it was acknowledged, or read."""
+        self.model = model
 
 
 def _brief(model: Model) -> dict[int, tuple[str, int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import grpc
 
@@ -31,6 +32,8 @@ class Scripted(pb_grpc.TagStoreServicer):
     ) -> None:
         """`tls`: key and certificate chain, and the authority of clients' certificates."""
         self.name, self.script = name, list(script)
+        self.tamper: Callable[[Any], object] = lambda response: None
+        """Changes each answer before it is sent."""
         self.calls = 0
         self.metadata: list[dict[str, str]] = []
         self.released = threading.Event()
@@ -73,8 +76,14 @@ class Scripted(pb_grpc.TagStoreServicer):
         answer = pb.Retrieval(
             tags=[pb.RetrievedTag(tag_id=1, tag=self.name, kind=pb.KIND_OBJECT, votes=1)], excluded=2
         )
-        return pb.RetrieveResponse(
-            store=request.store, version=request.version or 1, fingerprint="f", retrievals=[answer] * count
+        fingerprint = request.fingerprint or "f"
+        return self._tampered(
+            pb.RetrieveResponse(
+                store=request.store,
+                version=request.version or 1,
+                fingerprint=fingerprint,
+                retrievals=[answer] * count,
+            )
         )
 
     def GetTags(self, request: pb.GetTagsRequest, context: grpc.ServicerContext) -> pb.GetTagsResponse:  # noqa: N802
@@ -87,8 +96,10 @@ class Scripted(pb_grpc.TagStoreServicer):
             if request.embeddings
             else None
         )
-        return pb.GetTagsResponse(
-            store=request.store, version=request.version or 1, tags=tags, embeddings=vectors
+        return self._tampered(
+            pb.GetTagsResponse(
+                store=request.store, version=request.version or 1, tags=tags, embeddings=vectors
+            )
         )
 
     def GetStore(self, request: pb.GetStoreRequest, context: grpc.ServicerContext) -> pb.GetStoreResponse:  # noqa: N802
@@ -96,4 +107,8 @@ class Scripted(pb_grpc.TagStoreServicer):
         info = pb.StoreInfo(
             store=request.store, version=request.version or 1, fingerprint=fingerprint, index="{}"
         )
-        return pb.GetStoreResponse(store=info)
+        return self._tampered(pb.GetStoreResponse(store=info))
+
+    def _tampered(self, response: Any) -> Any:
+        self.tamper(response)
+        return response

@@ -20,21 +20,23 @@ import faiss
 import numpy as np
 import pytest
 import zstandard
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.rsa import generate_private_key
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 from tagstore.bundles import BundleInfo, export, import_, importing, inspect
-from tagstore.bundles.archive import MAX_WINDOW, ArchiveWriter
+from tagstore.bundles.archive import MAX_LINE, MAX_WINDOW, ArchiveWriter
 from tagstore.client import connect
 from tagstore.errors import AlreadyExists, Busy, Damaged, InvalidInput, NotFound, TagstoreError
 from tagstore.indexing import faiss_index
 from tagstore.mining import MergedTag
+from tagstore.storage import checksums
 from tagstore.storage.rows import block_key
 from tagstore.storage.staging import Draft
 from tagstore.storage.store import Store, store_names
 from tagstore.storage.writer import Writer
 from tagstore.types import Fingerprint
+from tagstore.upkeep.compact import compact
 from tagstore.upkeep.verify import verify
 
 D = 16
@@ -438,6 +440,13 @@ BAD = {
     "NaN": (text(b"0.1", b"NaN"), "no JSON that can be read"),
     "a number of many digits": (text(b"0.1", b"1" * 5000), "no JSON that can be read"),
     "a deep nest": (text(b"0.1", b"[" * 99999 + b"]" * 99999), "no JSON|too deep"),
+    "a nest that is too deep for a walk": (
+        text(b"0.1", b"[" * 900 + b"]" * 900),
+        "entries.jsonl, line 1 .*more than 128 levels",
+    ),
+    "a name twice": (text(b'"captions"', b'"key":"k0","captions"'), "line 1 .*'key' is there twice"),
+    "a name twice in metadata": (text(b'{"n":1,', b'{"n":1,"n":2,'), "'n' is there twice in one object"),
+    "a number that is infinite": (text(b"0.1", b"1e999"), "line 1 .*1e999 is more than a number can hold"),
     "no end of line": (
         lambda f: f.update({"entries.jsonl": f["entries.jsonl"][:-1]}),
         "does not end with the end of a line",
@@ -472,6 +481,13 @@ def test_records_that_no_store_would_write_are_refused(small: Path, tmp_path: Pa
     refused(tmp_path / "root", packed(tmp_path / "bad", files), InvalidInput, message)
 
 
+def nested(levels: int) -> dict:
+    value: dict = {}
+    for _ in range(levels - 1):
+        value = {"a": value}
+    return value
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -494,6 +510,9 @@ def test_records_that_no_store_would_write_are_refused(small: Path, tmp_path: Pa
         (lambda m: m["files"]["entries.jsonl"].update(bytes=1 << 60), r"needs \d+ bytes in .* are free"),
         (lambda m: m["files"].update({"../x": {"bytes": 1, "sha256": "0" * 64}}), "'files' is not"),
         (lambda m: m.update(store="../up"), "no name for a store"),
+        (lambda m: m.update(miner=nested(900)), "manifest.json .*more than 128 levels"),
+        (lambda m: m.update(sources=[nested(900)]), "manifest.json .*more than 128 levels"),
+        (lambda m: m["fingerprint"].update(preprocess=nested(900)), "manifest.json .*more than 128 levels"),
     ],
 )
 def test_a_manifest_that_contradicts_itself_is_refused(
@@ -516,6 +535,81 @@ def test_content_that_does_not_fit_its_checksum_is_damage_even_if_it_makes_no_se
         for content in (files, {**files, name: b"\xff" * len(files[name])}):
             bad = packed(tmp_path / "bad", content, wrong)
             refused(tmp_path / "root", bad, Damaged, f"{name} does not fit the checksum")
+
+
+def test_json_of_as_many_levels_as_are_allowed_passes_through(small: Path, tmp_path: Path):
+    bundle = packed(tmp_path / "deep", unpacked(small), lambda m: m.update(miner=nested(127)))
+    import_(tmp_path, bundle)
+    assert export(tmp_path, "toy", tmp_path / "again").miner == nested(127)
+    assert import_(tmp_path, tmp_path / "again", store="other").miner == nested(127)
+
+
+@pytest.mark.parametrize("size", [MAX_LINE, MAX_LINE + (1 << 20), MAX_LINE + 1])
+def test_a_line_of_more_than_16_mib_is_refused_wherever_its_end_lies(small: Path, tmp_path: Path, size: int):
+    files = unpacked(small)
+    first, *rest = files["entries.jsonl"].splitlines(keepends=True)
+    files["entries.jsonl"] = first.replace(b"{", b"{" + b" " * (size - len(first)), 1)
+    files["entries.jsonl"] += b"".join(rest)
+    bad = packed(tmp_path / "bad", files)
+    if size == MAX_LINE:
+        assert import_(tmp_path / "root", bad).number == 2
+    else:
+        (tmp_path / "root").mkdir()
+        refused(tmp_path / "root", bad, InvalidInput, "entries.jsonl has a line of more than 16777216 bytes")
+
+
+SMALL_ORDER = {
+    "zeros": bytes(32),
+    "zeros with a sign": bytes(31) + b"\x80",
+    "the neutral point": b"\1" + bytes(31),
+    "order 2": b"\xec" + b"\xff" * 30 + b"\x7f",
+    "order 8": bytes.fromhex("26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05"),
+    "order 8, the other": bytes.fromhex("c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac037a"),
+    "zero, written as the prime": b"\xed" + b"\xff" * 30 + b"\x7f",
+}
+
+
+@pytest.mark.parametrize("name", SMALL_ORDER)
+def test_a_key_for_which_anybody_can_sign_is_refused(small: Path, tmp_path: Path, name: str):
+    public = SMALL_ORDER[name]
+    content = unpacked(small)
+    files = {"manifest.json": content.pop("manifest.json"), "manifest.sig": bytes(64), **content}
+    forged = packed(tmp_path / "forged", files, lambda m: m.update(signer=public.hex()))
+    (tmp_path / "root").mkdir()
+    refused(tmp_path / "root", forged, InvalidInput, "belongs to nobody: anybody can sign for it")
+    key = Ed25519PublicKey.from_public_bytes(public)
+    (tmp_path / "key.pub").write_bytes(key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    refused(tmp_path / "root", small, InvalidInput, "belongs to nobody", key=tmp_path / "key.pub")
+
+
+def test_ids_that_no_record_has_take_no_time(tmp_path: Path, monkeypatch):
+    """Rows are hashed where there are some: 2^24 ids of 1,024 dimensions would be 34 GB of zeros."""
+    put(tmp_path / "a", [draft(i, [f"Tag {i}"]) for i in range(9)], unit(0, 9))
+    export(tmp_path / "a", "toy", tmp_path / "small")
+    files = unpacked(tmp_path / "small")
+    ids = [0, 1, 254, 255, 999, 1 << 20, (1 << 20) + 1, 1 << 22, (1 << 24) - 10_000]
+    lines(lambda e: [x.update(id=i) for x, i in zip(e, ids, strict=True)])(files)
+    ends = {"next_entry_id": 1 << 24, "next_tag_id": 1 << 24}
+    hashed = []
+    checksum = checksums._checksum
+    monkeypatch.setattr(checksums, "_checksum", lambda *args: hashed.append(args[1:]) or checksum(*args))
+    import_(tmp_path, packed(tmp_path / "sparse", files, lambda m: m.update(ends)))
+    assert sum(end - first for name, _, first, end in hashed if name == "vectors") <= len(ids) * 255
+    assert sum(end - first for name, _, first, end in hashed if name == "embeddings") <= 255
+    hashed.clear()
+    put(tmp_path, [draft(100, ["Tag 3", "New"])], unit(1, 1), range(1))
+    compact(tmp_path, "toy")
+    put(tmp_path, [], unit(0, 0), range(255, 256))
+    put(tmp_path, [draft(101, ["Tag 3", "Newer"])], unit(2, 1))
+    assert sum(end - first for name, _, first, end in hashed if name == "vectors") < 20_000
+    assert verify(tmp_path, "toy", full=True) == []
+    store = Store(tmp_path, "toy")
+    assert len(store.versions()) == 5
+    with store.env.begin() as txn:
+        row = bytes(txn.get(block_key(0, (1 << 20) // 255), db=store.db["vectors"]))
+    with Writer(tmp_path, "toy") as writer, writer.env.begin(write=True) as txn:
+        txn.put(block_key(0, (1 << 20) // 255), row[:-2] + b"\0\0", db=writer.db["vectors"])
+    assert any("vectors" in problem.what for problem in verify(tmp_path, "toy"))
 
 
 def test_a_bomb_is_refused_in_bounded_memory(small: Path, tmp_path: Path):
@@ -636,6 +730,15 @@ def test_a_damaged_store_is_not_exported(tmp_path: Path):
     with pytest.raises(Damaged, match="vectors 0 to 0 of store 'toy' are not what version 1 committed"):
         export(tmp_path, "toy", tmp_path / "b")
     assert not (tmp_path / "b").exists()
+
+
+def test_a_store_of_very_many_sources_names_the_newest(tmp_path: Path, monkeypatch):
+    for i in range(5):
+        put(tmp_path, [draft(i, ["Tag"])], unit(i, 1), source={"stream": f"{i}" * 100})
+    monkeypatch.setattr("tagstore.bundles.exporting.MAX_ORIGINS_BYTES", 250)
+    info = export(tmp_path, "toy", tmp_path / "b")
+    assert info.sources == [{"stream": "3" * 100}, {"stream": "4" * 100}]
+    assert import_(tmp_path, tmp_path / "b", store="again").entries == 5
 
 
 def test_what_json_cannot_hold_is_named(tmp_path: Path):

@@ -59,6 +59,29 @@ def size(root: Path) -> int:
     return sum(p.stat().st_size for p in (root / "toy").rglob("*") if p.is_file())
 
 
+def test_a_small_store_does_not_grow_by_compaction(tmp_path: Path):
+    put(tmp_path, names("a", 2000))
+    expected, before = answers(tmp_path), size(tmp_path)
+    for keep in (2, 2, None, 1):
+        compact(tmp_path, "toy", keep=keep)
+        assert size(tmp_path) <= before + 8192  # a second version's record and pages; not a second index
+        assert answers(tmp_path) == expected
+        assert verify(tmp_path, "toy", full=True) == []
+    delete(tmp_path, "toy", Selection(keys=names("a", 100)))
+    assert compact(tmp_path, "toy", keep=2).index["files"][0]["rows"] == 1900
+
+
+def test_an_index_file_that_was_changed_is_not_taken_into_the_new_version(tmp_path: Path):
+    put(tmp_path, names("a", 300))
+    [about] = Store(tmp_path, "toy").snapshot().version.index["files"]
+    path = Store(tmp_path, "toy").index_directory / about["file"]
+    data = bytearray(path.read_bytes())
+    data[-50] ^= 1
+    path.write_bytes(data)
+    compact(tmp_path, "toy", keep=1)
+    assert verify(tmp_path, "toy", full=True) == []
+
+
 def test_compaction_keeps_every_answer_and_reclaims_space(tmp_path: Path):
     put(tmp_path, names("a", 800))
     put(tmp_path, names("b", 300), seed=1)

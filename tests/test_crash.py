@@ -18,13 +18,14 @@ from tagstore.storage.store import Store
 from tagstore.upkeep.verify import verify
 
 
-def test_nothing_acknowledged_is_lost_in_30_deaths(tmp_path: Path):
+@pytest.mark.parametrize("deaths", [12, pytest.param(300, marks=pytest.mark.matrix)])
+def test_nothing_acknowledged_is_lost_whenever_a_process_dies(tmp_path: Path, deaths: int):
     ways = crash.WAYS if shutil.which("cc") else ("clock",)
-    figures = crash.Harness(tmp_path, seed=20_240, ways=ways, rounds_per_store=10).run(30)
+    figures = crash.Harness(tmp_path, seed=20_240, ways=ways, rounds_per_store=10).run(deaths)
     assert figures.lost == []
-    assert sum(figures.ends.values()) == figures.checks - sum(figures.refused.values()) == 30
-    assert sum(figures.acknowledged.values()) > 20
-    assert sum(figures.in_flight.values()) > 10
+    assert sum(figures.ends.values()) == figures.checks - sum(figures.refused.values()) == deaths
+    assert sum(figures.acknowledged.values()) > deaths // 2
+    assert sum(figures.in_flight.values()) > deaths // 4
 
 
 @pytest.mark.skipif(not shutil.which("cc"), reason="needs a C compiler, to build what makes writes fail")

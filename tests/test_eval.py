@@ -12,16 +12,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from pictures import picture
+from tagstore.cli import cli as tagstore
 from tagstore.errors import InvalidInput, NotFound, Unavailable
 from tuna_model.evaluation import Question, TaskAnswer, TaskOptions, evaluate, load_task
+from tuna_model.evaluation.answerer import PipelineAnswerer
+from tuna_model.evaluation.audit import audit
 from tuna_model.evaluation.bootstrap import mean, metric
 from tuna_model.evaluation.captions import caption_metrics, tokenise
 from tuna_model.evaluation.chair import Synonyms, chair, present
 from tuna_model.evaluation.judge import OpenAIJudge, parse_marks
 from tuna_model.evaluation.vqa import normalise, vqa_accuracy
 from tuna_model.evaluation.yes_no import is_yes, mme, pope, says_neither
+from tuna_model.inference.pipeline import Pipeline
+from tuna_model.processing.tags import TagLookup
 
 
 def values(metrics):
@@ -287,6 +293,85 @@ def test_errors_say_which_line(files: Path):
         load_task("pope", TaskOptions(files / "bench.jsonl"))
     with pytest.raises(InvalidInput, match="synonym list"):
         load_task("chair", TaskOptions(files / "captions.jsonl"))
+
+
+# the leak guard
+
+
+@pytest.fixture(scope="module")
+def own_images(tmp_path_factory) -> Path:
+    """Questions about pictures that are in the store of shapes: bytes, other bytes, other names."""
+    folder = tmp_path_factory.mktemp("own")
+    lines = []
+    for name, data in (
+        ("red-circle", picture("red", "circle")),  # the store's file under its name
+        ("copy", picture("blue", "square")),
+        ("green-triangle", picture("green", "triangle", size=97)),  # a copy that was scaled
+    ):
+        (folder / f"{name}.png").write_bytes(data)
+        lines.append({"question_id": name, "image": f"{name}.png", "text": "Red?", "label": "yes"})
+    (folder / "q.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder / "q.jsonl"
+
+
+class Listener(TagLookup):
+    """A lookup that keeps the keys of the neighbours."""
+
+    def detailed(self, *args, **options):
+        answers = super().detailed(*args, **options)
+        self.keys = [[neighbour.key for neighbour in answer.neighbours] for _, answer in answers]
+        return answers
+
+
+@pytest.mark.parametrize("guarded", [True, False])
+def test_a_store_with_exclude_self_does_not_show_the_test_image(
+    guarded: bool, own_images: Path, shapes_root: Path, server_address: str
+):
+    own = {"red-circle", "blue-square", "green-triangle"}
+    task = load_task("pope", TaskOptions(own_images))
+    for place in (f"file://{shapes_root}", f"grpc://{server_address}"):
+        tuna = Pipeline.load("tiny", store=f"{place}/shapes" + ("?exclude=self" if guarded else ""))
+        tuna.lookup = Listener(tuna.source, k=3)
+        with tuna.source:
+            evaluate(task, PipelineAnswerer(tuna))
+            evaluated = tuna.lookup.keys
+            audit(task, PipelineAnswerer(tuna), tuna.source)
+        for keys in (evaluated, tuna.lookup.keys):
+            assert [len(some) for some in keys] == [3, 3, 3]
+            leaks = [bool(own & {some[0]}) for some in keys]
+            assert leaks == [not guarded] * 3
+        assert evaluated == tuna.lookup.keys
+
+
+def test_keys_of_questions_are_those_of_a_store_of_the_same_images(own_images: Path):
+    def keys(name: str, **options) -> list[str]:
+        task = load_task(name, TaskOptions(own_images.parent / "keys.jsonl", **options))
+        return [question.picture()[1].key for question in task.questions]
+
+    line = {"image": "copy.png", "text": "Red?", "label": "yes"}
+    lines = [line, {**line, "key": "shop/7"}, {**line, "id": 8}]
+    (own_images.parent / "keys.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert keys("pope") == ["copy", "shop/7", "8"]
+    lines = [{"image": "copy.png", "captions": ["a red square"]}]
+    (own_images.parent / "keys.jsonl").write_text(json.dumps(lines[0]) + "\n")
+    assert keys("captions") == ["copy"]
+
+
+def test_a_recorded_map_of_the_questions_gives_the_stores_tags(
+    own_images: Path, shapes_root: Path, tmp_path: Path
+):
+    url = f"file://{shapes_root}/shapes@1?k=5&exclude=self"
+    command = ["record", url, str(own_images), "--images", str(own_images.parent), "--out"]
+    result = CliRunner().invoke(tagstore, [*command, str(tmp_path / "map")], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    task = load_task("pope", TaskOptions(own_images))
+    given = []
+    for store in (url, f"replay://{tmp_path / 'map'}"):
+        tuna = Pipeline.load("tiny", store=store)
+        with tuna.source:
+            given.append(PipelineAnswerer(tuna).answer(task.questions, max_new_tokens=2))
+    assert given[0] == given[1]
+    assert all(answer.tags for answer in given[0])
 
 
 # the judge

@@ -78,7 +78,8 @@ def test_ingests_wait_for_room_and_give_it_back_also_when_they_break(
 
     try:
         with administer(f"grpc://{server.address}/new") as admin:
-            assert admin.ingest(iter(some), encoder="mini").added == 40
+            refused = Pair("", some[0].image, ("A caption.",))
+            assert admin.ingest(iter([refused, *some]), encoder="mini").added == 40
             with pytest.raises(OSError, match="the source is gone"):
                 admin.ingest(broken())
     finally:

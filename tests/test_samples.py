@@ -86,7 +86,7 @@ def test_a_recorded_map_holds_every_sample_that_training_asks_for(
         with connect(url) as source:
             lookup = TagLookup(source, k=3)
             fingerprint = model.config.encoder_digest
-            feed = TagFeed(source, lookup, recipe, fingerprint=fingerprint, seed=0)
+            feed = TagFeed({"": lookup}, recipe, fingerprint=fingerprint, seed=0)
             tags = [tags.texts for tags in feed(images(range(len(samples))), rows, 0)]
             assert lookup.degraded == 0
             return tags

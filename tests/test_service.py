@@ -114,8 +114,9 @@ def test_what_is_no_image_is_refused_and_named_by_its_place(remote, local, data:
 
 def test_unknown_stores_versions_and_tags_are_not_found(server_address: str, remote, local) -> None:
     for source in (remote, local):
-        with pytest.raises(errors.NotFound, match="no tag 99999"):
-            source.tags([99999])
+        for embeddings in (False, True):
+            with pytest.raises(errors.NotFound, match="no tag 99999"):
+                source.tags([99999], embeddings=embeddings)
     for url, message in (
         ("nope", "those there are: shapes"),
         ("shapes@7", "its current one is 1"),

@@ -82,7 +82,8 @@ def _hammer(root: str, seed: int, pipe: Connection, progress: SynchronizedArray[
         pipe.send(f"{type(error).__name__}: {error}")
 
 
-def test_four_readers_hammer_while_200_versions_are_committed(tmp_path: Path):
+@pytest.mark.parametrize("versions", [60, pytest.param(200, marks=pytest.mark.matrix)])
+def test_four_readers_hammer_while_versions_are_committed(tmp_path: Path, versions: int):
     _write(tmp_path, 1)
     pipes, children, progress = [], [], SPAWN.Array("q", 4)
     for seed in range(4):
@@ -93,8 +94,8 @@ def test_four_readers_hammer_while_200_versions_are_committed(tmp_path: Path):
         children.append(child)
     assert [pipe.recv() for pipe in pipes] == ["ready"] * 4
     number = 1
-    for number in range(2, 201):
-        if number in (60, 120, 180):
+    for number in range(2, versions + 1):
+        if number % 50 == 0:
             compact(tmp_path, crash.NAME)
         else:
             _write(tmp_path, number)
@@ -108,8 +109,8 @@ def test_four_readers_hammer_while_200_versions_are_committed(tmp_path: Path):
     for child in children:
         child.join()
     assert all(isinstance(answer, tuple) for answer in answers), answers
-    assert Store(tmp_path, crash.NAME).state()["current"] == 200
-    assert all(reads >= 10 and versions >= 5 for reads, versions in answers), answers
+    assert Store(tmp_path, crash.NAME).state()["current"] == versions
+    assert all(reads >= 3 and seen >= versions // 20 for reads, seen in answers), answers
 
 
 def _hold(root: str, transactions: int, pipe: Connection) -> None:

@@ -14,6 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from lmdb.verify import verify as verify_pages
 
 import crash
 from tagstore.errors import Damaged
@@ -101,12 +102,15 @@ def test_a_sound_store_is_sound_and_its_records_digest_is_stable(sound: Path, tm
     assert len(first[1]) == 64
 
 
-def test_a_bit_flipped_in_the_database_is_found_or_stood_where_nothing_is(sound: Path, tmp_path: Path):
+@pytest.mark.parametrize("flips", [40, pytest.param(1000, marks=pytest.mark.matrix)])
+def test_a_bit_flipped_in_the_database_is_found_or_stood_where_nothing_is(
+    sound: Path, tmp_path: Path, flips: int
+):
     root = _copy(sound, tmp_path / "root")
     [database] = root.glob("*/db-*/data.mdb")
     data, expected = database.read_bytes(), _look(root)[1]
     rng, outcome = random.Random(9), Counter()
-    for _ in range(100):
+    for _ in range(flips):
         bit = rng.randrange(len(data) * 8)
         _flipped(database, bit)
         problems, records = _look(root)
@@ -120,7 +124,7 @@ def test_a_bit_flipped_in_the_database_is_found_or_stood_where_nothing_is(sound:
         ] += 1
         database.write_bytes(data)
     assert set(outcome) == {"found", "nothing there"}, outcome
-    assert outcome["found"] > 20
+    assert outcome["found"] > flips // 5
 
 
 def test_a_bit_flipped_in_a_record_is_found_in_every_table(sound: Path, tmp_path: Path):
@@ -181,7 +185,7 @@ def test_verify_reads_in_a_process_of_its_own_and_says_the_same(sound: Path, tmp
     assert verify(root, crash.NAME, full=True) == []
 
 
-@pytest.mark.parametrize("share", [0.9, 0.5, 0.02])
+@pytest.mark.parametrize("share", [0.5, 0.02])
 @pytest.mark.parametrize("name", ["index", "database"])
 def test_a_file_that_was_cut_off_is_damage(tmp_path: Path, sound: Path, name: str, share: float) -> None:
     root = Path(shutil.copytree(sound, tmp_path / "root"))
@@ -194,6 +198,22 @@ def test_a_file_that_was_cut_off_is_damage(tmp_path: Path, sound: Path, name: st
     with pytest.raises(Damaged, match=r"cut off"):
         Catalog(root, device="cpu").engine(crash.NAME)
     assert [problem for problem in verify(root, crash.NAME) if str(path) in problem.file]
+
+
+def test_a_database_cut_off_within_its_last_page_in_use_is_damage(tmp_path: Path, sound: Path) -> None:
+    root = Path(shutil.copytree(sound, tmp_path / "root"))
+    [path] = (root / crash.NAME).glob("db-*/data.mdb")
+    before, page = _look(root), 4096
+    cuts = range(path.stat().st_size // page * page, 0, -page)
+    # LMDB's own check, on a file that ends with a page
+    last = next(end for end in cuts if os.truncate(path, end) or verify_pages(str(path)))
+    for end, damaged in ((last + page, False), (last + page - 16, True)):
+        shutil.copytree(sound, root, dirs_exist_ok=True)
+        os.truncate(path, end)
+        if damaged:  # the rest of the page would read as zeros
+            assert "cut off" in _look(root)[0][0]
+        else:
+            assert _look(root) == before
 
 
 def test_a_database_without_its_last_free_pages_is_sound(tmp_path: Path) -> None:

@@ -16,9 +16,13 @@ import torch
 from captioned import write_llava
 from pictures import picture
 from tagstore.errors import Damaged, FingerprintMismatch, InvalidInput, NotFound, Unavailable
+from tuna_model import presets
+from tuna_model.modeling.lora import add_updates
+from tuna_model.presets.trained import read_trained
 from tuna_model.training import checkpoint
 from tuna_model.training.recipe import Recipe
-from tuna_model.training.train import train
+from tuna_model.training.runs import export, load_run
+from tuna_model.training.train import Diverged, train
 
 WORKER = Path(__file__).with_name("training.py")
 
@@ -190,3 +194,57 @@ def test_what_half_a_save_left_is_swept(place: Path, whole: Path):
     (out / ".step-000004.123").mkdir()
     checkpoint.prune(out, 2)
     assert sorted(path.name for path in out.iterdir()) == ["step-000002", "step-000003"]
+
+
+def test_stores_are_mixed_as_the_samples_say(place: Path, shapes_root: Path, tmp_path: Path):
+    """Each sample's field `store` stands in the URL; a sample without one is refused, an empty one gets no
+    tags."""
+    records = json.loads((place / "data" / "data.json").read_text())[:16]
+    stores = ["shapes", "other", "", "shapes"]
+    shutil.copytree(shapes_root / "shapes", tmp_path / "root" / "shapes")
+    shutil.copytree(shapes_root / "shapes", tmp_path / "root" / "other")
+    data = place / "data" / "mixed.json"
+    data.write_text(json.dumps([r | {"store": stores[i % 4]} for i, r in enumerate(records)]))
+    fields = {"path": str(data), "template": "plain"}
+    tags = {"store": f"file://{tmp_path}/root/{{store}}"}
+    recipe = recipe_of(place, "mixed", steps=2, batch_size=8, tags=tags, data=fields)
+    last = train(recipe)
+    assert checkpoint.read(last).store.store == "other@1+shapes@1"
+    lines = [json.loads(line) for line in (place / "mixed" / "log.jsonl").read_text().splitlines()]
+    assert all(line["tags"] > 0 for line in lines)
+    assert load_run(last)[0].config.store == ""  # it is for any store
+    data.write_text(json.dumps(records))
+    with pytest.raises(InvalidInput, match="no field 'store'"):
+        train(recipe_of(place, "unsaid", tags=tags, data=fields))
+
+
+def test_low_rank_updates_travel_in_the_small_file(place: Path, tmp_path: Path):
+    rates = {"connector": 3e-2, "language_model": 3e-2}
+    last = train(
+        recipe_of(
+            place, "updates", steps=3, rates=rates, lora={"rank": 2, "targets": ["q_proj", "down_proj"]}
+        )
+    )
+    merged, file = load_run(last)[0], export(last, tmp_path / "t.safetensors")
+    learnt = read_trained(file)
+    fresh = presets.load("tiny")[0]
+    before = fresh.language_model.model.layers[0].mlp.down_proj.weight.clone()
+    add_updates(fresh, learnt.updates, learnt.scale)
+    layers = [model.language_model.model.layers[0] for model in (fresh, merged)]
+    assert not torch.allclose(layers[0].mlp.down_proj.weight, before, atol=1e-3)
+    for name in ("self_attn.q_proj", "mlp.down_proj"):
+        ours, theirs = (layer.get_submodule(name).weight for layer in layers)
+        torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)  # the file is float16
+    updates = {name: tensor for name, tensor in learnt.updates.items() if not name.endswith("lora_B")}
+    with pytest.raises(Damaged, match=r"q_proj|down_proj"):
+        add_updates(fresh, updates, learnt.scale)
+
+
+def test_a_run_whose_loss_is_not_finite_ends_and_keeps_what_it_had(place: Path):
+    rates = {"connector": 1e30, "tag_encoder": 1e30, "language_model": 1e30}
+    recipe = recipe_of(place, "diverged", rates=rates, steps=20, save_every=1, warmup=1, clip=0.0)
+    with pytest.raises(Diverged, match="lower the rates"):
+        train(recipe)
+    last = checkpoint.latest(place / "diverged")
+    assert last is not None
+    assert checkpoint.read(last).step < 20

@@ -140,7 +140,7 @@ def feed_of(root: Path, tiny, **recipe):
     source = connect(f"file://{root}/shapes")
     tags = TagRecipe(f"file://{root}/shapes", **recipe)
     digest = model.config.encoder_digest
-    return source, TagFeed(source, TagLookup(source, k=3), tags, fingerprint=digest, seed=0)
+    return source, TagFeed({"": TagLookup(source, k=3)}, tags, fingerprint=digest, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +229,7 @@ def test_captions_in_the_place_of_tags(shapes_root: Path, tiny, shapes_features)
         recipe = TagRecipe(content="captions")
         lookup = TagLookup(source, k=3)
         digest = model.config.encoder_digest
-        feed = TagFeed(source, lookup, recipe, fingerprint=digest, seed=0, captions=captions)
+        feed = TagFeed({"": lookup}, recipe, fingerprint=digest, seed=0, captions=captions)
         texts = feed.captions(features, range(18), 0)
         assert any("a red square" in text for text in texts)
         assert texts == feed.captions(features, range(18), 0)
@@ -238,7 +238,7 @@ def test_captions_in_the_place_of_tags(shapes_root: Path, tiny, shapes_features)
     assert "<image>" in text
     assert text.index("a red circle") < text.index("What?")
     with pytest.raises(InvalidInput, match=r"tags\.captions"):
-        TagFeed(source, lookup, recipe, fingerprint="", seed=0)
+        TagFeed({"": lookup}, recipe, fingerprint="", seed=0)
 
 
 # labels

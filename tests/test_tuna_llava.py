@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from transformers import (
 
 from clip import write_clip
 from tagstore.encoding.encoder import load_encoder
-from tagstore.errors import FingerprintMismatch, InvalidInput
+from tagstore.errors import Damaged, FingerprintMismatch, InvalidInput
 from tuna_model import ImageTags, TunaForConditionalGeneration, presets
 
 WIDTH = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -157,6 +158,92 @@ def test_llavas_that_cannot_be_read_are_refused(clip: str, tmp_path: Path):
         with pytest.raises(InvalidInput, match="one layer with 'default'"):
             TunaForConditionalGeneration.from_pretrained(tmp_path)
     shutil.rmtree(tmp_path)
+
+
+def rewrite(directory: Path, rename) -> None:
+    """Give the weights of a directory other names; those for which `rename` gives "" are left out."""
+    from safetensors.torch import load_file, save_file
+
+    file = directory / "model.safetensors"
+    weights = {rename(name): tensor for name, tensor in load_file(file).items()}
+    weights.pop("", None)
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+def originally(name: str) -> str:
+    """The name of a hub's weight in LLaVA's original layout, which has no tower."""
+    for ours, theirs in (
+        ("multi_modal_projector.linear_1.", "model.mm_projector.0."),
+        ("multi_modal_projector.linear_2.", "model.mm_projector.2."),
+        ("vision_tower.", ""),
+        ("language_model.", ""),
+    ):
+        if name.startswith(ours):
+            return theirs + name.removeprefix(ours) if theirs or "language" in ours else ""
+    return name
+
+
+def test_weights_in_llavas_original_layout_are_refused_by_name(clip: str, tmp_path: Path):
+    write_llava(tmp_path, "llama", clip)
+    rewrite(tmp_path, originally)
+    for load in (TunaForConditionalGeneration.from_pretrained, presets.load, presets.load_llava):
+        with pytest.raises(InvalidInput, match=r"original layout .* llava-hf/llava-1\.5-7b-hf"):
+            load(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["llava", "llava_llama"])
+def test_a_configuration_of_llavas_original_layout_is_refused_before_its_weights_are_read(
+    kind: str, tmp_path: Path
+):
+    config = {
+        "model_type": kind, "mm_vision_tower": "openai/clip-vit-large-patch14-336", "hidden_size": 4096,
+        "mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for load in (TunaForConditionalGeneration.from_pretrained, presets.load, presets.load_llava):
+        with pytest.raises(InvalidInput, match="original layout"):
+            load(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "missing",
+    [
+        "multi_modal_projector.linear_2.bias",
+        "language_model.model.layers.1.mlp.up_proj.weight",
+        "language_model.lm_head.weight",
+        "vision_tower.embeddings.patch_embedding.weight",
+    ],
+)
+def test_only_the_tag_path_may_be_missing(missing: str, clip: str, tmp_path: Path):
+    llava = tmp_path / "llava"
+    write_llava(llava, "llama", clip)
+    model, _ = presets.load_llava(str(llava))  # without a tag path
+    model.save_pretrained(tmp_path / "tuna")
+    for folder in (llava, tmp_path / "tuna"):
+        before = (folder / "model.safetensors").stat().st_size
+        rewrite(folder, lambda name: "" if name == missing else name)
+        assert (folder / "model.safetensors").stat().st_size < before
+        with pytest.raises(Damaged, match=rf"lacks {re.escape(missing)}, which would be random"):
+            TunaForConditionalGeneration.from_pretrained(folder)
+    with pytest.raises(Damaged, match="only the tag path"):
+        presets.load(str(llava))
+
+
+def test_many_missing_weights_are_counted(clip: str, tmp_path: Path):
+    write_llava(tmp_path, "llama", clip)
+    rewrite(tmp_path, lambda name: "" if name.startswith("vision_tower.") else name)
+    with pytest.raises(Damaged, match=r"lacks (vision_tower\.\S+, ){2}vision_tower\.\S+ and \d\d more"):
+        TunaForConditionalGeneration.from_pretrained(tmp_path)
+
+
+def test_a_tied_head_is_not_missing(clip: str, tmp_path: Path):
+    model = TunaForConditionalGeneration(
+        presets.tiny_config(text_config=LlamaConfig(**TEXT, num_key_value_heads=2, tie_word_embeddings=True))
+    )
+    model.save_pretrained(tmp_path)
+    again, notes = TunaForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not notes["missing_keys"]
+    assert torch.equal(again.get_output_embeddings().weight, model.get_input_embeddings().weight)
 
 
 def test_a_layer_counted_from_the_front_is_the_same_layer(clip: str, tmp_path: Path):

@@ -222,6 +222,21 @@ def test_weights_scale_the_pair_of_each_tag(coupling: str):
         torch.testing.assert_close(logits, out.logits, atol=1e-5, rtol=1e-4)
 
 
+def test_a_gate_begins_as_nothing():
+    """With a closed gate the decoder reads the words of the tags, and zeros where H_vt stands."""
+    model, processor = small(tag_gate=True, tag_coupling="none")
+    batch = dict(processor(text="<image>?", tags=[tags(4)])) | features(1)
+    with torch.no_grad():
+        closed = model(**batch)
+        assert closed.tag_hidden_states.count_nonzero() == 0
+        model.tag_encoder.gate.fill_(1.0)
+        plain, _ = small(tag_coupling="none")
+        torch.testing.assert_close(model(**batch).logits, plain(**batch).logits)
+    model.tag_encoder.gate.data.zero_()
+    model(**batch, labels=batch["input_ids"]).loss.backward()
+    assert model.tag_encoder.gate.grad.abs() > 0
+
+
 def processor_order(image_tags) -> list[int]:
     """Indices of the tags in the order in which the processor writes them."""
     return sorted(range(len(image_tags)), key=lambda i: -image_tags.relevance[i])
@@ -382,7 +397,7 @@ def test_what_does_not_fit_is_said():
     [
         ({"tag_copling": "multiply"}, "did you mean tag_coupling"),
         ({"tag_coupling": "times"}, "multiply, multiply_max"),
-        ({"connector": "pooled"}, "must divide grid_side"),
+        ({"connector": "pooled"}, "between 1 and 7"),
         ({"tag_queries": "token", "tag_encoder_layers": 0}, "at least 1"),
         ({"feature_layer": 3}, "negative"),
         ({"tag_temperature": 0.0}, "positive"),

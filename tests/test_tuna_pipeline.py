@@ -310,7 +310,7 @@ def test_smol_answers_sanely_without_a_network(monkeypatch, mini, source):
     )
     assert with_tags.finished
     assert with_tags.text.strip()
-    assert with_tags.tags[0].text == "red circle"
+    assert "red circle" in [tag.text for tag in with_tags.tags]
     without, _ = presets.load("smol", tags=False)
     batch = smol.processor(text="<image> What is it?", images=[picture("red", "circle")])
     with torch.no_grad():

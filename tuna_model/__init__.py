@@ -47,7 +47,7 @@ prepare_when_imported()
 
 _HOMES = {
     "ContrastiveLogits": "inference.contrastive",
-    "Answer": "inference.pipeline",
+    "Answer": "inference.answers",
     "Pipeline": "inference.pipeline",
     "ImageTags": "processing.tags",
     "TagLookup": "processing.tags",

@@ -94,8 +94,10 @@ def fuzz(
     messages: int = 0,
     seconds: float = 0.0,
     seed: int = 0,
+    token: str = "",
 ) -> Counter[str]:
     """Send `messages` damaged messages, or for `seconds`; returns the number of calls by status."""
+    metadata = (("authorization", f"Bearer {token}"),) if token else ()
     rng = random.Random(seed)
     valid = valid_messages(store, digest, dimension)
     outcomes: Counter[str] = Counter()
@@ -109,11 +111,11 @@ def fuzz(
             sent += len(batch)
             try:
                 if rng.random() < 0.2:
-                    for _ in streams[rng.choice(STREAMS)](iter(batch), timeout=30):
+                    for _ in streams[rng.choice(STREAMS)](iter(batch), timeout=30, metadata=metadata):
                         outcomes["OK"] += 1
                     continue
                 for data in batch:
-                    calls[rng.choice(list(METHODS))](data, timeout=30)
+                    calls[rng.choice(list(METHODS))](data, timeout=30, metadata=metadata)
                     outcomes["OK"] += 1
             except grpc.RpcError as error:
                 code = error.code().name

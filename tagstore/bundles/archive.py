@@ -29,7 +29,7 @@ LEVEL = 3
 MAX_WINDOW = 8 << 20
 """Bytes of memory that a frame may ask of its reader; what we write asks for 2 MiB."""
 MAX_LINE = 16 << 20
-"""Bytes of a line at most."""
+"""Bytes of a line at most, its end included."""
 PIECE = 1 << 20
 """Bytes read at a time."""
 
@@ -226,9 +226,9 @@ class Member:
         rest = b""
         while data := self.read(PIECE):
             *lines, rest = (rest + data).split(b"\n")
-            yield from lines
-            if len(rest) > MAX_LINE:
+            if max(map(len, (*lines, rest))) >= MAX_LINE:  # with its end
                 raise InvalidInput(f"{self.name} has a line of more than {MAX_LINE} bytes")
+            yield from lines
         if rest:
             raise InvalidInput(f"{self.name} does not end with the end of a line")
 

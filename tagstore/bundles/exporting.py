@@ -38,6 +38,9 @@ from tagstore.storage.store import Store
 from tagstore.storage.version import Version
 from tagstore.types import Vectors
 
+MAX_ORIGINS_BYTES = 1 << 20
+"""Bytes of the sources in a manifest, and of the bundles in it, at most: the newest that fit are named."""
+
 
 def export(
     root: str | Path,
@@ -121,13 +124,23 @@ def _describe(
         version=version.number,
         licence=licence,
         note=note,
-        sources=sources,
-        bundles=bundles,
+        sources=_newest(sources),
+        bundles=_newest(bundles),
         signer=signer,
         images=pictures is not None,
         image_bytes=pictures.size if pictures else 0,
         files=files,
     )
+
+
+def _newest(records: list[Any]) -> list[Any]:
+    """The last of the records whose JSON has at most `MAX_ORIGINS_BYTES` together."""
+    size = 0
+    for n, record in enumerate(reversed(records)):
+        size += len(to_json(record, MANIFEST))
+        if size > MAX_ORIGINS_BYTES:
+            return records[len(records) - n :]
+    return records
 
 
 def _contents(snapshot: Snapshot) -> dict[str, Iterator[bytes]]:

@@ -54,7 +54,7 @@ T = TypeVar("T")
 
 def inspect(path: str | Path) -> BundleInfo:
     """Read the manifest of a bundle, and nothing behind it; no signature is checked."""
-    with _opened(path) as archive:
+    with opened(path) as archive:
         return BundleInfo.from_manifest(archive.small(MANIFEST, MAX_MANIFEST))
 
 
@@ -92,7 +92,7 @@ def import_(
     """
     root = Path(root)
     demanded = public_key(key) if key else ""
-    with _opened(path) as archive:
+    with opened(path) as archive:
         manifest = archive.small(MANIFEST, MAX_MANIFEST)
         info = BundleInfo.from_manifest(manifest)
         _check_signature(archive, info, manifest, demanded)
@@ -100,15 +100,15 @@ def import_(
         with writing(str(root)):
             root.mkdir(parents=True, exist_ok=True)
             _check_room(root, info, max_bytes)
-        with writing(str(root)), _build_folder(root) as build_folder, image_folder(images, info) as pictures:
+        with writing(str(root)), build_folder(root) as folder, image_folder(images, info) as pictures:
             if (root / name).exists():
                 raise AlreadyExists(
                     f"there is a store '{name}' already: import under another name, or drop it first"
                 )
             source = _source(path, info, manifest) | (pictures.source() if pictures else {})
-            _build(build_folder, name, archive, info, source, pictures)
+            _build(folder, name, archive, info, source, pictures)
             archive.end()
-            if problems := verify(build_folder, name, full=True):
+            if problems := verify(folder, name, full=True):
                 raise Damaged(
                     f"the store made of {path} is not sound: {problems[0].what} ({len(problems)} problems); "
                     "nothing was imported"
@@ -116,7 +116,7 @@ def import_(
             if pictures:
                 pictures.finish()
             try:
-                (build_folder / name).rename(root / name)
+                (folder / name).rename(root / name)
             except OSError as error:
                 if pictures:
                     shutil.rmtree(pictures.path)
@@ -150,7 +150,7 @@ def _build(
         with member(EMBEDDINGS) as file:
             _put_rows(writer, "embeddings", writer.tag_ids, file)
         with member(ENTRIES) as file:
-            for entries in _batches(_entries(file, info.next_entry_id)):
+            for entries in _batches(entries_in(file, info.next_entry_id)):
                 with _naming(ENTRIES):
                     writer.put_entries(entries)
             _check_count(ENTRIES, len(writer.entry_ids), info.entries)
@@ -184,7 +184,8 @@ def _naming(file: str) -> Iterator[None]:
         raise InvalidInput(f"{file}: {error}") from None
 
 
-def _entries(member: Member, end: int) -> Iterator[tuple[Entry, int]]:
+def entries_in(member: Member, end: int) -> Iterator[tuple[Entry, int]]:
+    """Yield each entry of a member with the bytes of its line; their ids are below `end`."""
     for value, size, where in _records(member, ENTRY, end):
         if any(last < first for _, _, mentions in value["tags"] for _, first, last in mentions):
             raise InvalidInput(f"{where} has a tag that ends before it starts")
@@ -280,7 +281,8 @@ def _check_signature(archive: ArchiveReader, info: BundleInfo, manifest: bytes, 
 
 
 @contextmanager
-def _opened(path: str | Path) -> Iterator[ArchiveReader]:
+def opened(path: str | Path) -> Iterator[ArchiveReader]:
+    """Open a bundle to read. Raises `NotFound`."""
     try:
         file = Path(path).open("rb")  # noqa: SIM115  closed below
     except OSError as error:
@@ -290,20 +292,20 @@ def _opened(path: str | Path) -> Iterator[ArchiveReader]:
 
 
 @contextmanager
-def _build_folder(root: Path) -> Iterator[Path]:
+def build_folder(root: Path) -> Iterator[Path]:
     """A hidden folder under a root, locked by this process; empty at first, and emptied at the end."""
-    build_folder = root / IMPORTING
-    build_folder.mkdir(exist_ok=True)
+    folder = root / IMPORTING
+    folder.mkdir(exist_ok=True)
     with ExitStack() as stack:
         try:
-            stack.enter_context(writer_lock(build_folder))
+            stack.enter_context(writer_lock(folder))
         except Busy:
             raise Busy(
                 f"another import into {root} is under way: wait for it to end, then try again"
             ) from None
-        stack.callback(_empty, build_folder)
-        _empty(build_folder)
-        yield build_folder
+        stack.callback(_empty, folder)
+        _empty(folder)
+        yield folder
 
 
 def _empty(folder: Path) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,9 @@ _MAX_SPARSITY = 4096
 """Ids per record at most, beyond `_MIN_ID_ROOM`."""
 _MIN_ID_ROOM = 1 << 24
 """Ids that a bundle may span whatever its number of records."""
+
+MAX_DEPTH = 128
+"""Levels of nesting that JSON may have: every part of the code can walk it without running out of stack."""
 
 _WHOLE, _SMALL = range(1 << 62), range(1 << 31)
 _SHA256 = re.compile("[0-9a-f]{64}")
@@ -206,25 +211,68 @@ def fits(value: Any, shape: Any) -> bool:
 
 
 def to_json(value: Mapping[str, Any], what: str) -> bytes:
-    """Encode JSON in one form: UTF-8, sorted names, no spaces. Raises `InvalidInput` for NaN and infinity."""
+    """Encode JSON in one form: UTF-8, sorted names, no spaces.
+
+    Raises `InvalidInput` for what a reader refuses: NaN, infinity, more than `MAX_DEPTH` levels, and half a
+    surrogate pair.
+    """
     try:
-        return json.dumps(
+        data = json.dumps(
             value, ensure_ascii=False, sort_keys=True, separators=(",", ":"), allow_nan=False
         ).encode()
-    except ValueError as error:
+        _check_depth(value, data)
+    except (ValueError, RecursionError) as error:
         raise InvalidInput(f"{what} holds what JSON cannot: {error}") from error
+    return data
 
 
 def from_json(data: bytes, what: str) -> Any:
-    """Decode JSON in strict UTF-8. Raises `InvalidInput`."""
+    """Decode JSON in strict UTF-8: each name once in its object, numbers finite, at most `MAX_DEPTH` levels.
 
-    def refuse(name: str) -> None:
-        raise ValueError(f"{name} is no JSON")
-
+    Raises `InvalidInput`.
+    """
     try:
-        value = json.loads(data.decode(), parse_constant=refuse)
+        value = json.loads(
+            data.decode(), parse_constant=_refused, parse_float=_finite, object_pairs_hook=_named_once
+        )
+        _check_depth(value, data)
         if b"\\u" in data:
             json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
     except (ValueError, RecursionError) as error:
         raise InvalidInput(f"{what} is no JSON that can be read: {str(error)[:200]}") from error
     return value
+
+
+def _refused(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
+
+
+def _finite(text: str) -> float:
+    if not isfinite(number := float(text)):
+        raise ValueError(f"{text[:40]} is more than a number can hold")
+    return number
+
+
+def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        twice = next(name for name, n in Counter(name for name, _ in pairs).items() if n > 1)
+        raise ValueError(f"the name '{twice[:100]}' is there twice in one object")
+    return value
+
+
+def _check_depth(value: Any, data: bytes) -> None:
+    """Raises `ValueError` if a value, whose JSON is `data`, has more than `MAX_DEPTH` levels."""
+    if data.count(b"[") + data.count(b"{") <= MAX_DEPTH:
+        return
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        level = [
+            item
+            for parent in level
+            for item in (parent.values() if isinstance(parent, Mapping) else parent)
+            if isinstance(item, list | tuple | Mapping)
+        ]
+        if not level:
+            return
+    raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep")

@@ -14,6 +14,9 @@ from tagstore.errors import Damaged, InvalidInput, NotFound
 
 BYTES = 64
 """Bytes of a signature."""
+_PRIME = 2**255 - 19
+_CURVE = -121665 * pow(121666, -1, _PRIME)
+"""d of the curve -x² + y² = 1 + d x² y² (RFC 8032, section 5.1)."""
 
 
 class Signer:
@@ -37,17 +40,39 @@ def public_key(path: str | Path) -> str:
     key = _pem(Path(path), load_pem_public_key, "public")
     if not isinstance(key, Ed25519PublicKey):
         raise InvalidInput(f"{path} holds a public key of another kind than Ed25519")
-    return key.public_bytes_raw().hex()
+    public = key.public_bytes_raw().hex()
+    _check_strong(public)
+    return public
 
 
 def check(data: bytes, signature: bytes, public: str) -> None:
-    """Raises `Damaged` unless the owner of a public key (hex) signed the data."""
+    """Raises `Damaged` unless the owner of a public key (hex) signed the data.
+
+    Raises `InvalidInput` for a key for which anybody can sign.
+    """
+    _check_strong(public)
     try:
         Ed25519PublicKey.from_public_bytes(bytes.fromhex(public)).verify(signature, data)
     except InvalidSignature:
         raise Damaged(
             f"the signature is not one of this manifest by {public}: do not trust the bundle"
         ) from None
+
+
+def _check_strong(public: str) -> None:
+    """Raises `InvalidInput` for a point of small order, such as 32 zeros.
+
+    Signatures for such a key can be made by anybody. A point (x, y) has an order of 8 or less exactly if
+    y (y² - 1) (d y⁴ + 2 y² - 1) = 0: the factors are those of order 4, of orders 1 and 2, and of order 8,
+    where twice the point has y = 0.
+    """
+    y = int.from_bytes(bytes.fromhex(public), "little") & ~(1 << 255)  # without the sign of x
+    square = y * y
+    if y >= _PRIME or y * (square - 1) * (_CURVE * square * square + 2 * square - 1) % _PRIME == 0:
+        raise InvalidInput(
+            f"the public key {public} belongs to nobody: anybody can sign for it, so its signatures prove "
+            "nothing. Get the signer's real key and a bundle signed with it"
+        )
 
 
 def _pem(path: Path, load: Callable[[bytes], Any], what: str) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,11 @@ from tagstore.errors import InvalidInput
 @click.option("--where", multiple=True, metavar="FIELD=VALUE", help="Entries with all of this metadata.")
 @click.option("--purge", is_flag=True, help="Remove their bytes too, and every version that held them.")
 @click.option("--reason", default="", help="Why, for the takedown's record; required with --purge.")
+@click.option(
+    "--everywhere",
+    is_flag=True,
+    help="With --purge: remove their copies from all stores, dropped stores and bundles of the root too.",
+)
 @click.option("--by", default="", help="Who, for the takedown's record; by default the user's name.")
 @options.as_json
 def delete(
@@ -40,16 +47,20 @@ def delete(
     distance: int,
     where: tuple[str, ...],
     purge: bool,
+    everywhere: bool,
     reason: str,
     by: str,
     as_json: bool,
 ) -> None:
     """Make a version without some entries.
 
-    Entries that fit any of the options are deleted.
+    Entries that fit any of the options are deleted. With --purge, copies elsewhere under the root are listed;
+    with --everywhere, or if you agree when asked, they are removed too, bundles as whole files.
     """
     from tagstore.encoding.images import decode, perceptual_hash
 
+    if everywhere and not purge:
+        raise InvalidInput("--everywhere is for a takedown: give --purge and --reason too")
     fields = dict(_field(text) for text in where)
     near = [(perceptual_hash(decode(Path(path).read_bytes())), distance) for path in images]
     version: Any
@@ -66,7 +77,7 @@ def delete(
         root, store, _ = options.local(url)
         selection = Selection(keys, digests, near, fields)
         if purge:
-            _purge(root, store, selection, reason, by, as_json)
+            _purge(root, store, selection, reason, by, everywhere, as_json)
             return
         version, deleted = run(root, store, selection)
     number, entries = version.number, version.entries
@@ -76,12 +87,22 @@ def delete(
         click.echo(f"deleted {len(deleted)} entries: {store}@{number} has {entries}")
 
 
-def _purge(root: str, store: str, selection: Any, reason: str, by: str, as_json: bool) -> None:
-    from tagstore.upkeep.takedown import purge as run
+def _purge(
+    root: str, store: str, selection: Any, reason: str, by: str, everywhere: bool, as_json: bool
+) -> None:
+    from tagstore.bundles.root_takedown import Copy, take_down
+
+    def consent(copies: Sequence[Copy]) -> bool:
+        for copy in copies:
+            keys = ", ".join(copy.keys[:5]) + (", ..." if len(copy.keys) > 5 else "")
+            click.echo(f"{copy.where} holds {len(copy.keys)} the same: {keys}", err=True)
+        if everywhere or as_json or not sys.stdin.isatty():
+            return everywhere
+        return click.confirm("Remove these too? Bundles are deleted as whole files.", err=True)
 
     if not reason:
         raise InvalidInput("a takedown is recorded with its reason: give --reason")
-    takedown = run(root, store, selection, reason=reason, who=by)
+    takedown = take_down(root, store, selection, reason=reason, who=by, consent=consent)
     if as_json:
         click.echo(json.dumps(asdict(takedown)))
         return
@@ -89,6 +110,10 @@ def _purge(root: str, store: str, selection: Any, reason: str, by: str, as_json:
         f"took down {takedown.entries} entries; {store}@{takedown.version} is current, "
         f"versions {takedown.versions_dropped} are gone\n{takedown.proof}"
     )
+    for place in takedown.removed:
+        click.echo(f"removed from {place}")
+    for place in takedown.left:
+        click.echo(f"left: {place}")
 
 
 def _field(text: str) -> tuple[str, str]:

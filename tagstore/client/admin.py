@@ -6,17 +6,18 @@ with administer("grpc://localhost:50051/fashion") as admin:
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar, Unpack
 
 import grpc
 
+from tagstore.client import answer_check
 from tagstore.client.channels import Channels
 from tagstore.client.options import ConnectOptions, Options
 from tagstore.client.urls import Location, locate
 from tagstore.errors import InvalidInput, Unavailable
+from tagstore.readers.pair_check import checked
 from tagstore.types import Fingerprint, Kind, Pair, Rejected, StoreInfo
 from tagstore.wire import convert
 from tagstore.wire.status import error_of, retry_after_of
@@ -136,7 +137,7 @@ class RemoteAdmin:
                 start=pb.IngestStart(store=self._store, encoder=encoder, miner=miner, source=source)
             )
             try:
-                for item in pairs:
+                for item in map(checked, pairs):
                     if isinstance(item, Rejected):
                         yield pb.IngestRequest(
                             rejected=pb.Rejected(key=item.key, reason=item.reason, origin=item.origin)
@@ -200,12 +201,15 @@ class RemoteAdmin:
             if response.progress:
                 progress(response.progress)
             if response.HasField("version"):
-                return _version(response.version), json.loads(response.report)
+                return _version(response.version), convert.object_from_json(
+                    "the report of a build", response.report
+                )
         raise Unavailable(f"the server at {self._address} ended the build without a report")
 
     def load(self) -> StoreInfo:
         """Let the server serve the store."""
-        return convert.info_from_proto(self._call("Load", pb.LoadRequest(store=self._store)).store)
+        request = pb.GetStoreRequest(store=self._store)
+        return answer_check.info(request, self._call("Load", pb.LoadRequest(store=self._store)))
 
     def unload(self) -> None:
         """Let the server stop serving the store, and free its memory."""
@@ -219,7 +223,7 @@ class RemoteAdmin:
     def diff(self, before: int, after: int) -> Difference:
         """Compare two versions."""
         diff = self._call("Diff", pb.DiffRequest(store=self._store, before=before, after=after))
-        tags = [(t.text, convert.KIND_FROM_WIRE[t.kind], t.before, t.after) for t in diff.tags]
+        tags = [(t.text, convert.kind_from_proto(t.kind), t.before, t.after) for t in diff.tags]
         keys = (list(diff.added), list(diff.removed), list(diff.changed))
         return Difference(diff.before, diff.after, *keys, tags)
 
@@ -234,7 +238,7 @@ class RemoteAdmin:
         except grpc.RpcError as error:
             if failure:
                 raise failure[0] from None
-            code, details = error.code(), error.details()
+            code, details = error.code(), error.details() or ""
             if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
                 raise Unavailable(
                     f"no server answers at {self._address} ({details}): "

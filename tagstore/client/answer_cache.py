@@ -12,7 +12,7 @@ from typing import Any
 
 from tagstore.client.forks import PerProcess
 from tagstore.client.queries import QueryBatch
-from tagstore.errors import MissingExtra, WriteFailed
+from tagstore.errors import BadAnswer, MissingExtra, WriteFailed
 from tagstore.types import Retrieval
 
 log = logging.getLogger(__name__)
@@ -59,15 +59,12 @@ class AnswerCache:
         context = repr((self._place, batch.version, batch.fingerprint, search, identity, batch.kind)).encode()
         return hashlib.sha256(hashlib.sha256(context).digest() + hashlib.sha256(query).digest()).digest()
 
-    def get(self, keys: Sequence[bytes]) -> list[Retrieval | None]:
-        """Return the answer of each key, or None."""
-        from tagstore.wire import convert
-        from tagstore_proto.v1 import tagstore_pb2 as pb
-
+    def get(self, keys: Sequence[bytes], version: int) -> list[Retrieval | None]:
+        """Return the answer of each key, which must be of this version, or None."""
         with self._env.get().begin(buffers=False) as txn:
             values = [txn.get(key) for key in keys]
         return [
-            convert.retrievals_from_proto(pb.RetrieveResponse.FromString(value[_SEAL_BYTES:]))[0]
+            _read(value[_SEAL_BYTES:], version)
             if value is not None and value[:_SEAL_BYTES] == _seal(key, value[_SEAL_BYTES:])
             else None
             for key, value in zip(keys, values, strict=True)
@@ -122,6 +119,20 @@ class AnswerCache:
             raise WriteFailed(
                 f"the cache at {self._directory} cannot be opened ({error}): delete it, no answer is lost"
             ) from error
+
+
+def _read(message: bytes, version: int) -> Retrieval | None:
+    """Read a kept answer; None for one that cannot be an answer, whoever wrote it."""
+    from google.protobuf.message import DecodeError
+
+    from tagstore.wire import convert
+    from tagstore_proto.v1 import tagstore_pb2 as pb
+
+    try:
+        [answer] = convert.retrievals_from_proto(pb.RetrieveResponse.FromString(message))
+    except (BadAnswer, DecodeError, ValueError):
+        return None
+    return answer if answer.version == version else None
 
 
 def _drop(cursor: Any, count: int) -> None:

@@ -10,15 +10,17 @@ import hashlib
 import json
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+from google.protobuf.message import DecodeError
 
 from tagstore.client.options import Options
-from tagstore.errors import Damaged, NotFound
-from tagstore.types import Exclude, Fingerprint, Kind, Retrieval, Search, StoreInfo, TagInfo
+from tagstore.errors import BadAnswer, Damaged, NotFound
+from tagstore.types import KINDS, Exclude, Fingerprint, Kind, Retrieval, Search, StoreInfo, TagInfo
 
 FORMAT = 1
 SCHEMA = """
@@ -151,16 +153,13 @@ class Map:
         expected = self.meta.get("seal", "")
         if expected != meta_seal(self.meta):
             raise Damaged(f"{path}: its meta does not fit its checksum: record it again")
-
-    @property
-    def info(self) -> StoreInfo:
-        values = json.loads(self.meta["info"])
-        return StoreInfo(**{**values, "fingerprint": Fingerprint(**values["fingerprint"])})
-
-    @property
-    def options(self) -> dict[str, Any]:
-        values: dict[str, Any] = json.loads(self.meta["options"])
-        return values
+        with self._foreign("its meta"):
+            int(self.meta["version"])
+            values = json.loads(self.meta["info"])
+            fingerprint = Fingerprint(**values["fingerprint"])
+            self.info = StoreInfo(**{**values, "fingerprint": fingerprint})
+            self.options: dict[str, Any] = json.loads(self.meta["options"])
+            connect_options(self.options)
 
     def by_key(self, keys: Sequence[str]) -> dict[str, Row]:
         return {row.key: row for row in self._rows("key", keys)}
@@ -180,12 +179,14 @@ class Map:
         for tag_id, text, kind, count, embedding, sealed in rows:
             if sealed != seal(tag_id, text, kind, count, embedding):
                 raise Damaged(f"{self.path}: tag {tag_id} does not fit its checksum: record it again")
-            vector = (
-                np.frombuffer(embedding, "<f2").astype(np.float32)
-                if embeddings and embedding is not None
-                else None
-            )
-            yield TagInfo(tag_id, text, cast(Kind, kind), count, vector)
+            vector = None
+            if embeddings and embedding is not None:
+                with self._foreign(f"the embedding of tag {tag_id}"):
+                    vector = np.frombuffer(embedding, "<f2").astype(np.float32)
+                    if not np.isfinite(vector).all():
+                        raise BadAnswer("it holds a number that is not finite")
+            # a later version may know more kinds
+            yield TagInfo(tag_id, text, cast(Kind, kind) if kind in KINDS else "custom", count, vector)
 
     def answer(self, row: Row) -> Retrieval:
         """The recorded answer of a sample that was not refused."""
@@ -195,8 +196,9 @@ class Map:
         response = pb.RetrieveResponse(
             store=self.meta["store"], version=int(self.meta["version"]), fingerprint=self.meta["fingerprint"]
         )
-        response.retrievals.append(pb.Retrieval.FromString(row.answer or b""))
-        return convert.retrievals_from_proto(response)[0]
+        with self._foreign(f"the answer to sample '{row.key}'"):
+            response.retrievals.append(pb.Retrieval.FromString(row.answer or b""))
+            return convert.retrievals_from_proto(response)[0]
 
     def verify(self) -> None:
         """Read the whole map and compare it with its checksums. Raises `Damaged`."""
@@ -217,6 +219,14 @@ class Map:
 
     def close(self) -> None:
         self._db.close()
+
+    @contextmanager
+    def _foreign(self, what: str) -> Iterator[None]:
+        """Raise `Damaged` for what a map holds under good checksums, and cannot be true."""
+        try:
+            yield
+        except (BadAnswer, DecodeError, ValueError, TypeError, LookupError, RecursionError) as error:
+            raise Damaged(f"{self.path}: {what} cannot be read: {error}. Record it again") from error
 
     def _rows(self, column: str, values: Sequence[Any]) -> Iterator[Row]:
         for start in range(0, len(values), 500):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tagstore.client.options import Options
-from tagstore.errors import Overloaded, TagstoreError, Unavailable
+from tagstore.errors import BadAnswer, Overloaded, TagstoreError, Unavailable
 
 _FIRST_WAIT, _LONGEST_WAIT = 0.1, 2.0
 """Seconds to wait before the second try of an address, doubled for each further one; the longest wait."""
@@ -205,4 +205,4 @@ class Attempts:
         message = f"{error} ({tries} in {spent:.1f} s, {self._options.timeout:g} s allowed)"
         if isinstance(error, Overloaded):
             return Overloaded(message, error.retry_after)
-        return Unavailable(message)
+        return BadAnswer(message) if isinstance(error, BadAnswer) else Unavailable(message)

@@ -131,7 +131,7 @@ class BaseSource(ForkSafe):
                 f"call pin(), or write {self.url.partition('?')[0]}@VERSION"
             )
         keys = [cache.key(batch, row) for row in range(len(batch))]
-        answers = cache.get(keys)
+        answers = cache.get(keys, batch.version)
         missing = [row for row, answer in enumerate(answers) if answer is None]
         self.counters.add(cache_hits=len(batch) - len(missing), cache_misses=len(missing))
         if missing:

@@ -13,6 +13,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from hashlib import sha256
 from io import BytesIO
 from typing import Any, cast
 
@@ -31,6 +32,7 @@ from PIL import (
 
 from tagstore.encoding.decode_memory import BAND_PIXELS, SHARED, MemoryBudget, decoding_bytes, reading_bytes
 from tagstore.errors import BadImage
+from tagstore.types import Identity
 
 MAX_PIXELS = 100_000_000
 FORMATS = "JPEG, PNG, WebP, GIF, BMP or TIFF"
@@ -148,6 +150,11 @@ def perceptual_hash(image: Image.Image) -> int:
     # resizing all pixels costs more.
     image = image.reduce((max(1, image.width // 64), max(1, image.height // 64)))
     return int(str(imagehash.phash(image)), 16)
+
+
+def identify(data: bytes, image: Image.Image, key: str = "") -> Identity:
+    """The identity of an encoded image, `image` its decoded form: key, sha256 and perceptual hash."""
+    return Identity(key, sha256(data).digest(), perceptual_hash(image))
 
 
 def _check_size(width: int, height: int, max_pixels: int) -> None:

@@ -48,7 +48,17 @@ from tagstore.readers.values import RecordError, kind_of, rejected
 from tagstore.readers.webdataset import read_groups
 from tagstore.types import Pair, Rejected
 
-__all__ = ["Place", "Role", "Sample", "Turn", "image_place", "read_images", "read_lines", "read_samples"]
+__all__ = [
+    "Place",
+    "Role",
+    "Sample",
+    "Turn",
+    "image_key",
+    "image_place",
+    "read_images",
+    "read_lines",
+    "read_samples",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +183,18 @@ def image_place(name: str, folder: Path, where: str, *, allow_outside: bool = Fa
     """
     try:
         return _place(name, folder, allow_outside=allow_outside)
+    except RecordError as error:
+        raise InvalidInput(f"{where}: {error}") from None
+
+
+def image_key(record: Mapping[str, Any], name: str, folder: Path, where: str) -> str:
+    """Return the key of the image `name` of a record: its `key` or `id`, else the path without extension.
+
+    Raises `InvalidInput` for a key of a wrong type.
+    """
+    try:
+        key = sample_key(record, Columns())
+        return key if key is not None else key_of_path(name, folder, folder)
     except RecordError as error:
         raise InvalidInput(f"{where}: {error}") from None
 

@@ -17,6 +17,8 @@ MAX_TEXT_BYTES = 16 * 2**20
 
 _MAX_DEPTH = 32
 """Levels of nesting that metadata may have."""
+_MAX_INTEGER_BITS = 14_000
+"""Bits of an integer in metadata: Python reads and writes no more than 4,300 decimal digits."""
 
 
 class RecordError(Exception):
@@ -95,7 +97,7 @@ def metadata_of(row: Mapping[str, Any], without: Iterable[str | None] = ()) -> d
     """The other columns as JSON values; bytes (further images, embeddings) are left out."""
     skipped = set(without)
     return {
-        name: json_value(value)
+        _unicode(str(name)): json_value(value)
         for name, value in row.items()
         if name not in skipped and not isinstance(value, bytes)
     }
@@ -106,21 +108,29 @@ def json_value(value: Any, depth: int = 0) -> Any:
     if depth > _MAX_DEPTH:
         raise RecordError(f"nested too deeply: metadata of more than {_MAX_DEPTH} levels")
     match value:
-        case None | bool() | int():
+        case None | bool():
+            return value
+        case int():
+            if value.bit_length() > _MAX_INTEGER_BITS:
+                raise RecordError(f"a number is too long: one in the metadata has {value.bit_length()} bits")
             return value
         case float():
             return value if math.isfinite(value) else None
         case str():
-            return value if is_unicode(value) else value.encode("utf-8", "replace").decode()
+            return _unicode(value)
         case Mapping():
             return {
-                str(name): json_value(item, depth + 1)
+                _unicode(str(name)): json_value(item, depth + 1)
                 for name, item in value.items()
                 if not isinstance(item, bytes)
             }
         case list() | tuple():
             return [json_value(item, depth + 1) for item in value if not isinstance(item, bytes)]
-    return str(value)
+    return _unicode(str(value))
+
+
+def _unicode(text: str) -> str:
+    return text if is_unicode(text) else text.encode("utf-8", "replace").decode()
 
 
 def is_unicode(text: str) -> bool:

@@ -245,10 +245,11 @@ class Engine:
         """Return tags by id, or, without ids, up to `limit` tags from id `first` on. Raises `NotFound`."""
         ids = np.array(tag_ids or self.snapshot.vocabulary(first, limit), np.int64)
         counts = self.snapshot.counts()
+        texts = self.snapshot.tags(ids.tolist())  # first: an id that nobody has is no lost embedding
         rows: Iterable[NDArray[np.float32] | None] = (
             self.snapshot.embeddings(ids) if embeddings else [None] * len(ids)
         )
-        columns = zip(ids.tolist(), self.snapshot.tags(ids.tolist()), rows, strict=True)
+        columns = zip(ids.tolist(), texts, rows, strict=True)
         return [TagInfo(i, text, kind, int(counts[i]), row) for i, (text, kind, _), row in columns]
 
     def info(self) -> StoreInfo:

@@ -11,6 +11,7 @@ from tagstore import errors
 from tagstore.encoding.decode_memory import MemoryBudget
 from tagstore.encoding.encoder import Encoder
 from tagstore.ingest import Report, ingest_pairs
+from tagstore.readers.pair_check import checked
 from tagstore.serving.call import Call
 from tagstore.serving.gate import Gate
 from tagstore.serving.live_catalog import LiveCatalog
@@ -94,7 +95,7 @@ class AdminService:
     def _recorded(self, method: str, store: str, call: Call) -> Iterator[None]:
         """Write one audit line when a long call begins and one when it ends."""
         event = {"method": method, "store": store, "caller": call.caller.name, "peer": call.peer}
-        self.gate.audit.begin(**event)
+        self.gate.audit.begun(**event)
         try:
             yield
         except BaseException as error:
@@ -170,9 +171,9 @@ def _pairs(
     for request in requests:
         match request.WhichOneof("part"):
             case "pair":
-                pair = convert.pair_from_proto(request.pair)
+                pair = checked(convert.pair_from_proto(request.pair))
                 del request
-                if isinstance(pair, Pair):
+                if isinstance(pair, Pair):  # one that was refused is never decoded, and so never given back
                     images.take(len(pair.image))
                 yield pair
                 del pair

@@ -32,7 +32,7 @@ class Audit:
         except OSError as error:
             raise WriteFailed(f"the audit log {path} cannot be written: {error.strerror}") from error
 
-    def begin(self, **event: str) -> None:
+    def begun(self, **event: str) -> None:
         """Record that an action begins. Raises `WriteFailed`: an action must not go unrecorded."""
         try:
             self._write("begun", event)

@@ -127,7 +127,7 @@ class Methods:
                     call.caller.check(role, store)
                 if writes:
                     event = {"method": name, "store": store, "caller": call.caller.name, "peer": call.peer}
-                    gate.audit.begin(**event)
+                    gate.audit.begun(**event)
                 with _span(name, context, store=store) if tracing.enabled else tracing.NO_SPAN:
                     if in_loop:
                         response = await method(request, call)

@@ -70,7 +70,7 @@ class Restorer(Writer):
     def put_entries(self, entries: Iterable[Entry]) -> None:
         """Write entries, ids ascending.
 
-        Raises `InvalidInput` for a duplicate key or tag, an unknown tag, or metadata nested too deeply.
+        Raises `InvalidInput` for a duplicate key or tag, or an unknown tag.
         """
         with self.transaction() as txn:
             for entry in entries:
@@ -83,13 +83,7 @@ class Restorer(Writer):
                     raise InvalidInput(
                         f"the key of entry {entry.entry_id}, '{entry.key[:100]}', is there twice"
                     )
-                try:
-                    record = encode_entry(entry)
-                except RecursionError:
-                    raise InvalidInput(
-                        f"entry {entry.entry_id} has metadata that is nested too deeply"
-                    ) from None
-                self._tables.put_entry(txn, entry.entry_id, record, entry.key)
+                self._tables.put_entry(txn, entry.entry_id, encode_entry(entry), entry.key)
                 self._count_in(entry)
 
     def put_rows(self, table: str, ids: NDArray[np.int64], rows: NDArray[Any]) -> None:

@@ -7,6 +7,7 @@ step the old one is untouched and served; readers that hold it keep it until the
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -179,12 +180,24 @@ class _Copy:
         base = parent if parent is not None and parent.next_entry_id <= version.next_entry_id else None
         ranges = ranges_of(database, base, version, arrays, min(version.next_tag_id, embedded))
         version = replace(version, pages=pages, ranges=ranges)
-        if version.number == self._new.number or not self._take_over(version, database.index_directory):
+        shared = version.number != self._new.number or self._is_without_slack(version)
+        if not (shared and self._take_over(version, database.index_directory)):
             index = self._indexer(Snapshot(database, version), database.index_directory)
             version = replace(version, index=index)
         with self._env.begin(write=True) as txn:
             self._tables.put_version(txn, version)
         return version
+
+    def _is_without_slack(self, version: Version) -> bool:
+        """Whether the index is one sound file of just the entries of a version: no other would be smaller."""
+        files = version.index["files"]
+        if len(files) != 1 or files[0]["rows"] != np.count_nonzero(self._live[version.number]):
+            return False
+        try:
+            with (self._old.index_directory / files[0]["file"]).open("rb") as file:
+                return str(files[0]["sha256"]) == hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError:
+            return False
 
     def _take_over(self, version: Version, directory: Path) -> bool:
         """Link the index files of a version into the new generation, if they are there and contain nothing of

@@ -35,6 +35,17 @@ def read_block(txn: Any, table: Any, space: int, block: int, dimension: int) -> 
     return np.frombuffer(txn.get(block_key(space, block), db=table) or b"", np.float16).reshape(-1, dimension)
 
 
+def blocks_there(env: Any, table: Any, space: int, first: int, end_row: int) -> Iterator[int]:
+    """Numbers of the blocks of a space that are there, from block `first` on, up to the row `end_row`."""
+    with env.begin() as txn, txn.cursor(table) as cursor:
+        if cursor.set_range(block_key(space, first)):
+            for key in cursor.iternext(values=False):
+                block = U64.unpack(key)[0] - (space << SPACE_SHIFT)
+                if block * BLOCK_ROWS >= end_row:
+                    return
+                yield block
+
+
 def put_rows(
     txn: Any, table: Any, space: int, ids: NDArray[np.int64], rows: NDArray[Any], *, keep_tail: bool = False
 ) -> None:

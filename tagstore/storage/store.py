@@ -22,14 +22,17 @@ from tagstore.storage.version import Version
 
 OPEN_ATTEMPTS = 3
 """Times to try to open a store, which a compaction may replace meanwhile."""
+DROPPED = ".dropped"
+"""Folder of the dropped stores, under the root; each is `NAME@TIME` there."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+_DROPPED_NAME = re.compile(_NAME.pattern + r"@[0-9]{1,18}")
 
 
 class Store(Database):
     """The current generation of a store, to read from: its versions."""
 
     def __init__(self, root: str | Path, name: str) -> None:
-        directory = Path(root) / check_name(name)
+        directory = store_directory(root, name)
         for attempt in range(1, OPEN_ATTEMPTS + 1):
             try:
                 path = generation(directory)
@@ -88,6 +91,23 @@ def check_name(name: str) -> str:
             "of them"
         )
     return name
+
+
+def store_directory(root: str | Path, name: str) -> Path:
+    """The directory of a store, or of a dropped one if the root is the folder of these.
+
+    Raises `InvalidInput` for a name that no store can have.
+    """
+    root = Path(root)
+    if root.name == DROPPED and _DROPPED_NAME.fullmatch(name):
+        return root / name
+    return root / check_name(name)
+
+
+def dropped_names(root: str | Path) -> list[str]:
+    """Names of the dropped stores under a directory, each `NAME@TIME`, sorted."""
+    folders = (path.parent.name for path in Path(root).glob(f"{DROPPED}/*/CURRENT"))
+    return sorted(name for name in folders if _DROPPED_NAME.fullmatch(name))
 
 
 def store_names(root: str | Path) -> list[str]:

@@ -30,7 +30,7 @@ from tagstore.storage.generations import (
 from tagstore.storage.rows import put_rows
 from tagstore.storage.snapshot import Snapshot
 from tagstore.storage.staging import Draft, Progress, Sync, sweep_staged
-from tagstore.storage.store import Store, check_name
+from tagstore.storage.store import Store, store_directory
 from tagstore.storage.tables import U64, TableWriter, arrays_of, key_of, open_tables, tag_key, unpack_ids
 from tagstore.storage.version import Version, now
 from tagstore.types import Entry, EntryTag, Fingerprint, Rejected, Vectors
@@ -72,7 +72,7 @@ class Writer:
     ) -> None:
         if sync not in ("full", "batch"):
             raise InvalidInput(f"sync is '{sync}': it is 'full' or 'batch'")
-        self.directory = Path(root) / check_name(name)
+        self.directory = store_directory(root, name)
         self.name = name
         self._given = fingerprint
         self._new_space = new_space

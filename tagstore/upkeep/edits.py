@@ -20,14 +20,12 @@ from tagstore.indexing import faiss_index
 from tagstore.storage.environments import forget, writing
 from tagstore.storage.generations import generation, writer_lock
 from tagstore.storage.snapshot import Snapshot
-from tagstore.storage.store import Store, check_name
+from tagstore.storage.store import DROPPED, Store, check_name
 from tagstore.storage.version import Version
 from tagstore.storage.writer import Writer
 from tagstore.types import Entry, Kind
 from tagstore.upkeep.reprocessing import embed_rest
 
-DROPPED = ".dropped"
-"""Folder of the dropped stores, under the root."""
 UNDO_DAYS = 7.0
 """Days for which a dropped store can be brought back."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import getpass
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -41,13 +41,30 @@ class Takedown:
     """The version that the takedown made."""
     proof: str
     """What was searched for, where, and what was found."""
+    removed: list[str] = field(default_factory=list)
+    """Where else under the root copies of it were removed."""
+    left: list[str] = field(default_factory=list)
+    """Where else copies and pictures that look like it were found and left, or what could not be searched."""
 
 
-def purge(root: str | Path, store: str, selection: Selection, *, reason: str, who: str = "") -> Takedown:
+def purge(
+    root: str | Path,
+    store: str,
+    selection: Selection,
+    *,
+    reason: str,
+    who: str = "",
+    removed: Sequence[str] = (),
+    left: Sequence[str] = (),
+) -> Takedown:
     """Remove entries from the current version, from disk and from history, dropping the versions that had
     them.
 
     Then every file and record of the store is searched for their keys, captions, image hashes and vectors.
+    Nothing beyond the store is looked at: see `bundles.root_takedown`.
+
+    Args:
+        removed, left: for the record: see `Takedown`.
 
     Raises:
         NotFound: no entry of any version fits.
@@ -76,6 +93,8 @@ def purge(root: str | Path, store: str, selection: Selection, *, reason: str, wh
             versions_dropped=[v.number for v in versions if v not in kept],
             version=writer.parent.number + 1,
             proof="the search for their traces was cut off or found some: run `tagstore prove-absent`",
+            removed=list(removed),
+            left=list(left),
         )
         # the record is part of the commit that takes the entries down: a crash leaves both or neither
         version = rewrite(

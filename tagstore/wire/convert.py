@@ -1,16 +1,22 @@
-"""Convert between protobuf messages and the types of the code."""
+"""Convert between protobuf messages and the types of the code.
+
+What servers send is foreign: an answer that cannot be true (a number that is not finite, a position that is
+not there) raises `BadAnswer`. A value of an enum that this code does not know yet is taken for the nearest
+that it knows.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
+from math import isfinite
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tagstore.errors import BadVector, InvalidInput
+from tagstore.errors import BadAnswer, BadVector, InvalidInput
 from tagstore.types import (
     KINDS,
     ORDERS,
@@ -31,7 +37,7 @@ from tagstore.types import (
 from tagstore_proto.v1 import tagstore_pb2 as pb
 
 KIND_TO_WIRE: dict[Kind, pb.Kind] = {kind: pb.Kind.Value(f"KIND_{kind.upper()}") for kind in KINDS}
-KIND_FROM_WIRE: dict[int, Kind] = {
+_KIND_FROM_WIRE: dict[int, Kind] = {
     pb.KIND_UNSPECIFIED: "object",
     **{number: kind for kind, number in KIND_TO_WIRE.items()},
 }
@@ -218,17 +224,31 @@ def retrieval_to_proto(retrieval: Retrieval) -> pb.Retrieval:
 
 
 def retrievals_from_proto(response: pb.RetrieveResponse) -> list[Retrieval]:
+    """Read answers. Raises `BadAnswer`."""
     version = response.store, response.version, response.fingerprint
-    retrievals = []
-    for message in response.retrievals:
-        neighbours = [Neighbour(n.key, n.entry_id, n.similarity) for n in message.neighbours]
-        ids = [neighbour.entry_id for neighbour in neighbours]
-        tags = []
-        for t in message.tags:
-            kind, carriers = KIND_FROM_WIRE[t.kind], tuple(map(ids.__getitem__, t.neighbours))
-            tags.append(RetrievedTag(t.tag_id, t.tag, kind, t.similarity, t.votes, t.relevance, carriers))
-        retrievals.append(Retrieval(*version, tuple(neighbours), tuple(tags), message.excluded))
+    retrievals, kinds = [], _KIND_FROM_WIRE.get
+    signals = 0.0  # finite if and only if all signals are: float32 values cannot overflow a float64
+    try:
+        for message in response.retrievals:
+            neighbours = [Neighbour(n.key, n.entry_id, n.similarity) for n in message.neighbours]
+            ids = [neighbour.entry_id for neighbour in neighbours]
+            tags = []
+            for t in message.tags:
+                kind, carriers = kinds(t.kind, "custom"), tuple(map(ids.__getitem__, t.neighbours))
+                signals += t.similarity + t.relevance
+                tags.append(RetrievedTag(t.tag_id, t.tag, kind, t.similarity, t.votes, t.relevance, carriers))
+            signals += sum(neighbour.similarity for neighbour in neighbours)
+            retrievals.append(Retrieval(*version, tuple(neighbours), tuple(tags), message.excluded))
+    except IndexError:
+        raise BadAnswer("a tag names a neighbour that is not in the answer") from None
+    if not isfinite(signals):
+        raise BadAnswer("a similarity or relevance is no finite number")
     return retrievals
+
+
+def kind_from_proto(number: int) -> Kind:
+    """Read the kind of a tag; one that is unknown here, of a later server, is `custom`."""
+    return _KIND_FROM_WIRE.get(number, "custom")
 
 
 def tags_to_proto(tags: Iterable[TagInfo]) -> list[pb.TagInfo]:
@@ -236,17 +256,26 @@ def tags_to_proto(tags: Iterable[TagInfo]) -> list[pb.TagInfo]:
 
 
 def tags_from_proto(response: pb.GetTagsResponse) -> list[TagInfo]:
-    embeddings = (
-        vectors_from_proto(response.embeddings).astype(np.float32)
-        if response.HasField("embeddings")
-        else None
-    )
+    """Read tags, with embeddings if there are any. Raises `BadAnswer`."""
+    embeddings: Iterable[NDArray[np.float32] | None] = [None] * len(response.tags)
+    if response.HasField("embeddings"):
+        embeddings = _embeddings_from_proto(response.embeddings, len(response.tags))
     return [
-        TagInfo(
-            t.tag_id, t.text, KIND_FROM_WIRE[t.kind], t.count, None if embeddings is None else embeddings[i]
-        )
-        for i, t in enumerate(response.tags)
+        TagInfo(t.tag_id, t.text, kind_from_proto(t.kind), t.count, embedding)
+        for t, embedding in zip(response.tags, embeddings, strict=True)
     ]
+
+
+def _embeddings_from_proto(message: pb.Vectors, count: int) -> NDArray[np.float32]:
+    try:
+        rows = vectors_from_proto(message).astype(np.float32)
+    except BadVector as error:
+        raise BadAnswer(f"embeddings: {error}") from error
+    if len(rows) != count:
+        raise BadAnswer(f"{len(rows)} embeddings of {count} tags")
+    if not np.isfinite(rows).all():
+        raise BadAnswer("an embedding holds a number that is not finite")
+    return rows
 
 
 def pair_to_proto(pair: Pair) -> pb.Pair:
@@ -257,11 +286,13 @@ def pair_to_proto(pair: Pair) -> pb.Pair:
 
 
 def pair_from_proto(message: pb.Pair) -> Pair | Rejected:
-    """Read a pair, or a rejected one if its metadata is no JSON object."""
+    """Read a pair, or a rejected one if its metadata is no JSON object. Nothing else of it is checked."""
     try:
         metadata = json.loads(message.metadata) if message.metadata else {}
     except ValueError:
         metadata = None
+    except RecursionError:
+        return Rejected(message.key, "nested too deeply: the metadata cannot be read", message.origin)
     if not isinstance(metadata, dict):
         return Rejected(message.key, "metadata: no JSON object", message.origin)
     return Pair(message.key, message.image, tuple(message.captions), metadata, message.origin)
@@ -279,7 +310,20 @@ def fingerprint_to_proto(f: Fingerprint) -> pb.Fingerprint:
 
 
 def fingerprint_from_proto(f: pb.Fingerprint) -> Fingerprint:
-    return Fingerprint(f.model, f.weights, json.loads(f.preprocess), f.quick_gelu, f.normalised, f.dimension)
+    """Read a fingerprint. Raises `BadAnswer`."""
+    preprocess = object_from_json("the preprocessing of a fingerprint", f.preprocess)
+    return Fingerprint(f.model, f.weights, preprocess, f.quick_gelu, f.normalised, f.dimension)
+
+
+def object_from_json(what: str, text: str) -> dict[str, Any]:
+    """Read a JSON object that a server sent. Raises `BadAnswer`, which names what it is."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadAnswer(f"{what} is no JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise BadAnswer(f"{what} is no JSON object")
+    return value
 
 
 def info_to_proto(info: StoreInfo) -> pb.StoreInfo:
@@ -296,6 +340,7 @@ def info_to_proto(info: StoreInfo) -> pb.StoreInfo:
 
 
 def info_from_proto(message: pb.StoreInfo) -> StoreInfo:
+    """Read the description of a store. Raises `BadAnswer`."""
     return StoreInfo(
         store=message.store,
         version=message.version,
@@ -303,7 +348,7 @@ def info_from_proto(message: pb.StoreInfo) -> StoreInfo:
         tags=message.tags,
         unique_tags=message.unique_tags,
         fingerprint=fingerprint_from_proto(message.fingerprint),
-        index=json.loads(message.index),
+        index=object_from_json("the index of a store", message.index),
         created=message.created,
     )
 

@@ -15,6 +15,12 @@ from tagstore import errors
 from tagstore_proto.v1 import tagstore_pb2 as pb
 
 RETRY_AFTER = "retry-after-ms"
+_RETRY_AFTER_DIGITS = 12
+"""Decimal digits of a `retry-after-ms` that are read: many years."""
+_TOO_LARGE = "larger than max"
+"""What gRPC writes of a message that is too large. It uses the code of an overload, but no retry helps."""
+_UNREADABLE = ("Exception deserializing response", "CLIENT: Received message larger than max")
+"""What gRPC writes at the client about bytes that are no message, and about an answer that is too large."""
 
 STATUS: tuple[tuple[type[errors.TagstoreError], grpc.StatusCode], ...] = (
     (errors.InvalidInput, grpc.StatusCode.INVALID_ARGUMENT),
@@ -71,16 +77,21 @@ def error_from_proto(message: pb.Error) -> errors.TagstoreError:
 def error_of(code: grpc.StatusCode, message: str, retry_after_ms: int = 0) -> errors.TagstoreError:
     """Make the error that a status reports.
 
-    RESOURCE_EXHAUSTED without a time to try again means a message beyond the size limit: no retry helps.
+    RESOURCE_EXHAUSTED is an overload, with or without a time to try again, unless gRPC itself says that a
+    message is too large. An answer that gRPC itself cannot read is a `BadAnswer`.
     """
+    if any(mark in message for mark in _UNREADABLE):
+        return errors.BadAnswer(message)
     if code == grpc.StatusCode.RESOURCE_EXHAUSTED:
         if retry_after_ms:
             return errors.Overloaded(message, retry_after_ms / 1000)
-        return errors.InvalidInput(f"too much for the server: {message}. Send less at once")
+        if _TOO_LARGE in message:
+            return errors.InvalidInput(f"too much for the server: {message}. Send less at once")
+        return errors.Overloaded(message)
     return _ERRORS.get(code, errors.TagstoreError)(message)
 
 
 def retry_after_of(metadata: Iterable[tuple[str, str | bytes]] | None) -> int:
     """Read `retry-after-ms` from a call's trailing metadata; 0 if there is none."""
     value = str(next((value for key, value in metadata or () if key == RETRY_AFTER), "0"))
-    return int(value) if value.isdecimal() else 0
+    return int(value[:_RETRY_AFTER_DIGITS]) if value.isdecimal() else 0

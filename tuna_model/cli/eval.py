@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tuna_model.evaluation import Task
 
 _PATH = click.Path(path_type=Path)
-TASK_NAMES = ("pope", "mme", "vqa", "captions", "chair", "llava-bench")
+TASK_NAMES = ("pope", "mme", "vqa", "captions", "chair", "llava-bench", "naming", "choice", "edits")
 
 
 def with_task(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -27,7 +27,7 @@ def with_task(command: Callable[..., Any]) -> Callable[..., Any]:
                 "--data",
                 type=_PATH,
                 required=True,
-                help="Questions (JSON lines), or captioned images (JSON lines, WebDataset).",
+                help="Questions (JSON lines, TSV), or captioned images (JSON lines, WebDataset).",
             ),
             click.option(
                 "--images",
@@ -41,7 +41,7 @@ def with_task(command: Callable[..., Any]) -> Callable[..., Any]:
             ),
             click.option("--labels", type=_PATH, help="pope: RePOPE's corrected labels."),
             click.option("--synonyms", type=_PATH, help="chair: the paper's synonym list."),
-            click.option("--split", default="", help="Only captioned images of this split."),
+            click.option("--split", default="", help="Only questions or captioned images of this split."),
             click.option("--limit", default=0, help="Only so many questions; 0 for all."),
             click.option("--prompt", default="", help="Instead of the task's own."),
             click.option(
@@ -75,6 +75,9 @@ def with_task(command: Callable[..., Any]) -> Callable[..., Any]:
     help="captions: ptb needs Java.",
 )
 @click.option("--meteor", is_flag=True, help="captions: METEOR too; needs Java.")
+@click.option(
+    "--before", type=_PATH, help="edits: the --out of the same questions with the store before its edit."
+)
 @click.option("--references", type=_PATH, help="llava-bench: reference answers.")
 @click.option("--contexts", type=_PATH, help="llava-bench: descriptions of the images for the judge.")
 @click.option(
@@ -97,6 +100,9 @@ def eval(
     from tuna_model.evaluation.answerer import PipelineAnswerer
     from tuna_model.evaluation.judge import OpenAIJudge
 
+    before = options["before"]
+    if before is not None and out is not None and before.resolve() == out.resolve():
+        raise click.UsageError("--out would replace the answers in --before: name another directory")
     task = _load_task(options, judge=OpenAIJudge(judge, judge_model) if judge else None)
     answerer = PipelineAnswerer(load(model, store, **options), name=model, store=store)
     with Progress(transient=True) as bar:

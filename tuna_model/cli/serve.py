@@ -27,9 +27,12 @@ from tuna_model.cli.options import load, with_model
     show_default=True,
     help="Requests that may wait; the next is told to come back later (429).",
 )
+@click.option("--grace", default=10, show_default=True, help="Seconds that requests get to end at SIGTERM.")
+@click.option("--body-seconds", default=30.0, show_default=True, help="Seconds in which a body must arrive.")
 def serve(
-    model: str, store: str, host: str, port: int, batch: int, wait: float, waiting: int, **options: Any
-) -> None:
+    model: str, store: str, host: str, port: int, batch: int, wait: float, waiting: int, grace: int,
+    body_seconds: float, **options: Any,
+) -> None:  # fmt: skip
     """Serve OpenAI's chat completions with images, streaming, and the tags beside each answer.
 
     The address goes to stdout.
@@ -50,5 +53,9 @@ def serve(
                 for socket in server.sockets:
                     click.echo(f"http://{host}:{socket.getsockname()[1]}/v1")
 
-    served = app(load(model, store, **options), name=model, batch=batch, wait=wait, waiting=waiting)
-    Server(uvicorn.Config(served, host=host, port=port, log_level="warning")).run()
+    tuna = load(model, store, **options)
+    served = app(tuna, name=model, batch=batch, wait=wait, waiting=waiting, body_seconds=body_seconds)
+    config = uvicorn.Config(
+        served, host=host, port=port, log_level="warning", timeout_graceful_shutdown=grace
+    )
+    Server(config).run()

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tuna_model.evaluation.run import TaskAnswer
-from tuna_model.evaluation.tasks import Question
-from tuna_model.inference.pipeline import Pipeline, user_message
+from tuna_model.evaluation.questions import Question, TaskAnswer
+from tuna_model.inference.conversations import user_message
+from tuna_model.inference.pipeline import Pipeline
 from tuna_model.processing.tags import ImageTags
 
 _TAG_FIELDS = ("tag_signal", "tag_coupling", "tag_temperature", "max_tags", "neighbours")
@@ -30,11 +30,13 @@ class PipelineAnswerer:
         self, questions: Sequence[Question], *, max_new_tokens: int, tags: Sequence[ImageTags] | None = None
     ) -> list[TaskAnswer]:
         """See `Answerer`; `tags` are of each question's image, instead of the store's."""
-        images = [[question.image.read()] for question in questions]
+        pictures = [question.picture() for question in questions]
         conversations = [[user_message(question.text, 1)] for question in questions]
         answers = self.pipeline.answers(
-            images, conversations, tags=tags, max_new_tokens=max_new_tokens, **self.generation
-        )
+            [[picture] for picture, _ in pictures], conversations, tags=tags,
+            identities=[identity for _, identity in pictures], max_new_tokens=max_new_tokens,
+            **self.generation,
+        )  # fmt: skip
         return [
             TaskAnswer(answer.text, tuple(tag.text for tag in answer.tags), answer.degraded)
             for answer in answers

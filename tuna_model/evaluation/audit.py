@@ -22,7 +22,7 @@ from tagstore.client import TagSource
 from tagstore.errors import InvalidInput, MissingExtra
 from tuna_model.evaluation.answerer import PipelineAnswerer
 from tuna_model.evaluation.bootstrap import Metric, mean
-from tuna_model.evaluation.tasks import Question, Task
+from tuna_model.evaluation.questions import Question, Task, TaskAnswer
 from tuna_model.evaluation.yes_no import is_yes
 from tuna_model.processing.tags import ImageTags
 from tuna_model.training.noise import TagPool, replace_rows
@@ -102,24 +102,23 @@ def audit(
     total = len(CONDITIONS) * len(questions) + len(probes)
     done = 0
 
-    def ask(asked: Sequence[Question], with_tags: Sequence[ImageTags]) -> list[str]:
+    def ask(asked: Sequence[Question], with_tags: Sequence[ImageTags]) -> list[TaskAnswer]:
         nonlocal done
-        texts = []
+        answers = []
         for start in range(0, len(asked), batch_size):
             part = slice(start, start + batch_size)
-            answers = model.answer(asked[part], max_new_tokens=task.max_new_tokens, tags=with_tags[part])
-            texts += [answer.text for answer in answers]
-            done += len(answers)
+            answers += model.answer(asked[part], max_new_tokens=task.max_new_tokens, tags=with_tags[part])
+            done += len(asked[part])
             progress(done, total)
-        return texts
+        return answers
 
     answers = {
         name: ask(questions, [given[name][question.image_key] for question in questions])
         for name in CONDITIONS
     }
-    metrics = {name: task.score(texts) for name, texts in answers.items()}
+    metrics = {name: task.score(of_condition) for name, of_condition in answers.items()}
     if not all(metrics.values()):
-        raise InvalidInput(f"task '{task.name}' gives no figure without a judge: audit one that does")
+        raise InvalidInput(f"task '{task.name}' gives no figure of one run alone: audit one that does")
     if task.name in ("pope", "mme"):
         main = "accuracy"
     else:
@@ -127,8 +126,8 @@ def audit(
     scores = {name: next(m for m in some if m.name.endswith(main)) for name, some in metrics.items()}
     probed = [question for question, _ in probes]
     with_object = ask(probed, _injected(model, probes, tags))
-    before = {question.key: text for question, text in zip(questions, answers["none"], strict=True)}
-    after = {question.key: text for question, text in zip(probed, with_object, strict=True)}
+    before = {question.key: answer.text for question, answer in zip(questions, answers["none"], strict=True)}
+    after = {question.key: answer.text for question, answer in zip(probed, with_object, strict=True)}
     follows, follows_truth = (_flips(probed, before, after, label, seed) for label in ("no", "yes"))
     settings = {**task.settings, **model.describe(), "corrupted rate": rate, "seed": seed}
     return Audit(task.name, main, scores, follows, follows_truth, settings)
@@ -164,15 +163,16 @@ def _matched(
     matched: dict[str, tuple[ImageTags, Any]] = {}
     for start in range(0, len(questions), batch_size):
         batch = questions[start : start + batch_size]
-        pictures = [question.image.read() for question in batch]
-        pixels = pipeline.processor.image_processor(pictures)["pixel_values"]
+        pictures = [question.picture() for question in batch]
+        pixels = pipeline.processor.image_processor([picture for picture, _ in pictures])["pixel_values"]
         _, vectors = pipeline.model.encode_images(pixels.to(pipeline.model.device))
         if vectors is None:
             raise InvalidInput(
                 "this model's own tower has no vectors in a store's space: "
                 "call join_encoder('hf:...') and save it first"
             )
-        tags = pipeline.lookup(vectors, pipeline.model.config.encoder_digest)
+        identities = [identity for _, identity in pictures]
+        tags = pipeline.lookup(vectors, pipeline.model.config.encoder_digest, identities=identities)
         pairs = zip(tags, vectors.float().cpu().numpy(), strict=True)
         matched |= {question.image_key: pair for question, pair in zip(batch, pairs, strict=True)}
     return matched

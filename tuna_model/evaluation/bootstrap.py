@@ -39,7 +39,8 @@ def metric(
     """Compute `statistic` over all answers, with its 95 % interval.
 
     Args:
-        statistic: the figure of the answers with these row numbers, which may repeat.
+        statistic: the figure of the answers with these row numbers, which may repeat; NaN leaves a resample
+            out.
         groups: the image of each answer. Answers about one image are correlated: resampling answers instead
             of images would make the interval too narrow.
         resamples: number of resamples; 0 for no interval (it is then the value itself).
@@ -56,7 +57,7 @@ def metric(
         statistic(np.concatenate([rows[i] for i in rng.integers(len(rows), size=len(rows))]))
         for _ in range(resamples)
     ]
-    low, high = np.quantile(np.asarray(drawn, np.float64), [0.025, 0.975])
+    low, high = np.nanquantile(np.asarray(drawn, np.float64), [0.025, 0.975])
     return Metric(name, value, float(low), float(high), len(groups))
 
 

@@ -23,7 +23,8 @@ from PIL import Image
 from tagstore.errors import InvalidInput
 from tagstore.readers.samples import Sample
 from tagstore.types import Retrieval
-from tuna_model.inference.pipeline import Pipeline, user_message
+from tuna_model.inference.conversations import user_message
+from tuna_model.inference.pipeline import Pipeline
 from tuna_model.processing.image_processor import upright
 from tuna_model.processing.tags import ImageTags, TagLayout
 

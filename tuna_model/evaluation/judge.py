@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from tagstore.errors import InvalidInput, MissingExtra, Unavailable
+from tuna_model.processing.foreign_text import neutral
 
 _PROMPT = """[Context]
 {context}
@@ -73,7 +74,8 @@ class OpenAIJudge:
             import httpx
         except ModuleNotFoundError as error:
             raise MissingExtra("a judge is asked with httpx: pip install 'tagstore[eval]'") from error
-        prompt = _PROMPT.format(context=context, question=question, first=first, second=second)
+        texts = {"context": context, "question": question, "first": first, "second": second}
+        prompt = _PROMPT.format(**{name: neutral(text) for name, text in texts.items()})
         body: dict[str, Any] = {
             "model": self.model,
             "messages": [{"role": "user", "content": prompt}],

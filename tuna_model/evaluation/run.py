@@ -12,17 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tuna_model.evaluation.bootstrap import Metric
-from tuna_model.evaluation.tasks import Question, Task
-
-
-@dataclass(frozen=True, slots=True)
-class TaskAnswer:
-    """A model's answer to a question of a task, and the tags that it was given."""
-
-    text: str
-    tags: tuple[str, ...] = ()
-    degraded: bool = False
-    """Whether the store did not answer, so that the model answered without tags."""
+from tuna_model.evaluation.questions import Question, Task, TaskAnswer, read_answers
 
 
 class Answerer(Protocol):
@@ -75,7 +65,8 @@ def evaluate(
     """
     clock = time.perf_counter()
     description = dict(model.describe())
-    header = {"model": description, "settings": dict(task.settings)}
+    settings = {**task.settings, "max_new_tokens": task.max_new_tokens}
+    header = {"model": description, "settings": settings}
     with _AnswerFile(out / f"{task.name}.answers.jsonl" if out else None, header) as file:
         open_questions = [question for question in task.questions if question.key not in file.answers]
         progress(len(task.questions) - len(open_questions))
@@ -86,11 +77,11 @@ def evaluate(
     answers = [file.answers[question.key] for question in task.questions]
     result = Result(
         task.name,
-        tuple(task.score([answer.text for answer in answers])),
+        tuple(task.score(answers)),
         len(answers),
         sum(answer.degraded for answer in answers),
         time.perf_counter() - clock,
-        dict(task.settings),
+        settings,
         description,
         datetime.now(UTC).isoformat(timespec="seconds"),
     )
@@ -111,15 +102,8 @@ class _AnswerFile:
     def __enter__(self) -> _AnswerFile:
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
-            if lines and lines[0] == self._header:
-                for line in lines[1:]:
-                    try:
-                        record = json.loads(line)
-                    except json.JSONDecodeError:
-                        break  # the line that was being written when the run was cut off
-                    answer = TaskAnswer(record["answer"], tuple(record["tags"]), record["degraded"])
-                    self.answers[record["key"]] = answer
+            if self._path.exists():
+                self.answers = read_answers(self._path, self._header)
             self._file = self._path.open("w", encoding="utf-8")
             self._file.write(self._header + "\n")
             for key, answer in self.answers.items():

@@ -2,79 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from tagstore.errors import InvalidInput
-from tagstore.readers.samples import Place, image_place, read_lines, read_samples
+from tagstore.readers.samples import read_lines, read_samples
 from tuna_model.evaluation.bootstrap import Metric, mean
-from tuna_model.evaluation.captions import Tokeniser, caption_metrics
+from tuna_model.evaluation.captions import caption_metrics
 from tuna_model.evaluation.chair import Synonyms, chair, present
-from tuna_model.evaluation.judge import Judge
+from tuna_model.evaluation.choice import choice, read_choices
+from tuna_model.evaluation.edits import answers_before, check_truths, edits
+from tuna_model.evaluation.naming import fold, naming
+from tuna_model.evaluation.questions import Question, Task, TaskAnswer, TaskOptions, read_questions
 from tuna_model.evaluation.vqa import SHORT_PROMPT, vqa
 from tuna_model.evaluation.yes_no import YES_NO_PROMPT, mme, pope
 from tuna_model.processing.data import CAPTION_PROMPT
 
 CHAIR_PROMPT = "Please describe this image in detail."
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """A question about one image."""
-
-    key: str
-    image: Place
-    image_key: str
-    """Identifies the image; intervals are over images."""
-    text: str
-    truth: Mapping[str, Any] = field(default_factory=dict)
-    """The right answer, which its task scores against and the model never sees."""
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """Questions, and how answers are scored."""
-
-    name: str
-    questions: tuple[Question, ...]
-    score: Callable[[Sequence[str]], list[Metric]]
-    """Scores answers in the order of the questions."""
-    max_new_tokens: int
-    settings: Mapping[str, Any]
-    """For the report: files, prompt, tokeniser."""
-
-
-@dataclass(frozen=True, slots=True)
-class TaskOptions:
-    """Files and settings of a task."""
-
-    data: Path
-    """Questions (JSON lines), or captioned images (JSON lines, JSON, WebDataset)."""
-    images: Path | None = None
-    """Directory that image names are relative to; by default that of `data`."""
-    allow_outside: bool = False
-    """Whether image paths, and links, may lead out of that directory."""
-    labels: Path | None = None
-    """pope: RePOPE's file; its labels replace those of `data`, and only its questions are asked."""
-    synonyms: Path | None = None
-    """chair: the paper's synonym list."""
-    references: Path | None = None
-    """llava-bench: reference answers, JSON lines with question_id and text."""
-    contexts: Path | None = None
-    """llava-bench: descriptions of the images for the judge, JSON lines with image and caption."""
-    split: str = ""
-    limit: int = 0
-    """Number of questions to ask, the first ones; 0 for all."""
-    prompt: str = ""
-    """Replaces the task's own prompt."""
-    tokeniser: Tokeniser = "plain"
-    meteor: bool = False
-    judge: Judge | None = None
-    """llava-bench: gives the marks; without one, answers are only written."""
-    resamples: int = 1000
-    seed: int = 0
 
 
 def load_task(name: str, options: TaskOptions) -> Task:
@@ -86,7 +31,7 @@ def load_task(name: str, options: TaskOptions) -> Task:
 
 
 def _pope(o: TaskOptions) -> Task:
-    questions = _questions(o, YES_NO_PROMPT)
+    questions = read_questions(o, YES_NO_PROMPT)
     if o.labels is not None:
         corrected = {
             (line["image"], line.get("text", line.get("question"))): line["label"]
@@ -98,20 +43,24 @@ def _pope(o: TaskOptions) -> Task:
             if (q.truth["image"], q.truth["text"]) in corrected
         ]
     labels = [_label(q, o) for q in questions]
-    return _task("pope", questions, lambda answers, **options: pope(answers, labels, **options), 8, o)
+
+    def score(answers: Sequence[TaskAnswer], **options: Any) -> list[Metric]:
+        return pope(_texts(answers), labels, **options)
+
+    return _task("pope", questions, score, 8, o)
 
 
 def _mme(o: TaskOptions) -> Task:
-    questions = _questions(o, YES_NO_PROMPT)
+    questions = read_questions(o, YES_NO_PROMPT)
     labels = [_label(q, o) for q in questions]
     categories = [str(q.truth.get("category", "")) for q in questions]
 
-    def score(answers: Sequence[str], images: Sequence[str], **options: Any) -> list[Metric]:
-        metrics: list[Metric] = []
+    def score(answers: Sequence[TaskAnswer], images: Sequence[str], **options: Any) -> list[Metric]:
+        texts, metrics = _texts(answers), list[Metric]()
         for category in sorted(set(categories)):
             rows = [i for i, name in enumerate(categories) if name == category]
             category_metrics = mme(
-                [answers[i] for i in rows], [labels[i] for i in rows], [images[i] for i in rows], **options
+                [texts[i] for i in rows], [labels[i] for i in rows], [images[i] for i in rows], **options
             )
             metrics += [replace(m, name=f"{category} {m.name}".strip()) for m in category_metrics]
         return metrics
@@ -120,17 +69,21 @@ def _mme(o: TaskOptions) -> Task:
 
 
 def _vqa(o: TaskOptions) -> Task:
-    questions = _questions(o, SHORT_PROMPT)
+    questions = read_questions(o, SHORT_PROMPT)
     references = [_references(q, o) for q in questions]
-    return _task("vqa", questions, lambda answers, **options: vqa(answers, references, **options), 16, o)
+
+    def score(answers: Sequence[TaskAnswer], **options: Any) -> list[Metric]:
+        return vqa(_texts(answers), references, **options)
+
+    return _task("vqa", questions, score, 16, o)
 
 
 def _captions(o: TaskOptions) -> Task:
     questions = _captioned(o, o.prompt or CAPTION_PROMPT)
     references = [q.truth["captions"] for q in questions]
 
-    def score(answers: Sequence[str], **options: Any) -> list[Metric]:
-        return caption_metrics(answers, references, tokeniser=o.tokeniser, meteor=o.meteor, **options)
+    def score(answers: Sequence[TaskAnswer], **options: Any) -> list[Metric]:
+        return caption_metrics(_texts(answers), references, tokeniser=o.tokeniser, meteor=o.meteor, **options)
 
     return _task("captions", questions, score, 40, o)
 
@@ -150,14 +103,14 @@ def _chair(o: TaskOptions) -> Task:
         for q in questions
     ]
 
-    def score(answers: Sequence[str], **options: Any) -> list[Metric]:
-        return chair(answers, truths, synonyms=synonyms, **options)
+    def score(answers: Sequence[TaskAnswer], **options: Any) -> list[Metric]:
+        return chair(_texts(answers), truths, synonyms=synonyms, **options)
 
     return _task("chair", questions, score, 128, o)
 
 
 def _llava_bench(o: TaskOptions) -> Task:
-    questions, judge = _questions(o, ""), o.judge
+    questions, judge = read_questions(o), o.judge
     reference_lines, context_lines = (read_lines(path) if path else () for path in (o.references, o.contexts))
     references = {str(line["question_id"]): str(line["text"]) for _, line in reference_lines}
     contexts = {str(line["image"]): str(line["caption"]) for _, line in context_lines}
@@ -169,19 +122,54 @@ def _llava_bench(o: TaskOptions) -> Task:
             "and a description (--contexts)"
         )
 
-    def score(answers: Sequence[str], images: Sequence[str], **options: Any) -> list[Metric]:
+    def score(answers: Sequence[TaskAnswer], images: Sequence[str], **options: Any) -> list[Metric]:
         if judge is None:
             return []
         relative = []
         for q, answer in zip(questions, answers, strict=True):
             context, question = contexts[q.truth["image"]], str(q.truth["text"])
             reference_mark, mark = judge.marks(
-                context=context, question=question, first=references[q.key], second=answer
+                context=context, question=question, first=references[q.key], second=answer.text
             )
             relative.append(100 * mark / reference_mark)
         return [mean("relative score", relative, images, **options)]
 
     return _task("llava-bench", questions, score, 256, o)
+
+
+def _naming(o: TaskOptions) -> Task:
+    questions = read_questions(o)
+    for q in questions:
+        if not isinstance(q.truth.get("name"), str) or not fold(q.truth["name"]):
+            raise InvalidInput(f"{o.data}, question {q.key}: 'name' is the right name, a text with a word")
+    names = [q.truth["name"] for q in questions]
+    splits = [str(q.truth.get("split", "")) for q in questions]
+
+    def score(answers: Sequence[TaskAnswer], **options: Any) -> list[Metric]:
+        return naming(answers, names, splits=splits, **options)
+
+    return _task("naming", questions, score, 32, o)
+
+
+def _choice(o: TaskOptions) -> Task:
+    questions = read_choices(o)
+
+    def score(answers: Sequence[TaskAnswer], **options: Any) -> list[Metric]:
+        return choice(_texts(answers), questions, **options)
+
+    return _task("choice", questions, score, 32, o)
+
+
+def _edits(o: TaskOptions) -> Task:
+    questions = read_questions(o)
+    for q in questions:
+        check_truths(q)
+    before = answers_before(o.before, questions) if o.before is not None else None
+
+    def score(answers: Sequence[TaskAnswer], **options: Any) -> list[Metric]:
+        return [] if before is None else edits(before, _texts(answers), questions, **options)
+
+    return _task("edits", questions, score, 32, o)
 
 
 TASKS: dict[str, Callable[[TaskOptions], Task]] = {
@@ -191,6 +179,9 @@ TASKS: dict[str, Callable[[TaskOptions], Task]] = {
     "captions": _captions,
     "chair": _chair,
     "llava-bench": _llava_bench,
+    "naming": _naming,
+    "choice": _choice,
+    "edits": _edits,
 }
 
 
@@ -204,9 +195,9 @@ def _task(
     """A task whose `score` gets the images of the answers, `resamples` and `seed` beside them."""
     options: dict[str, Any] = {"resamples": o.resamples, "seed": o.seed}
     images = [q.image_key for q in questions]
-    names = ("data", "images", "labels", "synonyms", "references", "contexts")
+    names = ("data", "images", "labels", "synonyms", "references", "contexts", "before")
     files = {name: str(getattr(o, name)) for name in names if getattr(o, name)}
-    settings = {**files, "split": o.split, "questions": len(questions), **options}
+    settings = {**files, "split": o.split, "prompt": o.prompt, "questions": len(questions), **options}
     if name == "captions":
         settings["tokeniser"] = o.tokeniser
     return Task(
@@ -218,25 +209,8 @@ def _task(
     )
 
 
-def _questions(o: TaskOptions, suffix: str) -> list[Question]:
-    """Questions of a JSON-lines file: image, text (or question), question_id, and the fields that the task
-    scores against."""
-    folder = o.images or o.data.parent
-    questions: list[Question] = []
-    for number, line in read_lines(o.data):
-        text = line.get("text", line.get("question"))
-        where = f"{o.data}, line {number}"
-        if not isinstance(text, str) or not isinstance(line.get("image"), str):
-            raise InvalidInput(f"{where}: a question has 'image' and 'text', this has {', '.join(line)}")
-        prompt = "\n".join(part for part in (text, o.prompt or suffix) if part)
-        key = str(line.get("question_id", len(questions)))
-        image = image_place(line["image"], folder, where, allow_outside=o.allow_outside)
-        questions.append(Question(key, image, line["image"], prompt, {**line, "text": text}))
-        if len(questions) == o.limit:
-            break
-    if not questions:
-        raise InvalidInput(f"{o.data} has no question")
-    return questions
+def _texts(answers: Sequence[TaskAnswer]) -> list[str]:
+    return [answer.text for answer in answers]
 
 
 def _captioned(o: TaskOptions, prompt: str) -> list[Question]:
@@ -248,7 +222,7 @@ def _captioned(o: TaskOptions, prompt: str) -> list[Question]:
         if not sample.captions or not sample.images:
             raise InvalidInput(f"{o.data}, {sample.key}: a captioned picture has an image and captions")
         truth = {"captions": list(sample.captions), "objects": sample.metadata.get("objects")}
-        questions.append(Question(sample.key, sample.images[0], sample.key, prompt, truth))
+        questions.append(Question(sample.key, sample.images[0], sample.key, prompt, truth, sample.key))
     return questions
 
 

@@ -6,6 +6,8 @@ from __future__ import annotations
 import base64
 import binascii
 import reprlib
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -15,18 +17,37 @@ from pydantic import (
     StrictFloat,
     StrictInt,
     ValidationError,
+    ValidationInfo,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from tagstore.encoding.images import decode
 from tagstore.errors import BadImage, InvalidInput
-from tuna_model.inference.pipeline import Message
+from tuna_model.inference.conversations import Message
 
 MAX_TOKENS = 1024
 """Tokens of an answer, at most."""
+MAX_PARTS = 4096
+"""Messages and parts of messages, at most, over the whole conversation."""
 
 
-def _picture(url: Any) -> Any:
+@dataclass(frozen=True, slots=True)
+class RequestLimits:
+    """What a conversation may hold; checked before any picture is decoded or any text is tokenised."""
+
+    pictures: int = 64
+    characters: int = 1_000_000
+    prepare: Callable[[Any], Any] = lambda picture: picture
+    """Makes what is kept of a decoded picture (a PIL image), so that only one of them is in memory."""
+
+
+def _limits(info: ValidationInfo) -> RequestLimits:
+    limits: RequestLimits = (info.context or {}).get("limits") or RequestLimits()
+    return limits
+
+
+def _picture(url: Any, info: ValidationInfo) -> Any:
     """Decode the picture of a data: URL.
 
     Others are refused: a server that fetches what strangers name reaches places that they cannot.
@@ -35,11 +56,12 @@ def _picture(url: Any) -> Any:
     if not isinstance(url, str) or not url.startswith("data:"):
         raise ValueError("give the picture as data:image/jpeg;base64,...; addresses are not fetched")
     try:
-        return decode(base64.b64decode(url.partition(",")[2], validate=True))
+        picture = decode(base64.b64decode(url.partition(",")[2], validate=True))
     except binascii.Error as error:
         raise ValueError("what follows the comma is no base64") from error
     except BadImage as error:
         raise ValueError(str(error)) from error
+    return _limits(info).prepare(picture)
 
 
 class Part(BaseModel):
@@ -48,7 +70,7 @@ class Part(BaseModel):
     type: Literal["text", "image_url"]
     text: str | None = None
     image_url: Annotated[Any, BeforeValidator(_picture)] = None
-    """A PIL image."""
+    """What `RequestLimits.prepare` made of the picture."""
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
@@ -83,6 +105,35 @@ class ChatRequest(BaseModel):
     n: Literal[1] = 1
     stream: bool | None = False
 
+    @model_validator(mode="before")
+    @classmethod
+    def _within_limits(cls, data: Any, info: ValidationInfo) -> Any:
+        messages = data.get("messages") if isinstance(data, dict) else None
+        if not isinstance(messages, list):
+            return data
+        contents = [message.get("content") for message in messages if isinstance(message, dict)]
+        parts = [part for content in contents if isinstance(content, list) for part in content]
+        texts = [content for content in contents if isinstance(content, str)]
+        texts += [
+            text for part in parts if isinstance(part, dict) and isinstance(text := part.get("text"), str)
+        ]
+        counts = {
+            "messages and parts": (len(messages) + len(parts), MAX_PARTS),
+            "pictures": (
+                sum(isinstance(part, dict) and part.get("type") == "image_url" for part in parts),
+                _limits(info).pictures,
+            ),
+            "characters": (sum(map(len, texts)), _limits(info).characters),
+        }
+        for what, (count, most) in counts.items():
+            if count > most:
+                raise PydanticCustomError(
+                    "too_much",
+                    "messages hold {count} {what}, and this model reads {most} at most: send less",
+                    {"count": count, "what": what, "most": most},
+                )
+        return data
+
     @property
     def images(self) -> list[Any]:
         """Pictures of all messages, in their order."""
@@ -108,15 +159,17 @@ class ChatRequest(BaseModel):
         return options
 
 
-def read_request(body: bytes) -> ChatRequest:
+def read_request(body: bytes, limits: RequestLimits | None = None) -> ChatRequest:
     """Check a chat completion's body. Raises `InvalidInput` with the field that is wrong."""
     try:
-        return ChatRequest.model_validate_json(body)
+        return ChatRequest.model_validate_json(body, context={"limits": limits})
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
     path = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in first["loc"]).lstrip(".")
     if first["type"] == "json_invalid":
         raise InvalidInput(f"the body is no JSON: {first['msg']}")
+    if first["type"] == "too_much":
+        raise InvalidInput(first["msg"])
     if first["type"] in ("missing", "too_short"):
         raise InvalidInput(f"{path} is missing")
     reason = first["msg"].removeprefix("Value error, ").replace("Input should be", "it must be")

@@ -11,9 +11,9 @@ vector.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 import numpy as np
@@ -22,67 +22,15 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStr
 
 from tagstore.client import TagSource, connect
 from tagstore.errors import InvalidInput
-from tagstore.types import Neighbour, Retrieval
+from tagstore.types import Identity, Retrieval
 from tuna_model import presets
+from tuna_model.inference.answers import Answer, PreparedBatch, weighed_tags
+from tuna_model.inference.conversations import Message, Prompt, Reader, user_message
 from tuna_model.modeling.model import TAG_INPUTS, TunaForConditionalGeneration
-from tuna_model.processing.processor import TunaProcessor
-from tuna_model.processing.tags import ImageTags, TagLayout, TagLookup
+from tuna_model.processing.processor import EncodedPrompt, TunaProcessor
+from tuna_model.processing.tags import ImageTags, TagLookup
 
-Message = dict[str, Any]
-"""{"role": "user", "content": "text", or [{"type": "image"}, {"type": "text", "text": "..."}]}"""
-
-
-@dataclass(frozen=True, slots=True)
-class WeighedTag:
-    """A tag in the prompt, with its weight and signals."""
-
-    text: str
-    weight: float
-    relevance: float
-    similarity: float
-    vote_share: float
-    """Share of the neighbours that carry it."""
-    image: int = 0
-    """Number of its picture in the conversation."""
-
-    @property
-    def votes(self) -> float:
-        """Deprecated name of `vote_share`."""
-        return self.vote_share
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON values; "votes" is the deprecated name of "vote_share"."""
-        return asdict(self) | {"votes": self.vote_share}
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What the model says, and the tags that it was given."""
-
-    text: str
-    tags: tuple[WeighedTag, ...]
-    neighbours: tuple[Neighbour, ...]
-    """Of all pictures, in their order."""
-    store: str
-    """Name of the store that answered; empty if none did."""
-    version: int
-    degraded: bool
-    """Whether the store did not answer in time, so that the model answered without tags."""
-    finished: bool = True
-    """False if `max_new_tokens` cut it off."""
-
-
-@dataclass(frozen=True, slots=True)
-class PreparedBatch:
-    """Conversations ready for `generate`."""
-
-    inputs: dict[str, Any]
-    tags: tuple[tuple[WeighedTag, ...], ...]
-    """Of each conversation."""
-    retrievals: tuple[tuple[Retrieval | None, ...], ...]
-    """Of each conversation and each of its pictures; None where no store was asked or none answered."""
-    degraded: tuple[bool, ...]
-    """Of each conversation: whether the store did not answer for one of its pictures."""
+log = logging.getLogger(__name__)
 
 
 class Pipeline:
@@ -98,6 +46,9 @@ class Pipeline:
     ) -> None:
         self.model, self.processor, self.source = model, processor, source
         self.lookup = TagLookup.of(source, model.config, any_store=any_store)
+        context = getattr(model.config.text_config, "max_position_embeddings", 0)
+        self.reader = Reader(processor, context or 0)
+        """Reads conversations before the model is asked."""
 
     @classmethod
     def load(
@@ -142,6 +93,7 @@ class Pipeline:
         conversations: Sequence[Sequence[Message]],
         *,
         tags: Sequence[ImageTags] | None = None,
+        identities: Sequence[Identity] = (),
         **options: Any,
     ) -> list[Answer]:
         """Answer several conversations in one batch.
@@ -150,12 +102,32 @@ class Pipeline:
             images: of each conversation, in the order of its {"type": "image"} parts.
             conversations: the messages of each; the answer is the assistant's next message.
             tags: of all pictures, instead of the store's.
+            identities: key and hashes of all pictures, for a store with `exclude=self`; or none.
             options: of `generate`.
         """
-        prepared = self.prepare(images, conversations, tags=tags)
+        prompts = self._read(images, conversations)
+        return self.answer_prompts(prompts, tags=tags, identities=identities, **options)
+
+    def answer_prompts(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        tags: Sequence[ImageTags] | None = None,
+        identities: Sequence[Identity] = (),
+        stops: Sequence[threading.Event] = (),
+        **options: Any,
+    ) -> list[Answer]:
+        """Answer conversations that were read before (`Pipeline.reader`), in one batch.
+
+        Args:
+            stops: none, or one for each: an answer ends where it is once its event is set.
+        """
+        prepared = self.prepare_prompts(prompts, tags=tags, identities=identities)
         with torch.inference_mode():
-            out = self.model.generate(**prepared.inputs, **self._options(options))
-        generated = out[:: len(out) // len(conversations), prepared.inputs["input_ids"].shape[1] :]
+            out = self.model.generate(
+                **prepared.inputs, **self._options(options), stopping_criteria=_stopping(stops)
+            )
+        generated = out[:: len(out) // len(prompts), prepared.inputs["input_ids"].shape[1] :]
         texts = self.processor.batch_decode(generated, skip_special_tokens=True)
         finished: list[bool] = np.any(np.isin(generated.cpu().numpy(), self._end_tokens()), axis=1).tolist()
         return [
@@ -169,12 +141,13 @@ class Pipeline:
         messages: Sequence[Message],
         *,
         prepared: PreparedBatch | None = None,
+        stop: threading.Event | None = None,
         **options: Any,
     ) -> Iterator[str]:
-        """Answer one conversation piece by piece. Closing the iterator stops the model."""
+        """Answer one conversation piece by piece. Closing the iterator or setting `stop` stops the model."""
         prepared = prepared or self.prepare([images], [messages])
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        stop = threading.Event()
+        stop = stop or threading.Event()
         errors: list[BaseException] = []
 
         def generate() -> None:
@@ -184,7 +157,7 @@ class Pipeline:
                         **prepared.inputs,
                         **self._options(options),
                         streamer=streamer,
-                        stopping_criteria=StoppingCriteriaList([_StopWhenSet(stop)]),
+                        stopping_criteria=_stopping([stop]),
                     )
             except BaseException as error:  # noqa: BLE001  raised again in the thread that reads
                 errors.append(error)
@@ -206,27 +179,25 @@ class Pipeline:
         conversations: Sequence[Sequence[Message]],
         *,
         tags: Sequence[ImageTags] | None = None,
+        identities: Sequence[Identity] = (),
     ) -> PreparedBatch:
         """Encode the pictures, ask the store for tags, and write the prompts. Arguments as for `answers`."""
-        for pictures, messages in zip(images, conversations, strict=True):
-            contents = [message["content"] for message in messages if not isinstance(message["content"], str)]
-            parts = sum(part.get("type") == "image" for content in contents for part in content)
-            if parts != len(pictures):
-                raise InvalidInput(
-                    f'the messages hold {parts} parts {{"type": "image"}}, '
-                    f"and {len(pictures)} images are given"
-                )
-        prompts = [
-            self.processor.apply_chat_template(list(messages), add_generation_prompt=True)
-            for messages in conversations
-        ]
-        all_pictures = [picture for pictures in images for picture in pictures]
+        return self.prepare_prompts(self._read(images, conversations), tags=tags, identities=identities)
+
+    def prepare_prompts(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        tags: Sequence[ImageTags] | None = None,
+        identities: Sequence[Identity] = (),
+    ) -> PreparedBatch:
+        """As `prepare`, of conversations that were read before."""
         features: dict[str, Any] = {}
         retrieved: list[tuple[ImageTags, Retrieval | None]] = []
         store_asked = False
-        if all_pictures:
-            pixels = self.processor.image_processor(all_pictures)["pixel_values"]
-            grid, vectors = self.model.encode_images(pixels.to(self.model.device))
+        pixels = [prompt.pixels for prompt in prompts if len(prompt.pixels)]
+        if pixels:
+            grid, vectors = self.model.encode_images(torch.cat(pixels).to(self.model.device))
             features = {"grid": grid} | ({} if vectors is None else {"image_vectors": vectors})
             if tags is not None:
                 retrieved = [(image_tags, None) for image_tags in tags]
@@ -238,25 +209,44 @@ class Pipeline:
             elif vectors is not None and self.model.config.tags:
                 store_asked = True
                 fingerprint = self.model.config.encoder_digest or self.model.encoder.fingerprint
-                retrieved = self.lookup.detailed(vectors, fingerprint)
-        bos = self.processor.tokenizer.bos_token
-        # a template that writes the first token itself must not get a second
-        add_bos = not (bos and prompts[0].startswith(bos))
-        prompt_tags = [image_tags for image_tags, _ in retrieved] or None
-        batch = self.processor(text=prompts, tags=prompt_tags, add_special_tokens=add_bos)
-        inputs = {name: tensor.to(self.model.device) for name, tensor in batch.items()} | features
-        weights, layout = iter(self._weights(inputs)), TagLayout(**self.processor.layout)
-        weighed: list[tuple[WeighedTag, ...]] = []
+                retrieved = self.lookup.detailed(vectors, fingerprint, identities=identities)
+        encoded: list[EncodedPrompt] = []
         retrievals: list[tuple[Retrieval | None, ...]] = []
         start = 0
-        for pictures in images:
-            part = retrieved[start : start + len(pictures)]
-            start += len(pictures)
-            chosen = [layout.choose(image_tags) for image_tags, _ in part]
-            weighed.append(tuple(tag for i, tags in enumerate(chosen) for tag in _weighed(tags, weights, i)))
+        for prompt in prompts:
+            part = retrieved[start : start + len(prompt.pixels)]
+            start += len(prompt.pixels)
+            encoded.append(self._with_tags(prompt, [image_tags for image_tags, _ in part]))
             retrievals.append(tuple(retrieval for _, retrieval in part))
+        batch = self.processor.pad(encoded)
+        inputs = {name: tensor.to(self.model.device) for name, tensor in batch.items()} | features
+        weights = iter(self._weights(inputs))
+        weighed = tuple(
+            tuple(tag for i, tags in enumerate(prompt.tags) for tag in weighed_tags(tags, weights, i))
+            for prompt in encoded
+        )
         degraded = tuple(store_asked and None in part for part in retrievals)
-        return PreparedBatch(inputs, tuple(weighed), tuple(retrievals), degraded)
+        return PreparedBatch(inputs, weighed, tuple(retrievals), degraded)
+
+    def _read(
+        self, images: Sequence[Sequence[Any]], conversations: Sequence[Sequence[Message]]
+    ) -> list[Prompt]:
+        return [
+            self.reader.read(pictures, messages)
+            for pictures, messages in zip(images, conversations, strict=True)
+        ]
+
+    def _with_tags(self, prompt: Prompt, tags: Sequence[ImageTags]) -> EncodedPrompt:
+        """Put the tags of its pictures into a prompt; none, if the context does not hold them."""
+        encoded = self.processor.insert(prompt.token_ids, tags)
+        if self.reader.context and len(encoded.input_ids) + prompt.new_tokens > self.reader.context:
+            without = self.processor.insert(prompt.token_ids)
+            dropped = sum(map(len, encoded.tags))
+            if dropped:
+                log.warning("%d tags are left out: the context of the model does not hold them", dropped)
+                self.lookup.dropped += dropped
+            return without
+        return encoded
 
     def _weights(self, inputs: dict[str, Any]) -> list[float]:
         """Weights of all tags, as the model computes them."""
@@ -290,28 +280,16 @@ class Pipeline:
         return np.atleast_1d(self.processor.tokenizer.eos_token_id if end is None else end)
 
 
-def _weighed(tags: ImageTags, weights: Iterator[float], image: int) -> list[WeighedTag]:
-    """The tags of one picture with the next weights."""
-    signals = np.stack([tags.relevance, tags.similarity, tags.vote_share], axis=1).tolist()
-    return [
-        WeighedTag(text, next(weights), relevance, similarity, vote_share, image)
-        for text, (relevance, similarity, vote_share) in zip(tags.texts, signals, strict=True)
-    ]
-
-
 class _StopWhenSet(StoppingCriteria):  # type: ignore[misc]
-    """Stops generation when an event is set."""
+    """Ends each answer of a batch when its event is set."""
 
-    def __init__(self, stop: threading.Event) -> None:
-        self._stop = stop
+    def __init__(self, stops: Sequence[threading.Event]) -> None:
+        self._stops = stops
 
     def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
-        return torch.full((len(input_ids),), self._stop.is_set(), device=input_ids.device)
+        ended = torch.tensor([stop.is_set() for stop in self._stops], device=input_ids.device)
+        return ended.repeat_interleave(len(input_ids) // len(self._stops))
 
 
-def user_message(text: str, images: int = 0) -> Message:
-    """Make a message of the user: pictures first, then text."""
-    return {
-        "role": "user",
-        "content": [*({"type": "image"} for _ in range(images)), {"type": "text", "text": text}],
-    }
+def _stopping(stops: Sequence[threading.Event]) -> StoppingCriteriaList | None:
+    return StoppingCriteriaList([_StopWhenSet(stops)]) if stops else None

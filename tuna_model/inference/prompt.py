@@ -1,5 +1,7 @@
 """Tags for any vision-language model, without training: weighed tags as text before the question. numpy only.
 
+Tags and question are foreign text: what could be a special token of any decoder is taken apart.
+
 text = tag_prompt("What wine is this?", tags)       # send it with the picture to any served model
 """
 
@@ -9,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tagstore.errors import InvalidInput
+from tuna_model.processing.foreign_text import neutral
 from tuna_model.processing.tags import ImageTags, TagLayout
 
 STYLES = ("weights", "words", "list")
@@ -25,7 +28,7 @@ def tag_prompt(
     """Write a question with the tags of its image; without tags, the question alone.
 
     Args:
-        question: the user's; comes last, unchanged.
+        question: the user's; comes last.
         tags: of the image.
         style: `weights` gives each tag its weight as a number, `words` sorts tags into sure and doubtful,
             `list` only names them.
@@ -37,6 +40,7 @@ def tag_prompt(
     """
     if style not in STYLES:
         raise InvalidInput(f"style '{style}' is not one of {', '.join(STYLES)}")
+    question = neutral(question)
     layout = layout or TagLayout()
     chosen = layout.choose(tags)
     if not len(chosen):

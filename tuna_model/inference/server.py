@@ -4,9 +4,9 @@
     GET  /v1/models            the model
     GET  /health               counts of waiting and answered requests, and whether the store answers
 
-One request after the other reaches the model; those that wait and want the same settings share a batch, a
-stream is answered alone. When the store is down the model answers without tags and says so ("degraded":
-true).
+One request after the other reaches the model (`inference.worker`); those that wait and want the same settings
+share a batch, a stream is answered alone. When the store is down the model answers without tags and says so
+("degraded": true).
 """
 
 from __future__ import annotations
@@ -17,154 +17,83 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from tagstore.errors import InvalidInput, Overloaded, TagstoreError
-from tuna_model.inference.chat_request import ChatRequest, read_request
-from tuna_model.inference.pipeline import Pipeline, PreparedBatch, WeighedTag
+from tagstore.errors import InvalidInput, Overloaded, TagstoreError, TimedOut
+from tuna_model.inference.answers import PreparedBatch, WeighedTag
+from tuna_model.inference.pipeline import Pipeline
+from tuna_model.inference.worker import END, Job, Worker
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 MAX_BODY = 32 << 20
 """Bytes of a request's body, at most."""
+MAX_BODIES = 256 << 20
+"""Bytes of all bodies that are being read, at most."""
+BODY_SECONDS = 30.0
+"""Seconds in which a body must arrive."""
 INTERNAL_ERROR = "the model failed on this request; the server's log says why"
-_END = object()
-"""Follows the last piece of a stream."""
 
 
-@dataclass(slots=True)
-class Job:
-    """A request that waits for the model."""
+class Bodies:
+    """Reads bodies of requests: each within a size and a time, all together within a memory."""
 
-    request: ChatRequest
-    results: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
-    """Gets the `Answer`; or of a stream its `PreparedBatch`, its pieces and `_END`; or the error."""
-    abandoned: bool = False
-    """Whether the client went away."""
-
-
-class Worker:
-    """Brings requests to the model, one batch after the other. Used in one event loop; the model runs in a
-    thread."""
-
-    def __init__(self, tuna: Pipeline, *, batch: int = 8, wait: float = 0.01, waiting: int = 256) -> None:
-        """
-        Args:
-            batch: requests answered together, at most.
-            wait: seconds that the first request of a batch waits for others.
-            waiting: requests that may wait; further ones are refused.
-        """
-        self.tuna, self._batch_size, self._wait = tuna, batch, wait
-        self._queue: asyncio.Queue[Job | None] = asyncio.Queue(waiting)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="tuna")
-        self.batches = 0
-        """Batches answered so far."""
-        self.answered = 0
-        """Requests answered so far."""
-
-    def submit(self, job: Job) -> None:
-        """Let a request wait for the model. Raises `Overloaded` if too many wait."""
-        try:
-            self._queue.put_nowait(job)
-        except asyncio.QueueFull:
-            raise Overloaded("too many requests are waiting: try again later", retry_after=1.0) from None
-
-    @property
-    def waiting(self) -> int:
-        """Requests that wait now."""
-        return self._queue.qsize()
+    def __init__(self, seconds: float) -> None:
+        self._seconds, self._bytes = seconds, 0
 
     @contextlib.asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
-        """Answer requests within the context; at its end answer those that wait, then stop."""
-        task = asyncio.create_task(self._run())
+    async def read(self, request: Request) -> AsyncIterator[bytes]:
+        """Give the body of a request. Raises `InvalidInput`, `TimedOut`, `Overloaded`."""
+        data = bytearray()
         try:
-            yield
+            async with asyncio.timeout(self._seconds):
+                async for chunk in request.stream():
+                    data += chunk
+                    self._bytes += len(chunk)
+                    if len(data) > MAX_BODY:
+                        raise InvalidInput(
+                            f"the body is larger than {MAX_BODY >> 20} MiB: send smaller pictures"
+                        )
+                    if self._bytes > MAX_BODIES:
+                        raise Overloaded("too many bodies are being read: try again later", retry_after=1.0)
+            yield bytes(data)
+        except TimeoutError:
+            raise TimedOut(f"the body did not arrive within {self._seconds:g} s: send it again") from None
         finally:
-            await self._queue.put(None)
-            await task
-            self._thread.shutdown()
-
-    async def _run(self) -> None:
-        held: list[Job | None] = []  # the request that did not fit into the batch before
-        while (first := held.pop() if held else await self._queue.get()) is not None:
-            batch = [first]
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._wait):
-                    while not first.request.stream and len(batch) < self._batch_size and not held:
-                        job = await self._queue.get()
-                        same = job and not job.request.stream and job.request.options == first.request.options
-                        (batch if job and same else held).append(job)  # type: ignore[arg-type]
-            await self._answer([job for job in batch if not job.abandoned])
-
-    async def _answer(self, batch: list[Job]) -> None:
-        if not batch:
-            return
-        self.batches += 1
-        self.answered += len(batch)
-        requests = [job.request for job in batch]
-        try:
-            if requests[0].stream:
-                await self._stream(batch[0])
-                return
-            answers = await self._in_thread(
-                lambda: self.tuna.answers(
-                    [request.images for request in requests],
-                    [request.conversation for request in requests],
-                    **requests[0].options,
-                )
-            )
-            for job, answer in zip(batch, answers, strict=True):
-                job.results.put_nowait(answer)
-        except Exception as error:
-            if not isinstance(error, TagstoreError):
-                log.exception("a request failed")
-            for job in batch:
-                job.results.put_nowait(error)
-
-    async def _stream(self, job: Job) -> None:
-        images, messages = job.request.images, job.request.conversation
-        prepared = await self._in_thread(lambda: self.tuna.prepare([images], [messages]))
-        job.results.put_nowait(prepared)
-        pieces: Any = self.tuna.stream(images, messages, prepared=prepared, **job.request.options)
-        try:
-            while (
-                not job.abandoned and (piece := await self._in_thread(lambda: next(pieces, _END))) is not _END
-            ):
-                job.results.put_nowait(piece)
-        finally:
-            await self._in_thread(pieces.close)
-        job.results.put_nowait(_END)
-
-    async def _in_thread(self, function: Callable[[], Any]) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, function)
+            self._bytes -= len(data)
 
 
 def app(
-    tuna: Pipeline, *, name: str = "tuna", batch: int = 8, wait: float = 0.01, waiting: int = 256
+    tuna: Pipeline,
+    *,
+    name: str = "tuna",
+    batch: int = 8,
+    wait: float = 0.01,
+    waiting: int = 256,
+    body_seconds: float = BODY_SECONDS,
 ) -> Starlette:
     """The ASGI application; `app.state.worker` is its worker, which runs as long as the application is
     served."""
     worker = Worker(tuna, batch=batch, wait=wait, waiting=waiting)
+    bodies = Bodies(body_seconds)
 
     async def completions(request: Request) -> Response:
         try:
-            job = Job(read_request(await _body(request)))
-            worker.submit(job)
-            result = await job.results.get()
+            async with bodies.read(request) as body:
+                job = await _unless_gone(request, worker.read(body))
+            result = await _unless_gone(request, worker.first_result(job))
+        except ClientDisconnect:
+            return Response(status_code=499)  # nobody reads it
         except Exception as error:  # noqa: BLE001  answered
-            result = error
+            return _error(error)
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
-        if isinstance(result, Exception):
-            return _error(result)
         if isinstance(result, PreparedBatch):
             events = _events(job, head, result)
             return StreamingResponse(
@@ -190,6 +119,7 @@ def app(
                 "answered": worker.answered,
                 "batches": worker.batches,
                 "degraded": tuna.lookup.degraded,
+                "dropped_tags": tuna.lookup.dropped,
                 "last_store_error": tuna.lookup.last_error,
             }
         )
@@ -217,30 +147,40 @@ async def _events(job: Job, head: dict[str, Any], prepared: PreparedBatch) -> As
     try:
         sources = _sources(prepared.tags[0], store, version, prepared.degraded[0])
         yield event({"role": "assistant", "content": ""}, **sources)
-        while (piece := await job.results.get()) is not _END:
+        while (piece := await job.results.get()) is not END:
             if isinstance(piece, Exception):
-                message = str(piece) if isinstance(piece, TagstoreError) else INTERNAL_ERROR
-                yield _event({"error": {"message": message, "type": "internal_error"}})
+                yield _event({"error": {"message": _message(piece), "type": "internal_error"}})
                 return
             if piece:
                 yield event({"content": piece})
         yield event({}, "stop")
         yield "data: [DONE]\n\n"
     finally:
-        job.abandoned = True
+        job.gone.set()
 
 
 def _event(value: dict[str, Any]) -> str:
     return f"data: {json.dumps(value)}\n\n"
 
 
-async def _body(request: Request) -> bytes:
-    data = b""
-    async for chunk in request.stream():
-        data += chunk
-        if len(data) > MAX_BODY:
-            raise InvalidInput(f"the body is larger than {MAX_BODY >> 20} MiB: send smaller pictures")
-    return data
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Await something for a caller; if the caller goes first, cancel it and raise `ClientDisconnect`."""
+    task = asyncio.create_task(work)
+    gone = asyncio.create_task(_gone(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
+
+
+async def _gone(request: Request) -> None:
+    """Return when the caller of a request, whose body was read, has gone."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def _sources(tags: tuple[WeighedTag, ...], store: str, version: int, degraded: bool) -> dict[str, Any]:
@@ -249,13 +189,25 @@ def _sources(tags: tuple[WeighedTag, ...], store: str, version: int, degraded: b
     return {"tags": [tag.to_dict() for tag in tags], "store": named, "degraded": degraded}
 
 
+def _message(error: Exception) -> str:
+    """What a caller is told of an error; one that is not ours is logged instead."""
+    if isinstance(error, TagstoreError):
+        return str(error)
+    log.error("a request failed", exc_info=error)
+    return INTERNAL_ERROR
+
+
 def _error(error: Exception) -> JSONResponse:
-    """An error as OpenAI's API writes it; what is not ours is logged where it happened."""
-    status, kind, message, headers = 503, "unavailable", str(error), None
+    """An error as OpenAI's API writes it."""
+    status, kind, message = 503, "unavailable", _message(error)
+    headers = {}
     if isinstance(error, Overloaded):
         status, kind, headers = 429, "overloaded", {"Retry-After": str(int(error.retry_after) or 1)}
+    elif isinstance(error, TimedOut):
+        status, kind = 408, "request_timeout"
     elif isinstance(error, InvalidInput):
         status, kind = 400, "invalid_request_error"
     elif not isinstance(error, TagstoreError):
-        status, kind, message = 500, "internal_error", INTERNAL_ERROR
+        status, kind = 500, "internal_error"
+    headers["Connection"] = "close"  # the rest of a body is not read
     return JSONResponse({"error": {"message": message, "type": kind}}, status, headers)

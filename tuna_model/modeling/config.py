@@ -14,10 +14,11 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from tagstore.errors import InvalidInput
+from tuna_model.modeling.llava_layout import check_config
 
 ConnectorKind = Literal["mlp2x_gelu", "linear", "pooled"]
 TagQueries = Literal["tag", "token"]
-TagSignal = Literal["relevance", "similarity", "vote_share", "uniform"]
+TagSignal = Literal["relevance", "similarity", "vote_share", "mixed", "uniform"]
 TagCoupling = Literal["multiply", "multiply_max", "log_bias", "drop", "none"]
 TagPlace = Literal["before", "after"]
 TagOrder = Literal["weight", "retrieval", "none"]
@@ -94,7 +95,7 @@ class TunaConfig(PreTrainedConfig):  # type: ignore[misc]
     connector_bias: bool = True
     """Whether its layers have biases."""
     pool_side: int = 0
-    """Side of the raster of `pooled`; must divide grid_side."""
+    """Side of the raster of `pooled`, at most grid_side."""
     image_token_id: int = 0
     """The token that stands for every image token and every H_vt in `input_ids`."""
 
@@ -109,13 +110,18 @@ class TunaConfig(PreTrainedConfig):  # type: ignore[misc]
     """Width of the learned layers."""
     tag_encoder_heads: int = 4
     """Heads of the learned layers."""
+    tag_gate: bool = False
+    """Whether H_vt has a learned factor that is 0 at first: an untrained tag path then says nothing, and the
+    tags' words are read as any words are."""
     tag_queries: TagQueries = "tag"
     """One H_vt per tag, or one per text token of a tag (needs a learned layer: word embeddings live in the
     decoder's space)."""
     tag_signal: TagSignal = "relevance"
     """What the weights come from: `relevance` (the paper: cosine of tag embedding and image vector),
     `similarity` (of the best neighbour that carries the tag), `vote_share` (of the neighbours that carry it;
-    formerly `votes`), `uniform`."""
+    formerly `votes`), `mixed` (their sum with the factors `tag_mix`), `uniform`."""
+    tag_mix: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    """Of `mixed`: factors of relevance, similarity and vote share."""
     tag_temperature: float = 0.1
     """Of the softmax over an image's tags. At 1 weights are nearly equal, at CLIP's 0.01 one tag takes nearly
     all."""
@@ -196,10 +202,8 @@ class TunaConfig(PreTrainedConfig):  # type: ignore[misc]
                 f"tag_encoder_width {self.tag_encoder_width} does not divide among "
                 f"{self.tag_encoder_heads} heads"
             )
-        if self.connector == "pooled" and not (
-            0 < self.pool_side <= self.grid_side and self.grid_side % self.pool_side == 0
-        ):
-            raise InvalidInput(f"pool_side is {self.pool_side}: it must divide grid_side {self.grid_side}")
+        if self.connector == "pooled" and not (0 < self.pool_side <= self.grid_side):
+            raise InvalidInput(f"pool_side is {self.pool_side}: it must lie between 1 and {self.grid_side}")
         if self.tag_queries == "token" and self.tag_encoder_layers == 0:
             raise InvalidInput(
                 "tag_queries 'token' needs tag_encoder_layers of at least 1: "
@@ -217,8 +221,12 @@ class TunaConfig(PreTrainedConfig):  # type: ignore[misc]
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """As transformers'; translates the configuration of its Llava."""
+        """As transformers'; translates the configuration of its Llava.
+
+        Raises `InvalidInput` for one in LLaVA's original layout.
+        """
         fields, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        check_config(fields, pretrained_model_name_or_path)
         return (_from_llava(fields) if fields.get("model_type") == "llava" else fields), kwargs
 
 

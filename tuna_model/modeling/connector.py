@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import torch
+import math
+
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
@@ -29,9 +30,10 @@ class Connector(nn.Module):
 
 
 def pool_grid(grid: Tensor, side: int) -> Tensor:
-    """Average over a `side` x `side` raster: `[N, P, C]` to `[N, side^2, C]`; P is the square of a multiple
-    of `side`."""
+    """Average over a `side` x `side` raster: `[N, P, C]` to `[N, side^2, C]`.
+
+    Where `side` does not divide the grid's, neighbouring fields share a row or column of points.
+    """
     images, points, channels = grid.shape
-    step = round(points**0.5) // side
-    blocks = grid.view(images, side, step, side, step, channels)
-    return torch.mean(blocks, dim=(2, 4)).view(images, side * side, channels)
+    square = grid.transpose(1, 2).reshape(images, channels, math.isqrt(points), -1)
+    return nn.functional.adaptive_avg_pool2d(square, side).flatten(2).transpose(1, 2)

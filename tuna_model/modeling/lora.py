@@ -5,10 +5,13 @@ They are put inside the model, not around it, so that names, saving and generati
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tagstore.errors import InvalidInput, MissingExtra
+import torch
+from torch import Tensor
+
+from tagstore.errors import Damaged, InvalidInput, MissingExtra
 
 
 def add_lora(
@@ -38,6 +41,26 @@ def add_lora(
         raise InvalidInput(
             f"LoRA finds no layer called {', '.join(targets)} in this decoder: {error}"
         ) from error
+
+
+def add_updates(model: Any, updates: Mapping[str, Tensor], scale: float) -> None:
+    """Add saved updates to their layers, without peft.
+
+    Args:
+        updates: `[rank, in]` and `[out, rank]` of each layer, as LAYER.lora_A and LAYER.lora_B.
+        scale: alpha / rank.
+
+    Raises:
+        Damaged: one of the two is missing, or the model has no such layer or one of another shape.
+    """
+    with torch.no_grad():
+        for layer in sorted({name.rpartition(".")[0] for name in updates}):
+            try:
+                down, up = (updates[f"{layer}.lora_{side}"].float() for side in "AB")
+                weight = model.get_submodule(layer).weight
+                weight += (scale * (up @ down)).to(weight)
+            except (KeyError, AttributeError, RuntimeError) as error:
+                raise Damaged(f"the updates of '{layer}' do not fit this decoder: {error}") from error
 
 
 def merge_lora(model: Any) -> None:

@@ -33,19 +33,13 @@ from tagstore.encoding.hf_models import clip_grid
 from tagstore.errors import FingerprintMismatch, InvalidInput
 from tuna_model.modeling.config import TunaConfig
 from tuna_model.modeling.connector import Connector, pool_grid
+from tuna_model.modeling.llava_layout import KEY_MAPPING, check_weights
 from tuna_model.modeling.tag_encoder import TagEncoder
 from tuna_model.modeling.weight_tuner import WeightTuner
 
 TAG_INPUTS = ("tag_index", "tag_embeddings", "tag_signals", "cu_tags", "tag_word_ids", "tag_lengths")
 _PACKED_INPUTS = ("pixel_values", "grid", "image_vectors", *TAG_INPUTS[1:])
 """Inputs whose first dimension is not the batch's: beams share them."""
-_LLAVA_KEY_MAPPING = {
-    r"^model\.language_model\.": "language_model.model.",
-    r"^lm_head\.": "language_model.lm_head.",
-    r"^model\.vision_tower\.": "vision_tower.",
-    r"^model\.multi_modal_projector\.": "multi_modal_projector.",
-}
-"""Weight names of a Llava in memory, which some files use too, to those of the hub's files."""
 
 
 @dataclass
@@ -102,22 +96,32 @@ class TunaForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: i
         self.post_init()
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As transformers'; also reads a directory of its Llava as it is."""
-        loaded = super().from_pretrained(*args, **{"key_mapping": _LLAVA_KEY_MAPPING, **kwargs})
-        model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with output_loading_info=True
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As transformers'; also reads a directory of its Llava as it is.
+
+        Raises:
+            Damaged: weights are missing beside those of the tag path, which may be untrained.
+            InvalidInput: the checkpoint has LLaVA's original layout.
+        """
+        options = {"key_mapping": KEY_MAPPING, **kwargs, "output_loading_info": True}
+        model, notes = super().from_pretrained(*args, **options)
+        name = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+        check_weights(notes["missing_keys"], notes["unexpected_keys"], name or "the state dict")
         model._weight_conversions = None  # save under our names, whatever names were read
         if model.config.vision_config is not None:
             model.vision_tower.requires_grad_(False)
-        return loaded
+        return (model, notes) if output_loading_info else model
 
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise as transformers does, and the few tensors that it does not know."""
         super()._init_weights(module)
         if module is self and self.config.vision_config is not None:
             init.zeros_(self.vision_projection)
-        elif isinstance(module, TagEncoder) and module.layers is None:
-            init.zeros_(module.projection)
+        elif isinstance(module, TagEncoder):
+            if module.layers is None:
+                init.zeros_(module.projection)
+            if module.gate is not None:
+                init.zeros_(module.gate)
         elif isinstance(module, WeightTuner) and self.config.learn_temperature:
             init.constant_(module.log_temperature, math.log(self.config.tag_temperature))
 
@@ -375,7 +379,10 @@ class TunaForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: i
             cu_queries,
             return_attention=output_attention,
         )
-        h_vt = self.multi_modal_projector(z_vt).to(inputs_embeds.dtype)
+        h_vt = self.multi_modal_projector(z_vt)
+        if self.tag_encoder.gate is not None:
+            h_vt = h_vt * self.tag_encoder.gate
+        h_vt = h_vt.to(inputs_embeds.dtype)
 
         index = _to_length(tag_index, input_ids.shape[1], -1)
         is_query = (index >= 0) & (input_ids == self.config.image_token_id)

@@ -22,6 +22,8 @@ class TagEncoder(nn.Module):
         super().__init__()
         self.impl = config.kernels
         self.max_tags = config.max_tags if config.tag_queries == "tag" else None
+        self.gate = nn.Parameter(torch.zeros(1)) if config.tag_gate else None
+        """Factor of H_vt, applied behind the connector."""
         self.layers: nn.ModuleList | None = None
         if config.tag_encoder_layers == 0:
             # into the space of image vectors and tags; `TunaForConditionalGeneration.join_encoder` fills it

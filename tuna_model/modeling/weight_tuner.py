@@ -45,7 +45,7 @@ class WeightTuner(nn.Module):
         """
         Args:
             embeddings: `[T, D]` of the tags.
-            image_vectors: `[N, D]`; only the signal `relevance` needs them.
+            image_vectors: `[N, D]`; only the signals `relevance` and `mixed` need them.
             signals: `[T, 2]`, similarity and vote share.
             cu_tags: int32 `[N + 1]`.
 
@@ -55,7 +55,7 @@ class WeightTuner(nn.Module):
             or None.
 
         Raises:
-            ValueError: `relevance` without image vectors.
+            ValueError: `relevance` or `mixed` without image vectors.
         """
         config = self.config
         # without a coupling the weights are still reported
@@ -66,19 +66,19 @@ class WeightTuner(nn.Module):
             "threshold": config.tag_threshold if coupling == "drop" else 0.0,
             "impl": config.kernels,
         }
+        if config.tag_signal in ("relevance", "mixed") and image_vectors is None:
+            raise ValueError(
+                f"tag_signal '{config.tag_signal}' needs image vectors in the tags' space, and this "
+                "checkpoint's own tower has none: call join_encoder(), pass image_vectors, or take another "
+                "tag_signal"
+            )
         if config.tag_signal == "relevance":
-            if image_vectors is None:
-                raise ValueError(
-                    "tag_signal 'relevance' needs image vectors in the tags' space, and this checkpoint's "
-                    "own tower has none: call join_encoder(), pass image_vectors, or take another tag_signal"
-                )
+            assert image_vectors is not None
             weights = tag_weights(embeddings.float(), image_vectors.float(), cu_tags, **options)
         else:
-            similarity, vote_share = signals.float().unbind(1)
-            column = {"similarity": similarity, "vote_share": vote_share}.get(
-                config.tag_signal, torch.zeros_like(similarity)
+            weights = score_weights(
+                self._score(embeddings, image_vectors, signals, cu_tags), cu_tags, **options
             )
-            weights = score_weights(column, cu_tags, **options)
         if config.tag_coupling == "none":
             return weights, torch.ones_like(weights), None
         if config.tag_coupling == "log_bias":
@@ -86,3 +86,20 @@ class WeightTuner(nn.Module):
         if config.tag_coupling == "drop":
             return weights, weights, torch.zeros_like(weights).masked_fill(weights == 0, -torch.inf)
         return weights, weights, None
+
+    def _score(
+        self, embeddings: Tensor, image_vectors: Tensor | None, signals: Tensor, cu_tags: Tensor
+    ) -> Tensor:
+        """`[T]`, the signal of each tag."""
+        similarity, vote_share = signals.float().unbind(1)
+        if self.config.tag_signal == "similarity":
+            return similarity
+        if self.config.tag_signal == "vote_share":
+            return vote_share
+        if image_vectors is None or self.config.tag_signal == "uniform":
+            return torch.zeros_like(similarity)
+        image = torch.arange(len(image_vectors), device=cu_tags.device)
+        image = torch.repeat_interleave(image, cu_tags.diff(), output_size=len(embeddings))
+        relevance = (embeddings.float() * image_vectors.float()[image]).sum(1)
+        of_relevance, of_similarity, of_votes = self.config.tag_mix
+        return of_relevance * relevance + of_similarity * similarity + of_votes * vote_share

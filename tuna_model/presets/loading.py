@@ -18,12 +18,19 @@ from typing import Any, cast
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    CLIPVisionConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
 from transformers.initialization import no_init_weights
 
 from tagstore.encoding.encoder import load_encoder
 from tagstore.errors import InvalidInput, NotFound
 from tuna_model.modeling.config import TunaConfig
+from tuna_model.modeling.lora import add_updates
 from tuna_model.modeling.model import TunaForConditionalGeneration
 from tuna_model.presets import smollm
 from tuna_model.processing.image_processor import TunaImageProcessor
@@ -90,7 +97,9 @@ def load(
 
     Raises:
         NotFound: there is no such preset or directory.
-        InvalidInput: `paper` has no weights; or a field is invalid.
+        InvalidInput: `paper` has no weights; a field is invalid; or the directory has LLaVA's original
+            layout.
+        Damaged: the directory lacks weights beside those of the tag path.
     """
     if name == "tiny":
         model, processor = _tiny(**fields)
@@ -102,7 +111,7 @@ def load(
             "load_llava(DIRECTORY) puts its tag path beside a Llava checkpoint's"
         )
     elif Path(name, "config.json").is_file():
-        if AutoConfig.from_pretrained(name).model_type == "llava":
+        if PreTrainedConfig.get_config_dict(name)[0].get("model_type") == "llava":
             model, processor = load_llava(name, dtype=dtype, **fields)
         else:
             model = TunaForConditionalGeneration.from_pretrained(name, dtype=dtype, **fields)
@@ -170,8 +179,8 @@ def smol_config(**fields: Any) -> TunaConfig:
 def _smol(trained: bool, **fields: Any) -> tuple[TunaForConditionalGeneration, TunaProcessor]:
     from tuna_model.presets.trained import read_trained
 
-    weights, trained_fields = read_trained(TRAINED) if trained and TRAINED.is_file() else ({}, {})
-    config = smol_config(**trained_fields | fields)
+    learnt = read_trained(TRAINED) if trained and TRAINED.is_file() else None
+    config = smol_config(**(dict(learnt.fields) if learnt else {}) | fields)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         with no_init_weights():
@@ -183,7 +192,8 @@ def _smol(trained: bool, **fields: Any) -> tuple[TunaForConditionalGeneration, T
         _initialise_near_word(model, smollm.tokenizer().encode(" picture")[0])
     encoder = load_encoder("mini", device="cpu")
     model.join_encoder(encoder)
-    if weights:
+    if learnt:
+        weights = dict(learnt.weights)
         if not config.tags:
             weights = {name: weights[name] for name in weights if name.startswith("multi_modal_projector.")}
         unexpected = model.load_state_dict(weights, strict=False).unexpected_keys
@@ -192,6 +202,7 @@ def _smol(trained: bool, **fields: Any) -> tuple[TunaForConditionalGeneration, T
                 f"{TRAINED} was trained with another tag path (it has {unexpected[0]}): "
                 "load smol without changed fields"
             )
+        add_updates(model, learnt.updates, learnt.scale)
     elif trained:
         log.warning("smol: connector and tag path are not trained, so it answers without seeing the picture")
     return model, processor_for(config, smollm.tokenizer(), encoder.fingerprint.preprocess, CHATML)

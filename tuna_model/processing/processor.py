@@ -8,7 +8,7 @@ A call is `encode`, then `pad`; training builds its labels between the two.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -19,6 +19,7 @@ from transformers import AutoImageProcessor, AutoProcessor, BatchFeature, Proces
 
 from tagstore.errors import InvalidInput
 from tuna_model.modeling.config import TunaConfig
+from tuna_model.processing.foreign_text import neutral_messages, special_tokens
 from tuna_model.processing.image_processor import TunaImageProcessor
 from tuna_model.processing.tags import ImageTags, TagLayout
 
@@ -133,7 +134,15 @@ class TunaProcessor(ProcessorMixin):  # type: ignore[misc]
 
         Parts of a conversation may be encoded one by one and joined with `join`.
         """
-        ids = self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+        return self.insert(self.token_ids(text, add_special_tokens=add_special_tokens), tags)
+
+    def token_ids(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Tokenize one text; an image is still one token."""
+        ids: list[int] = self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+        return ids
+
+    def insert(self, ids: Sequence[int], tags: Sequence[ImageTags | None] = ()) -> EncodedPrompt:
+        """Put image tokens and the chosen of each image's tags in the place of image tokens; see `encode`."""
         count = ids.count(self.image_token_id)
         if len(tags) not in (0, count):
             raise InvalidInput(
@@ -158,6 +167,10 @@ class TunaProcessor(ProcessorMixin):  # type: ignore[misc]
             index += block_index + no_tags if before else no_tags + block_index
             words += [self._words(text) for text in image_tags.texts]
         return EncodedPrompt(input_ids, index, chosen, tuple(words))
+
+    def neutral(self, messages: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Make the texts of a conversation harmless in this decoder's prompts (`foreign_text`)."""
+        return neutral_messages(messages, special_tokens(self.tokenizer))
 
     def join(self, parts: Sequence[EncodedPrompt]) -> EncodedPrompt:
         """Concatenate the parts of one sequence."""

@@ -18,9 +18,16 @@ from numpy.typing import NDArray
 
 from tagstore.client import TagSource
 from tagstore.errors import InvalidInput, Unavailable
+from tagstore.plain_text import MAX_TAG_CHARS
 from tagstore.types import Fingerprint, Retrieval
+from tuna_model.processing.foreign_text import neutral_tag
 
 log = logging.getLogger(__name__)
+
+MAX_IMAGE_TAGS = 1000
+"""Tags of an image that are read; the best `max_tags` of them go into the prompt."""
+_LARGEST = 2.0
+"""Length of an embedding, or size of a signal, beyond which it is no unit vector and no cosine."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,6 +73,29 @@ class ImageTags:
             tuple(tag.tag_id for tag in retrieval.tags),
         )
 
+    def sound(self) -> ImageTags:
+        """The tags that a prompt may hold, their texts harmless there; the same object if all are.
+
+        A tag is left out if it has no text or more than `MAX_TAG_CHARS` characters, if one of its numbers is
+        not finite or is none that a cosine or a unit vector can have, and if it is behind the first
+        `MAX_IMAGE_TAGS`.
+        """
+        # a comparison with NaN is false
+        with np.errstate(over="ignore", invalid="ignore"):
+            squares = np.einsum("nd,nd->n", self.embeddings, self.embeddings, dtype=np.float64)
+            good = squares <= _LARGEST**2
+            for signal in (self.similarity, self.vote_share, self.relevance):
+                good &= np.abs(signal) <= _LARGEST
+        good[MAX_IMAGE_TAGS:] = False
+        texts = tuple(
+            neutral_tag(text) if len(text) <= MAX_TAG_CHARS and good[i] else ""
+            for i, text in enumerate(self.texts)
+        )
+        rows = [i for i, text in enumerate(texts) if text]
+        if texts == self.texts and len(rows) == len(texts):
+            return self
+        return replace(self, texts=texts).take(rows)
+
     def take(self, rows: Sequence[int]) -> ImageTags:
         """The tags of these rows, in this order."""
         index = np.asarray(rows, np.int64)
@@ -93,9 +123,15 @@ class ImageTags:
         """The same tags for another image: computes relevance anew from its unit vector `[D]`."""
         return replace(self, relevance=self.embeddings @ vector)
 
-    def score(self, signal: str) -> NDArray[np.float32]:
-        """`[n]` of a signal of `TunaConfig.tag_signal`."""
-        return np.zeros(len(self), np.float32) if signal == "uniform" else getattr(self, signal)
+    def score(self, signal: str, mix: Sequence[float] = (1.0, 1.0, 1.0)) -> NDArray[np.float32]:
+        """`[n]` of a signal of `TunaConfig.tag_signal`; `mix` is its `tag_mix`."""
+        if signal == "uniform":
+            return np.zeros(len(self), np.float32)
+        if signal == "mixed":
+            signals = np.stack([self.relevance, self.similarity, self.vote_share], axis=1)
+            return signals @ np.asarray(mix, np.float32)
+        values: NDArray[np.float32] = getattr(self, signal)
+        return values
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,13 +148,14 @@ class TagLayout:
     cap: int = 10
     merge: str = "text"
     queries: str = "tag"
+    mix: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
     @classmethod
     def of(cls, config: Any) -> TagLayout:
         """The layout fields of a `TunaConfig`."""
         return cls(
             config.tag_signal, config.tag_place, config.tag_prefix, config.tag_separator, config.tag_suffix,
-            config.tag_order, config.max_tags, config.tag_merge, config.tag_queries,
+            config.tag_order, config.max_tags, config.tag_merge, config.tag_queries, tuple(config.tag_mix),
         )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
@@ -126,8 +163,9 @@ class TagLayout:
         return asdict(self)
 
     def choose(self, tags: ImageTags) -> ImageTags:
-        """Merge, keep the best `cap` by the signal (of equal ones the earlier), order."""
-        score = tags.score(self.signal)
+        """Merge the sound ones, keep the best `cap` by the signal (of equal ones the earlier), order."""
+        tags = tags.sound()
+        score = tags.score(self.signal, self.mix)
         best = sorted(self._merged(tags), key=lambda i: (-score[i], i))[: self.cap]
         if self.order == "retrieval":
             best.sort()
@@ -139,7 +177,7 @@ class TagLayout:
         """Rows that remain; of equal texts the one with the best signal."""
         if self.merge == "none":
             return list(range(len(tags)))
-        score = tags.score(self.signal)
+        score = tags.score(self.signal, self.mix)
         words = [tuple(re.findall(r"\w+", text.casefold())) or (text,) for text in tags.texts]
         best: dict[tuple[str, ...], int] = {}
         for i, key in enumerate(words):
@@ -182,6 +220,8 @@ class TagLookup:
         self._store, self._version = ("", 0) if any_store else (store, version)
         self.degraded = 0
         """Images that got no tags because the store did not answer."""
+        self.dropped = 0
+        """Tags that are left out because they are not sound (`ImageTags.sound`)."""
         self.last_error = ""
         """Message of the store's latest failure."""
 
@@ -221,8 +261,21 @@ class TagLookup:
             elif answer.tags:
                 tags = ImageTags.of(answer, np.stack([embeddings[tag.tag_id] for tag in answer.tags]))
                 tags = tags.for_image(row)  # as the model computes it, so that order and weights agree
+                tags = self._sound(tags, answer)
             results.append((tags, None if answer.degraded else answer))
         return results
+
+    def _sound(self, tags: ImageTags, answer: Retrieval) -> ImageTags:
+        sound = tags.sound()
+        if dropped := len(tags) - len(sound):
+            if not self.dropped:
+                log.warning(
+                    "store %s@%d: %d tags of an image are left out: too long, or with numbers that are not "
+                    "finite. Check the store with `tagstore verify`; further ones are counted",
+                    answer.store, answer.version, dropped,
+                )  # fmt: skip
+            self.dropped += dropped
+        return sound
 
     def _embeddings(self, answers: Sequence[Retrieval]) -> dict[int, NDArray[np.float32]]:
         """Text embeddings of all tags in these answers, which must be of the pinned store."""

@@ -40,8 +40,9 @@ class StorePin:
 
     url: str = ""
     store: str = ""
-    """Empty: no tags."""
+    """Empty: no tags. Of a run with several stores all of them, as "a@1+b@2"."""
     version: int = 0
+    """0 for several stores."""
     fingerprint: str = ""
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tagstore.errors import InvalidInput
 from tagstore.readers.samples import Turn
+from tuna_model.processing.foreign_text import neutral, special_tokens
 from tuna_model.processing.processor import EncodedPrompt, TunaProcessor
 from tuna_model.processing.tags import ImageTags
 
@@ -100,13 +101,15 @@ class Collator:
         They are tokenised one by one, since at generation, too, prompt and answer are tokenised apart.
         """
         if self.template == "plain":
-            answer = " ".join(turn.text for turn in turns if turn.role == "assistant")
+            special = special_tokens(self.processor.tokenizer)
+            answer = neutral(" ".join(turn.text for turn in turns if turn.role == "assistant"), special)
+            context = neutral(context, special)
             end = self.processor.tokenizer.eos_token or ""
             return [
                 (self.processor.image_token * images + (f"{context}\n" if context else ""), False),
                 (answer + end, True),
             ]
-        messages = to_messages(turns, images, context)
+        messages = self.processor.neutral(to_messages(turns, images, context))
         parts: list[tuple[str, bool]] = []
         done = ""
         for i, message in enumerate(messages):

@@ -2,7 +2,7 @@
 
 A cache is a directory:
 
-    grid.f16      [images, P, C] float16, little endian
+    grid.f16      [images, P, C] float16, little endian; an image that several samples show is there once
     vectors.f32   [images, D] float32
     hashes.bin    [images] of sha256 (32 bytes) and perceptual hash (8 bytes, big endian), for the leak guard
     cache.json    encoder's fingerprint, layer, shapes, and a digest of the images; written last
@@ -17,8 +17,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,13 +27,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tagstore.encoding.images import decode, perceptual_hash
+from tagstore.encoding.images import decode, identify
 from tagstore.errors import Damaged, FingerprintMismatch, InvalidInput
-from tagstore.readers.samples import Sample
+from tagstore.readers.samples import Place, Sample
 from tagstore.types import Identity
 
 _CHUNK = 16
-"""Samples embedded together when a cache is made."""
+"""Images embedded together when a cache is made."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,11 @@ class Features:
     """`[N, D]` float32, unit rows."""
     identities: tuple[Identity, ...]
     """Of each image, for the leak guard."""
+
+    def take(self, rows: Sequence[int]) -> Features:
+        """Those of these rows, in this order."""
+        index = torch.tensor(list(rows))
+        return Features(self.grid[index], self.vectors[index], tuple(self.identities[i] for i in rows))
 
 
 class ImageFeatures(Protocol):
@@ -63,16 +68,17 @@ class LiveFeatures:
         self._model, self._prepare, self._samples = model, image_processor, samples
 
     def __call__(self, samples: Sequence[int]) -> Features:
-        data = [
-            (key, place.read())
-            for sample in map(self._samples.__getitem__, samples)
-            for key, place in zip(sample.image_keys, sample.images, strict=True)
-        ]
-        pictures = [decode(image) for _, image in data]
-        identities = tuple(
-            Identity(key, hashlib.sha256(image).digest(), perceptual_hash(picture))
-            for (key, image), picture in zip(data, pictures, strict=True)
-        )
+        chosen = [self._samples[i] for i in samples]
+        keys = [key for sample in chosen for key in sample.image_keys]
+        features = self.of_places([place for sample in chosen for place in sample.images])
+        identities = (replace(i, key=key) for i, key in zip(features.identities, keys, strict=True))
+        return replace(features, identities=tuple(identities))
+
+    def of_places(self, places: Sequence[Place]) -> Features:
+        """Features of the images at these places; their identities have no keys."""
+        data = [place.read() for place in places]
+        pictures = [decode(image) for image in data]
+        identities = tuple(map(identify, data, pictures))
         with torch.inference_mode():
             grid, vectors = self._model.encode_images(self._prepare(pictures)["pixel_values"])
         if vectors is None:
@@ -106,8 +112,8 @@ class CachedFeatures:
                 "give another directory, or delete this one"
             )
         self._samples = samples
-        self._first_row = np.cumsum([0, *(len(sample.images) for sample in samples)])
-        count, (points, channels), dimension = int(self._first_row[-1]), meta["grid"], meta["dimension"]
+        self._rows = {place: row for row, place in enumerate(_places(samples))}
+        count, (points, channels), dimension = len(self._rows), meta["grid"], meta["dimension"]
         for name, row in (
             ("grid.f16", points * channels * 2), ("vectors.f32", dimension * 4), ("hashes.bin", 40)
         ):  # fmt: skip
@@ -121,7 +127,7 @@ class CachedFeatures:
         self._hashes = (folder / "hashes.bin").read_bytes()
 
     def __call__(self, samples: Sequence[int]) -> Features:
-        rows = [row for i in samples for row in range(self._first_row[i], self._first_row[i + 1])]
+        rows = [self._rows[place] for i in samples for place in self._samples[i].images]
         keys = [key for i in samples for key in self._samples[i].image_keys]
         identities = tuple(self._identity(key, row) for key, row in zip(keys, rows, strict=True))
         grid, vectors = self._grid[rows].copy(), self._vectors[rows].copy()
@@ -139,13 +145,14 @@ def make_cache(
     *,
     encoder: str,
     layer: int,
-    progress: Callable[[int], object] = lambda _: None,
+    progress: Callable[[int, int], object] = lambda *_: None,
 ) -> None:
     """Embed all images once. The directory gets its name when it is complete.
 
     Args:
+        live: of the same samples.
         encoder: digest of the fingerprint.
-        progress: called with the number of samples just embedded.
+        progress: called with the number of images embedded so far, and of all.
     """
     part = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(part, ignore_errors=True)
@@ -157,14 +164,15 @@ def make_cache(
         (part / "vectors.f32").open("wb") as vectors,
         (part / "hashes.bin").open("wb") as hashes,
     ):
-        for chunk in _chunks(len(samples)):
-            features = live(chunk)
+        places = _places(samples)
+        for start in range(0, len(places), _CHUNK):
+            features = live.of_places(places[start : start + _CHUNK])
             shape, dimension = (features.grid.shape[1], features.grid.shape[2]), features.vectors.shape[1]
             grid.write(_bytes(features.grid.to(torch.float16).numpy()))
             vectors.write(_bytes(features.vectors.numpy()))
             for identity in features.identities:
                 hashes.write(identity.sha256 + int(identity.perceptual_hash or 0).to_bytes(8, "big"))
-            progress(len(chunk))
+            progress(min(start + _CHUNK, len(places)), len(places))
     if shape is None:
         raise InvalidInput("there is no image to embed")
     images = _digest(samples)
@@ -178,16 +186,13 @@ def _bytes(array: NDArray[Any]) -> bytes:
     return np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes()
 
 
-def _chunks(count: int) -> Iterator[list[int]]:
-    for start in range(0, count, _CHUNK):
-        yield list(range(start, min(count, start + _CHUNK)))
+def _places(samples: Sequence[Sample]) -> list[Place]:
+    """Where the images of a data set are, each once, in the order of their first samples."""
+    return list(dict.fromkeys(place for sample in samples for place in sample.images))
 
 
 def _digest(samples: Sequence[Sample]) -> str:
-    """Digest of keys and places: cheap, and different when images are added, removed or moved within their
+    """Digest of the places: cheap, and different when images are added, removed or moved within their
     files."""
-    digest = hashlib.sha256()
-    for sample in samples:
-        places = ((place.path.name, place.offset, place.length) for place in sample.images)
-        digest.update(json.dumps([sample.key, *places]).encode())
-    return digest.hexdigest()
+    places = ((place.path.name, place.offset, place.length) for place in _places(samples))
+    return hashlib.sha256(json.dumps(list(places)).encode()).hexdigest()

@@ -71,7 +71,8 @@ class TagRecipe:
     """Where tags come from."""
 
     store: str = "null://"
-    """URL of a tag source: grpc://, file://, replay://, random+grpc:// ...; null:// for no tags at all."""
+    """URL of a tag source: grpc://, file://, replay://, random+grpc:// ...; null:// for no tags at all. It
+    may hold `{store}`, for which each sample's field `store` stands: then stores are mixed."""
     content: Literal["tags", "captions"] = "tags"
     """`captions`: the neighbours' captions stand in the prompt as text instead of tags (the paper's
     ablation)."""

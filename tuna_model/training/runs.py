@@ -53,7 +53,8 @@ def load_run(
     checkpoints.put_trained(model, checkpoints.tensors(folder, which))
     if state.recipe.lora.rank:
         merge_lora(model)
-    model.config.store, model.config.store_version = state.store.store, state.store.version
+    if state.store.version:  # a model of several stores is for any
+        model.config.store, model.config.store_version = state.store.store, state.store.version
     return model.eval(), processor
 
 
@@ -61,24 +62,32 @@ def export(folder: str | Path, to: str | Path, *, pin: bool = True) -> Path:
     """Write the model of a checkpoint for others to load.
 
     Args:
-        to: a directory for the whole model; or a name ending in .safetensors for connector and tag path
-            alone, where everybody has the rest.
+        to: a directory for the whole model; or a name ending in .safetensors for what was learnt alone
+            (connector, tag path, LoRA), where everybody has the rest.
         pin: keep the store and version of the run, so that others are refused unless told. False for a model
             that is meant for any store of its encoder.
 
     Raises:
-        InvalidInput: the decoder was trained too, so the small file would not hold all of the training.
+        InvalidInput: all of the decoder was trained, so the small file would not hold all of the training.
     """
     model, processor = load_run(folder)
     if not pin:
         model.config.store, model.config.store_version = "", 0
-    target, recipe = Path(to), checkpoints.read(checkpoints.find(Path(folder))).recipe
+    folder = checkpoints.find(Path(folder))
+    target, recipe = Path(to), checkpoints.read(folder).recipe
     if target.suffix == ".safetensors":
-        if recipe.lora.rank or recipe.rates.get("language_model", 0) > 0:
+        if recipe.rates.get("language_model", 0) > 0 and not recipe.lora.rank:
             raise InvalidInput(
-                f"the decoder was trained too: give a directory instead of {target.name}, for the whole model"
+                f"all of the decoder was trained: give a directory instead of {target.name}, for the whole "
+                "model"
             )
-        save_trained(model, target)
+        updates = {
+            name.removesuffix(".default.weight"): tensor
+            for name, tensor in checkpoints.tensors(folder, "ema" if recipe.ema else "trained").items()
+            if ".lora_" in name
+        }
+        scale = recipe.lora.alpha / recipe.lora.rank if updates else 1.0
+        save_trained(model, target, updates=updates, scale=scale)
     else:
         model.save_pretrained(target)
         processor.save_pretrained(target)

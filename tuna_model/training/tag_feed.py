@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from tagstore.client import TagSource
 from tagstore.errors import InvalidInput
 from tagstore.types import Retrieval
 from tuna_model.processing.tags import ImageTags, TagLookup
@@ -24,33 +23,43 @@ class TagFeed:
 
     def __init__(
         self,
-        source: TagSource,
-        lookup: TagLookup,
+        lookups: Mapping[str, TagLookup],
         recipe: TagRecipe,
         *,
         fingerprint: str,
         seed: int,
+        stores: Sequence[str] = (),
         captions: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         """
         Args:
-            source: its vocabulary is the source of wrong tags, if the recipe has any.
-            lookup: asks `source`, and counts degraded images.
+            lookups: of each store by its name. The vocabulary of each is the source of its wrong tags, if the
+                recipe has any.
             fingerprint: digest of the encoder that computes the vectors.
+            stores: the name of each sample's store, empty for no tags; needed if there are several.
             captions: of neighbours by their keys, for `recipe.content = "captions"`.
 
         Raises:
             InvalidInput: the recipe needs captions, and there are none.
         """
-        self.lookup, self.recipe = lookup, recipe
+        self.recipe = recipe
+        self._lookups, self._stores = dict(lookups), stores
         self._fingerprint, self._seed, self._captions = fingerprint, seed, captions
         if recipe.content == "captions" and captions is None:
             raise InvalidInput(
                 "tags.content 'captions' needs a data set with the neighbours' captions: tags.captions"
             )
-        self._pool = TagPool.draw(source, recipe.noise.pool, seed) if recipe.noise.wrong else None
+        self._pools = {
+            name: TagPool.draw(lookup.source, recipe.noise.pool, seed) if recipe.noise.wrong else None
+            for name, lookup in self._lookups.items()
+        }
         self.milliseconds = 0.0
-        """Milliseconds that the store took for the last batch."""
+        """Milliseconds that the stores took for the last batch."""
+
+    @property
+    def degraded(self) -> int:
+        """Images that got no tags because their store did not answer."""
+        return sum(lookup.degraded for lookup in self._lookups.values())
 
     def __call__(self, features: Features, rows: Sequence[int], epoch: int) -> list[ImageTags]:
         """Tags of each image.
@@ -77,13 +86,20 @@ class TagFeed:
         self, features: Features, rows: Sequence[int], epoch: int
     ) -> list[tuple[ImageTags, Retrieval | None]]:
         """Tags of each image with the store's answer. Arguments as for a call."""
-        clock = time.perf_counter()
-        retrieved = self.lookup.detailed(features.vectors, self._fingerprint, **self._leak_guard(features))
-        self.milliseconds = 1000 * (time.perf_counter() - clock)
-        answers = []
-        for row, (tags, answer), vector in zip(rows, retrieved, features.vectors.numpy(), strict=True):
-            rng = np.random.default_rng([self._seed, epoch, row])
-            answers.append((add_noise(tags, self.recipe.noise, rng, self._pool, vector), answer))
+        self.milliseconds = 0.0
+        none = ImageTags.none(features.vectors.shape[1])
+        answers: list[tuple[ImageTags, Retrieval | None]] = [(none, None)] * len(rows)
+        for name, lookup in self._lookups.items():
+            places = [i for i, row in enumerate(rows) if not self._stores or self._stores[row] == name]
+            if not places:
+                continue
+            part = features.take(places)
+            clock = time.perf_counter()
+            retrieved = lookup.detailed(part.vectors, self._fingerprint, **self._leak_guard(part))
+            self.milliseconds += 1000 * (time.perf_counter() - clock)
+            for i, (tags, answer), vector in zip(places, retrieved, part.vectors.numpy(), strict=True):
+                rng = np.random.default_rng([self._seed, epoch, rows[i]])
+                answers[i] = add_noise(tags, self.recipe.noise, rng, self._pools[name], vector), answer
         return answers
 
     def _leak_guard(self, features: Features) -> dict[str, Any]:

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
 
 from tagstore.client import TagSource, connect
-from tagstore.errors import InvalidInput, Unavailable
+from tagstore.errors import FingerprintMismatch, InvalidInput, Unavailable
 from tagstore.readers.samples import Sample, read_samples
 from tuna_model.modeling.model import TunaForConditionalGeneration
 from tuna_model.processing.processor import TunaProcessor
@@ -42,6 +44,13 @@ from tuna_model.training.schedule import learning_rate, parameter_groups, set_ra
 from tuna_model.training.tag_feed import TagFeed
 
 log = logging.getLogger(__name__)
+
+STORE = "{store}"
+"""In `tags.store`, where each sample names its own store."""
+
+
+class Diverged(InvalidInput):
+    """The loss of a run is not finite any more."""
 
 
 def train(
@@ -67,8 +76,14 @@ def train(
         FingerprintMismatch: the run's checkpoint is of another store or version, and `tags.any_store` is not
             set.
         NotFound, Unavailable, Damaged: a file, the store or a checkpoint; see their messages.
+        Diverged: the loss is not finite; the checkpoints are from before.
     """
     accelerator = make_accelerator(recipe)
+    if recipe.precision == "bf16" and accelerator.device.type == "cpu" and not _multiplies_bf16():
+        log.warning(
+            "this processor has no bf16 products: with precision=bf16 a step takes many times as long as "
+            "with precision=no"
+        )
     out = Path(recipe.out)
 
     # 1. model, data, tags and optimizer
@@ -83,11 +98,17 @@ def train(
     )
     if recipe.data.first_caption:
         samples = [replace(sample, captions=sample.captions[:1]) for sample in samples]
-    with closing(connect(recipe.tags.store)) as source:
-        pin = pin_of(recipe, source)
-        model.config.store, model.config.store_version = pin.store, pin.version
+    with contextlib.ExitStack() as stack:
+        names = store_names(recipe, samples)
+        sources = {
+            name: stack.enter_context(closing(connect(recipe.tags.store.replace(STORE, name))))
+            for name in (sorted(set(names) - {""}) if names else [""])
+        }
+        pin = pin_of(recipe, sources)
+        if pin.version:  # a model of several stores is for any
+            model.config.store, model.config.store_version = pin.store, pin.version
         features = image_features(recipe, model, processor, samples, accelerator, preparing)
-        feed = tag_feed(recipe, model, source, samples, pin)
+        feed = tag_feed(recipe, model, sources, names, samples, pin)
         collator = Collator(processor, template=recipe.data.template, max_length=recipe.data.max_length)
         rank, world = accelerator.process_index, accelerator.num_processes
         loader = Loader(recipe, samples, features, feed, collator, rank=rank, world=world)
@@ -127,6 +148,11 @@ def train(
                 )
                 set_rate(prepared.optimizer, factor)
                 loss, tokens, norm = optimizer_step(accelerator, wrapped, prepared, step, recipe.clip)
+                if not math.isfinite(loss):
+                    raise Diverged(
+                        f"the loss of step {step.number + 1} is {loss}: lower the rates, or set "
+                        f"precision=no. What {out} holds is from before"
+                    )
                 if average is not None:
                     update_average(average, wrapped, recipe.ema)
                 done = step.number + 1
@@ -143,7 +169,7 @@ def train(
                         tags=step.tags / max(1, step.samples),
                         retrieval_ms=step.retrieval_ms,
                         waited_ms=1000 * waited,
-                        degraded=feed.lookup.degraded if feed else 0,
+                        degraded=feed.degraded if feed else 0,
                         memory_mb=peak_memory(accelerator.device),
                     )
                     journal.write(line)
@@ -209,6 +235,11 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     return accelerator
 
 
+def _multiplies_bf16() -> bool:
+    """Whether the CPU has instructions for products of bf16 (AVX512-BF16, AMX)."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
 def parts_of(model: TunaForConditionalGeneration) -> dict[str, nn.Module]:
     """The parts that can be trained. The image tower is not among them: its vectors must stay the store's."""
     parts: dict[str, nn.Module] = {"connector": model.multi_modal_projector}
@@ -218,21 +249,56 @@ def parts_of(model: TunaForConditionalGeneration) -> dict[str, nn.Module]:
     return parts
 
 
-def pin_of(recipe: Recipe, source: TagSource) -> StorePin:
-    """The store and version that answer now. Raises `Unavailable`: a run does not begin without its store."""
-    if recipe.tags.store.startswith("null:"):
+def store_names(recipe: Recipe, samples: list[Sample]) -> list[str]:
+    """What stands for `{store}` in the URL, for each sample: its field `store`, empty for no tags.
+
+    Raises:
+        InvalidInput: a sample with an image has no such field.
+    """
+    if STORE not in recipe.tags.store:
+        return []
+    names = [sample.metadata.get("store", None if sample.images else "") for sample in samples]
+    for sample, name in zip(samples, names, strict=True):
+        if not isinstance(name, str):
+            raise InvalidInput(
+                f"sample {sample.key} has no field 'store', and tags.store is '{recipe.tags.store}': "
+                'say in each sample whose tags it gets, or "" for none'
+            )
+    return names
+
+
+def pin_of(recipe: Recipe, sources: Mapping[str, TagSource]) -> StorePin:
+    """The stores and versions that answer now.
+
+    Raises:
+        Unavailable: a run does not begin without its store.
+        FingerprintMismatch: its stores are of different encoders.
+    """
+    if recipe.tags.store.startswith("null:") or not sources:
         return StorePin(recipe.tags.store)
     try:
-        pin = source.pin()
+        pins = [source.pin() for source in sources.values()]
     except Unavailable as error:
         raise Unavailable(
             f"{error}. A training run does not begin without its store: start it, or set tags.store=null://"
         ) from error
-    return StorePin(recipe.tags.store, pin.store, pin.version, pin.fingerprint.digest)
+    first = pins[0]
+    if len(pins) == 1:
+        return StorePin(recipe.tags.store, first.store, first.version, first.fingerprint.digest)
+    for pin in pins:
+        if pin.fingerprint.digest != first.fingerprint.digest:
+            raise FingerprintMismatch.between(pin.store, pin.fingerprint, first.fingerprint.digest)
+    several = "+".join(sorted(f"{pin.store}@{pin.version}" for pin in pins))
+    return StorePin(recipe.tags.store, several, 0, first.fingerprint.digest)
 
 
 def tag_feed(
-    recipe: Recipe, model: Any, source: TagSource, samples: list[Sample], pin: StorePin
+    recipe: Recipe,
+    model: Any,
+    sources: Mapping[str, TagSource],
+    names: list[str],
+    samples: list[Sample],
+    pin: StorePin,
 ) -> TagFeed | None:
     """The source of the run's tags; None if it has none."""
     if not pin.store:
@@ -241,8 +307,11 @@ def tag_feed(
     if recipe.tags.content == "captions":
         known = read_samples(recipe.tags.captions) if recipe.tags.captions else samples
         captions = {sample.key: sample.captions for sample in known}
-    lookup, digest = TagLookup.of(source, model.config), model.config.encoder_digest
-    return TagFeed(source, lookup, recipe.tags, fingerprint=digest, seed=recipe.seed, captions=captions)
+    lookups = {name: TagLookup.of(source, model.config) for name, source in sources.items()}
+    digest = model.config.encoder_digest
+    return TagFeed(
+        lookups, recipe.tags, fingerprint=digest, seed=recipe.seed, stores=names, captions=captions
+    )
 
 
 def image_features(
@@ -270,13 +339,7 @@ def image_features(
         return live
     if not (folder / "cache.json").exists():
         if accelerator.is_main_process:
-            done = 0
-
-            def report(count: int) -> None:
-                nonlocal done
-                done += count
-                preparing("images embedded", done, len(samples))
-
+            report = partial(preparing, "images embedded")
             make_cache(folder, live, samples, encoder=digest, layer=layer, progress=report)
         accelerator.wait_for_everyone()
     return CachedFeatures(folder, samples, encoder=digest, layer=layer)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
 import grpc
 
+from tagstore.client import answer_check
 from tagstore.client.backend import Backend
 from tagstore.client.channels import Channels
 from tagstore.client.forks import PerProcess, hold_forks
@@ -19,7 +22,7 @@ from tagstore.client.queries import QueryBatch
 from tagstore.client.resilience import Attempt, Attempts, Balancer
 from tagstore.client.stats import Counters
 from tagstore.client.urls import Location
-from tagstore.errors import TagstoreError, Unavailable
+from tagstore.errors import BadAnswer, TagstoreError, Unavailable
 from tagstore.types import Retrieval, StoreInfo, TagInfo
 from tagstore.wire import convert
 from tagstore.wire.status import error_of, retry_after_of
@@ -27,7 +30,7 @@ from tagstore_proto.v1 import tagstore_pb2 as pb
 from tagstore_proto.v1 import tagstore_pb2_grpc
 
 AttemptResult = tuple[Attempt, Any, TagstoreError | None]
-"""An attempt with the message that answered it, or with the error that ended it."""
+"""An attempt with the answer to it, checked and converted, or with the error that ended it."""
 _HEDGE_THREADS = 16
 """Threads that send hedged requests, in each process."""
 
@@ -38,7 +41,7 @@ class RemoteCall(NamedTuple):
     method: str
     request: Any
     decode: Callable[[Any], Any]
-    """Turns the response into what the backend returns."""
+    """Turns the response into what the backend returns. Raises `BadAnswer`."""
     insist: bool
     """Try an address although every circuit is open."""
 
@@ -63,27 +66,27 @@ class RemoteCalls:
             request.vectors.CopyFrom(convert.vectors_to_proto(batch.vectors))
         convert.search_to_proto(request, batch.search, batch.identities)
         insist = batch.options.on_failure == "raise"
-        return RemoteCall("Retrieve", request, convert.retrievals_from_proto, insist)
+
+        def decode(response: Any) -> list[Retrieval]:
+            return answer_check.retrievals(request, response, len(batch))
+
+        return RemoteCall("Retrieve", request, decode, insist)
 
     def tags_call(self, tag_ids: Sequence[int], version: int, embeddings: bool) -> RemoteCall:
         request = pb.GetTagsRequest(
             store=self.location.store, version=version, tag_ids=tag_ids, embeddings=embeddings
         )
-        return RemoteCall("GetTags", request, lambda r: (convert.tags_from_proto(r), r.version), self._insist)
+        return RemoteCall("GetTags", request, partial(answer_check.tags, request), self._insist)
 
     def page_call(self, first: int, version: int, embeddings: bool) -> RemoteCall:
         request = pb.GetTagsRequest(
             store=self.location.store, version=version, first_tag_id=first, embeddings=embeddings
         )
-
-        def decode(response: Any) -> tuple[list[TagInfo], int, int]:
-            return convert.tags_from_proto(response), response.next_tag_id, response.version
-
-        return RemoteCall("GetTags", request, decode, self._insist)
+        return RemoteCall("GetTags", request, partial(answer_check.page, request), self._insist)
 
     def info_call(self, version: int) -> RemoteCall:
         request = pb.GetStoreRequest(store=self.location.store, version=version)
-        return RemoteCall("GetStore", request, lambda r: convert.info_from_proto(r.store), self._insist)
+        return RemoteCall("GetStore", request, partial(answer_check.info, request), self._insist)
 
     def first_attempt(self, balancer: Balancer, insist: bool) -> tuple[Attempts, Attempt]:
         """Return the attempts of a request and the first of them, or count the request as not sent."""
@@ -94,10 +97,29 @@ class RemoteCalls:
             self.counters.add(skipped=1)
             raise
 
+    def decoded(self, call: RemoteCall, attempt: Attempt, response: Any) -> AttemptResult:
+        """Check a response against its request, and count one that does not fit as a failure."""
+        try:
+            if response is None:  # gRPC's asyncio API returns it for bytes that are no message
+                raise BadAnswer("bytes that are no message")
+            return attempt, call.decode(response), None
+        except BadAnswer as error:
+            return attempt, None, self._bad_answer(attempt, str(error))
+
+    def _bad_answer(self, attempt: Attempt, reason: str) -> BadAnswer:
+        self.counters.add(failures=1)
+        return BadAnswer(
+            f"the answer of the server at {attempt.endpoint.address} does not fit the question: {reason}. "
+            "Check that this is the address of a tagstore, and of the right one"
+        )
+
     def failure(self, error: Any, attempt: Attempt) -> TagstoreError:
         """Count a failed attempt and say what it means. Whatever another try may mend is `Unavailable`."""
+        code, details, address = error.code(), error.details() or "", attempt.endpoint.address
+        failure = error_of(code, details, retry_after_of(error.trailing_metadata()))
+        if isinstance(failure, BadAnswer):
+            return self._bad_answer(attempt, details)
         self.counters.add(failures=1)
-        code, details, address = error.code(), error.details(), attempt.endpoint.address
         match code:
             case grpc.StatusCode.DEADLINE_EXCEEDED:
                 return Unavailable(f"the server at {address} did not answer within {attempt.timeout:.3g} s")
@@ -113,7 +135,6 @@ class RemoteCalls:
                 return TagstoreError(
                     f"the server at {address} is no tagstore, or an older one that lacks this: {details}"
                 )
-        failure = error_of(code, details, retry_after_of(error.trailing_metadata()))
         if type(failure) is TagstoreError:
             return TagstoreError(f"the server at {address} answered {code.name}: {details}")
         return failure
@@ -142,14 +163,22 @@ class _Connections:
             hold_forks(channel.close)
 
 
+def _close_connections(connections: PerProcess[_Connections]) -> None:
+    if (opened := connections.take()) is not None:
+        opened.close()
+
+
 class RemoteBackend(RemoteCalls, Backend):
     """Answers of a server by gRPC's blocking calls. Safe for threads and forks."""
 
     def __init__(self, location: Location, options: Options, counters: Counters) -> None:
         super().__init__(location, options, counters)
+        channels = self.channels
         self._connections = PerProcess(
-            lambda: _Connections(Balancer(location.addresses, options), self.channels.open)
+            lambda: _Connections(Balancer(location.addresses, options), channels.open)
         )
+        # gRPC keeps the socket of a channel that nobody closed: give it back when the source is dropped
+        weakref.finalize(self, _close_connections, self._connections).atexit = False
 
     def retrieve(self, batch: QueryBatch) -> list[Retrieval]:
         answers: list[Retrieval] = self._answer(self.retrieve_call(batch))
@@ -171,8 +200,7 @@ class RemoteBackend(RemoteCalls, Backend):
         return self._connections.get().balancer.health()
 
     def close(self) -> None:
-        if (connections := self._connections.take()) is not None:
-            connections.close()
+        _close_connections(self._connections)
 
     def _answer(self, call: RemoteCall) -> Any:
         connections = self._connections.get()
@@ -181,10 +209,10 @@ class RemoteBackend(RemoteCalls, Backend):
         while True:
             if attempt.wait:
                 time.sleep(attempt.wait)
-            attempt, response, error = send(connections, attempts, attempt, call)
+            attempt, answer, error = send(connections, attempts, attempt, call)
             if error is None:
                 attempts.succeeded(attempt)
-                return call.decode(response)
+                return answer
             attempt = attempts.failed(attempt, error)
             self.counters.add(retries=1)
 
@@ -193,11 +221,12 @@ class RemoteBackend(RemoteCalls, Backend):
     ) -> AttemptResult:
         self.counters.add(requests=1)
         try:
-            return attempt, hold_forks(self._send_once, connections, attempt, call), None
+            response = hold_forks(self._send_once, connections, attempt, call)
         except grpc.RpcError as error:
             return attempt, None, self.failure(error, attempt)
         except TagstoreError as error:
             return attempt, None, error
+        return self.decoded(call, attempt, response)
 
     def _send_once(self, connections: _Connections, attempt: Attempt, call: RemoteCall) -> Any:
         method = getattr(connections.stub(attempt.endpoint.address), call.method)

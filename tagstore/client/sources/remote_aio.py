@@ -87,10 +87,10 @@ class RemoteAioBackend(RemoteCalls):
         while True:
             if attempt.wait:
                 await asyncio.sleep(attempt.wait)
-            attempt, response, error = await self._send_hedged(attempts, attempt, call)
+            attempt, answer, error = await self._send_hedged(attempts, attempt, call)
             if error is None:
                 attempts.succeeded(attempt)
-                return call.decode(response)
+                return answer
             attempt = attempts.failed(attempt, error)
             self.counters.add(retries=1)
 
@@ -108,9 +108,9 @@ class RemoteAioBackend(RemoteCalls):
                 done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
                 task = done.pop()
                 del tasks[task]
-                attempt, response, error = task.result()
+                attempt, answer, error = task.result()
                 if not (tasks and isinstance(error, Unavailable)):
-                    return attempt, response, error
+                    return attempt, answer, error
                 attempt.endpoint.breaker.failed()
                 attempts.abandoned(attempt)
         finally:
@@ -125,7 +125,7 @@ class RemoteAioBackend(RemoteCalls):
             response = await method(call.request, timeout=attempt.timeout, metadata=self.channels.metadata)
         except grpc.RpcError as error:
             return attempt, None, self.failure(error, attempt)
-        return attempt, response, None
+        return self.decoded(call, attempt, response)
 
     def _stub(self, address: str) -> Any:
         owner = _process_and_loop()

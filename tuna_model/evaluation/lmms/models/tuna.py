@@ -10,7 +10,9 @@ from lmms_eval.api.model import lmms
 from lmms_eval.api.registry import register_model
 
 from tagstore.errors import InvalidInput
-from tuna_model.inference.pipeline import Pipeline, user_message
+from tuna_model.inference.conversations import user_message
+from tuna_model.inference.pipeline import Pipeline
+from tuna_model.processing.foreign_text import neutral, special_tokens
 
 _GENERATION = ("max_new_tokens", "do_sample", "num_beams", "temperature", "top_p", "top_k")
 
@@ -61,6 +63,7 @@ class Tuna(lmms):  # type: ignore[misc]
             images = self._visuals(rest)
             prepared = self.pipeline.prepare([images], [[user_message(_clean(context), len(images))]])
             tokenizer = self.pipeline.processor.tokenizer
+            continuation = neutral(continuation, special_tokens(tokenizer))
             ids = tokenizer(continuation, add_special_tokens=False, return_tensors="pt")["input_ids"].to(
                 self.pipeline.model.device
             )
