@@ -103,10 +103,12 @@ class LiveCatalog(Catalog):
         return engine
 
     def _mark(self, store: str, engine: Engine) -> tuple[tuple[int, int], int] | None:
-        """Return a mark that changes when a store is written or replaced; None if it is gone."""
+        """Return a mark that changes when a store is written; None if it is gone or replaced."""
         try:
             status = os.stat(f"{self.root}/{store}/CURRENT")
         except OSError:
+            return None
+        if not engine.snapshot.store.in_place():
             return None
         return (status.st_mtime_ns, status.st_ino), engine.snapshot.store.last_transaction()
 
