@@ -54,7 +54,7 @@ class Selection:
             yield from snapshot.entries(np.array(sorted(ids), np.int64))
 
     def check(self) -> None:
-        """Raises `InvalidInput` if nothing is selected, a sha256 is malformed or a distance is not 0 to 64."""
+        """Raises `InvalidInput` if nothing is selected, or a sha256 or a distance is none."""
         if not (self.keys or self.sha256 or self.near or self.where):
             raise InvalidInput(
                 "nothing is selected: say which entries, by key, sha256, perceptual hash or metadata"
