@@ -69,7 +69,7 @@ class Database:
 
     def check_length(self) -> None:
         """Raise `Damaged` if the file was cut off since it was opened: reading beyond its end is SIGBUS."""
-        check_open(self.env)
+        check_open(self.env, str(self.generation))
 
     def release(self) -> None:
         """Let go of the environment, whose files may be gone; it closes when its last reader lets go."""

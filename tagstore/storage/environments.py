@@ -91,7 +91,7 @@ def environment(directory: Path, *, create: bool = False) -> Any:
             env.close()
             env = None
         if env is not None:
-            check_open(env)
+            check_open(env, path)
         else:
             if not create and not os.path.exists(os.path.join(path, "data.mdb")):
                 raise NotFound(f"no database at {path}")
