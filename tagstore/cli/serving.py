@@ -39,6 +39,13 @@ from tagstore.errors import InvalidInput, NotFound
 @click.option("--insecure", is_flag=True, help="Serve other machines without encryption or tokens.")
 @click.option("--audit", default="", metavar="FILE", help="Append writes and refusals, JSON Lines.")
 @click.option("--metrics", default="", metavar="HOST:PORT", help="Serve metrics for Prometheus there.")
+@options.number(
+    "--scrub",
+    8,
+    "Compare the stores with their checksums in the background; 0: never.",
+    least=0,
+    metavar="MIB/S",
+)
 @click.option("--tracing", is_flag=True, help="Send OpenTelemetry spans to OTEL_EXPORTER_OTLP_ENDPOINT.")
 @click.option("--json-logs", is_flag=True, help="Log JSON, one object a line.")
 @options.number("--threads", 8, "Threads of a worker for all but searches.")

@@ -33,6 +33,7 @@ from tagstore.serving.loop import loop, run
 from tagstore.serving.methods import Methods, streaming
 from tagstore.serving.ports import reserve
 from tagstore.serving.retrieve_service import TagStoreService
+from tagstore.serving.scrubber import Scrubber
 from tagstore.serving.settings import Settings, checked_host
 from tagstore_proto.v1 import tagstore_pb2, tagstore_pb2_grpc
 
@@ -95,7 +96,8 @@ class Server:
         )
         self.gate = Gate(access, limits, Audit(settings.audit or None))
         self.announce: Callable[[Mapping[str, Any]], None] = lambda message: None
-        """Called with what supervisor and other workers must know: {"unload": STORE}, {"damaged": {...}}."""
+        """Called with what supervisor and other workers must know: {"unload": STORE}, {"damaged": {...}},
+        {"leave_out": [STORE, what is wrong]}."""
         self.gate.closed = "the server is opening its stores: try again in a moment"
         if settings.tracing:
             tracing.enable()
@@ -114,6 +116,7 @@ class Server:
         self._admin_threads = ThreadPoolExecutor(LONG_THREADS, thread_name_prefix="rpc-admin")
         self._ended = threading.Event()
         self._watch: threading.Thread | None = None
+        self._scrubber: Scrubber | None = None
         self._stop_probes: Callable[[], None] | None = None
         self._phase = "opening stores"
         # until the acceptors listen the port is reserved: a second server on it would take half of the calls
@@ -197,12 +200,17 @@ class Server:
             run(self._for_all(lambda acceptor: acceptor.start()))
         self._watch = threading.Thread(target=self._watch_over, name="rpc-watch", daemon=True)
         self._watch.start()
+        if self.settings.scrub:
+            damaged = self.catalog.damages.stores
+            self._scrubber = Scrubber(self.catalog.root, self.settings.scrub, damaged, self._found_damaged)
         self._phase = "serving"
         log.info("listening on %s: %s", self.address, self.settings.describe())
 
     def stop(self, grace: float = DRAIN_SECONDS) -> None:
         """Refuse new requests, and let those in flight finish within `grace` seconds."""
         self._phase = "stopping"
+        if self._scrubber is not None:
+            self._scrubber.stop()
         run(self._health.enter_graceful_shutdown())
         run(self._for_all(lambda acceptor: acceptor.stop(grace)))
         run(self.gate.arrivals.close())
@@ -223,6 +231,10 @@ class Server:
     def _open(self) -> None:
         self._phase = "loading encoders"
         self.gate.open()
+
+    def _found_damaged(self, store: str, what: str) -> None:
+        self.catalog.leave_out(store, what)
+        self.announce({"leave_out": [store, what]})
 
     def _watch_over(self) -> None:
         limits = self.settings.limits

@@ -93,6 +93,8 @@ class Settings:
     """File that the audit log is appended to."""
     metrics: str = ""
     """HOST:PORT that answers Prometheus."""
+    scrub: int = 0
+    """MiB a second of stores to compare with their checksums in the background; 0 for none."""
     tracing: bool = False
     """Send spans to an OpenTelemetry collector."""
     json_logs: bool = False
