@@ -26,7 +26,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from tagstore.encoding.decode_memory import SHARED, Budget
+from tagstore.encoding.decode_memory import SHARED, MemoryBudget
 from tagstore.encoding.encoder import Encoder, load_encoder, load_encoder_of
 from tagstore.encoding.images import decoding, perceptual_hash
 from tagstore.errors import BadImage, InvalidInput, NotFound
@@ -46,6 +46,8 @@ BATCH = 256
 """Pairs of a batch at most."""
 BATCH_BYTES = 128 << 20
 """Bytes of images and captions after which a batch ends early, so that memory stays bounded."""
+TEXT_BYTES, VALUE_COPIES = 64, 20
+"""Bytes of a text in memory beside its characters; how much larger than JSON its values may be."""
 MAX_REPORTED_REJECTS = 1000
 """Quarantined pairs that a report holds; the version, if one was made, has them all."""
 TAG_BATCH = 4096
@@ -170,8 +172,10 @@ def ingest_pairs(
     device: str = "auto",
     sync: Sync = "full",
     settled: Settled = lambda results: None,
+    batch: int = BATCH,
     batch_bytes: int = BATCH_BYTES,
-    decode_memory: Budget = SHARED,
+    decode_memory: MemoryBudget = SHARED,
+    decoded: Callable[[Pair], None] = lambda pair: None,
 ) -> Report:
     """As `ingest`, of pairs that come from elsewhere than a file; what was cut off is not resumed.
 
@@ -180,8 +184,9 @@ def ingest_pairs(
     Args:
         source: what to call where they come from, at most `MAX_NOTE_CHARS` characters.
         settled: called as batches are done.
-        batch_bytes: as `BATCH_BYTES`.
+        batch, batch_bytes: as `BATCH`, `BATCH_BYTES`.
         decode_memory: of which images take what they need while they are decoded.
+        decoded: called in some thread when the image of a pair is needed no longer.
 
     Raises:
         InvalidInput: such a name is too long; or as `ingest`.
@@ -192,7 +197,7 @@ def ingest_pairs(
             f"the name of the source has {len(source)} characters, {MAX_NOTE_CHARS} is the most: shorten it"
         )
     run = _Run(root, store, {"stream": source}, encoder, miner, load_rules(), device, settled=settled)
-    run.batch_bytes, run.decode_memory = batch_bytes, decode_memory
+    run.batch, run.batch_bytes, run.decode_memory, run.decoded = batch, batch_bytes, decode_memory, decoded
     with Writer(root, store, run.encoder.fingerprint, sync=sync) as writer:
         try:
             return run.finish(map(checked, pairs), writer, Progress(""))
@@ -249,7 +254,8 @@ class _Run:
         self.miner_identity = identity(self._miner, rules)
         self._source, self._rules, self._advance, self._settled = source, rules, advance, settled
         self._report = Report(store, 0)
-        self.batch_bytes, self.decode_memory = BATCH_BYTES, SHARED
+        self.batch, self.batch_bytes, self.decode_memory = BATCH, BATCH_BYTES, SHARED
+        self.decoded: Callable[[Pair], None] = lambda pair: None
 
     def finish(self, pairs: Pairs, writer: Writer, progress: Progress) -> Report:
         """Read the pairs, commit, and report. Raises `InvalidInput` if a new store would be empty."""
@@ -331,10 +337,8 @@ class _Run:
 
         def submit() -> list[Future[tuple[bytes, _Prepared | Rejected]]]:
             with self.clock("read"):
-                batch = _next_batch(pairs, self.batch_bytes)
-                return [
-                    pool.submit(_prepare, item, self.encoder, folder, self.decode_memory) for item in batch
-                ]
+                batch = _next_batch(pairs, self.batch, self.batch_bytes)
+                return [pool.submit(self._prepared, item, folder) for item in batch]
 
         ahead = submit()
         while ahead:
@@ -342,6 +346,13 @@ class _Run:
             with self.clock("decode"):
                 batch = [future.result() for future in current]
             yield batch
+
+    def _prepared(self, item: Pair | Rejected, folder: str) -> tuple[bytes, _Prepared | Rejected]:
+        try:
+            return _prepare(item, self.encoder, folder, self.decode_memory)
+        finally:
+            if isinstance(item, Pair):
+                self.decoded(item)
 
 
 def _outcomes(batch: Batch, added: set[str], duplicates: list[Rejected]) -> list[tuple[str, Outcome, str]]:
@@ -363,17 +374,23 @@ def _outcomes(batch: Batch, added: set[str], duplicates: list[Rejected]) -> list
     return outcomes
 
 
-def _next_batch(pairs: Pairs, batch_bytes: int = BATCH_BYTES) -> Pairs:
+def _next_batch(pairs: Pairs, most: int = BATCH, most_bytes: int = BATCH_BYTES) -> Pairs:
     size = 0
-    for item in islice(pairs, BATCH):
+    for item in islice(pairs, most):
         yield item
-        size += len(item.image) + sum(map(len, item.captions)) if isinstance(item, Pair) else 0
-        if size > batch_bytes:
+        size += _size(item) if isinstance(item, Pair) else 0
+        if size > most_bytes:
             return
 
 
+def _size(pair: Pair) -> int:
+    """Estimate the memory of a pair."""
+    metadata = len(json.dumps(dict(pair.metadata))) if pair.metadata else 0
+    return len(pair.image) + sum(len(c) + TEXT_BYTES for c in pair.captions) + VALUE_COPIES * metadata
+
+
 def _prepare(
-    item: Pair | Rejected, encoder: Encoder, folder: str, memory: Budget
+    item: Pair | Rejected, encoder: Encoder, folder: str, memory: MemoryBudget
 ) -> tuple[bytes, _Prepared | Rejected]:
     """The digest of an item of the source, and the item with its image decoded, or why it was refused."""
     digest = hashlib.sha256(item.image).digest() if isinstance(item, Pair) else b""

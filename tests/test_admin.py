@@ -20,6 +20,7 @@ from tagstore.serving.settings import Settings
 from tagstore.storage.generations import writer_lock
 from tagstore.storage.store import Store
 from tagstore.types import Pair, Rejected
+from tagstore.upkeep.edits import Selection, delete
 from tagstore_proto.v1 import tagstore_pb2 as pb
 from tagstore_proto.v1 import tagstore_pb2_grpc as pb_grpc
 
@@ -100,6 +101,11 @@ def test_delete_rollback_versions_and_diff(address: str, root: Path):
             admin.delete(keys=["nobody"])
         with pytest.raises(errors.InvalidInput, match="nothing is selected"):
             admin.delete()
+        for near in [(0, 65), (0, 2**32 - 1)]:
+            with pytest.raises(errors.InvalidInput, match="perceptual hashes have 64 bits"):
+                admin.delete(near=[near])
+            with pytest.raises(errors.InvalidInput, match="perceptual hashes have 64 bits"):
+                delete(root, "shapes", Selection(near=[near]))
         assert [v.operation for v in admin.versions()][-2:] == ["delete", f"rollback to {first}"]
 
 
@@ -143,7 +149,7 @@ def test_a_store_that_is_unloaded_is_not_served_until_it_is_loaded(address: str)
 
 
 def test_results_come_while_pairs_are_still_sent(address: str, monkeypatch):
-    monkeypatch.setattr("tagstore.ingest.BATCH", 8)
+    monkeypatch.setattr("tagstore.serving.admin_service.INGEST_BATCH", 8)
     go = threading.Event()
 
     def many() -> Iterator[pb.IngestRequest]:

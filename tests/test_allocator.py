@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from tagstore.serving import allocator
-from tagstore.serving.allocator import TRIM_BYTES, Trimmer
+from tagstore.serving.allocator import TRIM_BYTES, TRIM_SECONDS, Trimmer
+from waiting import Clock
 
 BLOCKS = """
 import sys
@@ -34,17 +35,18 @@ def test_large_blocks_are_given_back_when_they_are_freed(way: str, kept: bool) -
     assert (int(run.stdout) > 100 << 20) == kept
 
 
-def test_trims_after_much_and_when_all_is_still(monkeypatch: pytest.MonkeyPatch) -> None:
-    trims = []
-    monkeypatch.setattr(allocator, "trim", lambda: trims.append(1))
-    moved = 0
-    trimmer = Trimmer(lambda: moved)
+def test_trims_when_memory_has_grown_and_again_while_it_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, sizes, trims = Clock(), [1000], []
+    monkeypatch.setattr(allocator, "time", clock)
+    monkeypatch.setattr(allocator, "trim", lambda: trims.append(sizes[0]))
+    trimmer = Trimmer(lambda: sizes[0])
     assert not trimmer.look()
-    moved += 1000
-    assert not trimmer.look()
+    sizes[0] += TRIM_BYTES + 1
     assert trimmer.look()
-    assert not trimmer.look()
-    moved += TRIM_BYTES
+    assert not trimmer.look()  # it was in use
+    clock.ahead += 2 * TRIM_SECONDS
     assert trimmer.look()
+    sizes[0] = 2000
+    clock.ahead += 2 * TRIM_SECONDS
     assert not trimmer.look()
     assert len(trims) == 2

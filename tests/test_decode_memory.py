@@ -15,7 +15,7 @@ import pytest
 from PIL import Image, TiffImagePlugin
 
 from tagstore.encoding import images
-from tagstore.encoding.decode_memory import Budget, decoding_bytes, reading_bytes
+from tagstore.encoding.decode_memory import MemoryBudget, decoding_bytes, reading_bytes
 from tagstore.encoding.images import decode, decoding
 from tagstore.errors import BadImage
 from test_images import encoded
@@ -143,7 +143,7 @@ def test_bands_make_what_the_whole_makes(
 def test_all_threads_together_stay_within_the_limit() -> None:
     data = encoded(Image.new("RGB", (100, 100)), "PNG")
     size = decoding_bytes(Image.open(BytesIO(data)))
-    budget = Budget(2 * size)
+    budget = MemoryBudget(2 * size)
     go, inside = threading.Event(), threading.Semaphore(0)
 
     def work() -> None:
@@ -165,7 +165,7 @@ def test_all_threads_together_stay_within_the_limit() -> None:
 
 
 def test_a_large_picture_is_not_kept_waiting_by_small_ones() -> None:
-    budget, order = Budget(10), []
+    budget, order = MemoryBudget(10), []
 
     def work(name: str, size: int) -> None:
         with budget.hold(size):
@@ -187,7 +187,7 @@ def test_what_never_fits_is_refused() -> None:
     data = encoded(Image.new("RGB", (1000, 1000)), "PNG")
     with (
         pytest.raises(BadImage, match="decoding it takes 17 MiB, more than the limit of 1 MiB"),
-        decoding(data, memory=Budget(1 << 20)),
+        decoding(data, memory=MemoryBudget(1 << 20)),
     ):
         pass
 

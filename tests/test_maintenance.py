@@ -166,6 +166,14 @@ def test_a_store_is_renamed_dropped_and_brought_back(root: Path):
         rename(root, "s", "../s")
 
 
+def test_a_store_that_is_open_under_its_old_name_is_written_under_the_new_one(root: Path):
+    with connect(f"file://{root}/s") as source:
+        source.info()
+        rename(root, "s", "t")
+        version, _ = delete(root, "t", Selection(keys=["red-circle"]))
+    assert version.entries == 17
+
+
 def test_a_store_dropped_and_made_again_is_not_taken_for_the_old_one(root: Path, tmp_path: Path, mini):
     with connect(f"file://{root}/s") as source:
         assert source.info().entries == 18

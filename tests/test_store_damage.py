@@ -236,5 +236,5 @@ def test_a_database_without_its_last_free_pages_is_sound(tmp_path: Path) -> None
     env = environment(directory)
     with env.begin(env.open_db(b"table")) as txn:
         assert list(txn.cursor()) == records
-    complete(env)
+    complete(env, str(directory))
     assert (directory / "data.mdb").stat().st_size == promised

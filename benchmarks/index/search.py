@@ -134,7 +134,7 @@ def answers(snapshot: Snapshot, queries: NDArray[np.float32], what: str) -> list
 
     def answer(vectors: NDArray[np.float32]) -> list[RetrievalColumns]:
         query = engine.query(vectors)
-        return query.answer(query.find())
+        return list(query.answers(query.find()))
 
     def look_up(ids: list[int]) -> dict[int, int]:
         votes: dict[int, int] = {}

@@ -39,13 +39,20 @@ from tagstore.errors import InvalidInput, NotFound
 @click.option("--insecure", is_flag=True, help="Serve other machines without encryption or tokens.")
 @click.option("--audit", default="", metavar="FILE", help="Append writes and refusals, JSON Lines.")
 @click.option("--metrics", default="", metavar="HOST:PORT", help="Serve metrics for Prometheus there.")
+@options.number(
+    "--scrub",
+    8,
+    "Compare the stores with their checksums in the background; 0: never.",
+    least=0,
+    metavar="MIB/S",
+)
 @click.option("--tracing", is_flag=True, help="Send OpenTelemetry spans to OTEL_EXPORTER_OTLP_ENDPOINT.")
 @click.option("--json-logs", is_flag=True, help="Log JSON, one object a line.")
 @options.number("--threads", 8, "Threads of a worker for all but searches.")
 @options.number("--max-in-flight", 1024, "Calls in flight in a worker; more are refused.")
 @options.number("--max-per-client", 64, "Calls in flight of one client.")
-@options.number("--max-message", 34, "Size of a request or an answer.", metavar="MIB")
-@options.number("--max-image", 32, "Size of one encoded image.", metavar="MIB")
+@options.number("--max-message", 18, "Size of a request or an answer.", metavar="MIB")
+@options.number("--max-image", 16, "Size of one encoded image.", metavar="MIB")
 def serve(
     root: str,
     address: str,

@@ -1,7 +1,8 @@
 """Bounds the memory of all pictures that a process decodes at a time.
 
 A small file may be a large picture: 389 KB of PNG become 400 MB of pixels. What a picture takes is estimated
-from its bytes and its header, generously, before it is read; `Budget.hold` waits until there is so much room.
+from its bytes and its header, generously, before it is read; `MemoryBudget.hold` waits until there is so much
+room.
 `tests/test_decode_memory.py` compares the estimates with what decoding takes.
 """
 
@@ -38,7 +39,7 @@ _TIFF_FRACTIONS, _TIFF_BYTES = (5, 10), (1, 2, 6, 7)
 """Types of numbers in a TIFF that become objects, and of those that stay bytes."""
 
 
-class Budget:
+class MemoryBudget:
     """Memory that threads share, first come, first served.
 
     Args:
@@ -47,8 +48,6 @@ class Budget:
 
     def __init__(self, limit: int) -> None:
         self.limit, self.held = limit, 0
-        self.total = 0
-        """Bytes that were ever held."""
         self._changed = Condition()
         self._queue: deque[object] = deque()
 
@@ -60,25 +59,33 @@ class Budget:
                 f"the image is too large: decoding it takes {size >> 20} MiB, more than the limit of "
                 f"{self.limit >> 20} MiB for all images together; shrink it"
             )
+        self.take(size)
+        try:
+            yield
+        finally:
+            self.give_back(size)
+
+    def take(self, size: int) -> None:
+        """Wait for `size` bytes, or until nobody holds any."""
         ticket = object()
         with self._changed:
             self._queue.append(ticket)
             try:
-                self._changed.wait_for(lambda: self._queue[0] is ticket and self.held + size <= self.limit)
+                self._changed.wait_for(
+                    lambda: self._queue[0] is ticket and (not self.held or self.held + size <= self.limit)
+                )
                 self.held += size
-                self.total += size
             finally:
                 self._queue.remove(ticket)
                 self._changed.notify_all()  # the next may fit as well
-        try:
-            yield
-        finally:
-            with self._changed:
-                self.held -= size
-                self._changed.notify_all()
+
+    def give_back(self, size: int) -> None:
+        with self._changed:
+            self.held -= size
+            self._changed.notify_all()
 
 
-SHARED = Budget(2 << 30)
+SHARED = MemoryBudget(2 << 30)
 """For the images that a process decodes at a time, unless it says otherwise: room for any one."""
 
 

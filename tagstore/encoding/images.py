@@ -30,7 +30,7 @@ from PIL import (
     WebPImagePlugin,
 )
 
-from tagstore.encoding.decode_memory import BAND_PIXELS, SHARED, Budget, decoding_bytes, reading_bytes
+from tagstore.encoding.decode_memory import BAND_PIXELS, SHARED, MemoryBudget, decoding_bytes, reading_bytes
 from tagstore.errors import BadImage
 from tagstore.types import Identity
 
@@ -82,7 +82,9 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 @contextmanager
-def decoding(data: bytes, *, max_pixels: int = MAX_PIXELS, memory: Budget = SHARED) -> Iterator[Image.Image]:
+def decoding(
+    data: bytes, *, max_pixels: int = MAX_PIXELS, memory: MemoryBudget = SHARED
+) -> Iterator[Image.Image]:
     """Decode as `decode` does, and hold what the image takes of `memory` until the block ends."""
     if not data:
         raise BadImage("the image is empty: 0 bytes, fetch or export it again")

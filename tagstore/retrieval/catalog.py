@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tagstore.encoding.decode_memory import SHARED, Budget
+from tagstore.encoding.decode_memory import SHARED, MemoryBudget
 from tagstore.encoding.encoder import Encoder, load_encoder_of
 from tagstore.errors import (
     BadImage,
@@ -51,7 +51,7 @@ class Catalog:
     its commit."""
 
     def __init__(
-        self, root: str | PathLike[str], *, device: str = "auto", decode_memory: Budget = SHARED
+        self, root: str | PathLike[str], *, device: str = "auto", decode_memory: MemoryBudget = SHARED
     ) -> None:
         self.root, self.decode_memory = Path(root), decode_memory
         self.device = device

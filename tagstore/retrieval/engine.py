@@ -6,7 +6,7 @@ tags they carry. The two are apart because a server runs them in different threa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,6 +41,9 @@ MAX_TIES = 1 << 13
 chooses."""
 ROWS_AT_ONCE = 1 << 15
 """Stored vectors held in memory to re-rank: 64 MiB at 512 dimensions, whatever the request."""
+
+MERGED_AT_ONCE = 1 << 13
+"""Neighbours whose tags are in memory as Python's objects."""
 
 
 class Engine:
@@ -133,19 +136,16 @@ class Engine:
             query.vectors, np.arange(rows), search.k + EXTRA_CANDIDATES, search, allowed, guard
         )
 
-    def merge(self, query: Query, neighbours: Sequence[Neighbours]) -> list[RetrievalColumns]:
-        """Merge the tags of each query's neighbours: see `Query.answer`."""
-        answers: list[RetrievalColumns] = []
+    def merge(self, query: Query, neighbours: Sequence[Neighbours]) -> Iterator[RetrievalColumns]:
+        """Merge the tags of each query's neighbours: see `Query.answers`."""
         # in pieces, so that memory is bounded whatever the request
-        step = max(1, ROWS_AT_ONCE // (query.search.k + EXTRA_CANDIDATES))
+        step = max(1, MERGED_AT_ONCE // query.search.k)
         for start in range(0, len(neighbours), step):
             piece = neighbours[start : start + step]
             entry_ids = list(dict.fromkeys([i for ids, _, _ in piece for i in ids]))
             records = dict(zip(entry_ids, self.snapshot.keys_and_tags(entry_ids), strict=True))
-            answers += merge_tags(
-                self._tags, query.vectors[start : start + step], piece, records, query.search
-            )
-        return answers
+            vectors = query.vectors[start : start + step]
+            yield from merge_tags(self._tags, vectors, piece, records, query.search)
 
     def _nearest(
         self,
@@ -284,7 +284,7 @@ class Query:
         """
         return self.engine.search(self)
 
-    def answer(self, neighbours: Sequence[Neighbours]) -> list[RetrievalColumns]:
+    def answers(self, neighbours: Sequence[Neighbours]) -> Iterator[RetrievalColumns]:
         """Merge the tags of each query's neighbours. Most of this is Python's work."""
         return self.engine.merge(self, neighbours)
 
@@ -292,9 +292,9 @@ class Query:
         """Find and answer, as values."""
         engine, search = self.engine, self.search
         version = engine.store, engine.version.number, engine.digest
-        return (
-            [columns.retrieval(*version, search) for columns in self.answer(self.find())] if len(self) else []
-        )
+        if not len(self):
+            return []
+        return [columns.retrieval(*version, search) for columns in self.answers(self.find())]
 
     def __len__(self) -> int:
         return len(self.vectors)

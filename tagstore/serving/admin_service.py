@@ -8,12 +8,15 @@ from contextlib import contextmanager
 from typing import Any
 
 from tagstore import errors
+from tagstore.encoding.decode_memory import MemoryBudget
 from tagstore.encoding.encoder import Encoder
 from tagstore.ingest import Report, ingest_pairs
+from tagstore.readers.pair_check import checked
 from tagstore.serving.call import Call
 from tagstore.serving.gate import Gate
 from tagstore.serving.live_catalog import LiveCatalog
 from tagstore.serving.methods import answering, streaming
+from tagstore.serving.shared_miners import SharedMiners
 from tagstore.storage.store import Store
 from tagstore.storage.version import Version
 from tagstore.types import Pair, Rejected
@@ -21,6 +24,11 @@ from tagstore.upkeep.edits import Diff, Selection, delete, diff, rollback
 from tagstore.upkeep.tuning import Budget, build_index
 from tagstore.wire import convert
 from tagstore_proto.v1 import tagstore_pb2 as pb
+
+INGEST_BATCH, INGEST_BATCH_BYTES = 32, 8 << 20
+"""Pairs, and bytes of them, that an ingest writes at once: less than a local one, as there may be several."""
+INGEST_IMAGE_BYTES = 64 << 20
+"""Bytes of images of all ingests that wait to be decoded."""
 
 
 class AdminService:
@@ -34,6 +42,9 @@ class AdminService:
         self, catalog: LiveCatalog, gate: Gate, announce: Callable[[Mapping[str, Any]], None]
     ) -> None:
         self._catalog, self.gate, self._announce = catalog, gate, announce
+        self._images = MemoryBudget(INGEST_IMAGE_BYTES)
+        """For images that wait to be decoded; each is given back once it is."""
+        self._miners = SharedMiners()
 
     @streaming("ingest")
     def Ingest(  # noqa: N802
@@ -50,14 +61,17 @@ class AdminService:
             )  # the name may be of a file on the server, or of a download
         with self._recorded("Ingest", start.store, call):
             report = ingest_pairs(
-                _pairs(requests, send, call, start.store),
+                _pairs(requests, send, call, start.store, self._images),
                 root=self._catalog.root,
                 store=start.store,
                 source=start.source,
                 encoder=self._encoder(start),
-                miner=start.miner or "rules",
+                miner=self._miners.get(start.miner or "rules"),
                 device=self._catalog.device,
+                batch=INGEST_BATCH,
+                batch_bytes=INGEST_BATCH_BYTES,
                 decode_memory=self._catalog.decode_memory,
+                decoded=lambda pair: self._images.give_back(len(pair.image)),
                 settled=lambda results: send(
                     pb.IngestResponse(
                         results=[
@@ -152,11 +166,17 @@ def _pairs(
     send: Callable[[pb.IngestResponse], None],
     call: Call,
     store: str,
+    images: MemoryBudget,
 ) -> Iterator[Pair | Rejected]:
     for request in requests:
         match request.WhichOneof("part"):
             case "pair":
-                yield convert.pair_from_proto(request.pair)
+                pair = checked(convert.pair_from_proto(request.pair))
+                del request
+                if isinstance(pair, Pair):  # one that was refused is never decoded, and so never given back
+                    images.take(len(pair.image))
+                yield pair
+                del pair
             case "rejected":
                 yield Rejected(request.rejected.key, request.rejected.reason, request.rejected.origin)
             case other:

@@ -6,7 +6,10 @@ By itself it keeps what was freed once for later: after six pictures of 400 MB a
 from __future__ import annotations
 
 import ctypes
+import mmap
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8
 """Options of glibc's mallopt."""
@@ -17,7 +20,9 @@ it is set."""
 ARENAS = 2
 """With an arena for each thread, no thread reuses memory that another has freed, and a busy server grows."""
 TRIM_BYTES = 64 << 20
-"""Bytes of requests, pictures and answers after which free pages between smaller blocks are given back."""
+"""Bytes of private memory that may be added before free pages between smaller blocks are given back."""
+TRIM_SECONDS = 10.0
+"""Seconds after which it is tried again if more than that has been added since the start."""
 
 
 def configure() -> None:
@@ -32,23 +37,27 @@ def trim() -> None:
     ctypes.CDLL(None).malloc_trim(0)
 
 
+def private_bytes() -> int:
+    """Return the memory of this process that belongs to no file."""
+    _, resident, shared, *_ = Path("/proc/self/statm").read_text().split()
+    return (int(resident) - int(shared)) * mmap.PAGESIZE
+
+
 class Trimmer:
-    """Trims after much was allocated and freed, and once more when nothing is any longer.
+    """Trims when the memory of the process has grown."""
 
-    Args:
-        moved: tells how many bytes have been allocated so far for requests, pictures and answers.
-    """
-
-    def __init__(self, moved: Callable[[], int]) -> None:
-        self._moved = moved
-        self._last = self._trimmed = moved()
+    def __init__(self, size: Callable[[], int] = private_bytes) -> None:
+        self._size = size
+        self._least = self._last = size()
+        self._trimmed = float("-inf")
 
     def look(self) -> bool:
         """Trim if it is time; call this every second or so. Tells whether it did."""
-        moved = self._moved()
-        still, self._last = moved == self._last, moved
-        if moved - self._trimmed < TRIM_BYTES and not (still and moved > self._trimmed):
+        size, now = self._size(), time.monotonic()
+        self._least = min(self._least, size)
+        again = size > self._least + TRIM_BYTES and now - self._trimmed > TRIM_SECONDS
+        if size <= self._last + TRIM_BYTES and not again:
             return False
-        self._trimmed = moved
         trim()
+        self._last, self._trimmed = self._size(), now
         return True

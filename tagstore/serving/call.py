@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
+from collections.abc import Coroutine
 from typing import Any
 
 from tagstore import errors
 from tagstore.serving.access import Access, Role, read_metadata
+from tagstore.serving.connections import hang_up
 
 GONE = "the caller has gone: nothing was changed"
 
@@ -21,6 +23,7 @@ class Call:
 
     __slots__ = (
         "access",
+        "answer_bytes",
         "authorization",
         "authorized",
         "bytes",
@@ -59,7 +62,9 @@ class Call:
         """The client that the gate counts the call for, from `enter` until the answer is taken."""
         self.stream = False
         self.bytes = 0
-        """Bytes of memory that the intake counts for the call's requests."""
+        """Bytes of memory that are counted for the call's requests."""
+        self.answer_bytes = 0
+        """Bytes of answers that its client has yet to take."""
         self.unanswered: deque[int] = deque()
         """Bytes of each request of a stream that waits for its answer."""
         self.gone = False
@@ -87,8 +92,35 @@ class Call:
         elif self.role is not None:
             self.caller.check_anywhere(self.role)
 
+    async def read(self) -> Any:
+        """Read a message; `grpc.aio.EOF` if there are no more."""
+        return await _unharmed(self.context.read())
+
+    async def write(self, data: bytes) -> None:
+        """Send a message, and return when gRPC takes the next one."""
+        await _unharmed(self.context.write(data))
+
+    def hang_up(self) -> None:
+        """End the connection that the call came on, and so all its calls."""
+        hang_up(self.peer)
+
     def end(self, error: errors.TagstoreError) -> None:
         """End the call with an error, whatever it waits for."""
         if self.ended is None and self.task is not None:
             self.ended = error
             self.task.cancel()
+
+
+def _unharmed(operation: Coroutine[Any, Any, Any]) -> asyncio.Future[Any]:
+    """Run an operation of gRPC to its end, also if nobody waits for it any longer.
+
+    gRPC's asyncio API never frees the message of a read or write that is cancelled.
+    """
+    task = asyncio.ensure_future(operation)
+    task.add_done_callback(_retrieve)
+    return asyncio.shield(task)
+
+
+def _retrieve(task: asyncio.Future[Any]) -> None:
+    """Look at an outcome that nobody may wait for, or asyncio logs it."""
+    _ = task.cancelled() or task.exception()

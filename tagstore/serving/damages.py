@@ -105,4 +105,4 @@ def _identity(file: Path) -> tuple[int, int, int]:
         status = os.stat(file)
     except OSError:
         return (0, 0, 0)
-    return status.st_mtime_ns, status.st_ino, status.st_size
+    return status.st_ctime_ns, status.st_ino, status.st_size  # a copy may keep the time of its content

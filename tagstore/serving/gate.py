@@ -13,10 +13,11 @@ from google.protobuf.message import DecodeError
 from tagstore import errors
 from tagstore.serving import metrics
 from tagstore.serving.access import Access
+from tagstore.serving.arrivals import Arrivals
 from tagstore.serving.audit import Audit
 from tagstore.serving.call import Call
 from tagstore.serving.damages import LeftOut
-from tagstore.serving.intake import Intake
+from tagstore.serving.message_memory import MessageMemory
 from tagstore.serving.settings import Limits
 from tagstore.serving.stream_places import StreamPlaces
 from tagstore.wire.status import code_of, trailing
@@ -38,12 +39,12 @@ class Gate:
         self.access, self.limits, self.audit = access, limits, audit
         self.closed = ""
         """Why calls are refused while the stores are being opened; empty once the server answers."""
-        self.intake, self.streams = Intake(limits), StreamPlaces(limits)
+        self.arrivals, self.streams = Arrivals(limits), StreamPlaces(limits)
+        self.memory = MessageMemory(limits)
         self._calls = 0
         self._last_prompt = 0.0
         """When a call was last answered within `Limits.soon`, or came to an idle server."""
         self._clients: dict[str, int] = {}
-        self._sending: dict[Call, float] = {}
 
     def open(self) -> None:
         """Answer calls from now on."""
@@ -104,8 +105,7 @@ class Gate:
         call.context.add_done_callback(lambda _: self._leave(call))
 
     def _leave(self, call: Call) -> None:
-        self._sending.pop(call, None)
-        self.intake.give_back(call)
+        self.memory.release(call)
         self.streams.leave(call)
         if call.client is None:
             return
@@ -119,15 +119,17 @@ class Gate:
         call.client = None
         metrics.IN_FLIGHT.dec()
 
-    def sending(self, call: Call) -> None:
-        """Start the time that the client has to take an answer."""
-        self._sending[call] = time.monotonic()
+    async def read(self, call: Call) -> bytes:
+        """Read the message of a call. Raises `InvalidInput` if there is none, `Overloaded`, `TimedOut`."""
+        data = await self.arrivals.read(call)
+        self.memory.take(call, len(data))
+        return data
 
     def sent(self, call: Call) -> None:
-        """Stop that time: the client has taken the answer."""
-        self._sending.pop(call, None)
-        if call.unanswered:
-            self.intake.give_back(call, call.unanswered.popleft())
+        """Note that the client has taken an answer of a stream."""
+        unanswered = bool(call.unanswered)
+        self.memory.answered(call)
+        if unanswered:
             self.streams.answered(call)
 
     def end_slow(self) -> int:
@@ -135,15 +137,11 @@ class Gate:
 
         Returns how many there were.
         """
-        limit = time.monotonic() - self.limits.slow_reader
-        slow = [call for call, since in self._sending.items() if since < limit]
+        limit = self.limits.slow_reader
+        slow = self.memory.hang_up_on_slow(limit)
         for call in slow:
-            # the end of a stream also waits for the client, so the call stops counting now
-            self._leave(call)
             log.warning(
-                "a client at %s did not take its answer for %g s: its call is ended",
-                call.peer,
-                self.limits.slow_reader,
+                "a client at %s did not take its answer for %g s: the connection is ended", call.peer, limit
             )
             call.end(errors.Unavailable("the answers were not taken"))
         return len(slow) + self.streams.end_idle()
@@ -202,5 +200,7 @@ def public_error(error: Exception, name: str) -> errors.TagstoreError:
 
 async def abort(context: Any, error: errors.TagstoreError) -> NoReturn:
     """End a call with the status that stands for an error."""
+    # tracebacks would keep the frames of the call, and the message in them, until cycles are collected
+    error.__traceback__ = error.__context__ = error.__cause__ = None
     await context.abort(code_of(error), str(error)[:MAX_DETAILS], trailing(error))
     raise AssertionError("abort does not return")

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tagstore.encoding.decode_memory import SHARED, Budget
+from tagstore.encoding.decode_memory import SHARED, MemoryBudget
 from tagstore.encoding.encoder import Encoder
 from tagstore.errors import Damaged, NotFound, TagstoreError, Unavailable
 from tagstore.retrieval.catalog import Catalog
@@ -29,7 +29,9 @@ PINNED = 32
 class LiveCatalog(Catalog):
     """A catalog for many concurrent callers. Takes what `Catalog` does."""
 
-    def __init__(self, root: str | Path, *, device: str = "auto", decode_memory: Budget = SHARED) -> None:
+    def __init__(
+        self, root: str | Path, *, device: str = "auto", decode_memory: MemoryBudget = SHARED
+    ) -> None:
         super().__init__(root, device=device, decode_memory=decode_memory)
         self._current: dict[str, tuple[tuple[int, int], int, Engine]] = {}
         """Engine of each store's current version, after the mark of the store at the time of the look-up."""
@@ -101,10 +103,12 @@ class LiveCatalog(Catalog):
         return engine
 
     def _mark(self, store: str, engine: Engine) -> tuple[tuple[int, int], int] | None:
-        """Return a mark that changes when a store is written or replaced; None if it is gone."""
+        """Return a mark that changes when a store is written; None if it is gone or replaced."""
         try:
             status = os.stat(f"{self.root}/{store}/CURRENT")
         except OSError:
+            return None
+        if not engine.snapshot.store.in_place():
             return None
         return (status.st_mtime_ns, status.st_ino), engine.snapshot.store.last_transaction()
 

@@ -31,6 +31,7 @@ from tagstore.serving import metrics, tracing
 from tagstore.serving.access import Role
 from tagstore.serving.call import GONE, Call
 from tagstore.serving.gate import REFUSALS, Gate, abort, public_error
+from tagstore.wire.bounds import bounded
 from tagstore.wire.status import code_of
 
 Method = Callable[..., Any]
@@ -88,7 +89,8 @@ class Methods:
 
     def add_registered_method_handlers(self, service: str, handlers: Any) -> None:
         for name, handler in handlers.items():
-            parse, serialize = handler.request_deserializer, handler.response_serializer
+            parse = bounded(name, handler.request_deserializer)
+            serialize = handler.response_serializer
             if method := handler.unary_unary:
                 answer = self._unary(name, method, parse, serialize)
                 wrapped = grpc.stream_unary_rpc_method_handler(answer)
@@ -113,12 +115,13 @@ class Methods:
             store, code = "", "OK"
             event: dict[str, str] = {}
             call: Call | None = None
+            request: Any = None
             failure: errors.TagstoreError
             try:
                 call = Call(context, gate.access, role)
                 call.check_role()
                 gate.enter(call, stream=self._long)
-                request = parse(await gate.intake.read(call))
+                request = parse(await gate.read(call))
                 store = getattr(request, "store", "")
                 if role is not None:
                     call.caller.check(role, store)
@@ -132,8 +135,9 @@ class Methods:
                         response = await in_thread(self._pool(call), method, request, call)
                 if event:
                     gate.audit.end("done", **event)
-                gate.sending(call)
-                return response if type(response) is bytes else serialize(response)
+                answer_bytes = response if type(response) is bytes else serialize(response)
+                gate.memory.send(call, len(answer_bytes))
+                return answer_bytes
             except asyncio.CancelledError:
                 if event:
                     gate.audit.end("failed", **event, reason="the caller has gone; the change may be done")
@@ -151,6 +155,7 @@ class Methods:
                 elif event:
                     gate.audit.end("failed", **event, reason=str(failure))
             finally:
+                request = None  # gRPC keeps this frame until the next call comes
                 # a name that a caller invented must not become a label
                 label = store if code in ("OK", "INVALID_ARGUMENT") else ""
                 metrics.child(metrics.REQUESTS, name, label, code).inc()
@@ -173,21 +178,25 @@ class Methods:
             async def send(response: Any) -> None:
                 assert call is not None
                 call.identify()  # a token may have been withdrawn since the stream began
-                gate.sending(call)
-                await context.write(response if type(response) is bytes else serialize(response))
+                data = response if type(response) is bytes else serialize(response)
+                await gate.memory.send_soon(call, len(data))
+                await call.write(data)
                 gate.sent(call)
 
             async def requests() -> AsyncIterator[Any]:
                 assert call is not None
                 while True:
                     gate.streams.waiting(call)
-                    data = await context.read()
+                    data = await call.read()
                     if data is grpc.aio.EOF:
                         return
                     gate.streams.working(call)
                     if parses:
-                        await gate.intake.hold(call, len(data))
-                    yield data if parses else parse(data)
+                        await gate.memory.hold(call, len(data))
+                    request = data if parses else parse(data)
+                    del data  # it must not wait here for the next one
+                    yield request
+                    del request
 
             try:
                 call = Call(context, gate.access, role)
@@ -195,7 +204,7 @@ class Methods:
                 gate.enter(call, stream=True)
                 stream: Any = requests()
                 if single_request:
-                    stream = parse(await gate.intake.read(call))
+                    stream = parse(await gate.read(call))
                 elif not in_loop:
                     stream = await _begun(stream)
                 with _span(name, context) if tracing.enabled else tracing.NO_SPAN:
@@ -210,6 +219,8 @@ class Methods:
                 failure = call.ended
                 if isinstance(failure, REFUSALS):
                     gate.refused(failure, context, name, "", call)
+            except grpc.aio.BaseError as error:
+                raise asyncio.CancelledError from error  # the connection has ended
             except Exception as error:  # noqa: BLE001  what is not ours becomes INTERNAL
                 failure = public_error(error, name)
                 if isinstance(failure, REFUSALS):

@@ -41,6 +41,13 @@ DAMAGED = Gauge(
     ["store"],
     multiprocess_mode="livemax",
 )
+SCRUBBED = Counter("tagstore_scrubbed_bytes_total", "Bytes compared with their checksums in the background.")
+SCRUB_SHARE = Gauge(
+    "tagstore_store_scrubbed",
+    "Share of a store's checksums that the current pass of the scrub has compared.",
+    ["store"],
+    multiprocess_mode="livemax",
+)
 REFUSED = Counter("tagstore_refused_total", "Calls refused for a reason of access or load.", ["reason"])
 
 

@@ -8,66 +8,30 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Executor
-from typing import NamedTuple
 
 from tagstore import errors
 from tagstore.retrieval.engine import MAX_QUERIES, Engine, Query
-from tagstore.retrieval.tag_votes import Neighbours, RetrievalColumns
+from tagstore.retrieval.tag_votes import Neighbours
 from tagstore.serving import metrics, tracing
 from tagstore.serving.batch_queue import BatchQueue
 from tagstore.serving.call import Call
 from tagstore.serving.embed_queue import CallEncoder, EmbedQueue
-from tagstore.serving.gate import public_error
 from tagstore.serving.live_catalog import LiveCatalog
+from tagstore.serving.lookup import Lookup
 from tagstore.serving.methods import answering, in_thread, streaming
+from tagstore.serving.request_stream import StreamedRequest, Window
 from tagstore.serving.settings import Limits
-from tagstore.types import Search
 from tagstore.wire import convert
-from tagstore.wire.status import error_to_proto
 from tagstore_proto.v1 import tagstore_pb2 as pb
 
 MAX_PAGE_TAGS = 10_000
 """Largest number of tags in one answer of `GetTags`."""
 OPEN_RETRIES = 4
 """Times that a call waits for another call to open a version, before it opens the version itself."""
-STREAM_WINDOW = 64
-"""Requests of a stream that are read before the first of them is answered."""
 SEARCH_ROWS = 256
 """Largest number of queries in one search."""
-
-
-class Lookup(NamedTuple):
-    """A request that is ready to be searched."""
-
-    query: Query
-    streamed: bool
-
-    @staticmethod
-    def find(lookups: Sequence[Lookup]) -> tuple[Query, list[Neighbours]]:
-        """Find the neighbours of requests that differ in vectors and identities only, in one search."""
-        query = Query.joined([lookup.query for lookup in lookups])
-        return query, query.find()
-
-    @staticmethod
-    def answer(lookups: Sequence[Lookup], outcome: tuple[Query, list[Neighbours]]) -> list[bytes]:
-        """Write the answer to each request."""
-        query, neighbours = outcome
-        answers = iter(query.answer(neighbours))
-        return [lookup.message([next(answers) for _ in lookup.query.vectors]) for lookup in lookups]
-
-    def message(self, answers: Iterable[RetrievalColumns]) -> bytes:
-        """Write a message with the answers to this request's queries."""
-        message = pb.RetrieveStreamResponse() if self.streamed else pb.RetrieveResponse()
-        response = message.response if isinstance(message, pb.RetrieveStreamResponse) else message
-        engine, search = self.query.engine, self.query.search
-        response.store, response.version = engine.store, engine.version.number
-        response.fingerprint = engine.digest
-        for answer in answers:
-            _write(response.retrievals.add(), answer, search)
-        data: bytes = message.SerializeToString()
-        return data
 
 
 class TagStoreService:
@@ -126,26 +90,26 @@ class TagStoreService:
     async def RetrieveStream(  # noqa: N802
         self, requests: AsyncIterator[bytes], call: Call, send: Callable[[bytes], Awaitable[None]]
     ) -> None:
-        window: asyncio.Queue[_StreamedRequest | None] = asyncio.Queue(STREAM_WINDOW)
+        window = Window()
 
         async def read() -> None:
             try:
                 async for data in requests:
-                    await window.put(_StreamedRequest(self, data, call))
+                    request = StreamedRequest(data, call)
+                    await window.enter(request)
+                    request.start(self)
             finally:
-                await window.put(None)
+                window.end()
 
         reader = asyncio.create_task(read())
         try:
-            while (request := await window.get()) is not None:
+            while (request := await window.next()) is not None:
                 await send(await request.answer())
+                window.answered(request)
             await reader
         finally:
             reader.cancel()
-            while not window.empty():
-                request = window.get_nowait()
-                if request is not None:
-                    request.cancel()
+            window.cancel()
             self.searches.sweep()
 
     def start(self, request: pb.RetrieveRequest, call: Call, *, streamed: bool) -> asyncio.Future[bytes]:
@@ -160,7 +124,7 @@ class TagStoreService:
         return self._submit(query, call, streamed)
 
     def _submit(self, query: Query, call: Call, streamed: bool) -> asyncio.Future[bytes]:
-        lookup, rows = Lookup(query, streamed), len(query.vectors)
+        lookup, rows = Lookup(query, streamed, self._limits.message_bytes), len(query.vectors)
         if not rows:
             empty: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
             empty.set_result(lookup.message(()))
@@ -271,55 +235,3 @@ def check_sizes(request: pb.RetrieveRequest, limits: Limits) -> None:
                 f"image {position} of the request has {len(image)} bytes, "
                 f"this server takes at most {limits.image_bytes}: shrink it"
             )
-
-
-def _write(message: pb.Retrieval, answer: RetrievalColumns, search: Search) -> None:
-    """Write an answer into a message, without the objects that `RetrievalColumns.retrieval` makes."""
-    message.excluded = answer.excluded
-    if search.with_neighbours:
-        add_neighbour = message.neighbours.add
-        for entry_id, key, similarity in zip(answer.entry_ids, answer.keys, answer.similarities, strict=True):
-            add_neighbour(entry_id=entry_id, key=key, similarity=similarity)
-    add_tag = message.tags.add
-    columns = zip(answer.tag_ids, answer.tag_similarities, answer.relevance, answer.carriers, strict=True)
-    for place, (tag_id, similarity, relevance, carriers) in enumerate(columns):
-        tag = add_tag(tag_id=tag_id, similarity=similarity, relevance=relevance, votes=len(carriers))
-        if search.with_neighbours:
-            tag.neighbours.extend(carriers)
-        if search.with_texts:
-            tag.tag, tag.kind = answer.texts[place], convert.KIND_TO_WIRE[answer.kinds[place]]
-
-
-class _StreamedRequest:
-    """A request of a stream, which starts when it is read and is answered in order, also if it fails."""
-
-    def __init__(self, service: TagStoreService, data: bytes, call: Call) -> None:
-        self._store = ""
-        self._future: asyncio.Future[bytes] | None = None
-        self._error: Exception | None = None
-        try:
-            request = pb.RetrieveRequest.FromString(data)
-            call.caller.check("read", request.store)
-            self._store = request.store
-            self._future = service.start(request, call, streamed=True)
-        except Exception as error:  # noqa: BLE001  `answer` reports it
-            self._error = error
-
-    async def answer(self) -> bytes:
-        code, store = "OK", self._store
-        try:
-            if self._error is not None:
-                raise self._error
-            assert self._future is not None
-            return await self._future
-        except Exception as error:  # noqa: BLE001  the answer reports it and the stream goes on
-            failure = public_error(error, "RetrieveStream")
-            code, store = type(failure).__name__, ""
-            data: bytes = pb.RetrieveStreamResponse(error=error_to_proto(failure)).SerializeToString()
-            return data
-        finally:
-            metrics.child(metrics.REQUESTS, "RetrieveStream", store, code).inc()
-
-    def cancel(self) -> None:
-        if self._future is not None:
-            self._future.cancel()

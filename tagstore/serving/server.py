@@ -18,7 +18,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
-from tagstore.encoding.decode_memory import Budget
+from tagstore.encoding.decode_memory import MemoryBudget
 from tagstore.errors import Unavailable
 from tagstore.serving import allocator, probes, tracing
 from tagstore.serving.access import Access
@@ -33,6 +33,7 @@ from tagstore.serving.loop import loop, run
 from tagstore.serving.methods import Methods, streaming
 from tagstore.serving.ports import reserve
 from tagstore.serving.retrieve_service import TagStoreService
+from tagstore.serving.scrubber import Scrubber
 from tagstore.serving.settings import Settings, checked_host
 from tagstore_proto.v1 import tagstore_pb2, tagstore_pb2_grpc
 
@@ -89,13 +90,14 @@ class Server:
         self._host = checked_host(address, settings)
         self.settings = settings
         limits = settings.limits
-        self.catalog = LiveCatalog(root, device=device, decode_memory=Budget(limits.decode_bytes))
+        self.catalog = LiveCatalog(root, device=device, decode_memory=MemoryBudget(limits.decode_bytes))
         access = Access(
             settings.tokens or None, anonymous=settings.anonymous, certificates=bool(settings.tls_client_ca)
         )
         self.gate = Gate(access, limits, Audit(settings.audit or None))
         self.announce: Callable[[Mapping[str, Any]], None] = lambda message: None
-        """Called with what supervisor and other workers must know: {"unload": STORE}, {"damaged": {...}}."""
+        """Called with what supervisor and other workers must know: {"unload": STORE}, {"damaged": {...}},
+        {"leave_out": [STORE, what is wrong]}."""
         self.gate.closed = "the server is opening its stores: try again in a moment"
         if settings.tracing:
             tracing.enable()
@@ -114,6 +116,7 @@ class Server:
         self._admin_threads = ThreadPoolExecutor(LONG_THREADS, thread_name_prefix="rpc-admin")
         self._ended = threading.Event()
         self._watch: threading.Thread | None = None
+        self._scrubber: Scrubber | None = None
         self._stop_probes: Callable[[], None] | None = None
         self._phase = "opening stores"
         # until the acceptors listen the port is reserved: a second server on it would take half of the calls
@@ -197,15 +200,20 @@ class Server:
             run(self._for_all(lambda acceptor: acceptor.start()))
         self._watch = threading.Thread(target=self._watch_over, name="rpc-watch", daemon=True)
         self._watch.start()
+        if self.settings.scrub:
+            damaged = self.catalog.damages.stores
+            self._scrubber = Scrubber(self.catalog.root, self.settings.scrub, damaged, self._found_damaged)
         self._phase = "serving"
         log.info("listening on %s: %s", self.address, self.settings.describe())
 
     def stop(self, grace: float = DRAIN_SECONDS) -> None:
         """Refuse new requests, and let those in flight finish within `grace` seconds."""
         self._phase = "stopping"
+        if self._scrubber is not None:
+            self._scrubber.stop()
         run(self._health.enter_graceful_shutdown())
         run(self._for_all(lambda acceptor: acceptor.stop(grace)))
-        run(self.gate.intake.close())
+        run(self.gate.arrivals.close())
         self._ended.set()
         self._service.close()
         for threads in (self._threads, self._long_threads, self._admin_threads):
@@ -224,10 +232,14 @@ class Server:
         self._phase = "loading encoders"
         self.gate.open()
 
+    def _found_damaged(self, store: str, what: str) -> None:
+        self.catalog.leave_out(store, what)
+        self.announce({"leave_out": [store, what]})
+
     def _watch_over(self) -> None:
         limits = self.settings.limits
         period = min(1.0, limits.slow_reader / 4, limits.idle_stream / 4)
-        trimmer = allocator.Trimmer(lambda: self.gate.intake.total + self.catalog.decode_memory.total)
+        trimmer = allocator.Trimmer()
         while not self._ended.wait(period):
             loop().call_soon_threadsafe(self.gate.end_slow)
             trimmer.look()
@@ -286,6 +298,8 @@ def _options(message_bytes: int) -> list[tuple[str, int]]:
         ("grpc.max_send_message_length", message_bytes),
         ("grpc.max_metadata_size", 16 << 10),
         ("grpc.max_concurrent_streams", STREAMS_A_CONNECTION),
+        # or gRPC reads megabytes of each call ahead, of a message that nobody has asked for yet
+        ("grpc.http2.bdp_probe", 0),
         ("grpc.server.max_pending_requests", PENDING),
         ("grpc.server.max_pending_requests_hard_limit", 2 * PENDING),
         ("grpc.so_reuseport", 1),

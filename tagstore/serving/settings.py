@@ -34,24 +34,26 @@ class Limits:
     """Seconds without a prompt answer before the server counts as overloaded."""
     per_client: int = 64
     """Calls and streams in flight of one client, which is a caller with a token, else a connection."""
-    streams: int = 12
+    streams: int = 8
     """Open streams, of which each may bring a message of the largest size at any time."""
-    streams_per_client: int = 6
+    streams_per_client: int = 4
     """Open streams of one client."""
-    streams_kept: int = 4
+    streams_kept: int = 3
     """Places for streams that only administrators get."""
     idle_stream: float = 120.0
     """Seconds that a stream may wait for its caller's next message."""
-    message_bytes: int = 34 << 20
+    message_bytes: int = 18 << 20
     """Bytes of one request or answer: the largest image, and what comes with it."""
-    request_bytes: int = 256 << 20
+    request_bytes: int = 128 << 20
     """Bytes of memory for the requests that are being answered, over all callers."""
-    decode_bytes: int = 640 << 20
+    answer_bytes: int = 96 << 20
+    """Bytes of the answers that callers have yet to take, over all callers."""
+    decode_bytes: int = 512 << 20
     """Bytes of memory for the images that are decoded at a time, over all callers. It is also the limit of
-    one: 83 million pixels of a PNG, 67 of a JPEG, 41 of a WebP."""
+    one: 67 million pixels of a PNG, 53 of a JPEG, 33 of a WebP."""
     slow_requests: int = 4
     """Requests that take long to arrive, over all callers; a client gets half of them."""
-    image_bytes: int = 32 << 20
+    image_bytes: int = 16 << 20
     """Bytes of one encoded image."""
     images: int = 256
     """Images of one request, and texts of one request."""
@@ -91,6 +93,8 @@ class Settings:
     """File that the audit log is appended to."""
     metrics: str = ""
     """HOST:PORT that answers Prometheus."""
+    scrub: int = 0
+    """MiB a second of stores to compare with their checksums in the background; 0 for none."""
     tracing: bool = False
     """Send spans to an OpenTelemetry collector."""
     json_logs: bool = False

@@ -132,7 +132,9 @@ class Supervisor:
             "root": self._root,
             "address": self.address,
             "device": self._device,
-            "settings": replace(self.settings, metrics="").to_json(),
+            "settings": replace(
+                self.settings, metrics="", scrub=0 if number else self.settings.scrub
+            ).to_json(),
             "warm_first": warm_first,
             "unloaded": sorted(self._unloaded),
             "level": logging.getLogger().getEffectiveLevel(),
@@ -192,7 +194,7 @@ class Supervisor:
         elif "damaged" in message:
             worker.damaged = message["damaged"]
         else:
-            # an administrator has loaded or unloaded a store on one worker: pass it on to all others
+            # one worker has loaded, unloaded or left out a store: pass it on to all others
             for name in ("load", "unload"):
                 if name in message:
                     (self._unloaded.add if name == "unload" else self._unloaded.discard)(message[name])
@@ -260,15 +262,19 @@ def main() -> None:
         sys.exit(1)
     _report({"ready": server.address})
 
-    commands = {"load": server.catalog.load, "unload": server.catalog.unload}
+    commands: dict[str, Callable[[Any], object]] = {
+        "load": server.catalog.load,
+        "unload": server.catalog.unload,
+        "leave_out": lambda about: server.catalog.leave_out(*about),
+    }
 
     def listen() -> None:
         for line in sys.stdin:
-            for command, store in json.loads(line).items():
+            for command, argument in json.loads(line).items():
                 try:
-                    commands[command](store)
+                    commands[command](argument)
                 except TagstoreError as error:
-                    log.warning("%s %s: %s", command, store, error)
+                    log.warning("%s %s: %s", command, argument, error)
         stopping.set()
 
     threading.Thread(target=listen, daemon=True).start()

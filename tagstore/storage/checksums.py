@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,10 @@ from tagstore.storage.version import Range, Version
 
 MERGE_SIZE_RATIO = 2
 """A range is merged with what follows it unless it is more than this many times as long."""
+IDS_AT_ONCE = 64 * BLOCK_ROWS
+"""Records read in one transaction: a long one keeps freed pages of the database from being used again."""
+FILE_PIECE = 1 << 20
+"""Bytes of a file that are read at once."""
 ARRAYS = ("live", "counts")
 """What one checksum covers as a whole."""
 
@@ -76,18 +81,50 @@ def broken(snapshot: Snapshot, seen: set[object]) -> Iterator[tuple[str, Range]]
 
     `seen` holds the ranges that were compared before, since versions share them.
     """
-    version = snapshot.version
+    for name, span in unseen(snapshot.version, seen):
+        if not is_committed(snapshot, name, span):
+            yield name, span
+
+
+def unseen(version: Version, seen: set[object]) -> Iterator[tuple[str, Range]]:
+    """The parts of a version that have a checksum, except those in `seen`, to which they are added."""
     for name, ranges in version.ranges.items():
         for span in ranges:
-            if name in ARRAYS:
-                digest = sha256(snapshot.array(name, np.uint8).tobytes()).hexdigest()
-            elif (mark := (name, version.space if name in ("vectors", "embeddings") else None, span)) in seen:
-                continue
-            else:
+            if name not in ARRAYS:
+                mark = (name, version.space if name in ("vectors", "embeddings") else None, span)
+                if mark in seen:
+                    continue
                 seen.add(mark)
-                digest = _checksum(snapshot.store, name, version, span.first, span.end)
-            if digest != span.sha256:
-                yield name, span
+            yield name, span
+
+
+def is_committed(
+    snapshot: Snapshot, name: str, span: Range, read: Callable[[int], None] = lambda size: None
+) -> bool:
+    """Whether a part of a version is what was committed. `read` is called with bytes that were read."""
+    if name in ARRAYS:
+        data = snapshot.array(name, np.uint8).tobytes()
+        read(len(data))
+        return sha256(data).hexdigest() == span.sha256
+    return _checksum(snapshot.store, name, snapshot.version, span.first, span.end, read) == span.sha256
+
+
+def file_fault(
+    path: Path, about: Mapping[str, Any], read: Callable[[int], None] = lambda size: None
+) -> str | None:
+    """What is wrong with a file of an index; `read` as for `is_committed`."""
+    digest = sha256()
+    try:
+        with path.open("rb") as file:
+            while piece := file.read(FILE_PIECE):
+                digest.update(piece)
+                read(len(piece))
+            length = file.tell()
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    if length != about["bytes"]:
+        return f"is {length} bytes long instead of {about['bytes']}"
+    return None if digest.hexdigest() == about["sha256"] else "does not fit its checksum"
 
 
 def check_sound(snapshot: Snapshot, seen: set[object], advice: str) -> None:
@@ -116,27 +153,49 @@ def _spans(store: Database, name: str, version: Version, first: int, end: int) -
     return spans
 
 
-def _checksum(store: Database, name: str, version: Version, first: int, end: int) -> str:
+def _checksum(
+    store: Database,
+    name: str,
+    version: Version,
+    first: int,
+    end: int,
+    read: Callable[[int], None] = lambda size: None,
+) -> str:
     """sha256 of a range: of ids and records for entries and tags, of rows for vectors and embeddings."""
     digest = sha256()
-    with store.env.begin(buffers=True) as txn:
-        if name in ("entries", "tags"):
-            with txn.cursor(store.db[name]) as cursor:
-                for n, (key, value) in enumerate(cursor if cursor.set_range(U64.pack(first)) else ()):
-                    if U64.unpack(key)[0] >= end:
-                        break
-                    digest.update(key)
-                    digest.update(value)
-                    if n % 65536 == 0:
-                        trim(store.env)
-        else:
-            width = version.fingerprint.dimension * 2
-            for block in range(first // BLOCK_ROWS, -(-end // BLOCK_ROWS)):
-                base = block * BLOCK_ROWS
-                start, stop = max(0, first - base), min(BLOCK_ROWS, end - base)
-                rows = read_block(txn, store.db[name], version.space, block, width // 2)[start:stop]
-                # a row that was never written becomes zeros when a later row of its block is written
-                digest.update(rows.tobytes().ljust((stop - start) * width, b"\0"))
-                if block % 256 == 0:
-                    trim(store.env)
+    while first < end:
+        stop = min(end, (first // IDS_AT_ONCE + 1) * IDS_AT_ONCE)
+        with store.env.begin(buffers=True) as txn:
+            if name in ("entries", "tags"):
+                size = _add_records(digest, txn, store.db[name], first, stop)
+            else:
+                size = _add_rows(digest, txn, store.db[name], version, first, stop)
+        trim(store.env)
+        read(size)
+        first = stop
     return digest.hexdigest()
+
+
+def _add_records(digest: Any, txn: Any, table: Any, first: int, end: int) -> int:
+    """Add records to a digest; returns their bytes."""
+    size = 0
+    with txn.cursor(table) as cursor:
+        for key, value in cursor if cursor.set_range(U64.pack(first)) else ():
+            if U64.unpack(key)[0] >= end:
+                break
+            digest.update(key)
+            digest.update(value)
+            size += len(key) + len(value)
+    return size
+
+
+def _add_rows(digest: Any, txn: Any, table: Any, version: Version, first: int, end: int) -> int:
+    """Add rows to a digest; returns their bytes."""
+    width = version.fingerprint.dimension * 2
+    for block in range(first // BLOCK_ROWS, -(-end // BLOCK_ROWS)):
+        base = block * BLOCK_ROWS
+        start, stop = max(0, first - base), min(BLOCK_ROWS, end - base)
+        rows = read_block(txn, table, version.space, block, width // 2)[start:stop]
+        # a row that was never written becomes zeros when a later row of its block is written
+        digest.update(rows.tobytes().ljust((stop - start) * width, b"\0"))
+    return (end - first) * width

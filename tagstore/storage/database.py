@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from tagstore.errors import Damaged, NotFound
 from tagstore.storage.codec import decode_entry, unseal
-from tagstore.storage.environments import release
+from tagstore.storage.environments import identity_of, release
 from tagstore.storage.file_length import check_open
 from tagstore.storage.generations import generation
 from tagstore.storage.tables import U64, open_tables
@@ -36,6 +36,7 @@ class Database:
 
     def __init__(self, name: str, directory: Path, generation: Path, env: Any) -> None:
         self.name, self.directory, self.generation, self.env = name, directory, generation, env
+        self._identity = identity_of(generation)
         self.db = open_tables(self.env)
         self.state()  # raises if there is none
 
@@ -56,15 +57,19 @@ class Database:
         return unseal(b"state", data)
 
     def is_current(self) -> bool:
-        """Whether this is still the store's database; false once a compaction has replaced it."""
+        """Whether this is still the store's database; false once a compaction has replaced it, or a copy."""
         try:
-            return generation(self.directory) == self.generation
+            return generation(self.directory) == self.generation and self.in_place()
         except NotFound:
             return False
 
+    def in_place(self) -> bool:
+        """Whether the file under this database's path is the one that is open: a restored copy is another."""
+        return identity_of(self.generation) == self._identity
+
     def check_length(self) -> None:
         """Raise `Damaged` if the file was cut off since it was opened: reading beyond its end is SIGBUS."""
-        check_open(self.env)
+        check_open(self.env, str(self.generation))
 
     def release(self) -> None:
         """Let go of the environment, whose files may be gone; it closes when its last reader lets go."""

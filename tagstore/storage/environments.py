@@ -86,12 +86,12 @@ def environment(directory: Path, *, create: bool = False) -> Any:
     """
     path = os.path.realpath(directory)
     with _lock:
-        env = _open.get(_identity(path))
+        env = _open.get(identity_of(path))
         if env is not None and _failed(env):
             env.close()
             env = None
         if env is not None:
-            check_open(env)
+            check_open(env, path)
         else:
             if not create and not os.path.exists(os.path.join(path, "data.mdb")):
                 raise NotFound(f"no database at {path}")
@@ -114,8 +114,8 @@ def environment(directory: Path, *, create: bool = False) -> Any:
                     "well"
                 ) from error
             env.reader_check()
-            _open[_identity(path)] = env
-        _kept[_identity(path)] = env
+            _open[identity_of(path)] = env
+        _kept[identity_of(path)] = env
         return env
 
 
@@ -138,7 +138,8 @@ def _is_read_only(path: str, error: Exception) -> bool:
     return bool(os.statvfs(path).f_flag & os.ST_RDONLY) or not os.access(path, os.W_OK)
 
 
-def _identity(path: str) -> tuple[int, int]:
+def identity_of(path: str | Path) -> tuple[int, int]:
+    """Device and inode of a directory's data.mdb; (-1, -1) if there is none."""
     try:
         status = os.stat(os.path.join(path, "data.mdb"))
     except OSError:
@@ -179,7 +180,7 @@ def _failed(env: Any) -> bool:
 def forget(directory: Path) -> None:
     """Drop the process's hold of a directory's environment, which closes when its last reader lets go."""
     with _lock:
-        _kept.pop(_identity(os.path.realpath(directory)), None)
+        _kept.pop(identity_of(os.path.realpath(directory)), None)
 
 
 def release(env: Any) -> None:

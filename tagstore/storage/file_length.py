@@ -61,14 +61,17 @@ def check_length(path: str) -> None:
         )
 
 
-def check_open(env: Any) -> None:
-    """Raise `Damaged` if the database of an open environment was cut off. Reads its meta page only."""
+def check_open(env: Any, path: str) -> None:
+    """Raise `Damaged` if the database of an open environment was cut off. Reads its meta page only.
+
+    Args: path: its directory; `env.path()` is another one once the store was renamed.
+    """
     try:
-        length = os.stat(os.path.join(env.path(), "data.mdb")).st_size
+        length = os.stat(os.path.join(path, "data.mdb")).st_size
     except FileNotFoundError:
         return  # a compaction has replaced it, and those who read it keep it
     if length < _promised(env):
-        check_length(env.path())
+        check_length(path)
 
 
 def _meta(page: bytes) -> _Meta | None:
@@ -79,9 +82,12 @@ def _meta(page: bytes) -> _Meta | None:
     return _Meta(transaction, last_page, struct.unpack_from("<I", page, 40)[0])
 
 
-def complete(env: Any) -> None:
-    """Make the file of an environment as long as its meta page promises, with a hole at its end."""
-    file, promised = os.path.join(env.path(), "data.mdb"), _promised(env)
+def complete(env: Any, path: str) -> None:
+    """Make the file of an environment, in directory `path`, as long as its meta page promises.
+
+    What is added is a hole.
+    """
+    file, promised = os.path.join(path, "data.mdb"), _promised(env)
     if os.stat(file).st_size < promised:
         os.truncate(file, promised)
 

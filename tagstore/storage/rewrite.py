@@ -129,7 +129,7 @@ class _Copy:
         with self._env.begin(write=True) as txn:
             self._tables.put_state(txn, self._new.number, *ends)
         self._env.sync(True)
-        complete(self._env)
+        complete(self._env, str(path))
         switch(self._writer.directory, path)
         assert copied is not None
         return copied

@@ -119,7 +119,7 @@ class Writer:
         try:
             with writing(f"store '{self.name}'"):
                 yield
-                complete(self.env)
+                complete(self.env, str(self._path))
         except BaseException:
             self._failed = True
             raise
@@ -347,7 +347,8 @@ class Writer:
             self._begin()
 
     def _open(self) -> None:
-        self.env = environment(generation(self.directory))
+        self._path = generation(self.directory)
+        self.env = environment(self._path)
         self.env.reader_check()  # a reader that was killed must not keep freed pages from being used again
         self.db = open_tables(self.env, create=True)
         self._begin()

@@ -26,6 +26,8 @@ from tagstore.storage.writer import Writer
 from tagstore.types import Entry, Kind
 from tagstore.upkeep.reprocessing import embed_rest
 
+HASH_BITS = 64
+"""Bits of a perceptual hash."""
 UNDO_DAYS = 7.0
 """Days for which a dropped store can be brought back."""
 
@@ -52,7 +54,7 @@ class Selection:
             yield from snapshot.entries(np.array(sorted(ids), np.int64))
 
     def check(self) -> None:
-        """Raises `InvalidInput` if nothing is selected, or a sha256 is malformed."""
+        """Raises `InvalidInput` if nothing is selected, or a sha256 or a distance is none."""
         if not (self.keys or self.sha256 or self.near or self.where):
             raise InvalidInput(
                 "nothing is selected: say which entries, by key, sha256, perceptual hash or metadata"
@@ -60,6 +62,12 @@ class Selection:
         for digest in self.sha256:
             if not re.fullmatch(r"[0-9a-fA-F]{64}", digest):
                 raise InvalidInput(f"'{digest}' is no sha256: 64 hexadecimal digits")
+        for _, distance in self.near:
+            if not 0 <= distance <= HASH_BITS:
+                raise InvalidInput(
+                    f"the distance is {distance}: perceptual hashes have {HASH_BITS} bits, so it is 0 to "
+                    f"{HASH_BITS}"
+                )
 
     def fits(self, entry: Entry) -> bool:
         """Whether an entry is selected."""

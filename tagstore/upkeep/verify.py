@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import subprocess
 import sys
@@ -17,7 +16,7 @@ import numpy as np
 
 from tagstore.errors import Damaged, TagstoreError
 from tagstore.indexing import faiss_index, plans
-from tagstore.storage.checksums import broken
+from tagstore.storage.checksums import broken, file_fault
 from tagstore.storage.consistency import json_faults, lookup_faults, page_faults, rebuild_lookups
 from tagstore.storage.generations import generation
 from tagstore.storage.rows import Allowed
@@ -190,22 +189,10 @@ def _files(snapshot: Snapshot, bad: dict[str, bool]) -> Iterator[Problem]:
         if about["file"] in bad:
             continue
         path = snapshot.store.index_directory / about["file"]
-        fault = _file_fault(path, about["bytes"], about["sha256"])
+        fault = file_fault(path, about)
         bad[about["file"]] = fault is not None
         if fault:
             yield Problem(str(path), fault, True)
-
-
-def _file_fault(path: Path, size: int, digest: str) -> str | None:
-    try:
-        with path.open("rb") as file:
-            actual = hashlib.file_digest(file, "sha256").hexdigest()
-            length = file.tell()
-    except OSError as error:
-        return f"cannot be read: {error.strerror}"
-    if length != size:
-        return f"is {length} bytes long instead of {size}"
-    return None if actual == digest else "does not fit its checksum"
 
 
 def _agreement(snapshot: Snapshot, full: bool, bad: dict[str, bool]) -> Iterator[Problem]:
