@@ -374,7 +374,7 @@ def _outcomes(batch: Batch, added: set[str], duplicates: list[Rejected]) -> list
     return outcomes
 
 
-def _next_batch(pairs: Pairs, most: int = BATCH, most_bytes: int = BATCH_BYTES) -> Pairs:
+def _next_batch(pairs: Pairs, most: int, most_bytes: int) -> Pairs:
     size = 0
     for item in islice(pairs, most):
         yield item
@@ -431,7 +431,7 @@ def _skip(pairs: Pairs, reached: Progress, writer: Writer) -> bool:
     """Read again what an interrupted run read; false if the source reads differently now."""
     done, digest = 0, ""
     while done < reached.pairs:
-        batch = list(_next_batch(pairs))
+        batch = list(_next_batch(pairs, BATCH, BATCH_BYTES))
         if not batch:
             return False
         done += len(batch)

@@ -28,9 +28,10 @@ class Bounds(NamedTuple):
     small: int = 1 << 20
     """Bytes of all fields that are not `large`."""
     large: frozenset[int] = frozenset()
-    """Numbers of the fields whose size only the message's limits."""
+    """Numbers of the fields that only the size of the message bounds."""
     inside: int = 0
-    """Number of the submessage that holds the large fields, if it is not the message itself."""
+    """Number of the submessage that is meant, if it is not the message itself: what is beside it is single
+    texts, which take no more in memory than on the wire."""
 
     def check(self, data: bytes) -> None:
         """Raise `InvalidInput` for a message beyond the limits, `DecodeError` for what is no message."""
@@ -44,7 +45,7 @@ class Bounds(NamedTuple):
                     count += 1
                     small += 0 if nested in self.large else stop - begin
                     self._check(count, small)
-            elif self.inside or number not in self.large:
+            elif not self.inside and number not in self.large:
                 small += end - start
             self._check(count, small)
 
