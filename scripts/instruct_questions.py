@@ -39,10 +39,10 @@ COLOUR = ("What colour is it?", "What color is this?", "Which colour does it hav
 KIND = ("What kind of product is this?", "What type of item is this?", "Which category is it in?")
 YES_NO = "Answer with yes or no."
 HARD = 0.3
-"""Of the things that are asked for and not there, the share that the neighbours' tags name. More would teach
-that a tag says nothing: in a photograph it is drawn, a tag of the neighbours is true more often than not."""
+"""Share of the questions about an absent thing in which the neighbours' tags name the thing. A larger share
+teaches the model that tags say nothing."""
 ABSENT = 0.85
-"""How often a thing that is not there is asked for, beside one that is."""
+"""Chance that a photograph is asked about an absent thing."""
 
 Turns = list[tuple[str, str]]
 

@@ -14,14 +14,13 @@ from collections import deque
 
 from tagstore import errors
 from tagstore.serving.call import Call
+from tagstore.serving.message_memory import RETRY_AFTER
 from tagstore.serving.settings import Limits
 
 READS = 8
 """Messages that are read at a time. Those that are there already take one turn of the loop."""
 GRACE_SECONDS = 0.1
 """Seconds in which a message arrives without a place: several turns of a busy loop."""
-RETRY_AFTER = 0.5
-"""Seconds after which a refused caller may try again."""
 
 
 class Arrivals:

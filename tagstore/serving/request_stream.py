@@ -20,7 +20,7 @@ parse_request = bounded("RetrieveStream", pb.RetrieveRequest.FromString)
 
 
 class Answerer(Protocol):
-    """What answers requests."""
+    """Answers requests; `TagStoreService` does."""
 
     def start(self, request: pb.RetrieveRequest, call: Call, *, streamed: bool) -> asyncio.Future[bytes]:
         """Begin to answer a request. Raises the errors of the first checks."""

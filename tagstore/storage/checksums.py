@@ -87,7 +87,7 @@ def broken(snapshot: Snapshot, seen: set[object]) -> Iterator[tuple[str, Range]]
 
 
 def unseen(version: Version, seen: set[object]) -> Iterator[tuple[str, Range]]:
-    """The parts of a version that have a checksum, except those in `seen`, to which they are added."""
+    """Yield the parts of a version that have a checksum, except those in `seen`, and add them to it."""
     for name, ranges in version.ranges.items():
         for span in ranges:
             if name not in ARRAYS:
@@ -101,7 +101,10 @@ def unseen(version: Version, seen: set[object]) -> Iterator[tuple[str, Range]]:
 def is_committed(
     snapshot: Snapshot, name: str, span: Range, read: Callable[[int], None] = lambda size: None
 ) -> bool:
-    """Whether a part of a version is what was committed. `read` is called with bytes that were read."""
+    """Compare a part of a version with its checksum.
+
+    Args: read: called with the number of bytes of each piece that was read.
+    """
     if name in ARRAYS:
         data = snapshot.array(name, np.uint8).tobytes()
         read(len(data))
@@ -112,7 +115,7 @@ def is_committed(
 def file_fault(
     path: Path, about: Mapping[str, Any], read: Callable[[int], None] = lambda size: None
 ) -> str | None:
-    """What is wrong with a file of an index; `read` as for `is_committed`."""
+    """Return what is wrong with a file of an index, None if nothing is; `read` as for `is_committed`."""
     digest = sha256()
     try:
         with path.open("rb") as file:

@@ -57,14 +57,14 @@ class Database:
         return unseal(b"state", data)
 
     def is_current(self) -> bool:
-        """Whether this is still the store's database; false once a compaction has replaced it, or a copy."""
+        """Tell whether the store still has this database: a compaction or a restored copy replaces it."""
         try:
             return generation(self.directory) == self.generation and self.in_place()
         except NotFound:
             return False
 
     def in_place(self) -> bool:
-        """Whether the file under this database's path is the one that is open: a restored copy is another."""
+        """Tell whether the file at this database's path is the open one: a restored copy is another file."""
         return identity_of(self.generation) == self._identity
 
     def check_length(self) -> None:

@@ -26,7 +26,7 @@ from tagstore.storage.version import Range
 PERIOD = 7 * 86400.0
 """Seconds after which a sound store is compared again from its beginning."""
 POLL_SECONDS = 10.0
-"""How often to look for new stores and versions once all are compared."""
+"""Seconds between two looks for new stores and versions, once all are compared."""
 SAVE_SECONDS = 5.0
 """Seconds between two records of how far the scrub is."""
 STATE_FILE = ".scrub.json"
@@ -46,7 +46,7 @@ class Part(NamedTuple):
 
 
 def parts_of(store: Store) -> list[Part]:
-    """What is to be compared; a new version appends to it."""
+    """List what has a checksum. A new version only appends to the list."""
     parts: dict[Part, None] = {}
     files: set[str] = set()
     seen: set[object] = set()
@@ -60,7 +60,7 @@ def parts_of(store: Store) -> list[Part]:
 
 
 def fault(store: Store, part: Part, read: _Read) -> str | None:
-    """What is wrong with a part of a store. `read` is called with bytes that were read."""
+    """Return what is wrong with a part of a store, None if nothing is; `read` as for `is_committed`."""
     snapshot = store.snapshot(part.version)
     if part.span is not None:
         if is_committed(snapshot, part.name, part.span, read):
@@ -71,7 +71,7 @@ def fault(store: Store, part: Part, read: _Read) -> str | None:
 
 
 def _index_fault(snapshot: Snapshot, name: str, read: _Read) -> str | None:
-    [about] = [about for about in snapshot.version.index["files"] if about["file"] == name][:1]
+    about = next(about for about in snapshot.version.index["files"] if about["file"] == name)
     path = snapshot.store.index_directory / name
     what = file_fault(path, about, read)
     return what and f"{path} {what}: `tagstore repair` makes it anew"

@@ -50,7 +50,7 @@ STORE = "{store}"
 
 
 NOT_TAKEN = 3
-"""Steps in a row whose loss or gradient is not finite, before a run ends."""
+"""Steps in a row that are not taken, after which a run ends."""
 
 
 class Diverged(InvalidInput):
@@ -153,9 +153,8 @@ def train(
                     step.number, steps=recipe.steps, warmup=recipe.warmup, floor=recipe.floor
                 )
                 set_rate(prepared.optimizer, factor)
-                loss, tokens, norm = optimizer_step(accelerator, wrapped, prepared, step, recipe.clip)
+                loss, tokens, norm, taken = optimizer_step(accelerator, wrapped, prepared, step, recipe.clip)
                 done = step.number + 1
-                taken = math.isfinite(loss) and math.isfinite(norm)
                 skipped, in_a_row = skipped + (not taken), 0 if taken else in_a_row + 1
                 if not taken:
                     what = f"step {done} has loss {loss} and a gradient of norm {norm}"
@@ -198,12 +197,18 @@ def train(
 
 def optimizer_step(
     accelerator: Accelerator, model: nn.Module, optimizer: Any, step: Step, clip: float
-) -> tuple[float, int, float]:
-    """Take one optimizer step, unless its gradient is not finite. Returns loss and labels (both over all
-    processes) and the gradient's norm before clipping.
+) -> tuple[float, int, float, bool]:
+    """Take one optimizer step, unless its loss or gradient is not finite.
+
+    In fp16 a gradient may overflow while the scale is being found: the scaler then leaves the step out by
+    itself, and it counts as taken.
 
     Losses are sums, divided by the labels of the whole step: every token counts the same in any process and
     micro-batch, so one process and eight have the same curve.
+
+    Returns:
+        Loss and labels (both over all processes), the gradient's norm before clipping, and whether the step
+        was taken.
     """
     device = accelerator.device
     tokens = accelerator.reduce(torch.tensor(float(step.labels), device=device), "sum")
@@ -218,13 +223,13 @@ def optimizer_step(
         total += loss.detach()
     trained = [p for p in model.parameters() if p.requires_grad]
     norm = accelerator.clip_grad_norm_(trained, clip or float("inf"))
-    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    # with a scaler (fp16) the step decides for itself, and the scale has to learn of it
-    if accelerator.scaler is not None or bool(torch.isfinite(norm)):
+    norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    mean = float(accelerator.reduce(total, "mean"))
+    taken = math.isfinite(mean) and (math.isfinite(norm) or accelerator.scaler is not None)
+    if taken or accelerator.scaler is not None:  # the scaler has to learn of every gradient
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    loss = accelerator.reduce(total, "mean")
-    return float(loss), int(tokens), float(norm)
+    return mean, int(tokens), norm, taken
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
