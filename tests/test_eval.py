@@ -23,6 +23,7 @@ from tuna_model.evaluation.audit import audit
 from tuna_model.evaluation.bootstrap import mean, metric
 from tuna_model.evaluation.captions import caption_metrics, tokenise
 from tuna_model.evaluation.chair import Synonyms, chair, present
+from tuna_model.evaluation.chat_endpoint import ChatEndpoint
 from tuna_model.evaluation.judge import OpenAIJudge, parse_marks
 from tuna_model.evaluation.vqa import normalise, vqa_accuracy
 from tuna_model.evaluation.yes_no import is_yes, mme, pope, says_neither
@@ -425,7 +426,9 @@ def test_llava_bench_with_and_without_a_judge(files: Path, endpoint, monkeypatch
     )
     assert evaluate(load_task("llava-bench", options), Parrot("A circle.")).metrics == ()
     says += ["8 4\nbecause", "6 8\nthe other way round"]
-    judged = load_task("llava-bench", replace(options, judge=OpenAIJudge(url, "some-model", key="secret")))
+    judged = load_task(
+        "llava-bench", replace(options, judge=OpenAIJudge(ChatEndpoint(url, "some-model", key="secret")))
+    )
     assert evaluate(judged, Parrot("A circle.")).value("relative score") == pytest.approx(100 * 5 / 8)
     assert requests[0]["key"] == "Bearer secret"
     assert "A red circle on white." in requests[0]["messages"][0]["content"]

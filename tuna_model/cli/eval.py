@@ -13,6 +13,7 @@ from tuna_model.cli.options import load, with_model
 
 if TYPE_CHECKING:
     from tuna_model.evaluation import Task
+    from tuna_model.evaluation.run import Answerer
 
 _PATH = click.Path(path_type=Path)
 TASK_NAMES = ("pope", "mme", "vqa", "captions", "chair", "llava-bench", "naming", "choice", "edits")
@@ -86,11 +87,22 @@ def with_task(command: Callable[..., Any]) -> Callable[..., Any]:
     help="llava-bench: an OpenAI-compatible endpoint, with /v1; without one answers are only written.",
 )
 @click.option("--judge-model", default="gpt-4o", show_default=True, help="What the endpoint calls its model.")
+@click.option(
+    "--served-model",
+    metavar="NAME",
+    default="",
+    help="--model is an endpoint: the name of its model; its only one if not given.",
+)
+@click.option("--no-pictures", is_flag=True, help="--model is an endpoint: ask it with the words alone.")
 def eval(
     model: str, store: str, batch: int, out: Path | None, as_json: bool, judge: str | None, judge_model: str,
-    **options: Any,
+    served_model: str, no_pictures: bool, **options: Any,
 ) -> None:  # fmt: skip
-    """Run the benchmark TASK. A run that was cut off resumes from the answers in --out."""
+    """Run the benchmark TASK. A run that was cut off resumes from the answers in --out.
+
+    --model may also be an endpoint of OpenAI's chat completions, http://HOST:PORT/v1: any served model,
+    bare or behind `tuna proxy`. OPENAI_API_KEY is sent if it is set.
+    """
     from dataclasses import asdict
 
     from rich.progress import Progress
@@ -98,19 +110,56 @@ def eval(
     from tuna_model.evaluation import evaluate as run
     from tuna_model.evaluation import markdown
     from tuna_model.evaluation.answerer import PipelineAnswerer
+    from tuna_model.evaluation.chat_endpoint import ChatEndpoint
     from tuna_model.evaluation.judge import OpenAIJudge
 
     before = options["before"]
     if before is not None and out is not None and before.resolve() == out.resolve():
         raise click.UsageError("--out would replace the answers in --before: name another directory")
-    task = _load_task(options, judge=OpenAIJudge(judge, judge_model) if judge else None)
-    answerer = PipelineAnswerer(load(model, store, **options), name=model, store=store)
+    task = _load_task(options, judge=OpenAIJudge(ChatEndpoint(judge, judge_model)) if judge else None)
+    answerer: Answerer
+    if is_endpoint(model):
+        answerer = _endpoint(model, served_model, not no_pictures)
+    elif served_model or no_pictures:
+        raise click.UsageError(f"--served-model and --no-pictures are for endpoints, and --model is {model}")
+    else:
+        answerer = PipelineAnswerer(load(model, store, **options), name=model, store=store)
     with Progress(transient=True) as bar:
         row = bar.add_task(task.name, total=len(task.questions))
         result = run(
             task, answerer, batch_size=batch, out=out, progress=lambda count: bar.advance(row, count)
         )
     click.echo(json.dumps(asdict(result), default=str) if as_json else markdown([result]))
+
+
+def is_endpoint(model: str) -> bool:
+    return model.startswith(("http://", "https://"))
+
+
+def _endpoint(url: str, served: str, pictures: bool) -> Answerer:
+    """The endpoint of these options. Raises `UsageError` for one that it cannot obey."""
+    from click.core import ParameterSource
+
+    from tuna_model.evaluation.chat_endpoint import ChatEndpoint
+    from tuna_model.evaluation.endpoint_answerer import EndpointAnswerer
+
+    context = click.get_current_context()
+    for name in ("store", "any_store", "device", "dtype"):
+        if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            option = "--" + name.replace("_", "-")
+            raise click.UsageError(
+                f"{option} is for a model that is loaded here, and {url} is served: "
+                "give the store to its server, or to `tuna proxy` in front of it"
+            )
+    endpoint = ChatEndpoint(url, served)
+    if context.get_parameter_source("timeout") is not ParameterSource.DEFAULT:
+        endpoint.timeout = context.params["timeout"]
+    if not served:
+        names = endpoint.served()
+        if len(names) != 1:
+            raise click.UsageError(f"{url} serves {', '.join(names) or 'no model'}: choose by --served-model")
+        endpoint.model = names[0]
+    return EndpointAnswerer(endpoint, pictures=pictures)
 
 
 @click.command()
@@ -127,6 +176,9 @@ def audit(
     Also measure how often the model follows a single wrong tag.
     """
     from rich.progress import Progress
+
+    if is_endpoint(model):
+        raise click.UsageError("an audit gives the model other tags, so it needs one that is loaded here")
 
     from tuna_model.evaluation.answerer import PipelineAnswerer
     from tuna_model.evaluation.audit import audit as run

@@ -7,12 +7,12 @@ is asked twice with the answers swapped, since judges prefer the first.
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
-from tagstore.errors import InvalidInput, MissingExtra, Unavailable
+from tagstore.errors import InvalidInput
+from tuna_model.evaluation.chat_endpoint import ChatEndpoint
 from tuna_model.processing.foreign_text import neutral
 
 _PROMPT = """[Context]
@@ -54,14 +54,9 @@ class Judge(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class OpenAIJudge:
-    """A judge at `URL/chat/completions`."""
+    """A judge behind an endpoint."""
 
-    url: str
-    """Up to and including /v1."""
-    model: str
-    key: str = ""
-    """Sent as a bearer token; taken from OPENAI_API_KEY if empty."""
-    timeout: float = 120.0
+    endpoint: ChatEndpoint
 
     def marks(self, *, context: str, question: str, first: str, second: str) -> tuple[float, float]:
         """See `Judge`."""
@@ -70,30 +65,9 @@ class OpenAIJudge:
         return (first_mark + first_swapped) / 2, (second_mark + second_swapped) / 2
 
     def _ask(self, context: str, question: str, first: str, second: str) -> tuple[float, float]:
-        try:
-            import httpx
-        except ModuleNotFoundError as error:
-            raise MissingExtra("a judge is asked with httpx: pip install 'tagstore[eval]'") from error
         texts = {"context": context, "question": question, "first": first, "second": second}
         prompt = _PROMPT.format(**{name: neutral(text) for name, text in texts.items()})
-        body: dict[str, Any] = {
-            "model": self.model,
-            "messages": [{"role": "user", "content": prompt}],
-            "temperature": 0,
-        }
-        key = self.key or os.environ.get("OPENAI_API_KEY", "")
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        try:
-            answer = httpx.post(
-                f"{self.url.rstrip('/')}/chat/completions", json=body, headers=headers, timeout=self.timeout
-            )
-            answer.raise_for_status()
-            text = answer.json()["choices"][0]["message"]["content"]
-        except httpx.HTTPError as error:
-            raise Unavailable(f"the judge at {self.url} did not answer: {error}") from error
-        except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise Unavailable(f"the answer of {self.url} is no chat completion: {error!r}") from error
-        return parse_marks(text)
+        return parse_marks(self.endpoint.complete(prompt, temperature=0).text)
 
 
 def parse_marks(text: str) -> tuple[float, float]:
