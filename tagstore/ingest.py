@@ -35,6 +35,7 @@ from tagstore.mining import Miner, Rules, identity, load_miner, load_rules, merg
 from tagstore.readers import Columns, read
 from tagstore.readers.pair_check import MAX_NOTE_CHARS, checked
 from tagstore.storage.environments import writing
+from tagstore.storage.grounding import ground
 from tagstore.storage.staging import Draft, Progress, Sync
 from tagstore.storage.store import Store, check_name
 from tagstore.storage.writer import Writer
@@ -273,6 +274,9 @@ class _Run:
             name = self._source.get("path") or self._source.get("stream") or "the stream"
             raise InvalidInput(f"none of the {report.pairs} pairs of {name} can be used; the first: {first}")
         if report.added:
+            if writer.tag_embeddings:
+                with self.clock("embed tags"):
+                    ground(writer)
             while texts := writer.new_tags(limit=TAG_BATCH):
                 with self.clock("embed tags"):
                     vectors = self.encoder.encode_texts(texts)

@@ -313,3 +313,5 @@ class StoreInfo:
     """Kind and parameters of the index that answers."""
     created: str
     """UTC time of the commit, ISO 8601."""
+    tag_embeddings: Mapping[str, Any] = field(default_factory=dict)
+    """How the tags' embeddings were learnt from pictures; empty where the text tower made them."""

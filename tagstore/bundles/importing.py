@@ -161,6 +161,7 @@ def _build(
         with member(VECTORS) as file:
             _put_rows(writer, "vectors", writer.entry_ids, file)
         unpack(archive, info, writer.entries(), pictures)
+        writer.tag_embeddings = info.tag_embeddings
         writer.commit(operation="import", source=source, miner=info.miner, indexer=faiss_index.extend)
     writer.close()
 

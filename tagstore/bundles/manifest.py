@@ -6,7 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from math import isfinite
 from typing import Any
 
@@ -68,6 +68,7 @@ _MANIFEST: dict[str, Any] = {
         "dimension": range(1, 1 << 16),
     },
     "miner": dict,
+    "tag_embeddings": dict,
     "licence": str,
     "note": str,
     "sources": [dict],
@@ -115,6 +116,8 @@ class BundleInfo:
     """Bytes of all images."""
     files: Mapping[str, Mapping[str, Any]]
     """"bytes" and "sha256" of each file."""
+    tag_embeddings: Mapping[str, Any] = field(default_factory=dict)
+    """See `Version.tag_embeddings`; left out of the manifest if it is empty."""
     sha256: str = ""
     """sha256 of the bundle itself; empty if only its manifest was read."""
 
@@ -125,6 +128,8 @@ class BundleInfo:
         """
         self._check()
         value = {name: value for name, value in asdict(self).items() if name != "sha256"}
+        if not self.tag_embeddings:
+            del value["tag_embeddings"]
         data = to_json({"bundle": "tagstore", "format": FORMAT, **value}, MANIFEST)
         if len(data) > MAX_MANIFEST:
             raise InvalidInput(
@@ -143,6 +148,7 @@ class BundleInfo:
             raise InvalidInput(
                 f"the bundle has format {number}, this release reads {FORMAT}: use the release that wrote it"
             )
+        value.setdefault("tag_embeddings", {})
         for name in sorted(value.keys() ^ _MANIFEST.keys()):
             raise InvalidInput(
                 f"{MANIFEST} {'lacks' if name in _MANIFEST else 'has the unknown field'} '{name[:100]}'"

@@ -21,7 +21,8 @@ COMMANDS: dict[str, tuple[click.Command, ...]] = {
     ),
     "Serve and query it": (serving.serve, serving.query, serving.load, serving.unload),
     "Change it": (
-        edits.delete, edits.rollback, edits.retag, edits.reembed, edits.rename, edits.drop, edits.undrop
+        edits.delete, edits.rollback, edits.retag, edits.ground, edits.reembed, edits.rename, edits.drop,
+        edits.undrop
     ),
     "Keep it sound": (
         upkeep.verify, upkeep.repair, upkeep.compact, upkeep.takedowns, upkeep.prove_absent

@@ -1,4 +1,4 @@
-"""Commands that change a store or its name: delete, rollback, retag, reembed, rename, drop, undrop."""
+"""Commands that change a store or its name: delete, rollback, retag, ground, reembed, rename and so on."""
 
 from __future__ import annotations
 
@@ -177,6 +177,22 @@ def reembed(url: str, encoder: str, sources: tuple[str, ...], device: str) -> No
     root, store, _ = options.local(url)
     version = run(root, store, encoder, sources=sources, device=device)
     click.echo(f"{store}@{version.number}: {version.entries} entries, vectors of {version.fingerprint}")
+
+
+@click.command()
+@click.argument("url")
+def ground(url: str) -> None:
+    """Learn the tags' embeddings from the store's own pictures.
+
+    Makes a version in which the relevance of a tag says how much a picture looks like those that carry it.
+    Later ingests and retags learn them anew; `rollback` goes back to the words of the tags.
+    """
+    from tagstore.upkeep.reprocessing import ground as run
+
+    root, store, _ = options.local(url)
+    version = run(root, store)
+    learnt = f"{version.unique_tags} tags learnt from {version.entries} pictures"
+    click.echo(f"{store}@{version.number}: {learnt}")
 
 
 @click.command()

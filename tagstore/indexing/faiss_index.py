@@ -62,8 +62,9 @@ def extend(
     names is never changed.
     """
     about = snapshot.version.index or (parent.index if parent else {})
-    same_space = parent is not None and parent.space == snapshot.version.space
-    files = list(parent.index["files"]) if parent is not None and same_space and not whole else []
+    # other embeddings of the tags have a space of their own, with the same vectors
+    same_vectors = parent is not None and parent.fingerprint.digest == snapshot.version.fingerprint.digest
+    files = list(parent.index["files"]) if parent is not None and same_vectors and not whole else []
     live = snapshot.live()
     if whole and len(live) and about.get("tuned", FLAT)["kind"] != "flat":
         try:

@@ -19,13 +19,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tagstore.encoding.grounding import learn
 from tagstore.storage.checksums import check_sound, ranges_of
 from tagstore.storage.codec import unseal
 from tagstore.storage.database import Database
 from tagstore.storage.environments import environment
 from tagstore.storage.file_length import complete
 from tagstore.storage.generations import new_generation, sweep, switch, sync_directory
-from tagstore.storage.rows import BLOCK_ROWS, block_key, read_block
+from tagstore.storage.grounding import pictures
+from tagstore.storage.rows import BLOCK_ROWS, block_key, put_rows, read_block
 from tagstore.storage.snapshot import Snapshot
 from tagstore.storage.tables import U64, TableWriter, arrays_of, open_tables
 from tagstore.storage.version import Version
@@ -115,6 +117,9 @@ class _Copy:
         for space in sorted(self._spaces):
             masks = [self._live[version.number] for version in self._versions if version.space == space]
             self._copy_rows("vectors", space, _union(masks, self._writer.next_entry_id))
+            if takedown and any(v.tag_embeddings for v in self._versions if v.space == space):
+                self._learn(path, space, masks, embedded[space])
+                continue
             # of every tag that stays, even if this space does not need it now: an ingest that finds a tag in
             # the table does not embed it again
             self._copy_rows("embeddings", space, tags & (np.arange(len(tags)) < embedded[space]))
@@ -156,6 +161,17 @@ class _Copy:
                     ].copy()
                     rows[~kept[: len(rows)]] = 0
                     target.put(block_key(space, block), rows.tobytes(), db=self._db[table])
+
+    def _learn(self, path: Path, space: int, masks: list[NDArray[np.bool_]], embedded: int) -> None:
+        """Learn the embeddings of a grounded space again: those that were learnt still know what must go."""
+        version = next(version for version in self._versions if version.space == space)
+        snapshot = Snapshot(Database(self._old.name, self._writer.directory, path, self._env), version)
+        ids = np.flatnonzero(_union(masks, self._writer.next_entry_id))
+        first = 0
+        for rows in learn(lambda: pictures(snapshot, ids), embedded, snapshot.dimension):
+            with self._env.begin(write=True) as txn:
+                put_rows(txn, self._db["embeddings"], space, np.arange(first, first + len(rows)), rows)
+            first += len(rows)
 
     def _copy_json(self) -> None:
         """Copy the refused pairs of the versions that stay, and all sources and takedowns."""

@@ -191,5 +191,6 @@ class Snapshot:
             "bytes": sum(f["bytes"] for f in v.index.get("files", [])),
         }
         return StoreInfo(
-            self.store.name, v.number, v.entries, v.tags, v.unique_tags, v.fingerprint, index, v.created
-        )
+            self.store.name, v.number, v.entries, v.tags, v.unique_tags, v.fingerprint, index, v.created,
+            v.tag_embeddings,
+        )  # fmt: skip

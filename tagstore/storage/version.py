@@ -45,6 +45,8 @@ class Version:
     """Identity and settings of the miner."""
     pages: Mapping[str, list[int]] = field(default_factory=dict)
     """Page ids of the arrays "live" and "counts"."""
+    tag_embeddings: Mapping[str, Any] = field(default_factory=dict)
+    """How the tags' embeddings were learnt from pictures; empty where the text tower made them."""
     index: Mapping[str, Any] = field(default_factory=dict)
     """Kind and parameters of the index, and its files with their checksums."""
     ranges: Mapping[str, list[Range]] = field(default_factory=dict)
@@ -52,7 +54,10 @@ class Version:
 
     def to_json(self) -> str:
         """JSON with a checksum of its own."""
-        body = json.dumps(asdict(self), sort_keys=True)
+        fields = asdict(self)
+        if not self.tag_embeddings:
+            del fields["tag_embeddings"]  # so that releases that do not know it can read the store
+        body = json.dumps(fields, sort_keys=True)
         return json.dumps({"version": body, "sha256": sha256(body.encode()).hexdigest()})
 
     @classmethod

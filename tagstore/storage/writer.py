@@ -85,6 +85,8 @@ class Writer:
         self.progress: Progress | None = None
         """How far an ingest got that is to be taken up again; None if there is none of the identity given."""
         self.first_entry_id = self.next_entry_id = self.next_tag_id = 0
+        self.tag_embeddings: Mapping[str, Any] = {}
+        """See `Version.tag_embeddings`. If it is not empty, whoever adds tags has to learn them all anew."""
 
     def __enter__(self) -> Writer:
         if self._given is None:
@@ -224,6 +226,17 @@ class Writer:
                     removed += 1
         return removed
 
+    def begin_space(self, tag_embeddings: Mapping[str, Any]) -> bool:
+        """Begin a space for other embeddings of all tags; returns whether it needs the vectors too.
+
+        A space that no version has yet is taken as it is, with its vectors.
+        """
+        fresh = self.space not in self._tables.spaces
+        if not fresh:
+            self.space = max(self._tables.spaces) + 1
+        self._embedded, self.tag_embeddings = 0, tag_embeddings
+        return not fresh
+
     def put_vectors(self, ids: Sequence[int], vectors: Vectors) -> None:
         """Stage vectors of a new space for entries that the store has, in any order."""
         rows = self._checked(len(ids), vectors)
@@ -288,6 +301,7 @@ class Writer:
             space=self.space,
             fingerprint=self.fingerprint,
             miner=self.parent.miner if self.parent else {},
+            tag_embeddings=self.tag_embeddings,
         )
 
     def rollback(self, number: int) -> Version:
@@ -364,6 +378,7 @@ class Writer:
         self._tables = TableWriter(self.db, state["next_page"], spaces)
         self.parent = self.store.snapshot(state["current"]).version if state["current"] else None
         self._choose_space()
+        self.tag_embeddings = self.parent.tag_embeddings if self.parent else {}
         self.first_entry_id = state["next_entry_id"]
         self.next_entry_id = self.first_entry_id
         self.next_tag_id = state["next_tag_id"]

@@ -18,6 +18,7 @@ from tagstore.errors import BadImage, InvalidInput, NotFound
 from tagstore.indexing import faiss_index
 from tagstore.mining import MergedTag, Miner, Rules, identity, load_miner, load_rules, merge
 from tagstore.readers import Columns, read
+from tagstore.storage.grounding import ground as learn_from_pictures
 from tagstore.storage.snapshot import Snapshot
 from tagstore.storage.staging import Draft
 from tagstore.storage.version import Version
@@ -118,12 +119,31 @@ def retag(
                 for e, tags in zip(entries, kept, strict=True)
             ]
             writer.append(drafts, snapshot.vectors(ids))
+        if writer.tag_embeddings:
+            learn_from_pictures(writer)
         embed_rest(writer)
         return writer.commit(operation="retag", miner=about, indexer=faiss_index.extend)
 
 
+def ground(root: str | Path, store: str) -> Version:
+    """Commit a version whose tag embeddings are learnt from the store's own pictures, not read from words.
+
+    The relevance of a tag then says how much a picture looks like those that carry the tag. Later ingests and
+    retags of the store learn all embeddings anew.
+
+    Raises `InvalidInput` for a store of fewer than two entries.
+    """
+    with Writer(root, store) as writer:
+        if np.count_nonzero(writer.live) < 2:
+            raise InvalidInput(f"store '{store}' has too few pictures to learn from: at least 2")
+        learn_from_pictures(writer)
+        return writer.commit(operation="ground", indexer=faiss_index.extend)
+
+
 def embed_rest(writer: Writer, encoder: Encoder | None = None) -> None:
-    """Embed the tags that have no embedding in the writer's space yet."""
+    """Embed the tags that have no embedding in the writer's space yet; a grounded store learns all anew."""
+    if writer.tag_embeddings and writer.new_tags(limit=1):
+        learn_from_pictures(writer)
     while texts := writer.new_tags(limit=4096):
         encoder = encoder or load_encoder_of(writer.fingerprint)
         writer.embed_tags(encoder.encode_texts(texts))

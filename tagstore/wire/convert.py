@@ -336,6 +336,7 @@ def info_to_proto(info: StoreInfo) -> pb.StoreInfo:
         fingerprint=fingerprint_to_proto(info.fingerprint),
         index=json.dumps(dict(info.index), sort_keys=True),
         created=info.created,
+        tag_embeddings=json.dumps(dict(info.tag_embeddings), sort_keys=True) if info.tag_embeddings else "",
     )
 
 
@@ -350,6 +351,9 @@ def info_from_proto(message: pb.StoreInfo) -> StoreInfo:
         fingerprint=fingerprint_from_proto(message.fingerprint),
         index=object_from_json("the index of a store", message.index),
         created=message.created,
+        tag_embeddings=object_from_json(
+            "what a store says of its tags' embeddings", message.tag_embeddings or "{}"
+        ),
     )
 
 

@@ -271,7 +271,7 @@ class GetStoreResponse(_message.Message):
     def __init__(self, store: _Optional[_Union[StoreInfo, _Mapping]] = ...) -> None: ...
 
 class StoreInfo(_message.Message):
-    __slots__ = ("store", "version", "entries", "tags", "unique_tags", "fingerprint", "index", "created")
+    __slots__ = ("store", "version", "entries", "tags", "unique_tags", "fingerprint", "index", "created", "tag_embeddings")
     STORE_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     ENTRIES_FIELD_NUMBER: _ClassVar[int]
@@ -280,6 +280,7 @@ class StoreInfo(_message.Message):
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     INDEX_FIELD_NUMBER: _ClassVar[int]
     CREATED_FIELD_NUMBER: _ClassVar[int]
+    TAG_EMBEDDINGS_FIELD_NUMBER: _ClassVar[int]
     store: str
     version: int
     entries: int
@@ -288,7 +289,8 @@ class StoreInfo(_message.Message):
     fingerprint: Fingerprint
     index: str
     created: str
-    def __init__(self, store: _Optional[str] = ..., version: _Optional[int] = ..., entries: _Optional[int] = ..., tags: _Optional[int] = ..., unique_tags: _Optional[int] = ..., fingerprint: _Optional[_Union[Fingerprint, _Mapping]] = ..., index: _Optional[str] = ..., created: _Optional[str] = ...) -> None: ...
+    tag_embeddings: str
+    def __init__(self, store: _Optional[str] = ..., version: _Optional[int] = ..., entries: _Optional[int] = ..., tags: _Optional[int] = ..., unique_tags: _Optional[int] = ..., fingerprint: _Optional[_Union[Fingerprint, _Mapping]] = ..., index: _Optional[str] = ..., created: _Optional[str] = ..., tag_embeddings: _Optional[str] = ...) -> None: ...
 
 class Fingerprint(_message.Message):
     __slots__ = ("model", "weights", "preprocess", "quick_gelu", "normalised", "dimension")
