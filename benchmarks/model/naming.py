@@ -21,6 +21,8 @@ import torch
 from benchmarks.report import arguments_parser, table, write
 from tagstore.ingest import ingest
 from tagstore.mining import load_miner
+from tagstore.storage.store import Store
+from tagstore.upkeep.reprocessing import ground
 from tuna_model import ImageTags, Pipeline
 from tuna_model.cli.options import load
 from tuna_model.evaluation.answerer import PipelineAnswerer
@@ -44,11 +46,19 @@ def main() -> None:
     parser.add_argument("--model", default="smol", help="a preset, a directory or a run")
     parser.add_argument("--data", type=Path, required=True, help="folder with items.csv")
     parser.add_argument("--out", type=Path, required=True, help="folder for store and questions; used again")
+    parser.add_argument(
+        "--ground", action="store_true", help="learn the store's tags from its pictures first"
+    )
     parser.add_argument("--limit", type=int, default=0, help="the first so many questions; 0 for all")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--keep", action="store_true", help="write the report to benchmarks/results")
     options = parser.parse_args()
     store, questions = prepare(options.data.resolve(), options.out)
+    if (
+        options.ground
+        and not Store(options.out / "stores", options.data.name).snapshot().version.tag_embeddings
+    ):
+        ground(options.out / "stores", options.data.name)
     task = load_task("naming", TaskOptions(questions, limit=options.limit, allow_outside=True))
     tuna = load(options.model, store, True, 60.0, "cpu", "fp32")
     asked = list(task.questions)
@@ -76,7 +86,8 @@ def main() -> None:
         ]
         lines.append([label, *cells])
     header = ["answers of", "named", "named if among tags", "name among tags"]
-    title = f"Names by lookup: {options.model}, {options.data.name}"
+    kind = "grounded store" if options.ground else "store"
+    title = f"Names by lookup: {options.model}, {kind} {options.data.name}"
     about = f"{len(asked)} questions on {len(set(images))} images, greedy; 95 % intervals over images."
     write("naming", title, about, table(header, lines), packages=("torch", "transformers"), keep=options.keep)
 
@@ -112,6 +123,7 @@ Order = Callable[[ImageTags, int], tuple[float, ...]]
 ORDERS: dict[str, Order] = {
     "votes": lambda tags, i: (tags.vote_share[i], tags.similarity[i]),
     "similarity": lambda tags, i: (tags.similarity[i],),
+    "relevance": lambda tags, i: (tags.relevance[i],),
 }
 
 

@@ -84,7 +84,7 @@ class Writer:
         self.parent: Version | None = None
         self.progress: Progress | None = None
         """How far an ingest got that is to be taken up again; None if there is none of the identity given."""
-        self.first_entry_id = self.next_entry_id = self.next_tag_id = 0
+        self.first_entry_id = self.next_entry_id = self.next_tag_id = self.space = 0
         self.tag_embeddings: Mapping[str, Any] = {}
         """See `Version.tag_embeddings`. If it is not empty, whoever adds tags has to learn them all anew."""
 
