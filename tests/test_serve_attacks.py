@@ -20,11 +20,13 @@ from tagstore.client import connect
 from tagstore.errors import InvalidInput
 from test_serve import Served, body, content, url_of
 from tuna_model import presets
-from tuna_model.inference import server as serving
-from tuna_model.inference import worker as working
-from tuna_model.inference.chat_request import RequestLimits, read_request
 from tuna_model.inference.conversations import Reader
 from tuna_model.inference.pipeline import Pipeline
+from tuna_model.serving import bodies
+from tuna_model.serving import worker as working
+from tuna_model.serving.chat_messages import RequestLimits
+from tuna_model.serving.chat_request import read_request
+from tuna_model.serving.refusals import INTERNAL_ERROR
 from waiting import wait_until
 
 CHAT = "/v1/chat/completions"
@@ -190,7 +192,7 @@ def test_a_batch_that_fails_is_answered_one_by_one(tuna: Controlled, kind: type[
     if kind is InvalidInput:
         assert (status, message) == (400, "only the poisoned one reads this")
     else:
-        assert (status, message) == (500, serving.INTERNAL_ERROR)
+        assert (status, message) == (500, INTERNAL_ERROR)
     assert sorted(sizes) == [1, 1, 1, 3]
 
 
@@ -238,7 +240,7 @@ def test_a_body_that_does_not_arrive_is_given_up(served):
 
 def test_bodies_share_a_bounded_memory(served, monkeypatch):
     _, client = served
-    monkeypatch.setattr(serving, "MAX_BODIES", 1000)
+    monkeypatch.setattr(bodies, "MAX_BODIES", 1000)
     assert error(chat(client, body(None, "w" * 2000)))[0] == 429
     assert chat(client, body(None)).status_code == 200
 

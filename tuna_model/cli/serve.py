@@ -29,18 +29,27 @@ from tuna_model.cli.options import load, with_model
 )
 @click.option("--grace", default=10, show_default=True, help="Seconds that requests get to end at SIGTERM.")
 @click.option("--body-seconds", default=30.0, show_default=True, help="Seconds in which a body must arrive.")
+@click.option(
+    "--api-key",
+    default="",
+    envvar="TUNA_API_KEY",
+    show_envvar=True,
+    metavar="KEY",
+    help="What callers must give. A command line can be seen by others: prefer the variable.",
+)
 def serve(
     model: str, store: str, host: str, port: int, batch: int, wait: float, waiting: int, grace: int,
-    body_seconds: float, **options: Any,
+    body_seconds: float, api_key: str, **options: Any,
 ) -> None:  # fmt: skip
     """Serve OpenAI's chat completions with images, streaming, and the tags beside each answer.
 
     The address goes to stdout.
     """
     try:
+        import torch
         import uvicorn
 
-        from tuna_model.inference.server import app
+        from tuna_model.serving.server import app
     except ModuleNotFoundError as error:
         raise MissingExtra(f"serving needs {error.name}: pip install 'tagstore[api]'") from error
 
@@ -54,7 +63,10 @@ def serve(
                     click.echo(f"http://{host}:{socket.getsockname()[1]}/v1")
 
     tuna = load(model, store, **options)
-    served = app(tuna, name=model, batch=batch, wait=wait, waiting=waiting, body_seconds=body_seconds)
+    torch.seed()  # else every start samples the same answers
+    served = app(
+        tuna, name=model, batch=batch, wait=wait, waiting=waiting, body_seconds=body_seconds, api_key=api_key
+    )
     config = uvicorn.Config(
         served, host=host, port=port, log_level="warning", timeout_graceful_shutdown=grace
     )

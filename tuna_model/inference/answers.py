@@ -50,6 +50,10 @@ class Answer:
     """Whether the store did not answer in time, so that the model answered without tags."""
     finished: bool = True
     """False if `max_new_tokens` cut it off."""
+    tokens: int = 0
+    """Of the answer, with its end."""
+    prompt_tokens: int = 0
+    """Of the conversation, with its pictures and tags."""
 
 
 @dataclass(frozen=True, slots=True)

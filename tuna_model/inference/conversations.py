@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 
 from tagstore.errors import InvalidInput
+from tuna_model.processing.chat_template import render
 from tuna_model.processing.processor import TunaProcessor
 
 Message = dict[str, Any]
@@ -68,15 +68,15 @@ class Reader:
             InvalidInput: more or fewer images than parts, or more tokens than the model's context holds.
         """
         self._check(images, messages)
-        try:
-            text = self.processor.apply_chat_template(
-                self.processor.neutral(messages), add_generation_prompt=True
-            )
-        except TemplateError as error:
-            raise InvalidInput(f"the model's chat template refuses these messages: {error}") from error
+        text = render(self.processor, self.processor.neutral(messages), add_generation_prompt=True)
         bos = self.processor.tokenizer.bos_token
         # a template that writes the first token itself must not get a second
         ids = self.processor.token_ids(text, add_special_tokens=not (bos and text.startswith(bos)))
+        if ids.count(self.processor.image_token_id) != len(images):
+            raise InvalidInput(
+                f"the model's chat template writes {ids.count(self.processor.image_token_id)} image tokens "
+                f"for {len(images)} pictures: it takes no pictures, set another processor.chat_template"
+            )
         tokens = len(ids) + len(images) * (self.processor.image_tokens - 1)
         if self.context and tokens + new_tokens > self.context:
             answer = f" and the answer may have {new_tokens}" if new_tokens else ""
@@ -96,6 +96,8 @@ class Reader:
 
     def _check(self, images: Sequence[Any], messages: Sequence[Message]) -> None:
         contents = [message["content"] for message in messages]
+        if not all(isinstance(content, str | list | tuple) for content in contents):
+            raise InvalidInput("the content of a message is text or a list of parts, and never None")
         parts = [part for content in contents if not isinstance(content, str) for part in content]
         pictures = sum(part.get("type") == "image" for part in parts)
         if pictures != len(images):

@@ -11,14 +11,15 @@ vector.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self
 
 import numpy as np
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from tagstore.client import TagSource, connect
 from tagstore.errors import InvalidInput, Unavailable
@@ -26,6 +27,7 @@ from tagstore.types import Identity, Retrieval
 from tuna_model import presets
 from tuna_model.inference.answers import Answer, PreparedBatch, weighed_tags
 from tuna_model.inference.conversations import Message, Prompt, Reader, user_message
+from tuna_model.inference.decoding import AnswerStream, Ending, GrowingAnswers
 from tuna_model.modeling.model import TAG_INPUTS, TunaForConditionalGeneration
 from tuna_model.processing.processor import EncodedPrompt, TunaProcessor
 from tuna_model.processing.tags import ImageTags, TagLayout, TagLookup
@@ -131,24 +133,35 @@ class Pipeline:
         tags: Sequence[ImageTags] | None = None,
         identities: Sequence[Identity] = (),
         stops: Sequence[threading.Event] = (),
+        choices: int = 1,
+        stop_texts: Sequence[str] = (),
+        seed: int | None = None,
         **options: Any,
     ) -> list[Answer]:
         """Answer conversations that were read before (`Pipeline.reader`), in one batch.
 
         Args:
             stops: none, or one for each: an answer ends where it is once its event is set.
+            choices: answers of each conversation, which come one after the other.
+            stop_texts: an answer ends before the first of these.
+            seed: of the random numbers of sampling, for this batch.
+
+        Raises:
+            InvalidInput: stop texts or several choices with beams.
         """
         prepared = self.prepare_prompts(prompts, tags=tags, identities=identities)
-        with torch.inference_mode():
-            out = self.model.generate(
-                **prepared.inputs, **self._options(options), stopping_criteria=_stopping(stops)
-            )
-        generated = out[:: len(out) // len(prompts), prepared.inputs["input_ids"].shape[1] :]
-        texts = self.processor.batch_decode(generated, skip_special_tokens=True)
-        finished: list[bool] = np.any(np.isin(generated.cpu().numpy(), self._end_tokens()), axis=1).tolist()
+        options = self._options(options)
+        copies = 1 if options["do_sample"] else choices
+        if options.get("num_beams", 1) > 1:
+            endings = self._search_beams(prepared, stops, stop_texts, choices, options)
+        else:
+            endings = self._generate(prepared, options, choices // copies, stop_texts, seed, stops)
+        counts = prepared.inputs["attention_mask"].sum(1).tolist()
+        rows = choices // copies
         return [
-            self._answer(prepared, row, text.strip(), end)
-            for row, (text, end) in enumerate(zip(texts, finished, strict=True))
+            self._answer(prepared, number // rows, ending, int(counts[number // rows]))
+            for number, ending in enumerate(endings)
+            for _ in range(copies)
         ]
 
     def stream(
@@ -160,34 +173,98 @@ class Pipeline:
         stop: threading.Event | None = None,
         **options: Any,
     ) -> Iterator[str]:
-        """Answer one conversation piece by piece. Closing the iterator or setting `stop` stops the model."""
+        """Answer one conversation piece by piece. Closing the iterator or setting `stop` stops the model.
+
+        Options are those of `stream_choices`.
+        """
         prepared = prepared or self.prepare([images], [messages])
-        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        stop = stop or threading.Event()
-        errors: list[BaseException] = []
-
-        def generate() -> None:
-            try:
-                with torch.inference_mode():
-                    self.model.generate(
-                        **prepared.inputs,
-                        **self._options(options),
-                        streamer=streamer,
-                        stopping_criteria=_stopping([stop]),
-                    )
-            except BaseException as error:  # noqa: BLE001  raised again in the thread that reads
-                errors.append(error)
-                streamer.end()
-
-        thread = threading.Thread(target=generate, name="generate")
-        thread.start()
+        pieces = self.stream_choices(prepared, stop=stop, **options)
         try:
-            yield from streamer
+            yield from (piece for _, piece in pieces)
         finally:
-            stop.set()
-            thread.join()
-        if errors:
-            raise errors[0]
+            pieces.close()
+
+    def stream_choices(
+        self,
+        prepared: PreparedBatch,
+        *,
+        stop: threading.Event | None = None,
+        choices: int = 1,
+        stop_texts: Sequence[str] = (),
+        seed: int | None = None,
+        **options: Any,
+    ) -> AnswerStream:
+        """Answer one prepared conversation, piece by piece, each with the number of the answer that it is of.
+
+        Arguments are those of `answer_prompts`.
+        """
+        options, stop = self._options(options), stop or threading.Event()
+        copies = 1 if options["do_sample"] else choices
+
+        def generate(listener: Callable[[int, str], object]) -> list[Ending]:
+            rows = choices // copies
+            return self._generate(prepared, options, rows, stop_texts, seed, [stop], listener)
+
+        return AnswerStream(generate, stop, copies=copies)
+
+    def _generate(
+        self,
+        prepared: PreparedBatch,
+        options: dict[str, Any],
+        choices: int,
+        stop_texts: Sequence[str],
+        seed: int | None,
+        gone: Sequence[threading.Event],
+        listener: Callable[[int, str], object] | None = None,
+    ) -> list[Ending]:
+        growing = GrowingAnswers(
+            self.processor.tokenizer,
+            prepared.inputs["input_ids"].shape[1],
+            self._end_tokens().tolist(),
+            stop_texts=stop_texts,
+            gone=gone,
+            listener=listener,
+        )
+        if choices > 1:
+            options = options | {"num_return_sequences": choices}
+        with torch.inference_mode(), self._seeded(seed):
+            self.model.generate(**prepared.inputs, **options, stopping_criteria=[growing])
+        return growing.endings()
+
+    def _search_beams(
+        self,
+        prepared: PreparedBatch,
+        gone: Sequence[threading.Event],
+        stop_texts: Sequence[str],
+        choices: int,
+        options: dict[str, Any],
+    ) -> list[Ending]:
+        if stop_texts or choices > 1:
+            raise InvalidInput("num_beams goes with neither stop texts nor several choices: set it to 1")
+        stopping = StoppingCriteriaList([_StopWhenSet(gone)]) if gone else None
+        with torch.inference_mode():
+            out = self.model.generate(**prepared.inputs, **options, stopping_criteria=stopping)
+        prompt_length, prompts = prepared.inputs["input_ids"].shape[1], len(prepared.tags)
+        rows = out[:: len(out) // prompts, prompt_length:]
+        ends = np.isin(rows.cpu().numpy(), self._end_tokens())
+        texts = self.processor.batch_decode(
+            rows, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return [
+            Ending(text.strip(), int(end.argmax()) + 1 if end.any() else len(end), bool(end.any()))
+            for text, end in zip(texts, ends, strict=True)
+        ]
+
+    @contextlib.contextmanager
+    def _seeded(self, seed: int | None) -> Iterator[None]:
+        """Random numbers of a seed; those of others go on afterwards as if nothing had been."""
+        if seed is None:
+            yield
+            return
+        device = self.model.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            yield
 
     def prepare(
         self,
@@ -276,16 +353,18 @@ class Pipeline:
         values: list[float] = weights.tolist()
         return values
 
-    def _answer(self, prepared: PreparedBatch, row: int, text: str, finished: bool) -> Answer:
+    def _answer(self, prepared: PreparedBatch, row: int, ending: Ending, prompt_tokens: int) -> Answer:
         retrievals = [retrieval for retrieval in prepared.retrievals[row] if retrieval is not None]
         return Answer(
-            text=text,
+            text=ending.text,
             tags=prepared.tags[row],
             neighbours=tuple(neighbour for retrieval in retrievals for neighbour in retrieval.neighbours),
             store=retrievals[0].store if retrievals else "",
             version=retrievals[0].version if retrievals else 0,
             degraded=prepared.degraded[row],
-            finished=finished,
+            finished=ending.finished,
+            tokens=ending.tokens,
+            prompt_tokens=prompt_tokens,
         )
 
     def _options(self, options: dict[str, Any]) -> dict[str, Any]:
@@ -305,7 +384,3 @@ class _StopWhenSet(StoppingCriteria):  # type: ignore[misc]
     def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
         ended = torch.tensor([stop.is_set() for stop in self._stops], device=input_ids.device)
         return ended.repeat_interleave(len(input_ids) // len(self._stops))
-
-
-def _stopping(stops: Sequence[threading.Event]) -> StoppingCriteriaList | None:
-    return StoppingCriteriaList([_StopWhenSet(stops)]) if stops else None

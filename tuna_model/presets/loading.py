@@ -73,7 +73,7 @@ CHATML = (
 )
 """SmolLM2's own template, with images."""
 VICUNA = (
-    "{% for message in messages %}{% if message['role'] == 'system' %}{{ message['content'] + ' ' }}"
+    "{% for message in messages %}{% if message['role'] == 'system' %}" + _CONTENT + "{{ ' ' }}"
     "{% else %}{{ 'USER: ' if message['role'] == 'user' else 'ASSISTANT: ' }}"
     + _CONTENT
     + "{{ ' ' if message['role'] == 'user' else eos_token }}{% endif %}{% endfor %}"

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tagstore.errors import InvalidInput
 from tagstore.readers.samples import Turn
+from tuna_model.processing.chat_template import render
 from tuna_model.processing.foreign_text import neutral, special_tokens
 from tuna_model.processing.processor import EncodedPrompt, TunaProcessor
 from tuna_model.processing.tags import ImageTags
@@ -127,8 +128,7 @@ class Collator:
         return parts
 
     def _render(self, messages: list[dict[str, Any]], *, prompt: bool) -> str:
-        text: str = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-        return text
+        return render(self.processor, messages, add_generation_prompt=prompt)
 
 
 def to_messages(turns: Sequence[Turn], images: int, context: str = "") -> list[dict[str, Any]]:

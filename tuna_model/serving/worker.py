@@ -19,9 +19,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tagstore.errors import Overloaded, Unavailable
-from tuna_model.inference.chat_request import ChatRequest, RequestLimits, read_request
 from tuna_model.inference.conversations import Prompt, Reader
+from tuna_model.inference.decoding import AnswerStream
 from tuna_model.inference.pipeline import Pipeline
+from tuna_model.serving.chat_messages import RequestLimits
+from tuna_model.serving.chat_request import ChatRequest, read_request
 
 log = logging.getLogger(__name__)
 
@@ -31,8 +33,6 @@ MAX_WAITING_PICTURES = 512
 """Pictures of all requests that wait, at most; further ones are refused. One takes some 600 KB."""
 READING_THREADS = 2
 """Threads that decode pictures and tokenise texts. Each holds at most one decoded picture."""
-END = object()
-"""Follows the last piece of a stream."""
 
 
 @dataclass(slots=True, eq=False)
@@ -43,7 +43,8 @@ class Job:
     prompt: Prompt | None = None
     """The request's conversation, read."""
     results: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
-    """Gets the `Answer`; or of a stream its `PreparedBatch`, its pieces and `END`; or the error."""
+    """Gets the `Answer` of each choice, as a list. Or of a stream its `PreparedBatch`, its pieces as (choice,
+    text), and the `Ending` of each choice, as a list. Or the error."""
     gone: threading.Event = field(default_factory=threading.Event)
     """Set when the caller went away."""
 
@@ -56,14 +57,18 @@ class Job:
 class Worker:
     """Brings requests to the model, one batch after the other. Used in one event loop."""
 
-    def __init__(self, tuna: Pipeline, *, batch: int = 8, wait: float = 0.01, waiting: int = 256) -> None:
+    def __init__(
+        self, tuna: Pipeline, *, name: str = "", batch: int = 8, wait: float = 0.01, waiting: int = 256
+    ) -> None:
         """
         Args:
+            name: of the model; empty if requests may give any.
             batch: requests answered together, at most.
             wait: seconds that the first request of a batch waits for others.
             waiting: requests that may wait; further ones are refused.
         """
-        self.tuna, self._batch_size, self._wait, self._most_waiting = tuna, batch, wait, waiting
+        self.tuna, self._name, self._batch_size, self._wait = tuna, name, batch, wait
+        self._most_waiting = waiting
         self._queue: asyncio.Queue[Job] = asyncio.Queue(waiting)
         self._waiting_pictures = 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tuna")
@@ -139,7 +144,7 @@ class Worker:
         if reader is None:
             # a tokenizer is not safe for several threads
             reader = self._of_thread.reader = copy.deepcopy(self.tuna.reader)
-        request = read_request(body, _limits(reader))
+        request = read_request(body, _limits(reader, self._name))
         new_tokens = request.options["max_new_tokens"]
         prompt = reader.read(request.images, request.conversation, new_tokens=new_tokens)
         return Job(request.model_copy(update={"messages": []}), prompt)
@@ -157,9 +162,9 @@ class Worker:
             batch = [first]
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._wait):
-                    while not first.request.stream and len(batch) < self._batch_size and not held:
+                    while first.request.shares_batch and len(batch) < self._batch_size and not held:
                         job = await self._next()
-                        same = not job.request.stream and job.request.options == first.request.options
+                        same = job.request.shares_batch and job.request.options == first.request.options
                         (batch if same else held).append(job)
             await self._answer(batch)
             self._unfinished.difference_update(batch)
@@ -187,31 +192,35 @@ class Worker:
         prompts = [job.prompt for job in batch if job.prompt is not None]
         stops, options = [job.gone for job in batch], batch[0].request.options
         answers = await self._in_thread(lambda: self.tuna.answer_prompts(prompts, stops=stops, **options))
-        for job, answer in zip(batch, answers, strict=True):
-            job.results.put_nowait(answer)
+        choices = len(answers) // len(batch)
+        for number, job in enumerate(batch):
+            job.results.put_nowait(answers[number * choices : (number + 1) * choices])
 
     async def _stream(self, job: Job) -> None:
         prompts = [job.prompt] if job.prompt is not None else []
         prepared = await self._in_thread(lambda: self.tuna.prepare_prompts(prompts))
         job.results.put_nowait(prepared)
-        pieces: Any = self.tuna.stream([], [], prepared=prepared, stop=job.gone, **job.request.options)
+        pieces: AnswerStream = await self._in_thread(
+            lambda: self.tuna.stream_choices(prepared, stop=job.gone, **job.request.options)
+        )
         try:
             while not job.gone.is_set():
-                piece = await self._in_thread(lambda: next(pieces, END))
-                if piece is END:
+                piece = await self._in_thread(lambda: next(pieces, None))
+                if piece is None:
                     break
                 job.results.put_nowait(piece)
         finally:
             await self._in_thread(pieces.close)
-        job.results.put_nowait(END)
+        job.results.put_nowait(pieces.endings)
 
     async def _in_thread(self, function: Callable[[], Any]) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function)
 
 
-def _limits(reader: Reader) -> RequestLimits:
+def _limits(reader: Reader, name: str) -> RequestLimits:
     pictures = min(reader.most_pictures or MAX_PICTURES, MAX_PICTURES)
-    return RequestLimits(pictures, reader.most_characters or RequestLimits().characters, reader.pixels)
+    characters = reader.most_characters or RequestLimits().characters
+    return RequestLimits(pictures, characters, reader.pixels, name)
 
 
 def _overloaded() -> Overloaded:

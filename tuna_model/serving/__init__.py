@@ -1,0 +1,1 @@
+"""`tuna serve`: OpenAI's chat completions over a pipeline."""
