@@ -41,12 +41,17 @@ def is_denied(p: Parse, i: int) -> bool:
         if head == i:
             return False
         if dep == "conj":
+            links = [p.lower[k] for k in p.children[head] if p.dep[k] == "cc"]
+            if "but" in links:
+                return False
             scope_ended = scope_ended or (
                 any(p.dep[k] in ("det", "nummod", "poss") for k in p.children[i])
-                and not any(p.dep[k] == "cc" and p.lower[k] in ("or", "nor") for k in p.children[head])
+                and not ("or" in links or "nor" in links)
             )
             i = head
             continue
+        if p.lower[head] == "missing" and dep == "dobj":  # not "swinging and missing the ball"
+            return any(p.dep[k] == "poss" or p.lower[k] in lexicon.VAGUE for k in p.children[i])
         if p.lower[head] in _PRIVATIVES:
             return not (p.lower[head] == "except" and _is_bare_scene(p, head))
         if dep == "pobj" and p.lower[head] == "of":
@@ -83,6 +88,8 @@ def is_denied_adjective(p: Parse, i: int) -> bool:
 
 
 def _has_negation(p: Parse, i: int) -> bool:
+    if any(p.lower[k] == "missing" and p.dep[k] == "amod" for k in p.children[i]):  # "missing teeth"
+        return not any(p.dep[k] == "poss" for k in p.children[i])
     return any(
         p.lower[k] in _NEGATIONS
         and not (p.lower[k] == "no" and (p.lower[i] in _SIGNS or p.lower[k + 1].endswith("ing")) and k + 1 < i)
@@ -107,6 +114,8 @@ def _follows_denial(p: Parse, i: int) -> bool:
         return False
     earlier = p.lower[first - 2]
     match before:
+        case "of" if earlier == "exception":
+            return not _is_bare_scene(p, first - 2)
         case "of":
             return earlier in _BEFORE_OF and (earlier != "place" or (first > 2 and p.lower[first - 3] == "in"))
         case "than":
