@@ -73,7 +73,7 @@ def table(path: Path) -> list[dict[str, str]]:
 
 
 def is_set_aside(row: dict) -> bool:
-    """Whether a row of `kinds.jsonl` is of the half that is only scored: the first digit of its hash is odd."""
+    """Whether a row of `kinds.jsonl` is of the half that is only scored: its hash has an odd first digit."""
     return int(row["sha256"][0], 16) % 2 == 1
 
 

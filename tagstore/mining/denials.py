@@ -1,4 +1,4 @@
-"""What a caption denies: "no people", "a cat, not a dog", "an apple instead of an orange", "nobody wears a hat"."""
+"""What a caption denies: "no people", "a cat, not a dog", "an apple instead of an orange"."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ _BARE_SCENES = frozenset({
 _POSSESSING_VERBS = frozenset({
     "wear", "wears", "wearing", "wore", "have", "has", "having", "had", "carry", "carries", "carrying",
     "contain", "contains", "containing", "include", "includes", "including", "hold", "holds", "holding",
-    "use", "uses", "using", "show", "shows", "showing", "feature", "features", "see", "sees", "bring", "brings",
+    "use", "uses", "using", "show", "shows", "showing", "feature", "features", "see", "sees", "bring",
+    "brings",
 })  # fmt: skip
 """Verbs whose object is absent when they are denied, even one with an article."""
 _DEFINITE = frozenset({"the", "his", "her", "its", "their", "this", "that", "my", "your", "our"})
@@ -92,7 +93,9 @@ def _has_negation(p: Parse, i: int) -> bool:
         return not any(p.dep[k] == "poss" for k in p.children[i])
     return any(
         p.lower[k] in _NEGATIONS
-        and not (p.lower[k] == "no" and (p.lower[i] in _SIGNS or p.lower[k + 1].endswith("ing")) and k + 1 < i)
+        and not (
+            p.lower[k] == "no" and (p.lower[i] in _SIGNS or p.lower[k + 1].endswith("ing")) and k + 1 < i
+        )
         for k in p.children[i]
         if k < i and p.dep[k] in ("det", "neg", "preconj", "advmod", "cc")
     )
@@ -117,7 +120,9 @@ def _follows_denial(p: Parse, i: int) -> bool:
         case "of" if earlier == "exception":
             return not _is_bare_scene(p, first - 2)
         case "of":
-            return earlier in _BEFORE_OF and (earlier != "place" or (first > 2 and p.lower[first - 3] == "in"))
+            return earlier in _BEFORE_OF and (
+                earlier != "place" or (first > 2 and p.lower[first - 3] == "in")
+            )
         case "than":
             return earlier == "rather"
         case "for":

@@ -12,15 +12,19 @@ from typing import Any
 ENGLISH = "en"
 
 _ENGLISH_WORDS = frozenset({
-    "the", "with", "and", "his", "her", "their", "from", "while", "that", "this", "these", "those", "by", "are",
-    "two", "three", "four", "who", "which", "she", "he", "they", "its", "standing", "sitting", "holding",
-    "wearing", "playing", "riding", "walking", "running", "looking", "woman", "women", "people", "young",
-    "white", "black", "street", "front", "near", "next", "over", "without", "for", "men's", "women's",
+    "the", "with", "and", "his", "her", "their", "from", "while", "that", "this", "these", "those", "by",
+    "are", "two", "three", "four", "who", "which", "she", "he", "they", "its", "standing", "sitting",
+    "holding", "wearing", "playing", "riding", "walking", "running", "looking", "laying", "eating",
+    "grazing", "swinging", "parked", "woman", "women", "people", "boy", "girl", "children", "young", "small",
+    "white", "black", "blue", "brown", "green", "yellow", "wooden", "street", "city", "field", "building",
+    "kitchen", "picture", "player", "truck", "food", "some", "front", "near", "next", "over", "through",
+    "outside", "without", "for", "men's", "women's", "bunch",
 })  # fmt: skip
 """Words that are frequent in English and hardly a word of other languages in Latin letters."""
 _LANGUAGES = (
-    "af", "bs", "ca", "cs", "cy", "da", "de", "en", "es", "et", "eu", "fi", "fr", "ga", "gl", "hr", "hu", "id",
-    "is", "it", "lt", "lv", "ms", "nl", "nn", "no", "pl", "pt", "ro", "sk", "sl", "sq", "sv", "tl", "tr", "vi",
+    "af", "bs", "ca", "cs", "cy", "da", "de", "en", "es", "et", "eu", "fi", "fr", "ga", "gl", "hr", "hu",
+    "id", "is", "it", "lt", "lv", "ms", "nl", "nn", "no", "pl", "pt", "ro", "sk", "sl", "sq", "sv", "tl",
+    "tr", "vi",
 )  # fmt: skip
 MIN_PROBABILITY = 0.5
 """Probability that another language must have, among `_LANGUAGES`."""
@@ -34,7 +38,7 @@ def language_of(text: str) -> str:
     """The ISO 639-1 code of a text's language; "und" if most letters are not Latin, "zxx" without letters."""
     if not text.isascii():
         letters = [character for character in text if character.isalpha()]
-        if 2 * sum(character < "\u0250" or "\u1e00" <= character < "\u1f00" for character in letters) <= len(letters):
+        if 2 * sum(map(_is_latin, letters)) <= len(letters):
             return "und" if letters else "zxx"
     words = text[:READ_CHARS].lower().split()
     if not _ENGLISH_WORDS.isdisjoint(words):
@@ -49,6 +53,10 @@ def language_of(text: str) -> str:
         return ENGLISH
     english = dict(identifier.rank(" ".join(words)))[ENGLISH]
     return ENGLISH if probability < MIN_RATIO * english else str(language)
+
+
+def _is_latin(letter: str) -> bool:
+    return letter < "\u0250" or "\u1e00" <= letter < "\u1f00"
 
 
 @cache

@@ -19,9 +19,10 @@ from tagstore.mining.language import ENGLISH, language_of
 from tagstore.mining.noun_phrases import Phrase
 from tagstore.mining.parse import Parse, common_nouns, load_pipeline, model_name
 from tagstore.mining.relations import relation_phrases
-from tagstore.mining.text import Clean, clean, is_missing
+from tagstore.mining.text import Clean, clean
 from tagstore.mining.title_phrases import title_phrases
 from tagstore.mining.titles import Title
+from tagstore.plain_text import is_missing
 from tagstore.types import Pair, Tag
 
 BLOCK_CAPTIONS = 1024

@@ -9,37 +9,39 @@ from html import unescape
 
 # A caption without any of these is plain words, and cleaning it is skipped.
 _UNCLEAN = re.compile(
-    r"[^\x20-\x7e]|[&#@_<>|\\*~`]|  |^ | $|://|www\.|\.[jpgtwb]\w{2,3}\b|\d(?:mm|s|p|k|K)\b|\b[fF]/|\d{3}|-\d+$"
+    r"[^ -%'-;=?A-\[\]-^a-{}]|[#*]|  |^ | $|://|www\.|\.[jpgtwb]\w{2,3}\b|\d(?:mm|[spkK]\b|\d\d)|[fF]/|-\d+$"
 )
-_BOILERPLATE_WORDS = frozenset({
-    "stock", "royalty", "copyright", "credit", "courtesy", "photo", "photos", "photograph", "photographs",
-    "photographed", "picture", "pictures", "pic", "pics", "image", "images", "shot", "shots", "taken",
-    "view", "views", "close", "close-up", "closeup", "snapshot", "snapshots", "photography",
-    "illustration", "illustrations", "drawing", "drawings", "painting", "paintings", "portrait",
-    "portraits", "getty", "shutterstock", "istock", "istockphoto", "alamy", "dreamstime", "adobe", "iso",
-    "canon", "nikon", "sony", "fuji", "fujifilm", "leica", "olympus", "pentax", "panasonic", "lumix", "dji",
-    "(c)", "royalty-free", "stock-photo", "rights-managed", "wallpaper", "wallpapers", "desktop", "hd",
-    "unsplash", "pexels", "pixabay", "freepik", "depositphotos", "thumbnail", "thumbnails", "screenshot",
-    "screenshots", "graphic", "graphics", "icon", "icons", "vector", "vectors", "clipart", "click", "read",
-    "untitled", "placeholder", "img", "dsc", "dscf", "dscn", "mvi", "copy",
+_PICTURE_WORDS = frozenset({
+    "photo", "photos", "photograph", "photographs", "picture", "pictures", "pic", "pics", "image", "images",
+    "shot", "shots", "view", "views", "close", "close-up", "closeup", "snapshot", "snapshots", "photography",
+    "illustration", "illustrations", "drawing", "drawings", "painting", "paintings", "portrait", "portraits",
+    "thumbnail", "thumbnails", "screenshot", "screenshots", "graphic", "graphics", "icon", "icons", "vector",
+    "vectors", "clipart", "rendering",
 })  # fmt: skip
-MAX_WORD_CHARS = 45
-"""Letters of a word; no English one has more, and a longer one is left out."""
+"""A caption may begin with one of these and "of"."""
+_BOILERPLATE_WORDS = frozenset({
+    "stock", "royalty", "copyright", "credit", "courtesy", "photographed", "taken", "captured", "getty",
+    "shutterstock", "istock", "istockphoto", "alamy", "dreamstime", "adobe", "iso", "canon", "nikon", "sony",
+    "fuji", "fujifilm", "leica", "olympus", "pentax", "panasonic", "lumix", "dji", "iphone", "(c)",
+    "royalty-free", "stock-photo", "rights-managed", "wallpaper", "wallpapers", "desktop", "hd", "unsplash",
+    "pexels", "pixabay", "freepik", "depositphotos", "click", "read", "untitled", "placeholder", "copy",
+    "img", "dsc", "dscf", "dscn", "mvi", "featured", "download", "preview", "backgrounds",
+})  # fmt: skip
+"""A caption with one of these may hold boilerplate anywhere."""
 _PAGE_PHRASES = frozenset({
     "open in new window", "opens in a new window", "open in new tab", "opens in a new tab", "back to top",
     "skip to content", "next slide", "previous slide", "load more", "show more", "learn more", "add to cart",
     "buy now", "sign up", "log in", "play video", "close menu", "open menu", "main menu", "loading", "logo",
     "banner", "avatar", "profile picture", "alt text", "caption", "default", "no image",
-})  # fmt: skip
-# what exports of tables write where there is nothing
-MISSING_CAPTIONS = frozenset({
-    "nan", "none", "null", "nil", "n/a", "n.a.", "na", "#n/a", "<na>", "undefined", "-", "--", "---", "?",
-    "no caption", "no description", "no alt text", "(null)", "(none)", "[null]",
+    "image", "photo", "picture", "hero image", "header image", "cover image", "banner image", "main image",
+    "background image", "default image", "cover photo", "profile photo", "no image available",
 })  # fmt: skip
 _ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")
 _ENCODED_TWICE = re.compile(r"(?:amp;)*((?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});)")
 """What follows "&amp;" where an entity was encoded again."""
-_LONG_WORD = re.compile(r"\w{46,}")
+MAX_WORD_CHARS = 45
+"""Letters of a word; no English one has more, and a longer one is left out."""
+_LONG_WORD = re.compile(rf"\w{{{MAX_WORD_CHARS + 1},}}")
 _ASCII_EQUIVALENTS = {
     "‘": "'",
     "’": "'",
@@ -88,12 +90,14 @@ _BOILERPLATE = re.compile(
             r"\b(?:WP|IMG|VID|PXL|Screenshot|Screen Shot)[ _-]\d[\d_-]{6,}\d(?: at [\d.:]+(?: [AP]M)?)?"
             r"(?:_\w{1,6})*(?: of\b)?",
             r"\b(?:19|20)\d{6}[_-]\d{4,9}\b",
-            r"\b(?:image|photo|picture|pic|untitled)[ _-]?\d{2,}\b|\b[a-z]+[-_](?:image|photo|picture)[-_]\d+\b",
-            r"\b(?:(?:free|hd|[48]k|download|preview|desktop|mobile|phone|iphone|android|pc|beautiful|best|ultra)"
-            r" )+(?:wallpapers?|backgrounds?)\b(?: of\b)?|^wallpapers?\b(?: of\b|:)",
+            r"\b(?:image|photo|picture|pic|untitled)[ _-]?\d{2,}\b",
+            r"\b[a-z]+[-_](?:image|photo|picture)[-_]\d+\b",
+            r"\b(?:(?:free|hd|[48]k|download|preview|desktop|mobile|phone|iphone|android|pc|beautiful|best|"
+            r"ultra) )+(?:wallpapers?|backgrounds?)\b(?: of\b)?|^wallpapers?\b(?: of\b|:)",
             # sizes and qualities of the file
             r"\b\d{3,5} ?[x×] ?\d{3,5}(?: ?(?:px|pixels?))?\b|\b\d{2,5} ?(?:px|pixels?)\b",
-            r"\b(?:240|360|480|720|1080|1440|2160)[pi]\b|\b[48]k(?= (?:wallpapers?|ultra|uhd|hd|video|stock)\b)",
+            r"\b(?:240|360|480|720|1080|1440|2160)[pi]\b",
+            r"\b[48]k(?= (?:wallpapers?|ultra|uhd|hd|video|stock)\b)",
             r"\b(?:full|ultra|qhd|fhd|uhd|hdtv|,| )*\b(?:hdtv|fhd|uhd|qhd|hd)\b(?! ?ready)",
             r"\b(?:royalty[- ]free|rights[- ]managed|hd|free)?[ -]*stock (?:footage|vectors?|"
             + _PICTURE
@@ -107,16 +111,14 @@ _BOILERPLATE = re.compile(
             + _CAMERAS
             + r"[^.,:;|]{0,30}",
             r"\b(?:canon|nikon) (?:eos |powershot |coolpix )?[a-z]*\d\w*(?: mark [iv]+)?",
-            r"\b(?:sony (?:alpha|a\d|dsc|ilce)|fuji(?:film)? (?:x-|finepix)|leica [mqs]\d|olympus (?:om-?d|e-m)|"
-            r"pentax k|(?:panasonic )?lumix|dji (?:mavic|phantom|mini|air))[\w-]*(?: [a-z]*\d\w*)*(?: [ivx]+\b)?"
-            r"(?: pro\b)?(?: drone(?: shot(?: of)?)?)?",
+            r"\b(?:sony (?:alpha|a\d|dsc|ilce)|fuji(?:film)? (?:x-|finepix)|leica [mqs]\d|"
+            r"olympus (?:om-?d|e-m)|pentax k|(?:panasonic )?lumix|dji (?:mavic|phantom|mini|air))[\w-]*"
+            r"(?: [a-z]*\d\w*)*(?: [ivx]+\b)?(?: pro\b)?(?: drone(?: shot(?: of)?)?)?",
             r"\bISO[ -]?\d+\b|\bf/\d+(?:\.\d+)?|\b\d+(?:\.\d+)?mm\b|\b1/\d+ ?s(?:ec)?\b",
             # what a page says around its pictures
-            r"\bclick (?:here )?(?:to|for) \w+(?: the| this)?(?: larger)? (?:images?|pictures?|photos?|view)\b|"
-            r"\bclick here\b|"
-            r"\bread more(?: about\b[^.;|]{0,60})?|\bcopy ?space\b|\bno image(?: available)?$|"
-            r"^(?:hero|featured?|header|cover|banner|default|placeholder|background|main)? ?"
-            r"(?:image|photo|picture|placeholder|untitled)$",
+            r"\bclick (?:here )?(?:to|for) \w+(?: the| this)?(?: larger)? (?:image|picture|photo|view)s?\b",
+            r"\bclick here\b|\bread more(?: about\b[^.;|]{0,60})?|\bcopy ?space\b|"
+            r"^(?:featured image|placeholder(?: image)?|untitled)$",
         )
     ),
     re.IGNORECASE,
@@ -148,11 +150,6 @@ class Clean:
         return (self.starts[start], self.ends[end - 1]) if start < end else (0, 0)
 
 
-def is_missing(caption: str) -> bool:
-    """Whether a caption is what an export writes for none: "nan", "N/A", "null", "-"."""
-    return len(caption) < 16 and caption.strip().casefold() in MISSING_CAPTIONS
-
-
 def clean(caption: str, max_chars: int) -> Clean:
     """Strip a caption's first `max_chars` characters of markup, links, hashtags and photo boilerplate.
 
@@ -165,16 +162,17 @@ def clean(caption: str, max_chars: int) -> Clean:
     if lower.rstrip(".") in _PAGE_PHRASES:
         return Clean("")
     words = lower.replace(":", " ").replace("(", " ").replace(",", " ").split()
-    if (
+    plain = (
         _BOILERPLATE_WORDS.isdisjoint(words)
         and not _UNCLEAN.search(caption)
-        and max(map(len, words), default=0) <= MAX_WORD_CHARS
-    ):
+        and not _LONG_WORD.search(caption)
+    )
+    if plain and _PICTURE_WORDS.isdisjoint(words):
         return Clean(_lower_if_all_capitals(caption))
     chars, starts, ends = _characters(caption)
-    whole = "".join(chars)
-    text = _BOILERPLATE.sub(_blank, whole)
-    text = _LONG_WORD.sub(_blank, text)
+    text = whole = "".join(chars)
+    if not plain or "by" in words or "(" in caption:
+        text = _LONG_WORD.sub(_blank, _BOILERPLATE.sub(_blank, whole))
     if lead := _LEAD.match(text):
         text = " " * lead.end() + text[lead.end() :]
     if text != whole:  # what is left of the boilerplate's place in the sentence
@@ -196,6 +194,9 @@ def _blank(match: re.Match[str]) -> str:
 
 def _characters(caption: str) -> tuple[list[str], list[int], list[int]]:
     """The characters that are kept, each with its start and end in the original."""
+    if caption.isascii() and caption.isprintable() and "&" not in caption:
+        places = list(range(len(caption) + 1))
+        return list(caption), places[:-1], places[1:]
     chars: list[str] = []
     starts: list[int] = []
     ends: list[int] = []

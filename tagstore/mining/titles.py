@@ -1,7 +1,7 @@
 """Product titles ("Puma Men White T-shirt"), which are no sentences and have a small grammar of their own.
 
-    BRAND (LINE) GENDER (LINE) COLOUR DESCRIPTOR ... PRODUCT CODE
-    DESCRIPTOR ... PRODUCT for WHOM by BRAND, SIZE - COLOUR/COLOUR
+BRAND (LINE) GENDER (LINE) COLOUR DESCRIPTOR ... PRODUCT CODE
+DESCRIPTOR ... PRODUCT for WHOM by BRAND, SIZE - COLOUR/COLOUR
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ _SIZES = re.compile(
     re.IGNORECASE,
 )
 _PACKS = re.compile(
-    r"\b(?:combo )?(?:pack|set|box|bundle|lot) of (?:\d+|two|three|four|five|six|ten|twelve)\b|\bcombo pack\b",
+    r"\b(?:combo )?(?:pack|set|box|bundle|lot) of (?:\d+|two|three|four|five|six|ten|twelve)\b"
+    r"|\bcombo pack\b",
     re.IGNORECASE,
 )
 CONNECTORS = frozenset({"and", "&", "of", "by", "the", "de", "la"})
@@ -66,7 +67,10 @@ class Title:
         self.has_gender = any(word in lexicon.GENDERS for word in self.lower)
         # titles of shops say more than the fashion ones: sizes, parts behind separators, whom it is for
         self.is_listing = not self.has_gender and (
-            self.has_size or self.has_pack or self.segment[-1:] > [0] or not _LISTING_WORDS.isdisjoint(self.lower)
+            self.has_size
+            or self.has_pack
+            or self.segment[-1:] > [0]
+            or not _LISTING_WORDS.isdisjoint(self.lower)
         )
         self.head = self._head() if self._is_title() else -1
         self.first = self._name_start() if self.head >= 0 else -1
@@ -115,8 +119,13 @@ class Title:
         described = self.lower[0] in lexicon.DESCRIPTORS and not _LISTING_WORDS.isdisjoint(self.lower)
         if self.has_size or self.has_pack or described:
             for i in range(stop - 1, -1, -1):
-                if self.segment[i] == self.segment[0] and self._is_plain_noun(i):
-                    return i
+                if self.segment[i] > 0 or not self._is_plain_noun(i):
+                    continue
+                # "Philips Airfryer XXL" has no product that is known
+                unknown = i == 0 and any(
+                    not self._is_known(j) for j in range(1, stop) if self.segment[j] == 0
+                )
+                return -1 if unknown else i
         return -1
 
     def _stop(self) -> int:
@@ -161,7 +170,7 @@ class Title:
         )
 
     def is_adjective(self, i: int) -> bool:
-        """Whether word `i`, before the product, describes it without being in the lexicon: "Linen", "Soft"."""
+        """Whether word `i`, before the product, is an adjective that the lexicon lacks: "Soft"."""
         word = self.lower[i]
         return (
             self.is_listing
@@ -181,8 +190,11 @@ class Title:
             if self.lower[i] == "by":
                 return i + 1, self._name_end(i + 1)
         for i in range(self.first):
-            if not (self._is_known(i) or _CODE.fullmatch(self.text[i])) and self.text[i][0].isupper():
-                return i, i + 1
+            if self._is_unknown(i):
+                end = i + 1
+                while end < self.first and self._is_unknown(end):
+                    end += 1
+                return i, end
         return 0, 0
 
     def _leading_brand(self) -> int:
@@ -221,6 +233,10 @@ class Title:
             or singular(word) in common_nouns()
             or (word == plain and plain in common_adjectives())
         )
+
+    def _is_unknown(self, i: int) -> bool:
+        code = _CODE.fullmatch(self.text[i])
+        return not (self._is_known(i) or code) and self.text[i][0].isupper()
 
     def _name_end(self, first: int) -> int:
         """The end of the name that begins at word `first`: capitals, up to a separator or a description."""
