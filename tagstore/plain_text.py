@@ -12,6 +12,12 @@ MAX_TAG_CHARS = 200
 MAX_ENTRY_TAGS = 1000
 """Tags of one entry, at most."""
 
+_MISSING_TEXTS = frozenset({
+    "nan", "none", "null", "nil", "n/a", "n.a.", "na", "#n/a", "<na>", "undefined", "-", "--", "---", "?",
+    "no caption", "no description", "no alt text", "(null)", "(none)", "[null]",
+})  # fmt: skip
+"""What exports of tables write where there is nothing."""
+
 _LINE_ENDS = re.compile("\r\n?|[\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
 _UNSEEN = re.compile(
     "[\x00-\x08\x0e-\x1f\x7f-\x9f"  # control characters; a tab and a line's end stay
@@ -35,3 +41,8 @@ def plain_text(text: str) -> str:
 def one_line(text: str) -> str:
     """Make plain text of one line: runs of white space are one space."""
     return " ".join(plain_text(text).split())
+
+
+def is_missing(caption: str) -> bool:
+    """Whether a caption is what an export writes for none: "nan", "N/A", "null", "-"."""
+    return len(caption) < 16 and caption.strip().casefold() in _MISSING_TEXTS

@@ -84,6 +84,9 @@ def test_the_street_of_the_paper(tags: Callable[[str], list[Tag]]):
         ("a dog that is wet and dirty", {"wet dog", "dirty dog"}, set()),
         ("a 5 year old boy", {"boy"}, {"old boy"}),
         ("A woman in a red scarf smiles", {"scarf", "red scarf"}, {"scarf smiles", "smiles"}),
+        ("two granny smith apples on a scale", {"granny smith apple", "scale"}, {"Smith", "smith apple"}),
+        ("Granny Smith apples on a scale", {"granny smith apples"}, {"Smith", "Granny Smith"}),
+        ("Statue of Liberty at night", {"Statue of Liberty"}, {"Liberty"}),
     ],
 )  # fmt: skip
 def test_what_a_caption_gives(
@@ -92,6 +95,74 @@ def test_what_a_caption_gives(
     mined = texts(caption)
     assert wanted <= mined
     assert not unwanted & mined
+
+
+@pytest.mark.parametrize(
+    ("caption", "there", "denied"),
+    [
+        ("a cat, not a dog, on a mat", {"cat", "mat"}, {"dog"}),
+        ("a red car, not a truck", {"car"}, {"truck"}),
+        ("this is not a cat but a dog", {"dog"}, {"cat"}),
+        ("not only a dog but also a cat sits on the sofa", {"cat", "sofa"}, set()),
+        ("neither a boat nor a ship can be seen", set(), {"boat", "ship"}),
+        ("a beach with nobody on it", {"beach"}, {"nobody"}),
+        ("two cups, none of them full", {"two cups"}, {"none"}),
+        ("nobody holds an umbrella", set(), {"umbrella", "nobody"}),
+        ("an apple instead of an orange", {"apple"}, {"orange"}),
+        ("rather than a bus, a tram is at the stop", {"tram", "stop"}, {"bus"}),
+        ("a pizza with everything except onions and olives", {"pizza"}, {"onions", "olives"}),
+        ("an empty room except for a chair", {"room", "chair"}, set()),
+        ("a table free of plates and cups", {"table"}, {"plates", "cups"}),
+        ("a wall lacking windows stands near the house", {"wall", "house"}, {"windows"}),
+        ("a bike is missing its front wheel", {"bike"}, {"wheel"}),
+        ("a man who is not in the car", {"man"}, {"car"}),
+        ("a dog not watching the TV", {"dog", "tv"}, set()),
+        ("the dog is not black but brown", {"brown dog"}, {"black dog"}),
+        ("the wall is neither white nor grey", {"wall"}, {"white wall", "grey wall"}),
+        ("a no parking sign on a fence", {"fence"}, set()),
+        ("people without masks and with hats", {"people", "hats"}, {"masks"}),
+    ],
+)  # fmt: skip
+def test_what_a_caption_denies_is_no_tag(
+    caption: str, there: set[str], denied: set[str], texts: Callable[[str], set[str]]
+):
+    mined = texts(caption)
+    assert there <= mined
+    assert not denied & mined
+
+
+@pytest.mark.parametrize(
+    "caption",
+    ["nan", "NaN", "None", "N/A", "null", "-", "<NA>", "no caption", "DSC00123", "IMG 2034", "wwww" * 25],
+)
+def test_what_stands_for_a_missing_caption_is_no_tag(caption: str, tags: Callable[[str], list[Tag]]):
+    assert tags(caption) == []
+
+
+@pytest.mark.parametrize(
+    "caption",
+    [
+        "un chien noir court dans l'herbe", "un perro negro corre por la playa", "Ein Hund spielt im Garten",
+        "kobieta w czerwonej sukience", "Una bottiglia di vino rosso e due bicchieri",
+        "Um cachorro brinca na água",
+        "Twee honden spelen in de sneeuw", "En kvinna i röd klänning", "Bir köpek sahilde koşuyor",
+    ],
+)  # fmt: skip
+def test_other_languages_give_no_tags_and_are_counted(caption: str):
+    miner = load_miner("rules")
+    (tags,) = miner.mine([Pair("a", b"", (caption, "a dog on the sand"))])
+    assert [tag.text for tag in tags] == ["dog", "sand"]
+    counts = miner.captions_by_language  # type: ignore[attr-defined]
+    assert counts["en"] == 1
+    assert counts.total() == 2
+
+
+@pytest.mark.parametrize(
+    "caption",
+    ["dog on sand", "quesadillas and guacamole", "a dachshund", "Sushi, sashimi, edamame", "Rugby match"],
+)
+def test_short_english_is_not_taken_for_another_language(caption: str, tags: Callable[[str], list[Tag]]):
+    assert tags(caption)
 
 
 @pytest.mark.parametrize(
@@ -111,6 +182,25 @@ def test_what_a_caption_gives(
 )  # fmt: skip
 def test_product_titles(title: str, wanted: set[str], texts: Callable[[str], set[str]]):
     assert wanted <= texts(title)
+
+
+@pytest.mark.parametrize(
+    ("title", "tags_of_it"),
+    [
+        ("Women's Shoes by Brooks, Blue/Grey",
+         {"Brooks", "shoes", "women's shoes", "blue shoes", "grey shoes"}),
+        ("Garden Hose 20 m, Green", {"garden hose", "green garden hose"}),
+        ("Set of 6 Wine Glasses for Red Wine", {"wine glasses"}),
+        ("Bag of Rice for Sushi, 5 kg", {"rice", "bag"}),
+        ("Alpro Milk Unsweetened 1 l", {"Alpro", "milk", "unsweetened milk"}),
+        ("Dog Bed for Large Dogs, Grey, 90x70cm", {"dog bed", "grey dog bed"}),
+        ("Arrow Men Pack of 5 Socks", {"Arrow", "socks", "men's socks"}),
+        ("Leather Belt by Tommy Hilfiger - Black", {"Tommy Hilfiger", "belt", "leather belt", "black belt"}),
+        ("Stainless Steel Bottle 750 ml - Black", {"bottle", "stainless steel bottle", "black bottle"}),
+    ],
+)  # fmt: skip
+def test_titles_of_shops_invent_nothing(title: str, tags_of_it: set[str], texts: Callable[[str], set[str]]):
+    assert texts(title) == tags_of_it
 
 
 def test_a_place_in_title_case_is_no_product(texts: Callable[[str], set[str]]):
@@ -190,6 +280,7 @@ def test_refusals_name_the_caption():
         ((None,), "caption 0 is NoneType, not text"),
         ((), "no caption"),
         (("🎉", " "), "no caption has a letter or a digit"),
+        (("nan", "N/A"), "no caption: 'nan' stands for a missing one"),
     ]:
         refused = refuse(Pair("k", b"", captions, origin="x.csv:3"))  # type: ignore[arg-type]
         assert refused is not None

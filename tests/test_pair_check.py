@@ -51,6 +51,7 @@ REFUSED = {
     "a key with too many bytes": (pair(key="é" * 2049), "the key is too long: 4098 bytes"),
     "no caption": (pair(captions=()), "no caption"),
     "empty captions": (pair(captions=("", " \n")), "no caption"),
+    "missing captions": (pair(captions=("nan", "N/A")), "no caption: 'N/A' stands for a missing one"),
     "a caption that is no text": (pair(captions=(5,)), "a caption is not a text"),
     "captions that are too long": (
         pair(captions=("red " * 40_000, "blue" * 40_000)),

@@ -17,6 +17,8 @@ from tagstore.mining.nouns import singular
 GOLD = Path(__file__).parent / "gold"
 KINDS = ("object", "attribute", "entity")
 PLURALS = ("objects", "attributes", "entities")
+PARTS = ("develop", "sealed", "fresh", "kinds", "kinds set aside")
+"""The parts of the gold; the last two are the halves of `kinds.jsonl`, see `is_set_aside`."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Label:
     """A caption and its wanted tags: for each kind a list of tuples of alternative, folded texts."""
 
     data: str
+    """The data set, or the kind of caption."""
     caption: str
     wanted: dict[str, list[tuple[str, ...]]]
     optional: frozenset[str]
@@ -69,22 +72,37 @@ def table(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def is_set_aside(row: dict) -> bool:
+    """Whether a row of `kinds.jsonl` is of the half that is only scored: its hash has an odd first digit."""
+    return int(row["sha256"][0], 16) % 2 == 1
+
+
+def rows_of(part: str) -> list[dict]:
+    """The rows of a part of the gold."""
+    rows = list(lines(GOLD / f"{part.removesuffix(' set aside')}.jsonl"))
+    return [row for row in rows if is_set_aside(row) == (part != "kinds")] if "kinds" in part else rows
+
+
 def load(part: str, data: Path) -> list[Label]:
-    """The labels of a part. Ends the program if a caption is not the labelled one."""
-    rows = list(lines(GOLD / f"{part}.jsonl"))
-    sources = captions(data, {row["data"] for row in rows})
+    """The labels of a part, one of `PARTS`. Ends the program if a caption is not the labelled one.
+
+    A row holds its caption (`text`), or names its place in a data set.
+    """
+    rows = rows_of(part)
+    sources = captions(data, {row["data"] for row in rows if "data" in row})
     labels = []
     for row in rows:
-        caption = sources[row["data"], row["id"]][row["caption"]]
+        caption = row["text"] if "text" in row else sources[row["data"], row["id"]][row["caption"]]
         digest = sha256(caption.encode()).hexdigest()[:16]
         if digest != row["sha256"]:
-            where = f"caption {row['caption']} of {row['data']} {row['id']}"
-            raise SystemExit(f"{part}: {where} is not the labelled one")
+            raise SystemExit(f"{part}: caption {row} is not the labelled one")
         wanted = {
             kind: [tuple(map(fold, label.split("|"))) for label in row[plural]]
             for kind, plural in zip(KINDS, PLURALS, strict=True)
         }
-        labels.append(Label(row["data"], caption, wanted, frozenset(map(fold, row["optional"]))))
+        labels.append(
+            Label(row.get("kind") or row["data"], caption, wanted, frozenset(map(fold, row["optional"])))
+        )
     return labels
 
 

@@ -296,7 +296,7 @@ def main() -> None:
 
     comparison = scene_graph_parser.load(arguments.comparison) if arguments.comparison else None
     results, shown = {}, []
-    for part in ("develop", "sealed", "fresh"):
+    for part in gold_labels.PARTS:
         labels = gold_labels.load(part, arguments.data)
         results[part, "`rules`"], rows = quality(labels, ours)
         if part == "develop":

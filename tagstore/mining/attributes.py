@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tagstore.mining import lexicon
+from tagstore.mining.denials import is_denied, is_denied_adjective, is_denied_verb
 from tagstore.mining.noun_phrases import (
     CONFIDENCE,
     NounPhrase,
     Phrase,
     is_head,
-    is_negated,
     is_verb,
     is_visible,
     measure_nouns,
@@ -35,12 +35,12 @@ _MODIFIER_DEPS = frozenset({"amod", "compound", "nmod", "nummod", "det", "dep", 
 def object_phrases(p: Parse, named: frozenset[int]) -> Iterator[Phrase]:
     """The objects and attributes of a caption; the words of its proper names, `named`, are no objects."""
     for i, tag in enumerate(p.tag):
-        if tag not in NOUNS or i in named or not is_head(p, i) or is_negated(p, i):
+        if tag not in NOUNS or i in named or not is_head(p, i) or is_denied(p, i):
             continue
         noun = noun_phrase_at(p, i, named)
         inner = of_object(p, i)
         is_phrase = (
-            inner >= 0 and p.lower[i] in _CONTAINER_NOUNS and inner not in named and not is_negated(p, inner)
+            inner >= 0 and p.lower[i] in _CONTAINER_NOUNS and inner not in named and not is_denied(p, inner)
         )
         if not (inner >= 0 and p.lower[i] in lexicon.MEASURES) and is_visible(p, noun):
             yield from _described(p, noun, named)
@@ -232,12 +232,14 @@ def _predicates(p: Parse, noun: NounPhrase) -> Iterator[tuple[int, int, str]]:
         ):
             verbs.append(k)
     for verb in verbs:
-        if p.lower[verb] not in _COPULAS or any(p.dep[k] == "neg" for k in p.children[verb]):
+        if p.lower[verb] not in _COPULAS:
             continue
+        denied_verb = is_denied_verb(p, verb)
         for k in p.children[verb]:
             if p.dep[k] == "acomp" and k > verb:
                 for a in (k, *_conjuncts(p, k, len(p))):
-                    denied = any(p.dep[x] == "neg" for x in p.children[a])
+                    # "not black but brown"
+                    denied = p.lower[a - 1] != "but" if denied_verb else is_denied_adjective(p, a)
                     if (
                         p.tag[a] in ("JJ", "VBN", "NN")
                         and p.lower[a].isalpha()

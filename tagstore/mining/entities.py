@@ -38,6 +38,7 @@ def proper_names(p: Parse, doc: Any, common: frozenset[str]) -> list[Name]:
     # where every word is capitalised, a capital does not mark a name
     if 2 * sum(_is_capitalised(p, i) for i in words) <= len(words) + 2:
         names.extend(_capitalised_names(p, taken, common))
+    names = [_with_monument(p, name) for name in names]
     return _merge_adjacent(p, sorted(names, key=lambda name: name.first))
 
 
@@ -52,6 +53,19 @@ def _merge_adjacent(p: Parse, names: list[Name]) -> list[Name]:
         else:
             merged.append(name)
     return merged
+
+
+def _with_monument(p: Parse, name: Name) -> Name:
+    """ "Statue of Liberty", of which the recogniser takes the last word."""
+    monument = name.first - 2
+    if (
+        monument >= 0
+        and p.lower[monument + 1] == "of"
+        and _is_capitalised(p, monument)
+        and p.lower[monument] in lexicon.MONUMENTS
+    ):
+        return Name(monument, name.last, "FAC", name.confidence)
+    return name
 
 
 def _trim(p: Parse, first: int, last: int) -> tuple[int, int]:
@@ -73,7 +87,8 @@ def _is_name(p: Parse, first: int, last: int, label: str, common: frozenset[str]
     if label == "NORP" and p.tag[last] in ("JJ", "NNS", "NNP"):  # "Asian" is an adjective here, no name
         return False
     if first < last:
-        return not _is_common_noun(p, first, last, common)
+        kind = " ".join(p.lower[first : last + 1]) in lexicon.LEXICAL  # "Granny Smith"
+        return not kind and not _is_common_noun(p, first, last, common)
     if singular(p.lower[first]) in lexicon.COMMONS or p.lower[first] in lexicon.COLOURS:
         return False
     return (
@@ -95,7 +110,8 @@ def _capitalised_names(p: Parse, taken: set[int], common: frozenset[str]) -> Ite
         if _is_proper_noun(p, i) and i not in taken:
             while last + 1 < len(p) and last + 1 not in taken and _is_proper_noun(p, last + 1):
                 last += 1
-            counted = (
+            kind = f"{p.lower[i - 1]} {p.lower[last]}" in lexicon.LEXICAL  # "Granny Smith apples"
+            counted = kind or (
                 last == i and p.tag[i - 1] in ("CD", "JJ") and singular(p.lower[i]) in common
             )  # "Four Musicians"
             if not counted and not (last > i and _is_common_noun(p, i, last, common)):

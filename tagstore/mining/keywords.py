@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from tagstore.errors import InvalidInput
+from tagstore.plain_text import is_missing
 from tagstore.types import Pair, Tag
 
 MAX_TAG_CHARS = 80
@@ -44,7 +45,7 @@ class KeywordMiner:
 
     def _of_captions(self, pair: Pair) -> Iterator[Tag]:
         for number, caption in enumerate(pair.captions):
-            if not isinstance(caption, str):
+            if not isinstance(caption, str) or is_missing(caption):
                 continue
             start = 0
             for part in caption[: self._max_chars].split(self._separator):

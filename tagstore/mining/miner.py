@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 from tagstore.mining.vocabulary import Rules
+from tagstore.plain_text import is_missing
 from tagstore.types import Pair, Rejected, Tag
 
 
@@ -35,12 +36,17 @@ def identity(miner: Miner, rules: Rules) -> dict[str, Any]:
 
 
 def refuse(pair: Pair) -> Rejected | None:
-    """Reject a pair without captions, with one that is no text, or without any letter or digit."""
+    """Reject a pair without captions, with one that is no text, or without any letter or digit.
+
+    What an export writes for a missing caption ("nan", "N/A") is none.
+    """
     for number, caption in enumerate(pair.captions):
         if not isinstance(caption, str):
             return Rejected(pair.key, f"caption {number} is {type(caption).__name__}, not text", pair.origin)
     if not pair.captions:
         return Rejected(pair.key, "no caption", pair.origin)
+    if all(map(is_missing, pair.captions)):
+        return Rejected(pair.key, f"no caption: '{pair.captions[0]}' stands for a missing one", pair.origin)
     if not any(character.isalnum() for caption in pair.captions for character in caption):
         return Rejected(pair.key, "no caption has a letter or a digit", pair.origin)
     return None

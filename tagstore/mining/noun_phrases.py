@@ -24,10 +24,6 @@ CONFIDENCE = {
     "brand": 0.9,
 }
 
-_NEGATIONS = frozenset({"no", "not", "n't", "without", "never", "neither", "nor", "zero"})
-_PRIVATIVES = frozenset({
-    "without", "minus", "sans", "except", "lacking", "lack", "lacks", "absence", "unlike", "free",
-})  # fmt: skip
 _SINGULAR_DETERMINERS = frozenset({"a", "an", "another", "this", "that", "each", "one"})
 _PHOTOGRAPHING_VERBS = frozenset({
     "take", "taking", "takes", "taken", "took", "get", "getting", "pose", "posing", "snapping",
@@ -181,37 +177,3 @@ def is_visible(p: Parse, noun: NounPhrase) -> bool:
         definite = p.dep[i] == "pobj" and any(p.lower[k] in ("this", "the") for k in p.children[i])
         return not (photographed or definite or depicts or p.dep[i] in ("ROOT", "attr"))
     return True
-
-
-def is_negated(p: Parse, i: int) -> bool:
-    """Whether the caption says that the noun at word `i` is absent."""
-    # "no cars and a bench": a determiner ends the scope of "no", though not that of "without"
-    has_determiner = False
-    for _ in range(4):
-        if not has_determiner and any(
-            p.lower[k] in _NEGATIONS
-            for k in p.children[i]
-            if k < i and p.dep[k] in ("det", "neg", "preconj", "advmod", "cc")
-        ):
-            return True
-        head, dep = p.head[i], p.dep[i]
-        if head == i:
-            return False
-        if dep == "conj":
-            has_determiner = has_determiner or any(
-                p.dep[k] in ("det", "nummod", "poss") for k in p.children[i]
-            )
-            i = head
-            continue
-        if p.lower[head] in _PRIVATIVES:
-            return True
-        if dep == "pobj" and p.lower[head] == "of":
-            return p.lower[p.head[head]] in _PRIVATIVES
-        if dep in ("dobj", "attr", "oprd") and any(p.dep[k] == "neg" for k in p.children[head]):
-            return True
-        return (
-            dep == "nsubj"
-            and any(p.lower[k] == "any" for k in p.children[i])
-            and any(p.dep[k] == "neg" for k in p.children[head])
-        )
-    return False

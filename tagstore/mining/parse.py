@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -93,12 +94,23 @@ def load_pipeline(entities: bool = True) -> Any:
     return _package().load(exclude=unused)
 
 
+@cache
 def common_nouns() -> frozenset[str]:
     """WordNet's English nouns, lower case and singular, from spaCy's lemmatizer."""
+    return _wordnet("noun")
+
+
+@cache
+def common_adjectives() -> frozenset[str]:
+    """WordNet's English adjectives, lower case, from spaCy's lemmatizer."""
+    return _wordnet("adj")
+
+
+def _wordnet(part: str) -> frozenset[str]:
     from spacy.lookups import Lookups
 
     folder = next(Path(_package().__file__).parent.glob("*/lemmatizer/lookups"))
-    return frozenset(Lookups().from_disk(folder).get_table("lemma_index")["noun"])
+    return frozenset(Lookups().from_disk(folder).get_table("lemma_index")[part])
 
 
 def model_name() -> str:

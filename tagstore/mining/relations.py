@@ -7,11 +7,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tagstore.mining import lexicon
+from tagstore.mining.denials import is_denied
 from tagstore.mining.noun_phrases import (
     CONFIDENCE,
     Phrase,
     is_head,
-    is_negated,
     is_verb,
     is_visible,
     noun_phrase_at,
@@ -43,7 +43,7 @@ def _relation(p: Parse, subject: int, word: str, target: int, named: frozenset[i
         if (
             not is_head(p, i)
             or is_verb(p, i)
-            or is_negated(p, i)
+            or is_denied(p, i)
             or not is_visible(p, noun)
             or p.lower[i] in lexicon.MEASURES
         ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
@@ -14,11 +15,14 @@ from tagstore.errors import InvalidInput
 from tagstore.mining import lexicon
 from tagstore.mining.attributes import object_phrases
 from tagstore.mining.entities import proper_names
+from tagstore.mining.language import ENGLISH, language_of
 from tagstore.mining.noun_phrases import Phrase
 from tagstore.mining.parse import Parse, common_nouns, load_pipeline, model_name
 from tagstore.mining.relations import relation_phrases
 from tagstore.mining.text import Clean, clean
-from tagstore.mining.titles import Title, title_phrases
+from tagstore.mining.title_phrases import title_phrases
+from tagstore.mining.titles import Title
+from tagstore.plain_text import is_missing
 from tagstore.types import Pair, Tag
 
 BLOCK_CAPTIONS = 1024
@@ -31,25 +35,30 @@ CACHED_CAPTIONS = 4096
 """Captions whose tags are kept, so that one that comes again is not parsed again."""
 
 
+Mined = tuple[tuple[Tag, ...], str]
+"""The tags of a caption, and its language."""
+
+
 class RuleMiner:
     """Objects, attributes, entities and (if asked for) relations, from the dependency parse.
 
     `max_chars`: characters of a caption that are read, which bounds the time spent on it. `entities`: whether
     to look for proper names; without them, mining is nearly twice as fast. `relations`: whether to tag "man
-    riding horse" too. Captions in other than Latin letters give no tags, nor does one that is no text
-    (`tagstore.mining.refuse` says why).
+    riding horse" too. Captions in other languages give no tags, nor does one that is no text or says that it
+    is missing (`tagstore.mining.refuse` says why). `captions_by_language` counts what was read.
     """
 
     name = "rules"
-    version = "1"
+    version = "2"
 
     def __init__(self, *, max_chars: int = 2000, entities: bool = True, relations: bool = False) -> None:
         if max_chars < 1:
             raise InvalidInput(f"max_chars is {max_chars}: give at least 1")
         self._max_chars, self._entities, self._relations = max_chars, entities, relations
-        self._cache: FIFOCache[str, tuple[Tag, ...]] = FIFOCache(CACHED_CAPTIONS)
+        self._cache: FIFOCache[str, Mined] = FIFOCache(CACHED_CAPTIONS)
         self._spacy: tuple[Any, frozenset[str]] | None = None
         self._parsed = 0
+        self.captions_by_language: Counter[str] = Counter()
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -75,32 +84,34 @@ class RuleMiner:
         yield from self._block(block)
 
     def _block(self, block: list[Pair]) -> list[tuple[Tag, ...]]:
-        captions = dict.fromkeys(c for pair in block for c in pair.captions if isinstance(c, str))
-        tags = {c: self._cache[c] for c in captions if c in self._cache}
-        fresh = self._parse([c for c in captions if c not in tags])
-        tags.update(fresh)
+        captions = Counter(c for pair in block for c in pair.captions if isinstance(c, str))
+        mined = {c: self._cache[c] for c in captions if c in self._cache}
+        fresh = self._parse([c for c in captions if c not in mined])
+        mined.update(fresh)
         self._cache.update(fresh)
+        for caption, times in captions.items():
+            self.captions_by_language[mined[caption][1]] += times
         return [
             tuple(
                 _in_caption(tag, n)
                 for n, caption in enumerate(pair.captions)
                 if isinstance(caption, str)
-                for tag in tags[caption]
+                for tag in mined[caption][0]
             )
             for pair in block
         ]
 
-    def _parse(self, captions: list[str]) -> dict[str, tuple[Tag, ...]]:
-        tags: dict[str, tuple[Tag, ...]] = {}
+    def _parse(self, captions: list[str]) -> dict[str, Mined]:
+        mined: dict[str, Mined] = {}
         texts = []
         for caption in captions:
-            c = clean(caption, self._max_chars)
+            c = Clean("") if is_missing(caption) else clean(caption, self._max_chars)
             if title := Title(c.text):
-                tags[caption] = tuple(_to_tags(title_phrases(title), c))
-            elif _english(c.text):
+                mined[caption] = tuple(_to_tags(title_phrases(title), c)), ENGLISH
+            elif (language := language_of(c.text)) == ENGLISH:
                 texts.append((c.text, (c, caption)))
             else:
-                tags[caption] = ()
+                mined[caption] = (), language
         if texts:
             nlp, common = self._pipeline()
             # The zone frees the words that spaCy learns from these captions; without it memory would grow
@@ -108,9 +119,9 @@ class RuleMiner:
             # costs a tenth of the speed.
             with nlp.memory_zone() if len(nlp.vocab) > MAX_SPACY_WORDS else nullcontext():
                 for doc, (c, caption) in nlp.pipe(texts, as_tuples=True):
-                    tags[caption] = tuple(self._tags(doc, c, common))
+                    mined[caption] = tuple(self._tags(doc, c, common)), ENGLISH
             self._parsed += len(texts)
-        return tags
+        return mined
 
     def _tags(self, doc: Any, c: Clean, common: frozenset[str]) -> Iterator[Tag]:
         p = Parse(doc, c.text)
@@ -135,14 +146,6 @@ class RuleMiner:
         if self._spacy is None:
             self._spacy, self._parsed = (load_pipeline(self._entities), common_nouns()), 0
         return self._spacy
-
-
-def _english(text: str) -> bool:
-    """Whether most letters are Latin: the parser reads nothing else."""
-    if text.isascii():
-        return any(map(str.isalpha, text))
-    letters = [character for character in text if character.isalpha()]
-    return bool(letters) and 2 * sum(character < "\u0250" for character in letters) > len(letters)
 
 
 def _in_caption(tag: Tag, caption: int) -> Tag:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from tagstore.plain_text import is_missing
 from tagstore.types import Rejected
 
 MAX_TEXT_BYTES = 16 * 2**20
@@ -53,8 +54,12 @@ def kind_of(value: Any) -> str:
 
 
 def caption_texts(values: Iterable[Any]) -> tuple[str, ...]:
-    """All captions in texts and lists of texts, stripped, each once, in order. At least one must be left."""
+    """All captions in texts and lists of texts, stripped, each once, in order. At least one must be left.
+
+    What an export writes for a missing caption ("nan", "N/A") is left out.
+    """
     captions: dict[str, None] = {}
+    missing = ""
     for value in values:
         for text in value if isinstance(value, list | tuple) else (value,):
             if text is None:
@@ -63,10 +68,12 @@ def caption_texts(values: Iterable[Any]) -> tuple[str, ...]:
                 raise RecordError(f"a caption is not a text: it is of type {type(text).__name__}")
             if not is_unicode(text):
                 raise RecordError("not UTF-8: a caption holds half a surrogate pair, which is no character")
-            if text := text.strip():
+            if is_missing(text := text.strip()):
+                missing = text
+            elif text:
                 captions[text] = None
     if not captions:
-        raise RecordError("no caption")
+        raise RecordError(f"no caption: '{missing}' stands for a missing one" if missing else "no caption")
     return tuple(captions)
 
 
