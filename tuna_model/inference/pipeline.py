@@ -107,7 +107,7 @@ class Pipeline:
             identities: key and hashes of all pictures, for a store with `exclude=self`; or none.
             options: of `generate`.
         """
-        prompts = self._read(images, conversations)
+        prompts = self._read(images, conversations, self._options(options)["max_new_tokens"])
         return self.answer_prompts(prompts, tags=tags, identities=identities, **options)
 
     def answer_prompts(
@@ -257,9 +257,15 @@ class Pipeline:
         *,
         tags: Sequence[ImageTags] | None = None,
         identities: Sequence[Identity] = (),
+        new_tokens: int = 0,
     ) -> PreparedBatch:
-        """Encode the pictures, ask the store for tags, and write the prompts. Arguments as for `answers`."""
-        return self.prepare_prompts(self._read(images, conversations), tags=tags, identities=identities)
+        """Encode the pictures, ask the store for tags, and write the prompts. Arguments as for `answers`.
+
+        Args:
+            new_tokens: that an answer may have; what the context cannot hold with them is refused.
+        """
+        prompts = self._read(images, conversations, new_tokens)
+        return self.prepare_prompts(prompts, tags=tags, identities=identities)
 
     def prepare_prompts(
         self,
@@ -306,10 +312,10 @@ class Pipeline:
         return PreparedBatch(inputs, weighed, tuple(retrievals), degraded)
 
     def _read(
-        self, images: Sequence[Sequence[Any]], conversations: Sequence[Sequence[Message]]
+        self, images: Sequence[Sequence[Any]], conversations: Sequence[Sequence[Message]], new_tokens: int
     ) -> list[Prompt]:
         return [
-            self.reader.read(pictures, messages)
+            self.reader.read(pictures, messages, new_tokens=new_tokens)
             for pictures, messages in zip(images, conversations, strict=True)
         ]
 
