@@ -310,6 +310,11 @@ def test_smol_answers_sanely_without_a_network(monkeypatch, mini, source):
     )
     assert with_tags.finished
     assert with_tags.text.strip()
+    # an empty answer to this was seen once
+    for image in (None, picture("red", "circle")):
+        short = smol.answer(image, "What fruit is this?", max_new_tokens=12)
+        assert short.text
+        assert 1 < short.tokens <= 12
     assert "red circle" in [tag.text for tag in with_tags.tags]
     without, _ = presets.load("smol", tags=False)
     batch = smol.processor(text="<image> What is it?", images=[picture("red", "circle")])

@@ -119,7 +119,8 @@ class TunaForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: i
         options = {"key_mapping": KEY_MAPPING, **kwargs, "output_loading_info": True}
         model, notes = super().from_pretrained(*args, **options)
         name = args[0] if args else kwargs.get("pretrained_model_name_or_path")
-        check_weights(notes["missing_keys"], notes["unexpected_keys"], name or "the state dict")
+        known = model.state_dict().keys()
+        check_weights(notes["missing_keys"], notes["unexpected_keys"], name or "the state dict", known)
         model._weight_conversions = None  # save under our names, whatever names were read
         if model.config.vision_config is not None:
             model.vision_tower.requires_grad_(False)
