@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
+import subprocess
+import sys
 import textwrap
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -473,6 +476,22 @@ def test_the_client_with_another_key_is_not_authenticated(served: httpx.Client):
             stranger.chat.completions.create(**asked())
         with pytest.raises(openai.AuthenticationError):
             stranger.models.list()
+
+
+@pytest.mark.slow
+def test_the_command_takes_the_key_from_the_environment():
+    command = [sys.executable, "-m", "tuna_model.cli", "serve", "--model", "tiny", "--port", "0"]
+    environment = os.environ | {"TUNA_API_KEY": KEY}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        try:
+            assert process.stdout is not None
+            with httpx.Client(base_url=process.stdout.readline().strip(), trust_env=False) as served:
+                assert served.get("models").status_code == 401
+                key = {"Authorization": f"Bearer {KEY}"}
+                assert served.get("models", headers=key).json()["data"][0]["id"] == "tiny"
+        finally:
+            process.terminate()
+            process.wait(60)
 
 
 def test_a_stream_that_fails_tells_the_client(tuna: Pipeline, monkeypatch):

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import LogitsProcessor, StoppingCriteria, StoppingCriteriaList
 
 from tagstore.errors import InvalidInput
 from tuna_model.inference.answers import PreparedBatch
@@ -53,6 +53,7 @@ class Generation:
         )
         if choices > 1:
             options = options | {"num_return_sequences": choices}
+        options = options | {"logits_processor": [_Finite(), *options.get("logits_processor", [])]}
         with torch.inference_mode(), self._seeded(seed):
             self._model.generate(**prepared.inputs, **options, stopping_criteria=[growing])
         return growing.endings()
@@ -96,6 +97,22 @@ class Generation:
     def _end_tokens(self) -> Any:
         end = self._model.generation_config.eos_token_id
         return np.atleast_1d(self._processor.tokenizer.eos_token_id if end is None else end)
+
+
+class _Finite(LogitsProcessor):  # type: ignore[misc]
+    """Refuses logits that are not numbers.
+
+    The likeliest of them is token 0, which many decoders don't show: the answer would be empty, without a
+    word.
+    """
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        if bool(scores.isnan().any()):
+            raise ArithmeticError(
+                "the decoder's logits are not numbers (NaN): its weights are damaged, or it needs more range "
+                "than float16 has, so load it with dtype bf16 or fp32"
+            )
+        return scores
 
 
 class _StopWhenSet(StoppingCriteria):  # type: ignore[misc]
