@@ -6,13 +6,17 @@ import json
 import logging
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd import forward_ad
 
 from ragged import Case, inputs
-from tuna_kernels import backend, gather_tags
+from tuna_kernels import backend, gather_tags, score_weights, tag_attention, tag_weights
 from tuna_kernels.tag_attention import tuning
 from tuna_kernels.tag_attention.tuning import Config
 
@@ -174,3 +178,98 @@ def test_the_batch_is_not_part_of_the_key(monkeypatch):
         grads, rest, _ = inputs(Case(counts, 9, 1, 1, 16, torch.float16, ""))
         forward.forward(*grads.values(), rest["cu_tags"], 0.25, None, None, None)
     assert keys[0] == keys[1] != keys[2]
+
+
+OFFSETS = torch.tensor([0, 3, 5], dtype=torch.int32)
+
+
+def weighed(coupling: str) -> Callable[..., Tensor]:
+    return lambda impl, tags, images, temperature: tag_weights(
+        tags, images, OFFSETS, temperature=temperature, coupling=coupling, impl=impl
+    )
+
+
+def operators() -> dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]]:
+    """Every operator, as a function of `impl` and of the inputs that it has derivatives for."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    q, k, v, bias = random(5, 2, 16), random(2, 7, 2, 16), random(2, 7, 2, 16), random(5, 7)
+    ids, temperature = torch.tensor([1, 4, -1]), torch.tensor(0.5)
+    weighing = {f"tag_weights {c}": (weighed(c), (random(5, 16), random(2, 16), temperature))
+                for c in ("multiply", "multiply_max", "log_bias")}  # fmt: skip
+    return {
+        "tag_attention": (
+            lambda impl, q, k, v, w, b: tag_attention(q, k, v, OFFSETS, weights=w, bias=b, impl=impl),
+            (q, k, v, random(5), bias),
+        ),
+        **weighing,
+        "score_weights": (
+            lambda impl, s, t: score_weights(s, OFFSETS, temperature=t, impl=impl),
+            (random(5), temperature),
+        ),
+        "gather_tags": (lambda impl, table: gather_tags(table, ids, impl=impl), (random(9, 16),)),
+    }
+
+
+@pytest.mark.parametrize("name", operators())
+def test_forward_mode_derivatives_are_right_in_the_reference_and_refused_by_the_kernels(name: str):
+    """An operator without them would give zero without a word."""
+    op, values = operators()[name]
+    generator = torch.Generator().manual_seed(1)
+    tangents = tuple(torch.randn(x.shape, generator=generator) for x in values)
+    exact, directions = [x.double() for x in values], [t.double() for t in tangents]
+    _, found = torch.func.jvp(lambda *x: op("reference", *x), tuple(exact), tuple(directions))
+    step = 1e-6
+    ahead, back = (
+        op("reference", *[x + sign * step * t for x, t in zip(exact, directions, strict=True)])
+        for sign in (1, -1)
+    )
+    torch.testing.assert_close(found, (ahead - back) / (2 * step), atol=1e-6, rtol=1e-6)
+    if backend.obstacle(values[0]) is not None:
+        pytest.skip("the kernels cannot run here")
+    with pytest.raises(RuntimeError, match=r"no forward-mode derivatives.*impl='reference'"):
+        torch.func.jvp(lambda *x: op("triton", *x), values, tangents)
+    for i, tangent in enumerate(tangents):  # any one of the inputs is enough
+        with forward_ad.dual_level():
+            given = [forward_ad.make_dual(x, tangent) if i == j else x for j, x in enumerate(values)]
+            with pytest.raises(RuntimeError, match="no forward-mode derivatives"):
+                op("triton", *given)
+            assert op("triton", *values).shape == found.shape  # without a tangent it runs
+
+
+@pytest.mark.parametrize("impl", ["reference", "auto", "triton"])
+@pytest.mark.parametrize("name", operators())
+def test_tensors_without_values_give_shapes(name: str, impl: str):
+    op, values = operators()[name]
+    if impl == "triton" and backend.obstacle(values[0]) is not None:
+        pytest.skip("the kernels cannot run here")
+    real = op(impl, *values)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = op(impl, *[mode.from_tensor(x) for x in values])
+    assert isinstance(fake, FakeTensor)
+    assert (fake.shape, fake.dtype, fake.device) == (real.shape, real.dtype, real.device)
+
+
+def test_offsets_without_values_are_taken_too():
+    with FakeTensorMode() as mode:
+        q, k = torch.empty(5, 2, 16), torch.empty(2, 7, 2, 16)
+        assert tag_attention(q, k, k, mode.from_tensor(OFFSETS), impl="reference").shape == (5, 2, 16)
+        ids = torch.empty(3, dtype=torch.int64)
+        assert gather_tags(torch.empty(9, 16), ids, impl="reference").shape == (3, 16)
+
+
+def test_the_float16_reference_scales_before_it_multiplies():
+    """The products alone would be beyond float16, of which the largest number is 65,504."""
+    q = torch.full((2, 1, 64), 60.0)
+    q[1] = 1.0
+    k = torch.full((1, 3, 1, 64), 60.0) * torch.tensor([1.0, 0.999, -1.0]).view(1, 3, 1, 1)
+    v = torch.randn(1, 3, 1, 64, generator=torch.Generator().manual_seed(0))
+    offsets = torch.tensor([0, 2], dtype=torch.int32)
+    assert (q[0, 0] @ k[0, 0, 0]) > torch.finfo(torch.float16).max
+    half = tag_attention(q.half(), k.half(), v.half(), offsets, impl="reference")
+    single = tag_attention(q.half().float(), k.half().float(), v.half().float(), offsets, impl="reference")
+    assert torch.isfinite(half).all()
+    torch.testing.assert_close(half.float(), single, atol=2e-3, rtol=2e-3)

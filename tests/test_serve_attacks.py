@@ -111,8 +111,14 @@ def test_pictures_are_counted_before_one_is_decoded():
 
 
 def test_the_library_refuses_what_the_context_cannot_hold(tuna: Controlled):
-    with pytest.raises(InvalidInput, match="tokens, but the model's context holds 2048"):
+    tuna.broken = lambda prompts: pytest.fail("nothing may be computed")
+    with pytest.raises(InvalidInput, match="the answer may have 64, but the model's context holds 2048"):
         tuna.answer(None, "w" * 3000)
+    with pytest.raises(InvalidInput, match=r"have \d\d tokens and the answer may have 2040"):
+        tuna.answer(None, "short enough", max_new_tokens=2040)
+    with pytest.raises(InvalidInput, match=r"have \d\d tokens and the answer may have 2040"):
+        tuna.prepare([[]], [body(None)["messages"]], new_tokens=2040)
+    tuna.broken = Controlled.broken
     with pytest.raises(InvalidInput, match="200 pictures are more than the 41"):
         Reader(tuna.processor, 2048).read(
             [b""] * 200, [{"role": "user", "content": [{"type": "image"}] * 200}]

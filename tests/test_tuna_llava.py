@@ -229,6 +229,19 @@ def test_only_the_tag_path_may_be_missing(missing: str, clip: str, tmp_path: Pat
         presets.load(str(llava))
 
 
+def test_a_tag_encoder_is_there_as_a_whole_or_not_at_all(clip: str, tmp_path: Path):
+    write_llava(tmp_path / "llava", "llama", clip)
+    model, _ = presets.load_llava(str(tmp_path / "llava"))
+    model.save_pretrained(tmp_path / "tuna")
+    names = [name for name in model.state_dict() if name.startswith("tag_encoder.")]
+    assert len(names) > 3
+    rewrite(tmp_path / "tuna", lambda name: "" if name == names[0] else name)
+    with pytest.raises(Damaged, match=rf"lacks {re.escape(names[0])}.*the tag encoder as a whole"):
+        TunaForConditionalGeneration.from_pretrained(tmp_path / "tuna")
+    rewrite(tmp_path / "tuna", lambda name: "" if name in names else name)
+    TunaForConditionalGeneration.from_pretrained(tmp_path / "tuna")
+
+
 def test_many_missing_weights_are_counted(clip: str, tmp_path: Path):
     write_llava(tmp_path, "llama", clip)
     rewrite(tmp_path, lambda name: "" if name.startswith("vision_tower.") else name)

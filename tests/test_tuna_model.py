@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -121,6 +122,24 @@ def test_beams_of_a_batch_are_those_of_its_members(kind: str):
         assert torch.equal(together[row, -5:], model.generate(**single, **options)[0, -5:])
     # without a cache every step looks the pictures' tokens up again
     assert torch.equal(together, model.generate(**ragged(processor), **options, use_cache=False))
+
+
+@pytest.mark.parametrize("more", [{}, {"num_beams": 3}, {"cache_implementation": "static"}], ids=str)
+@pytest.mark.parametrize("coupling", ["multiply", "log_bias", "drop"])
+def test_a_prompt_read_in_chunks_is_answered_alike(coupling: str, more: dict):
+    if coupling != "multiply" and "cache_implementation" in more:
+        pytest.skip("a bias needs a dynamic cache")
+    model, processor = small(tag_coupling=coupling)
+    batch = processor(text=["<image> What is it?", "Hi <image> there"], tags=[tags(3), tags(2, 1)])
+    options = {**batch, **features(2), "max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, **more}
+    whole = model.generate(**options)
+    for size in (1, 7, 1000):
+        assert torch.equal(model.generate(**options, prefill_chunk_size=size), whole)
+    words = processor(text="words only")
+    assert torch.equal(
+        model.generate(**words, max_new_tokens=4, prefill_chunk_size=3),
+        model.generate(**words, max_new_tokens=4),
+    )
 
 
 def test_sampling_is_reproducible_and_several_answers_are_given():
@@ -297,6 +316,19 @@ def test_gradient_checkpointing_changes_no_gradient():
         gradients.append([parameter.grad for parameter in model.parameters()])
     for plain, saved in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, saved)
+
+
+@pytest.mark.parametrize("fields", [{}, {"tag_coupling": "log_bias"}, {"tag_queries": "token"}], ids=str)
+def test_tensors_without_values_go_through_the_model(fields: dict):
+    """As tools do that plan memory or shards before there are weights."""
+    model, processor = small(**fields)
+    batch = processor(text=["<image> What?", "Hi <image>"], tags=[tags(3), tags(2, 1)])
+    inputs = {**batch, **features(2)}
+    expected = model(**inputs).logits.shape
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = model(**{name: mode.from_tensor(tensor) for name, tensor in inputs.items()}).logits
+    assert isinstance(fake, FakeTensor)
+    assert fake.shape == expected
 
 
 @pytest.mark.parametrize("coupling", ["multiply_max", "log_bias"])

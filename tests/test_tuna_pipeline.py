@@ -293,6 +293,17 @@ def test_help_is_quick_and_names_every_command():
     assert all(run(name, "--help").exit_code == 0 for name in ("generate", "chat", "prompt"))
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_decoder_that_computes_no_numbers_is_an_error_and_no_empty_answer(source, stream: bool):
+    broken = Pipeline(*presets.load("tiny"), source)
+    with torch.no_grad():
+        broken.model.language_model.model.norm.weight.fill_(torch.nan)
+    messages = [{"role": "user", "content": "What fruit is this?"}]
+    ask = broken.stream if stream else lambda images, asked, **more: broken.answers([images], [asked], **more)
+    with pytest.raises(ArithmeticError, match=r"not numbers \(NaN\)"):
+        list(ask([], messages, max_new_tokens=12))
+
+
 @pytest.mark.slow
 def test_smol_answers_sanely_without_a_network(monkeypatch, mini, source):
     import socket
@@ -310,6 +321,11 @@ def test_smol_answers_sanely_without_a_network(monkeypatch, mini, source):
     )
     assert with_tags.finished
     assert with_tags.text.strip()
+    # an empty answer to this was seen once
+    for image in (None, picture("red", "circle")):
+        short = smol.answer(image, "What fruit is this?", max_new_tokens=12)
+        assert short.text
+        assert 1 < short.tokens <= 12
     assert "red circle" in [tag.text for tag in with_tags.tags]
     without, _ = presets.load("smol", tags=False)
     batch = smol.processor(text="<image> What is it?", images=[picture("red", "circle")])

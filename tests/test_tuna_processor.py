@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -146,6 +148,26 @@ def test_what_does_not_fit_is_said():
         TunaProcessor(TunaImageProcessor(**PREPROCESS), presets.tiny_tokenizer(), image_token="<picture>")
     with pytest.raises(InvalidInput, match="a picture is"):
         processor.image_processor(3)
+
+
+def test_unknown_arguments_are_refused_by_name(tmp_path: Path):
+    _, processor = small()
+    for unknown in ({"truncation": True}, {"max_length": 3}, {"padding": "max_length"}, {"image": b""}):
+        [name] = unknown
+        with pytest.raises(InvalidInput, match=f"TunaProcessor has no argument {name}: leave it out"):
+            processor(text="x", **unknown)
+    with pytest.raises(InvalidInput, match="TunaImageProcessor has no argument do_resize"):
+        processor.image_processor([], do_resize=False)
+    with pytest.raises(InvalidInput, match="TunaProcessor has no argument template"):
+        TunaProcessor(processor.image_processor, processor.tokenizer, template="x")
+    # what transformers itself gives
+    assert processor(text="x", padding=True, videos=None)["input_ids"].shape[0] == 1
+    messages = [{"role": "user", "content": "Hi"}]
+    ids = processor.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
+    assert ids[0].tolist() == processor.token_ids(processor.apply_chat_template(messages))
+    processor.save_pretrained(tmp_path)
+    again = TunaProcessor.from_pretrained(tmp_path)
+    assert torch.equal(again(text="<image>x")["input_ids"], processor(text="<image>x")["input_ids"])
 
 
 def test_no_tags_are_the_tokens_of_transformers_llava():

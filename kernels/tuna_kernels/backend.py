@@ -8,6 +8,7 @@ Every operator takes `impl`:
 | `"triton"` | Triton or an error | an error | Triton's interpreter (slow: for tests) |
 | `"reference"` | reference | reference | reference |
 
+The kernels have no forward-mode derivatives, and refuse inputs that carry some; the reference has them.
 The choice of `auto` is logged once per operator, with its reason (logger `tuna_kernels`, level INFO).
 """
 
@@ -19,7 +20,9 @@ from importlib.util import find_spec
 from typing import Literal
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
+from torch._guards import detect_fake_mode
 
 Impl = Literal["auto", "triton", "reference"]
 IMPLS = ("auto", "triton", "reference")
@@ -58,12 +61,16 @@ def obstacle(tensor: Tensor) -> str | None:
     return None
 
 
-def choose(impl: str, op: str, tensor: Tensor) -> bool:
+def choose(impl: str, op: str, tensor: Tensor, *others: Tensor | None) -> bool:
     """Return whether `op` runs on Triton for inputs like `tensor`.
+
+    Args:
+        others: the other inputs that the operator has derivatives for.
 
     Raises:
         ValueError: `impl` is none of `IMPLS`.
-        RuntimeError: `impl="triton"` cannot run; the message says what is missing.
+        RuntimeError: `impl="triton"` cannot run; the message says what is missing. Or the kernels would run
+            on inputs with forward-mode derivatives, which they don't have.
     """
     if impl not in IMPLS:
         raise ValueError(f"{op}: impl must be one of {', '.join(IMPLS)}, got {impl!r}")
@@ -75,8 +82,11 @@ def choose(impl: str, op: str, tensor: Tensor) -> bool:
             raise RuntimeError(
                 f"{op}: impl='triton' was asked for, but {problem}; impl='reference' runs anywhere"
             )
+        _refuse_tangents(op, tensor, *others)
         return True
     use = problem is None and tensor.device.type == "cuda"
+    if use:
+        _refuse_tangents(op, tensor, *others)
     # a log call would break the graph that torch.compile traces
     if not torch.compiler.is_compiling():
         _log_once(
@@ -86,6 +96,31 @@ def choose(impl: str, op: str, tensor: Tensor) -> bool:
             else f"the torch reference, because {problem or 'the tensors are on the CPU'}",
         )
     return use
+
+
+def values_known(tensor: Tensor) -> bool:
+    """Return whether the values of a tensor can be read without waiting: it is on the CPU, and has some.
+
+    Neither torch.compile nor a `FakeTensorMode` has values while it traces.
+    """
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not is_fake(tensor)
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Return whether a `FakeTensorMode` traces this tensor: shapes without values."""
+    return not torch.compiler.is_compiling() and detect_fake_mode([tensor]) is not None
+
+
+def _refuse_tangents(op: str, *inputs: Tensor | None) -> None:
+    """Refuse inputs with forward-mode derivatives: torch takes those of an operator without any for zero."""
+    if forward_ad._current_level < 0:
+        return
+    for tensor in inputs:
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise RuntimeError(
+                f"{op}: the kernels have no forward-mode derivatives (jvp, jacfwd, dual tensors): "
+                "take impl='reference', which has them, or reverse mode"
+            )
 
 
 def _log_once(op: str, choice: str) -> None:

@@ -48,7 +48,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """
     if not path.exists():
         raise NotFound(f"cannot read {path}: no such file")
-    with open_text(path) as text:
+    with open_text(path, newline="\n") as text:
         lines = Lines(text)
         for number, record in json_objects(path, lines):
             if isinstance(record, Rejected):

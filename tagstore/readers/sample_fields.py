@@ -19,15 +19,20 @@ _ROLES: dict[str, Role] = {
 }
 _CONTENT_FIELDS = ("conversations", "captions", "caption", "image", "images")
 """Fields that are not metadata."""
+_MARKER = "<image>"
+"""What stands for a picture in the text of a turn."""
 _TURN_FORMAT = "a turn is {'from': 'human' or 'gpt', 'value': text}"
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """The text of one side, without markers of images: they come first in the first turn of the user."""
+    """The text of one side."""
 
     role: Role
     text: str
+    pictures: tuple[int, ...] = ()
+    """Offsets in `text` at which the next pictures of the sample stand. If no turn has any, all pictures come
+    first in the first turn of the user."""
 
 
 def image_names(record: Mapping[str, Any], columns: Columns) -> tuple[str, ...]:
@@ -60,15 +65,37 @@ def sample_captions(record: Mapping[str, Any]) -> tuple[str, ...]:
     return captions
 
 
-def sample_turns(record: Mapping[str, Any]) -> tuple[Turn, ...]:
-    """The turns of a record's conversation."""
+def sample_turns(record: Mapping[str, Any], pictures: int) -> tuple[Turn, ...]:
+    """The turns of a record's conversation.
+
+    "<image>" in a turn of the user stands for the next picture: at the beginning or the end of a turn for one
+    that comes first, elsewhere for one at that place. If there are fewer of these markers than pictures, all
+    pictures come first of all. What looks like a marker and has no picture is text.
+
+    Args:
+        pictures: of the record.
+    """
     turns = record.get("conversations", [])
     if not isinstance(turns, list):
         raise RecordError(f"'conversations' is {kind_of(turns)}: a list of turns is expected")
-    return tuple(map(_turn, turns))
+    written = [_written(turn) for turn in turns]
+    markers = sum(text.count(_MARKER) for role, text in written if role == "user")
+    if markers < pictures:
+        without = {"user": lambda text: text.replace(_MARKER, "")}
+        return tuple(Turn(role, without.get(role, str)(text).strip()) for role, text in written)
+    placed, left = [], pictures
+    for role, text in written:
+        turn = _placed(text, left) if role == "user" else Turn(role, text.strip())
+        placed.append(turn)
+        left -= len(turn.pictures)
+    first = next((i for i, turn in enumerate(placed) if turn.role == "user"), 0)
+    if all(turn.pictures == ((0,) * pictures if i == first else ()) for i, turn in enumerate(placed)):
+        return tuple(Turn(turn.role, turn.text) for turn in placed)
+    return tuple(placed)
 
 
-def _turn(turn: Any) -> Turn:
+def _written(turn: Any) -> tuple[Role, str]:
+    """The role and the text of a turn, with its markers."""
     if not isinstance(turn, dict):
         raise RecordError(f"{_TURN_FORMAT}, and this is {kind_of(turn)}")
     speaker, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
@@ -76,7 +103,20 @@ def _turn(turn: Any) -> Turn:
         raise RecordError(f"{_TURN_FORMAT}, not {turn!r:.200}")
     if not isinstance(text, str) or not text.strip():
         raise RecordError(f"the text of a turn is {kind_of(text)}: {_TURN_FORMAT}")
-    return Turn(_ROLES[speaker], text.replace("<image>", "").strip())
+    return _ROLES[speaker], text
+
+
+def _placed(text: str, pictures: int) -> Turn:
+    """A turn of the user whose first markers stand for pictures, at most so many."""
+    pieces = text.split(_MARKER, pictures)
+    joined, offsets = pieces[0], []
+    for piece in pieces[1:]:
+        offsets.append(len(joined))
+        joined += piece
+    begin, end = len(joined) - len(joined.lstrip()), len(joined.rstrip())
+    # LLaVA's data has a picture at either end of a turn, and shows it first
+    places = [offset - begin if begin < offset < end else 0 for offset in offsets]
+    return Turn("user", joined.strip(), tuple(sorted(places)))
 
 
 def sample_metadata(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,9 @@
     data.jsonl          the same, a record a line
     DIR of .tar, X.tar  WebDataset shards: KEY.jpg with KEY.json or KEY.txt
 
+"<image>" in a turn of the human stands for the next image (`sample_fields.sample_turns`). A conversation
+begins with the human; a turn of the system may come before.
+
 `images` (a list) may stand for `image`, and `captions` (a list) or `caption` for `conversations`. Types are
 checked strictly. The key of a record is its `key` or `id`, else the path of its (first) image without
 extension, as in `tagstore.readers.read`; in a shard it is KEY. So a store, a recorded map and a training run
@@ -221,7 +224,7 @@ def _read_json(path: Path, folder: Path, columns: Columns, allow_outside: bool) 
                 key = key_of_path(names[0], folder, folder)
             if key is None:
                 key = f"{key_of_path(path.name, path.parent, path.parent)}:{number}"
-            turns, captions = sample_turns(record), sample_captions(record)
+            turns, captions = sample_turns(record, len(names)), sample_captions(record)
         except RecordError as error:
             raise InvalidInput(f"{where}: {error}") from None
         try:
@@ -251,7 +254,8 @@ def _read_shard(path: Path, columns: Columns) -> Iterator[_Record]:
             captions = sample_captions(fields) or tuple(
                 line.strip() for line in group.lines() if line.strip()
             )
-            sample = Sample(key, tuple(group.images), sample_turns(fields), captions, sample_metadata(fields))
+            turns = sample_turns(fields, len(group.images))
+            sample = Sample(key, tuple(group.images), turns, captions, sample_metadata(fields))
         except RecordError as error:
             sample = rejected(group.key, str(error), origin)
         has_text = not {"json", "txt"}.isdisjoint(group.suffixes)
@@ -272,6 +276,12 @@ def _trainable(record: _Record) -> Sample:
         raise InvalidInput(
             f"{record.where}: the conversation has no answer ('from': 'gpt'), "
             "so there is nothing to learn from it"
+        )
+    first = next((turn.role for turn in sample.turns if turn.role != "system"), "user")
+    if first != "user":
+        raise InvalidInput(
+            f"{record.where}: the conversation begins with an answer ('from': 'gpt'): "
+            "it must begin with the user ('from': 'human'), whom the picture belongs to"
         )
     if not sample.turns and not sample.captions:
         raise InvalidInput(f"{record.where}: neither conversations nor captions")

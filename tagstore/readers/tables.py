@@ -51,7 +51,7 @@ def read_tsv(file: Path, options: Options) -> Iterator[Pair | Rejected]:
 
 def read_jsonl(file: Path, options: Options) -> Iterator[Pair | Rejected]:
     """An object a line. The image is a path relative to the file, or base64."""
-    with open_text(file) as text:
+    with open_text(file, newline="\n") as text:
         lines = Lines(text, options.max_image_bytes)
         records = json_objects(file, lines)
         window: list[tuple[int, dict[str, Any] | Rejected]] = []
@@ -136,8 +136,11 @@ class Lines:
             yield line
 
 
-def open_text(file: Path) -> IO[str]:
+def open_text(file: Path, *, newline: str = "") -> IO[str]:
     """Open a text file, gzipped if its name says so.
+
+    Args:
+        newline: what ends a line: "\\n" for JSON Lines, "" also for a carriage return.
 
     Raises `InvalidInput` if it cannot be read or is not UTF-8.
     """
@@ -154,7 +157,9 @@ def open_text(file: Path) -> IO[str]:
         )
     # Bytes that are no UTF-8 become lone surrogates, so that the row they stand in is rejected and not the
     # file.
-    return cast("IO[str]", opener(file, "rt", encoding="utf-8-sig", errors="surrogateescape", newline=""))
+    return cast(
+        "IO[str]", opener(file, "rt", encoding="utf-8-sig", errors="surrogateescape", newline=newline)
+    )
 
 
 def _read_rows(

@@ -56,7 +56,7 @@ def chat(
             new = [*({"type": "image"} for _ in new_images), {"type": "text", "text": line}]
             try:
                 conversation = [*messages, {"role": "user", "content": new}]
-                prepared = tuna.prepare([images + new_images], [conversation])
+                prepared = tuna.prepare([images + new_images], [conversation], new_tokens=max_tokens)
             except (TagstoreError, OSError) as error:
                 click.echo(f"error: {error}", err=True)
                 new_images = []

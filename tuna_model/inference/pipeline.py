@@ -11,15 +11,12 @@ vector.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self
 
-import numpy as np
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
 
 from tagstore.client import TagSource, connect
 from tagstore.errors import InvalidInput, Unavailable
@@ -27,7 +24,8 @@ from tagstore.types import Identity, Retrieval
 from tuna_model import presets
 from tuna_model.inference.answers import Answer, PreparedBatch, weighed_tags
 from tuna_model.inference.conversations import Message, Prompt, Reader, user_message
-from tuna_model.inference.decoding import AnswerStream, Ending, GrowingAnswers
+from tuna_model.inference.decoding import AnswerStream, Ending
+from tuna_model.inference.generation import Generation
 from tuna_model.modeling.model import TAG_INPUTS, TunaForConditionalGeneration
 from tuna_model.processing.processor import EncodedPrompt, TunaProcessor
 from tuna_model.processing.tags import ImageTags, TagLayout, TagLookup
@@ -52,6 +50,7 @@ class Pipeline:
         context = getattr(model.config.text_config, "max_position_embeddings", 0)
         self.reader = Reader(processor, context or 0)
         """Reads conversations before the model is asked."""
+        self._generation = Generation(model, processor)
 
     @classmethod
     def load(
@@ -123,7 +122,7 @@ class Pipeline:
             identities: key and hashes of all pictures, for a store with `exclude=self`; or none.
             options: of `generate`.
         """
-        prompts = self._read(images, conversations)
+        prompts = self._read(images, conversations, self._options(options)["max_new_tokens"])
         return self.answer_prompts(prompts, tags=tags, identities=identities, **options)
 
     def answer_prompts(
@@ -153,9 +152,10 @@ class Pipeline:
         options = self._options(options)
         copies = 1 if options["do_sample"] else choices
         if options.get("num_beams", 1) > 1:
-            endings = self._search_beams(prepared, stops, stop_texts, choices, options)
+            endings = self._generation.search_beams(prepared, options, choices, stop_texts, stops)
         else:
-            endings = self._generate(prepared, options, choices // copies, stop_texts, seed, stops)
+            rows = choices // copies
+            endings = self._generation.generate(prepared, options, rows, stop_texts, seed, stops)
         counts = prepared.inputs["attention_mask"].sum(1).tolist()
         rows = choices // copies
         return [
@@ -203,68 +203,9 @@ class Pipeline:
 
         def generate(listener: Callable[[int, str], object]) -> list[Ending]:
             rows = choices // copies
-            return self._generate(prepared, options, rows, stop_texts, seed, [stop], listener)
+            return self._generation.generate(prepared, options, rows, stop_texts, seed, [stop], listener)
 
         return AnswerStream(generate, stop, copies=copies)
-
-    def _generate(
-        self,
-        prepared: PreparedBatch,
-        options: dict[str, Any],
-        choices: int,
-        stop_texts: Sequence[str],
-        seed: int | None,
-        gone: Sequence[threading.Event],
-        listener: Callable[[int, str], object] | None = None,
-    ) -> list[Ending]:
-        growing = GrowingAnswers(
-            self.processor.tokenizer,
-            prepared.inputs["input_ids"].shape[1],
-            self._end_tokens().tolist(),
-            stop_texts=stop_texts,
-            gone=gone,
-            listener=listener,
-        )
-        if choices > 1:
-            options = options | {"num_return_sequences": choices}
-        with torch.inference_mode(), self._seeded(seed):
-            self.model.generate(**prepared.inputs, **options, stopping_criteria=[growing])
-        return growing.endings()
-
-    def _search_beams(
-        self,
-        prepared: PreparedBatch,
-        gone: Sequence[threading.Event],
-        stop_texts: Sequence[str],
-        choices: int,
-        options: dict[str, Any],
-    ) -> list[Ending]:
-        if stop_texts or choices > 1:
-            raise InvalidInput("num_beams goes with neither stop texts nor several choices: set it to 1")
-        stopping = StoppingCriteriaList([_StopWhenSet(gone)]) if gone else None
-        with torch.inference_mode():
-            out = self.model.generate(**prepared.inputs, **options, stopping_criteria=stopping)
-        prompt_length, prompts = prepared.inputs["input_ids"].shape[1], len(prepared.tags)
-        rows = out[:: len(out) // prompts, prompt_length:]
-        ends = np.isin(rows.cpu().numpy(), self._end_tokens())
-        texts = self.processor.batch_decode(
-            rows, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        return [
-            Ending(text.strip(), int(end.argmax()) + 1 if end.any() else len(end), bool(end.any()))
-            for text, end in zip(texts, ends, strict=True)
-        ]
-
-    @contextlib.contextmanager
-    def _seeded(self, seed: int | None) -> Iterator[None]:
-        """Random numbers of a seed; those of others go on afterwards as if nothing had been."""
-        if seed is None:
-            yield
-            return
-        device = self.model.device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            yield
 
     def prepare(
         self,
@@ -273,9 +214,15 @@ class Pipeline:
         *,
         tags: Sequence[ImageTags] | None = None,
         identities: Sequence[Identity] = (),
+        new_tokens: int = 0,
     ) -> PreparedBatch:
-        """Encode the pictures, ask the store for tags, and write the prompts. Arguments as for `answers`."""
-        return self.prepare_prompts(self._read(images, conversations), tags=tags, identities=identities)
+        """Encode the pictures, ask the store for tags, and write the prompts. Arguments as for `answers`.
+
+        Args:
+            new_tokens: that an answer may have; what the context cannot hold with them is refused.
+        """
+        prompts = self._read(images, conversations, new_tokens)
+        return self.prepare_prompts(prompts, tags=tags, identities=identities)
 
     def prepare_prompts(
         self,
@@ -322,10 +269,10 @@ class Pipeline:
         return PreparedBatch(inputs, weighed, tuple(retrievals), degraded)
 
     def _read(
-        self, images: Sequence[Sequence[Any]], conversations: Sequence[Sequence[Message]]
+        self, images: Sequence[Sequence[Any]], conversations: Sequence[Sequence[Message]], new_tokens: int
     ) -> list[Prompt]:
         return [
-            self.reader.read(pictures, messages)
+            self.reader.read(pictures, messages, new_tokens=new_tokens)
             for pictures, messages in zip(images, conversations, strict=True)
         ]
 
@@ -369,18 +316,3 @@ class Pipeline:
 
     def _options(self, options: dict[str, Any]) -> dict[str, Any]:
         return {"max_new_tokens": 64, "do_sample": False} | options
-
-    def _end_tokens(self) -> Any:
-        end = self.model.generation_config.eos_token_id
-        return np.atleast_1d(self.processor.tokenizer.eos_token_id if end is None else end)
-
-
-class _StopWhenSet(StoppingCriteria):  # type: ignore[misc]
-    """Ends each answer of a batch when its event is set."""
-
-    def __init__(self, stops: Sequence[threading.Event]) -> None:
-        self._stops = stops
-
-    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
-        ended = torch.tensor([stop.is_set() for stop in self._stops], device=input_ids.device)
-        return ended.repeat_interleave(len(input_ids) // len(self._stops))

@@ -24,6 +24,9 @@ KEY_MAPPING = {
 _ORIGINAL_FIELDS = ("mm_vision_tower", "mm_projector_type")
 """Fields of a configuration in the original layout, which has no text_config."""
 _TAG_PATH = ("tag_encoder.", "weight_tuner.", "vision_projection")
+_TAG_ENCODER = "tag_encoder."
+_BEGINS_AS_NOTHING = ".gate"
+"""A weight that a model may get later: at its first value it changes nothing."""
 _SHOWN = 3
 """Missing weights that a message names."""
 
@@ -38,18 +41,25 @@ def check_config(fields: Mapping[str, Any], name: object) -> None:
         raise _original(name)
 
 
-def check_weights(missing: Iterable[str], unexpected: Iterable[str], name: object) -> None:
-    """Refuse a checkpoint that lacks weights of decoder, connector or tower.
+def check_weights(
+    missing: Iterable[str], unexpected: Iterable[str], name: object, known: Iterable[str] = ()
+) -> None:
+    """Refuse a checkpoint that lacks weights of decoder, connector or tower, or a part of its tag encoder.
 
     Args:
         missing, unexpected: names of weights that the files lack, and that the model does not have.
         name: of the checkpoint, for the message.
+        known: names of all weights of the model.
 
     Raises:
         InvalidInput: it has LLaVA's original layout.
         Damaged: any other.
     """
+    missing = set(missing)
     lacking = sorted(key for key in missing if not key.startswith(_TAG_PATH))
+    encoder = {key for key in known if key.startswith(_TAG_ENCODER) and not key.endswith(_BEGINS_AS_NOTHING)}
+    if not encoder <= missing:
+        lacking += sorted(encoder & missing)
     if not lacking:
         return
     if any("mm_projector" in key for key in unexpected):
@@ -57,7 +67,8 @@ def check_weights(missing: Iterable[str], unexpected: Iterable[str], name: objec
     more = f" and {len(lacking) - _SHOWN} more" if len(lacking) > _SHOWN else ""
     raise Damaged(
         f"{name} lacks {', '.join(lacking[:_SHOWN])}{more}, which would be random: only the tag path "
-        "(tag_encoder, weight_tuner, vision_projection) may be missing. Copy or download the checkpoint "
+        "(tag_encoder, weight_tuner, vision_projection) may be missing, and the tag encoder as a whole. "
+        "Copy or download the checkpoint "
         "again, and check that its config.json is of the same model"
     )
 

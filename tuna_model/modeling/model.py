@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -65,6 +66,18 @@ class TunaOutput(ModelOutput):  # type: ignore[misc]
     `drop`."""
 
 
+@dataclass(frozen=True, slots=True)
+class PromptEmbeddings:
+    """Embedded prompts."""
+
+    embeddings: Tensor
+    """`[B, L, hidden]`."""
+    image_tokens: Tensor | None
+    """H_v `[N, tokens, hidden]`."""
+    tags: dict[str, Any] | None
+    """What came of the tags; None without any."""
+
+
 class TunaForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """TUNA with its decoder's head. The table in `tuna_model` lists its input tensors."""
 
@@ -106,7 +119,8 @@ class TunaForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: i
         options = {"key_mapping": KEY_MAPPING, **kwargs, "output_loading_info": True}
         model, notes = super().from_pretrained(*args, **options)
         name = args[0] if args else kwargs.get("pretrained_model_name_or_path")
-        check_weights(notes["missing_keys"], notes["unexpected_keys"], name or "the state dict")
+        known = model.state_dict().keys()
+        check_weights(notes["missing_keys"], notes["unexpected_keys"], name or "the state dict", known)
         model._weight_conversions = None  # save under our names, whatever names were read
         if model.config.vision_config is not None:
             model.vision_tower.requires_grad_(False)
@@ -263,49 +277,12 @@ class TunaForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: i
             ValueError: the image tokens in `input_ids` are not as many as the images need, or shapes do not
                 fit.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds")
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
-        if pixel_values is not None and grid is None:
-            grid, encoded = self.encode_images(pixel_values)
-            image_vectors = encoded if image_vectors is None else image_vectors
-        image_tokens = tags = None
-        if grid is not None:
-            if input_ids is None:
-                raise ValueError("images need input_ids: the positions of their tokens are read from it")
-            grid = grid.to(inputs_embeds.device, inputs_embeds.dtype)
-            pooled = pool_grid(grid, self.config.pool_side) if self.config.connector == "pooled" else grid
-            image_tokens = self.multi_modal_projector(pooled).to(inputs_embeds.dtype)
-            if image_index is None:
-                image_index = self.image_positions(input_ids, tag_index)
-                count = image_tokens.shape[0] * image_tokens.shape[1]
-                if not torch.compiler.is_compiling():
-                    torch_compilable_check(
-                        (image_index >= 0).sum() == count,
-                        f"the prompts do not hold the {count} image tokens of {len(grid)} images: "
-                        "make input_ids with TunaProcessor",
-                    )
-            inputs_embeds = _put_rows(inputs_embeds, image_tokens.flatten(0, 1), image_index)
-        if tag_embeddings is not None and len(tag_embeddings):
-            if (
-                grid is None
-                or input_ids is None
-                or tag_index is None
-                or cu_tags is None
-                or tag_signals is None
-            ):
-                raise ValueError(
-                    "tags need input_ids, an image (pixel_values or grid), tag_index, tag_signals and "
-                    "cu_tags: see TunaProcessor"
-                )
-            if not self.config.tags:
-                raise ValueError("this model has no tag path (TunaConfig.tags is False): leave tags out")
-            tags = self._insert_tags(
-                input_ids, inputs_embeds, grid, image_vectors, tag_index, tag_embeddings, tag_signals,
-                cu_tags, tag_word_ids, tag_lengths, output_tag_attention,
-            )  # fmt: skip
-            inputs_embeds, tag_bias = tags["inputs_embeds"], tags["tag_bias"]
+        prompt = self._embed(
+            input_ids, inputs_embeds, pixel_values, grid, image_vectors, image_index, tag_index,
+            tag_embeddings, tag_signals, cu_tags, tag_word_ids, tag_lengths, output_tag_attention,
+        )  # fmt: skip
+        inputs_embeds, image_tokens, tags = prompt.embeddings, prompt.image_tokens, prompt.tags
+        tag_bias = tags["tag_bias"] if tags else tag_bias
         if tag_bias is not None:
             attention_mask = self._biased_mask(inputs_embeds, attention_mask, tag_bias, past_key_values)
         out = self.language_model(
@@ -340,6 +317,59 @@ class TunaForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: i
             tag_weights=tags["tag_weights"] if tags else None,
             tag_attention=tags["tag_attention"] if tags else None,
         )
+
+    def _embed(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, pixel_values: Tensor | None,
+        grid: Tensor | None, image_vectors: Tensor | None, image_index: Tensor | None,
+        tag_index: Tensor | None, tag_embeddings: Tensor | None, tag_signals: Tensor | None,
+        cu_tags: Tensor | None, tag_word_ids: Tensor | None, tag_lengths: Tensor | None,
+        output_attention: bool = False,
+    ) -> PromptEmbeddings:  # fmt: skip
+        """Embed prompts, with images and tags in their places. Arguments and errors: see `forward`."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        if pixel_values is not None and grid is None:
+            grid, encoded = self.encode_images(pixel_values)
+            image_vectors = encoded if image_vectors is None else image_vectors
+        image_tokens = tags = None
+        if grid is not None:
+            if input_ids is None:
+                raise ValueError("images need input_ids: the positions of their tokens are read from it")
+            grid = grid.to(inputs_embeds.device, inputs_embeds.dtype)
+            pooled = pool_grid(grid, self.config.pool_side) if self.config.connector == "pooled" else grid
+            image_tokens = self.multi_modal_projector(pooled).to(inputs_embeds.dtype)
+            if image_index is None:
+                image_index = self.image_positions(input_ids, tag_index)
+                count = image_tokens.shape[0] * image_tokens.shape[1]
+                if not (torch.compiler.is_compiling() or isinstance(image_index, FakeTensor)):
+                    torch_compilable_check(
+                        (image_index >= 0).sum() == count,
+                        f"the prompts do not hold the {count} image tokens of {len(grid)} images: "
+                        "make input_ids with TunaProcessor",
+                    )
+            inputs_embeds = _put_rows(inputs_embeds, image_tokens.flatten(0, 1), image_index)
+        if tag_embeddings is not None and len(tag_embeddings):
+            if (
+                grid is None
+                or input_ids is None
+                or tag_index is None
+                or cu_tags is None
+                or tag_signals is None
+            ):
+                raise ValueError(
+                    "tags need input_ids, an image (pixel_values or grid), tag_index, tag_signals and "
+                    "cu_tags: see TunaProcessor"
+                )
+            if not self.config.tags:
+                raise ValueError("this model has no tag path (TunaConfig.tags is False): leave tags out")
+            tags = self._insert_tags(
+                input_ids, inputs_embeds, grid, image_vectors, tag_index, tag_embeddings, tag_signals,
+                cu_tags, tag_word_ids, tag_lengths, output_attention,
+            )  # fmt: skip
+            inputs_embeds = tags["inputs_embeds"]
+        return PromptEmbeddings(inputs_embeds, image_tokens, tags)
 
     def image_positions(self, input_ids: Tensor, tag_index: Tensor | None = None) -> Tensor:
         """`[B, L]`: the row of all image tokens, in the order of the prompts, that each position takes; -1
@@ -441,6 +471,40 @@ class TunaForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: i
         return sum((p.flatten()[:1].sum() * 0 for p in parameters), 0.0)
 
     # generation
+
+    def _prefill(
+        self,
+        input_ids: Tensor,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        is_first_iteration: bool = True,
+    ) -> Any:
+        """As transformers'; with `prefill_chunk_size` images and tags are embedded once, for all chunks."""
+        packed = any(model_kwargs.get(name) is not None for name in _PACKED_INPUTS)
+        size = generation_config.prefill_chunk_size
+        cache = model_kwargs.get("past_key_values")
+        if size is None or cache is None or not (packed and is_first_iteration):
+            return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
+        names = ("image_index", "tag_index", *_PACKED_INPUTS)
+        given: dict[str, Any] = {name: model_kwargs.get(name) for name in names}
+        prompt = self._embed(input_ids, None, **given)
+        mask = model_kwargs.get("attention_mask")
+        mask = torch.ones_like(input_ids) if mask is None else mask
+        positions = (mask.cumsum(1) - 1).clamp_min(0)
+        bias = prompt.tags["tag_bias"] if prompt.tags else None
+        out = None
+        for start in range(0, input_ids.shape[1], size):
+            end = start + size
+            out = self(
+                inputs_embeds=prompt.embeddings[:, start:end],
+                attention_mask=mask[:, :end],
+                position_ids=positions[:, start:end],
+                past_key_values=cache,
+                tag_bias=None if bias is None else bias[:, :end],
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        return out
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, is_first_iteration: bool = False, **kwargs: Any

@@ -28,7 +28,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from tagstore.encoding.encoder import load_encoder
-from tagstore.errors import InvalidInput, NotFound
+from tagstore.errors import Damaged, InvalidInput, NotFound
 from tuna_model.modeling.config import TunaConfig
 from tuna_model.modeling.lora import add_updates
 from tuna_model.modeling.model import TunaForConditionalGeneration
@@ -196,7 +196,10 @@ def _smol(trained: bool, **fields: Any) -> tuple[TunaForConditionalGeneration, T
         weights = dict(learnt.weights)
         if not config.tags:
             weights = {name: weights[name] for name in weights if name.startswith("multi_modal_projector.")}
-        unexpected = model.load_state_dict(weights, strict=False).unexpected_keys
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+        connector = [name for name in missing if name.startswith("multi_modal_projector.")]
+        if connector:
+            raise Damaged(f"{TRAINED} lacks {connector[0]}, which would be random: install the package again")
         if unexpected:
             raise InvalidInput(
                 f"{TRAINED} was trained with another tag path (it has {unexpected[0]}): "

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import numpy as np
 
 from tagstore.errors import InvalidInput
-from tagstore.readers.samples import Sample, Turn
+from tagstore.readers.samples import Place, Sample, Turn
 
 CAPTION_PROMPT = "Describe the image in one sentence."
 
@@ -18,6 +21,29 @@ def conversation(sample: Sample, rng: np.random.Generator, prompt: str = CAPTION
         return sample.turns
     caption = sample.captions[int(rng.integers(len(sample.captions)))]
     return Turn("user", prompt), Turn("assistant", caption)
+
+
+def digest(samples: Sequence[Sample]) -> str:
+    """Digest of what a run learns from: keys, texts, stores, and names and sizes of the images.
+
+    It does not depend on the folder, so that data may be moved. Pictures are not read.
+    """
+    found = hashlib.sha256()
+    for sample in samples:
+        images = [(place.path.name, place.offset, _size(place)) for place in sample.images]
+        turns = [asdict(turn) for turn in sample.turns]
+        record = [sample.key, images, turns, sample.captions, sample.metadata.get("store")]
+        found.update(json.dumps(record).encode() + b"\n")
+    return found.hexdigest()
+
+
+def _size(place: Place) -> int:
+    if place.length >= 0:
+        return place.length
+    try:
+        return place.path.stat().st_size
+    except OSError:  # whoever reads the image says what is wrong
+        return -1
 
 
 def text_length(sample: Sample) -> int:

@@ -55,12 +55,13 @@ class TunaImageProcessor(BaseImageProcessor):  # type: ignore[misc]
         Raises:
             NotFound: there is no such file.
             BadImage: the bytes are no image.
-            InvalidInput: an object that is no picture.
+            InvalidInput: an object that is no picture, or an unknown argument.
         """
         return self.preprocess(images, return_tensors=return_tensors, **kwargs)
 
-    def preprocess(self, images: Any, return_tensors: str = "pt", **_: Any) -> BatchFeature:
+    def preprocess(self, images: Any, return_tensors: str = "pt", **unknown: Any) -> BatchFeature:
         """As a call: the name that transformers uses."""
+        refuse_unknown("TunaImageProcessor", unknown)
         pictures = images if isinstance(images, list | tuple) else [images]
         rows = [torch.from_numpy(self._prepare(upright(picture))) for picture in pictures]
         if not rows:
@@ -85,6 +86,13 @@ class TunaImageProcessor(BaseImageProcessor):  # type: ignore[misc]
             size, self.mode, mean, std, self.interpolation, self.resize_mode, self.fill_color
         )
         return image_transform_v2(config, is_train=False).transforms[:-2]
+
+
+def refuse_unknown(name: str, arguments: dict[str, Any]) -> None:
+    """Refuse arguments that would have no effect; None asks for none. Raises `InvalidInput`."""
+    given = sorted(key for key, value in arguments.items() if value is not None)
+    if given:
+        raise InvalidInput(f"{name} has no argument {', '.join(given)}: leave it out")
 
 
 def upright(picture: Any) -> Any:

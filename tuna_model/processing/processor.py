@@ -20,7 +20,7 @@ from transformers import AutoImageProcessor, AutoProcessor, BatchFeature, Proces
 from tagstore.errors import InvalidInput
 from tuna_model.modeling.config import TunaConfig
 from tuna_model.processing.foreign_text import neutral_messages, special_tokens
-from tuna_model.processing.image_processor import TunaImageProcessor
+from tuna_model.processing.image_processor import TunaImageProcessor, refuse_unknown
 from tuna_model.processing.tags import ImageTags, TagLayout
 
 
@@ -49,7 +49,7 @@ class TunaProcessor(ProcessorMixin):  # type: ignore[misc]
         image_tokens: int = 49,
         image_token: str = "<image>",
         layout: dict[str, Any] | None = None,
-        **_: Any,
+        **unknown: Any,
     ) -> None:
         """
         Args:
@@ -62,8 +62,9 @@ class TunaProcessor(ProcessorMixin):  # type: ignore[misc]
             layout: fields of `TagLayout`.
 
         Raises:
-            InvalidInput: the tokenizer has no such token, or no token to pad with.
+            InvalidInput: the tokenizer has no such token, or no token to pad with; or an argument is unknown.
         """
+        refuse_unknown("TunaProcessor", unknown)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         self.image_tokens, self.image_token = image_tokens, image_token
         self.layout = TagLayout(**(layout or {})).to_dict()
@@ -85,7 +86,8 @@ class TunaProcessor(ProcessorMixin):  # type: ignore[misc]
         padding_side: str = "left",
         add_special_tokens: bool = True,
         return_tensors: str = "pt",
-        **_: Any,
+        padding: bool | str = True,
+        **unknown: Any,
     ) -> BatchFeature:
         """Make a batch for `TunaForConditionalGeneration`.
 
@@ -96,14 +98,19 @@ class TunaProcessor(ProcessorMixin):  # type: ignore[misc]
             text: prompts.
             tags: of each image in the same order; None for none at all.
             padding_side: `left` for generation; `right` or `left` for training.
+            padding: True or "longest": prompts of a batch are always padded.
 
         Returns:
             The tensors of the table in `tuna_model`: `pixel_values` only with images, those of tags only with
             tags.
 
         Raises:
-            InvalidInput: the prompts hold more or fewer `<image>` than there are images (or tags).
+            InvalidInput: the prompts hold more or fewer `<image>` than there are images (or tags); or an
+                argument is unknown.
         """
+        refuse_unknown(
+            "TunaProcessor", unknown | ({} if padding in (True, "longest") else {"padding": padding})
+        )
         if text is None:
             raise InvalidInput("give text: a prompt, or a list of prompts")
         prompts = [text] if isinstance(text, str) else list(text)

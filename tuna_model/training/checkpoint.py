@@ -60,6 +60,9 @@ class Checkpoint:
     """sha256 of each file beside it."""
     scaler: Mapping[str, Any] = field(default_factory=dict)
     """State of the loss scaler, with fp16."""
+    data: str = ""
+    """Digest of the samples (`processing.data.digest`); empty if an earlier version of this program wrote
+    it."""
 
 
 def save(
@@ -118,7 +121,10 @@ def read(folder: Path) -> Checkpoint:
         elif _sha256(path) != digest:
             raise Damaged(f"{path} was changed: its sha256 differs. Take an earlier checkpoint")
     recipe, store = Recipe.of(record["recipe"], str(folder / _RECORD)), StorePin(**record["store"])
-    return Checkpoint(record["step"], recipe, store, record["encoder"], record["files"], record["scaler"])
+    return Checkpoint(
+        record["step"], recipe, store, record["encoder"], record["files"], record["scaler"],
+        record.get("data", ""),
+    )  # fmt: skip
 
 
 def tensors(folder: Path, name: str) -> dict[str, Tensor]:

@@ -61,6 +61,12 @@ class Collator:
         label_rows: list[list[int]] = []
         for i, (key, turns, sample_tags) in enumerate(zip(keys, conversations, tags, strict=True)):
             prompt, prompt_labels = self.encode(turns, sample_tags, contexts[i] if contexts else "")
+            shown = self._image_tokens(prompt)
+            if shown != len(sample_tags) * self.processor.image_tokens:
+                raise InvalidInput(
+                    f"sample {key}: a picture of it stands after its last answer, or beyond "
+                    f"{self.max_length} tokens: leave it out, or raise data.max_length"
+                )
             if all(label == IGNORED for label in prompt_labels):
                 raise InvalidInput(
                     f"sample {key}: nothing is left to learn of it within {self.max_length} tokens: "
@@ -82,9 +88,11 @@ class Collator:
         """Encode one sample as token ids, with the label of each."""
         parts = []
         labels: list[int] = []
+        left = list(tags)
         for i, (text, learn) in enumerate(self.parts(turns, len(tags), context)):
-            # all images are in the first part
-            part = self.processor.encode(text, list(tags) if i == 0 else (), add_special_tokens=i == 0)
+            pictures = text.count(self.processor.image_token)
+            part = self.processor.encode(text, left[:pictures], add_special_tokens=i == 0)
+            left = left[pictures:]
             parts.append(part)
             labels += part.input_ids if learn else [IGNORED] * len(part.input_ids)
         whole = self.processor.join(parts)
@@ -127,22 +135,46 @@ class Collator:
             done = whole
         return parts
 
+    def _image_tokens(self, prompt: EncodedPrompt) -> int:
+        """Tokens of pictures, without those of their tags."""
+        image = self.processor.image_token_id
+        return sum(
+            token == image and tag < 0 for token, tag in zip(prompt.input_ids, prompt.tag_index, strict=True)
+        )
+
     def _render(self, messages: list[dict[str, Any]], *, prompt: bool) -> str:
         return render(self.processor, messages, add_generation_prompt=prompt)
 
 
 def to_messages(turns: Sequence[Turn], images: int, context: str = "") -> list[dict[str, Any]]:
-    """Turns to messages of a chat template, with the images (and then `context`) before the user's first
-    text."""
+    """Turns to messages of a chat template, with the images where the turns have them, and `context` before
+    the user's first text."""
+    placed = any(turn.pictures for turn in turns)
     messages: list[dict[str, Any]] = []
     for turn in turns:
-        content: list[dict[str, Any]] = [{"type": "text", "text": turn.text}]
-        if turn.role == "user" and images:
-            before = f"{context}\n" if context else ""
-            content = [{"type": "image"}] * images + [{"type": "text", "text": before + turn.text}]
-            images = 0
-        messages.append({"role": turn.role, "content": content})
+        places, text = turn.pictures, turn.text
+        if turn.role == "user":
+            if not placed:
+                places, images = (0,) * images, 0
+            if context:
+                text, shift = f"{context}\n{text}", len(context) + 1
+                places, context = tuple(place and place + shift for place in places), ""
+        messages.append({"role": turn.role, "content": _content(text, places)})
     return messages
+
+
+def _content(text: str, places: Sequence[int]) -> list[dict[str, Any]]:
+    """The parts of a message whose pictures stand at these offsets of its text."""
+    content: list[dict[str, Any]] = []
+    start = 0
+    for place in places:
+        if place > start:
+            content.append({"type": "text", "text": text[start:place]})
+            start = place
+        content.append({"type": "image"})
+    if text[start:] or not content:
+        content.append({"type": "text", "text": text[start:]})
+    return content
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

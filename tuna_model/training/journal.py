@@ -85,7 +85,7 @@ class Journal:
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8").split("\n"):
             with contextlib.suppress(json.JSONDecodeError):  # a line that a kill cut off
                 yield json.loads(line)
 

@@ -30,15 +30,17 @@ from tagstore.client import TagSource, connect
 from tagstore.errors import FingerprintMismatch, InvalidInput, Unavailable
 from tagstore.readers.samples import Sample, read_samples
 from tuna_model.modeling.model import TunaForConditionalGeneration
+from tuna_model.processing.data import digest as data_digest
 from tuna_model.processing.processor import TunaProcessor
 from tuna_model.processing.tags import TagLookup
 from tuna_model.training import checkpoint as checkpoints
 from tuna_model.training.checkpoint import Checkpoint, StorePin
 from tuna_model.training.collator import Collator, to_device
 from tuna_model.training.features import CachedFeatures, ImageFeatures, LiveFeatures, make_cache
-from tuna_model.training.journal import Journal, LogLine, flat, peak_memory
+from tuna_model.training.journal import Journal, LogLine, peak_memory
 from tuna_model.training.loader import Loader, Step, seed_everything
 from tuna_model.training.recipe import Recipe
+from tuna_model.training.resuming import check_context, check_same_data, check_same_run
 from tuna_model.training.runs import build_model
 from tuna_model.training.schedule import learning_rate, parameter_groups, set_rate
 from tuna_model.training.tag_feed import TagFeed
@@ -103,6 +105,8 @@ def train(
     )
     if recipe.data.first_caption:
         samples = [replace(sample, captions=sample.captions[:1]) for sample in samples]
+    samples_digest = data_digest(samples)
+    check_context(recipe, model)
     with contextlib.ExitStack() as stack:
         names = store_names(recipe, samples)
         sources = {
@@ -131,6 +135,7 @@ def train(
             saved = checkpoints.read(folder)
             checkpoints.check_store(saved.store, pin, allow=recipe.tags.any_store, where=folder)
             check_same_run(saved.recipe, recipe, folder)
+            check_same_data(saved.data, samples_digest, folder)
             checkpoints.put_trained(wrapped, checkpoints.tensors(folder, "trained"))
             checkpoints.put_optimizer(wrapped, prepared.optimizer, checkpoints.tensors(folder, "optimizer"))
             if average is not None:
@@ -187,7 +192,9 @@ def train(
                 clock = time.perf_counter()
                 if (taken and done % recipe.save_every == 0) or done == recipe.steps:
                     scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
-                    state = Checkpoint(done, recipe, pin, model.config.encoder_digest, scaler=scaler)
+                    state = Checkpoint(
+                        done, recipe, pin, model.config.encoder_digest, scaler=scaler, data=samples_digest
+                    )
                     save_checkpoint(accelerator, out, state, wrapped, prepared.optimizer, average)
                     clock = time.perf_counter()
     last = checkpoints.latest(out)
@@ -361,24 +368,6 @@ def image_features(
             make_cache(folder, live, samples, encoder=digest, layer=layer, progress=report)
         accelerator.wait_for_everyone()
     return CachedFeatures(folder, samples, encoder=digest, layer=layer)
-
-
-def check_same_run(saved: Recipe, now: Recipe, where: Path) -> None:
-    """Refuse to resume with another recipe; only fields that do not change the result may differ.
-
-    Raises `InvalidInput` with the fields that differ.
-    """
-    free = {"out", "log_every", "save_every", "keep", "ahead", "tensorboard"}
-    free |= {"data.path", "data.images", "data.allow_outside", "data.features"}
-    free |= {"tags.store", "tags.any_store", "tags.captions"}
-    old, new = flat(saved.to_dict()), flat(now.to_dict())
-    changed = sorted(key for key in (old.keys() | new.keys()) - free if old.get(key) != new.get(key))
-    if changed:
-        changes = ", ".join(f"{key} {old.get(key)!r} -> {new.get(key)!r}" for key in changed[:4])
-        raise InvalidInput(
-            f"{where} is of a run with another recipe ({changes}): "
-            "give another --out, or begin anew with --no-resume"
-        )
 
 
 def update_average(average: dict[str, torch.Tensor], model: nn.Module, decay: float) -> None:

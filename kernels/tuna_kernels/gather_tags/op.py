@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backend import choose
+from ..backend import choose, values_known
 from . import reference
 
 
@@ -37,12 +37,7 @@ def gather_tags(table: Tensor, ids: Tensor, *, impl: str = "auto") -> Tensor:
             f"gather_tags: expected table [V, E] and int32 or int64 ids [T], "
             f"got {list(table.shape)} and {ids.dtype} {list(ids.shape)}"
         )
-    if (
-        ids.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and ids.numel()
-        and int(ids.max()) >= table.shape[0]
-    ):
+    if values_known(ids) and ids.numel() and int(ids.max()) >= table.shape[0]:
         raise IndexError(f"gather_tags: id {int(ids.max())} is beyond the table's {table.shape[0]} rows")
     if table.device != ids.device:
         distinct, ids = torch.unique(ids, return_inverse=True)

@@ -7,7 +7,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from ..backend import choose
+from ..backend import choose, values_known
 from . import reference
 
 
@@ -63,15 +63,15 @@ def tag_attention(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together.
-        RuntimeError: `impl="triton"` cannot run; the message says why.
+        RuntimeError: `impl="triton"` cannot run, or has no forward-mode derivatives; the message says why.
     """
     _check(q, k, v, cu_tags, weights, bias, patch_mask)
-    if max_tags is not None and cu_tags.device.type == "cpu" and not torch.compiler.is_compiling():
+    if max_tags is not None and values_known(cu_tags):
         largest = reference.most_tags(cu_tags)
         if largest > max_tags:
             raise ValueError(f"tag_attention: an image has {largest} tags, more than max_tags={max_tags}")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if not choose(impl, "tag_attention", q):
+    if not choose(impl, "tag_attention", q, k, v, weights, bias):
         out, attention = reference.tag_attention(
             q,
             k,
@@ -110,7 +110,7 @@ def check_cu_tags(op: str, cu_tags: Tensor, total: int) -> None:
     """Refuse offsets that are not int32 `[B + 1]` rising from 0 to `total`; check values on the CPU only."""
     if cu_tags.ndim != 1 or cu_tags.numel() < 1 or cu_tags.dtype != torch.int32:
         raise ValueError(f"{op}: cu_tags must be int32 [B + 1], got {_shape(cu_tags)}")
-    if cu_tags.device.type == "cpu" and not torch.compiler.is_compiling():
+    if values_known(cu_tags):
         if int(cu_tags[0]) != 0 or int(cu_tags[-1]) != total:
             raise ValueError(
                 f"{op}: cu_tags must run from 0 to {total}, the number of tags, "

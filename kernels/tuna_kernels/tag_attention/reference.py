@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..backend import is_fake
+
 
 def slots(cu_tags: Tensor, total: int) -> tuple[Tensor, Tensor]:
     """Return two int64 `[T]` without a host sync: each packed tag's image, and its place in that image."""
@@ -37,16 +39,19 @@ def tag_attention(
     """
     (total, heads, dim), (batch, patches, kv_heads, _) = q.shape, k.shape
     image, slot = slots(cu_tags, total)
-    most = most_tags(cu_tags) if max_tags is None else max_tags
+    if max_tags is None:
+        # without values one image may have all tags
+        max_tags = total if is_fake(cu_tags) else most_tags(cu_tags)
+    most = max_tags
     group = heads // kv_heads
 
     padded = (
         q.new_zeros(batch, most, heads, dim)
-        .index_put((image, slot), q)
+        .index_put((image, slot), q * scale)  # before the product, which may be beyond float16
         .view(batch, most, kv_heads, group, dim)
     )
     logits = torch.einsum("bnkgd,bpkd->bnkgp", padded, k).reshape(batch, most, heads, patches)
-    logits = logits[image, slot] * scale
+    logits = logits[image, slot]
     if bias is not None:
         logits = logits + (bias if bias.ndim == 3 else bias[:, None]).to(logits.dtype)
     if patch_mask is not None:

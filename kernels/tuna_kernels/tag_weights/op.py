@@ -75,7 +75,8 @@ def tag_weights(
         raise ValueError(
             f"tag_weights: cu_tags must have {image_embeddings.shape[0] + 1} values, got {cu_tags.numel()}"
         )
-    if not choose(impl, "tag_weights", tag_embeddings):
+    learned = temperature if isinstance(temperature, Tensor) else None
+    if not choose(impl, "tag_weights", tag_embeddings, image_embeddings, learned):
         scores = reference.cosines(tag_embeddings, image_embeddings, cu_tags)
         return reference.score_weights(
             scores, cu_tags, temperature=temperature, coupling=coupling, threshold=threshold
@@ -101,7 +102,7 @@ def score_weights(
     if scores.ndim != 1:
         raise ValueError(f"score_weights: expected scores [T], got {list(scores.shape)}")
     _check("score_weights", scores, cu_tags, temperature, coupling, threshold)
-    if not choose(impl, "score_weights", scores):
+    if not choose(impl, "score_weights", scores, temperature if isinstance(temperature, Tensor) else None):
         return reference.score_weights(
             scores, cu_tags, temperature=temperature, coupling=coupling, threshold=threshold
         )
