@@ -112,7 +112,7 @@ def proxy(
         raise click.UsageError("name the server with --upstream and the store with --store, or give --config")
     else:
         named = [_split(text) for text in upstreams]
-        values = {
+        values: dict[str, Any] = {
             "upstreams": [{"url": url, "models": [name] if name else []} for name, url in named],
             "stores": {
                 name or f"store{number}": url for number, (name, url) in enumerate(map(_split, stores), 1)

@@ -26,10 +26,10 @@ class TagStyle(BaseModel):
     """Instead of the style's own words; holds {tags}, which the tags replace, separated by commas."""
     signal: Literal["relevance", "similarity", "vote_share"] = "relevance"
     """Which tags are the best. The relevance of a grounded store, else similarity, is a good choice."""
-    max_tags: int = Field(10, ge=1, le=100)
-    threshold: float = Field(0.0, ge=0, le=1)
+    max_tags: int = Field(default=10, ge=1, le=100)
+    threshold: float = Field(default=0.0, ge=0, le=1)
     """Tags with less than this share of the best tag's weight are left out."""
-    temperature: float = Field(0.1, gt=0)
+    temperature: float = Field(default=0.1, gt=0)
     """Of the weights: softmax(signal / temperature), divided by the best one."""
     ban: tuple[str, ...] = ()
     """Tags that are never given, whatever their case."""

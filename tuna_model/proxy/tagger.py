@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tagstore.errors import BadImage, InvalidInput, TagstoreError, TimedOut
+from tagstore.errors import InvalidInput, TagstoreError, TimedOut
 from tagstore.types import Retrieval
 from tuna_model.inference.prompt import chosen_tags, tag_lines
 from tuna_model.processing.tags import ImageTags, TagLayout
@@ -65,7 +65,7 @@ class Tagger:
             return Tagged(degraded="pictures")
         try:
             answers = await self.lookup([picture.data for picture in pictures], store)
-        except BadImage as error:
+        except InvalidInput as error:  # over gRPC a bad image is one of these
             return _degraded("picture", error)
         except TimedOut as error:
             return _degraded("deadline", error)
