@@ -212,4 +212,4 @@ def test_a_model_weighs_relevance_more_where_the_store_is_grounded(root: Path):
     assert tuple(tuna.model.config.tag_mix) == (5.0, 9.0, 6.6)
     ground(root, "s")
     tuna = Pipeline.load("tiny", store=f"file://{root}/s", **fields)
-    assert tuple(tuna.model.config.tag_mix) == tuple(tuna.processor.layout["mix"]) == (40.0, 9.0, 0.0)
+    assert tuple(tuna.model.config.tag_mix) == tuple(tuna.processor.layout["mix"]) == (240.0, 54.0, 0.0)

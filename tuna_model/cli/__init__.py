@@ -26,6 +26,7 @@ COMMANDS = {
     "audit": ("eval", "Measure how answers depend on tags, and follow wrong ones."),
     "explain": ("explain", "Write a page that explains an answer."),
     "serve": ("serve", "OpenAI's chat completions, with tags beside the answers."),
+    "proxy": ("proxy", "Give any served model the tags of a store."),
     "prompt": ("prompt", "Write weighed tags into a prompt for any served model."),
 }
 """Name -> (module of this package that has the click command of that name, its line in `--help`)."""

@@ -122,9 +122,9 @@ class TunaConfig(PreTrainedConfig):  # type: ignore[misc]
     formerly `votes`), `mixed` (their sum with the factors `tag_mix`), `uniform`."""
     tag_mix: tuple[float, float, float] = (1.0, 1.0, 1.0)
     """Of `mixed`: factors of relevance, similarity and vote share."""
-    tag_mix_grounded: tuple[float, float, float] = (40.0, 9.0, 0.0)
+    tag_mix_grounded: tuple[float, float, float] = (240.0, 54.0, 0.0)
     """Instead of `tag_mix` where the store's tag embeddings are learnt from its pictures (`tagstore ground`):
-    their relevance is smaller, and tells more than the other two."""
+    their relevance is smaller, and tells more than the other two. `docs/experiments.md` has the figures."""
     tag_temperature: float = 0.1
     """Of the softmax over an image's tags. At 1 weights are nearly equal, at CLIP's 0.01 one tag takes nearly
     all."""

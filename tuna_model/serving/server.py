@@ -12,11 +12,9 @@ share a batch, a stream is answered alone. When the store is down the model answ
 
 from __future__ import annotations
 
-import asyncio
 import hmac
 import time
-from collections.abc import Coroutine
-from typing import Any, TypeVar
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -27,11 +25,10 @@ from starlette.routing import Route
 from tuna_model.inference.answers import PreparedBatch
 from tuna_model.inference.pipeline import Pipeline
 from tuna_model.serving.bodies import BODY_SECONDS, Bodies
+from tuna_model.serving.callers import unless_gone
 from tuna_model.serving.refusals import Refused, error_response
 from tuna_model.serving.replies import Reply
 from tuna_model.serving.worker import Worker
-
-T = TypeVar("T")
 
 
 def app(
@@ -61,8 +58,8 @@ def app(
         _check_key(request, api_key)
         try:
             async with bodies.read(request) as body:
-                job = await _unless_gone(request, worker.read(body))
-            result = await _unless_gone(request, worker.first_result(job))
+                job = await unless_gone(request, worker.read(body))
+            result = await unless_gone(request, worker.first_result(job))
         except ClientDisconnect:
             return Response(status_code=499)  # nobody reads it
         reply = Reply(name)
@@ -147,23 +144,3 @@ def _check_key(request: Request, api_key: str) -> None:
             "'Authorization: Bearer KEY'",
             code="invalid_api_key", status=401,
         )  # fmt: skip
-
-
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Await something for a caller; if the caller goes first, cancel it and raise `ClientDisconnect`."""
-    task = asyncio.create_task(work)
-    gone = asyncio.create_task(_gone(request))
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientDisconnect
-        return task.result()
-    finally:
-        task.cancel()
-        gone.cancel()
-
-
-async def _gone(request: Request) -> None:
-    """Return when the caller of a request, whose body was read, has gone."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
