@@ -31,7 +31,7 @@ from tagstore.encoding.encoder import Encoder, load_encoder, load_encoder_of
 from tagstore.encoding.images import decoding, perceptual_hash
 from tagstore.errors import BadImage, InvalidInput, NotFound
 from tagstore.indexing import faiss_index
-from tagstore.mining import Miner, Rules, identity, load_miner, load_rules, merge
+from tagstore.mining import Miner, Rules, identity, load_miner, load_rules, merge, unread_captions
 from tagstore.readers import Columns, read
 from tagstore.readers.pair_check import MAX_NOTE_CHARS, checked
 from tagstore.storage.environments import writing
@@ -83,6 +83,10 @@ class Report:
     """The first `MAX_REPORTED_REJECTS`."""
     reasons: dict[str, int] = field(default_factory=dict)
     """Pairs quarantined, by reason without its particulars."""
+    captions: int = 0
+    """Captions that were mined in this run, if the miner counts them."""
+    unread: dict[str, int] = field(default_factory=dict)
+    """Those in languages that the miner does not read, by ISO 639-1 code."""
     resumed: int = 0
     """Pairs that an earlier run, cut off, had already done."""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -252,6 +256,7 @@ class _Run:
             )
             self._miner = load_miner(miner) if isinstance(miner, str) else miner
         self.miner_identity = identity(self._miner, rules)
+        self._captions_before = unread_captions(self._miner)
         self._source, self._rules, self._advance, self._settled = source, rules, advance, settled
         self._report = Report(store, 0)
         self.batch, self.batch_bytes, self.decode_memory = BATCH, BATCH_BYTES, SHARED
@@ -286,6 +291,8 @@ class _Run:
                     miner=self.miner_identity,
                     indexer=faiss_index.extend,
                 )
+        unread = unread_captions(self._miner) - self._captions_before
+        report.captions, report.unread = unread.pop("", 0), dict(unread.most_common())
         if version := writer.parent:
             report.version, report.entries = version.number, version.entries
             report.tags, report.unique_tags = version.tags, version.unique_tags

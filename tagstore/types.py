@@ -114,6 +114,8 @@ class Tag:
     """Text with case and number folded, which identifies a tag within its kind; `text` if empty."""
     label: str = ""
     """Detail of the kind: `PERSON`, `GPE`, `ORG` or `BRAND` for an entity, the column for a custom tag."""
+    language: str = "en"
+    """ISO 639-1 code of the caption's language; "en" for metadata too."""
 
     def __post_init__(self) -> None:
         if not self.canonical:

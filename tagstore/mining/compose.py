@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, tee
 from typing import Any
@@ -32,6 +33,19 @@ class Composed:
         self.name = "+".join(part.name for part in parts)
         self.version = "+".join(part.version for part in parts)
         self.settings: Mapping[str, Any] = {part.name: dict(part.settings) for part in parts}
+
+    @property
+    def languages(self) -> frozenset[str]:
+        """The languages that some part reads."""
+        return frozenset().union(*(getattr(part, "languages", ()) for part in self.parts))
+
+    @property
+    def captions_by_language(self) -> Counter[str]:
+        """Captions that the parts counted, each once: a language has the largest count of a part."""
+        counts: Counter[str] = Counter()
+        for part in self.parts:
+            counts |= getattr(part, "captions_by_language", Counter())
+        return counts
 
     def mine(self, pairs: Iterable[Pair]) -> Iterator[tuple[Tag, ...]]:
         """The look-ahead of each part is bounded, and so is what `tee` holds for the others."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -23,6 +24,18 @@ class Miner(Protocol):
     def mine(self, pairs: Iterable[Pair]) -> Iterator[tuple[Tag, ...]]:
         """One tuple of tags a pair, in order, read lazily with a bounded look-ahead."""
         ...
+
+
+def unread_captions(miner: Miner) -> Counter[str]:
+    """Count the captions so far in languages that the miner does not read, by language; of all, under "".
+
+    Empty for miners that do not say which languages they read (`languages`, `captions_by_language`).
+    """
+    counts: Counter[str] = getattr(miner, "captions_by_language", Counter())
+    languages: frozenset[str] = getattr(miner, "languages", frozenset())
+    unread = Counter({code: n for code, n in counts.items() if code not in languages | {"zxx"}})
+    unread[""] = counts.total()
+    return unread
 
 
 def identity(miner: Miner, rules: Rules) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from threading import Lock
 
@@ -18,6 +19,14 @@ class SharedMiner:
     def __init__(self, miner: Miner) -> None:
         self._miner, self._lock = miner, Lock()
         self.name, self.version, self.settings = miner.name, miner.version, miner.settings
+
+    @property
+    def languages(self) -> frozenset[str]:
+        return getattr(self._miner, "languages", frozenset())
+
+    @property
+    def captions_by_language(self) -> Counter[str]:
+        return getattr(self._miner, "captions_by_language", Counter())
 
     def mine(self, pairs: Iterable[Pair]) -> Iterator[tuple[Tag, ...]]:
         with self._lock:
