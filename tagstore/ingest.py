@@ -31,14 +31,24 @@ from tagstore.encoding.encoder import Encoder, load_encoder, load_encoder_of
 from tagstore.encoding.images import decoding, perceptual_hash
 from tagstore.errors import BadImage, InvalidInput, NotFound
 from tagstore.indexing import faiss_index
-from tagstore.mining import Miner, Rules, identity, load_miner, load_rules, merge, unread_captions
+from tagstore.mining import (
+    Miner,
+    Pictures,
+    Rules,
+    identity,
+    load_miner,
+    load_rules,
+    merge,
+    mine_seen,
+    unread_captions,
+)
 from tagstore.readers import Columns, read
 from tagstore.readers.pair_check import MAX_NOTE_CHARS, checked
 from tagstore.storage.environments import writing
 from tagstore.storage.staging import Draft, Progress, Sync
 from tagstore.storage.store import Store, check_name
 from tagstore.storage.writer import Writer
-from tagstore.types import Pair, Rejected
+from tagstore.types import Pair, Rejected, Vectors
 
 log = logging.getLogger(__name__)
 
@@ -312,10 +322,11 @@ class _Run:
         good = [item for item in good if id(item.draft) in kept]
         vectors, mined = None, []
         if good:
+            pixels = np.stack([item.pixels for item in good])
             with self.clock("embed"):
-                vectors = self.encoder.encode_images(np.stack([item.pixels for item in good]))
+                vectors, pictures = self._embedded(pixels)
             with self.clock("mine"):
-                tags_of_each = self._miner.mine(item.pair for item in good)
+                tags_of_each = mine_seen(self._miner, [item.pair for item in good], pictures)
                 mined = [self._rules.apply(merge(tags)) for tags in tags_of_each]
         progress.pairs += len(batch)
         progress.added += len(good)
@@ -328,6 +339,14 @@ class _Run:
             self._note(refused)
         self._advance("pairs", len(batch))
         self._settled(_outcomes(batch, {draft.key for draft in drafts}, duplicates))
+
+    def _embedded(self, pixels: NDArray[np.uint8]) -> tuple[Vectors, Pictures]:
+        """The vectors of a batch, and what a miner of pictures needs of it: one forward for both."""
+        name = self.encoder.fingerprint.model
+        if getattr(self._miner, "reads_pictures", False) and name == "mini":
+            pooled, vectors = self.encoder.encode_pooled(pixels)
+            return vectors, Pictures(pixels, name, pooled)
+        return self.encoder.encode_images(pixels), Pictures(pixels, name)
 
     def _note(self, refused: Rejected) -> None:
         report = self._report

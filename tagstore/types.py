@@ -97,6 +97,10 @@ class Rejected:
     origin: str = ""
 
 
+PICTURE_SPAN = (1, 1)
+"""The span of a tag that was read from the picture, whose caption is -1."""
+
+
 @dataclass(frozen=True, slots=True)
 class Tag:
     """A short phrase mined from a caption."""
@@ -105,9 +109,12 @@ class Tag:
     """As shown: "blue sky", "Montepulciano"."""
     kind: Kind
     span: tuple[int, int]
-    """Character offsets `[start, end)` in its caption; `(0, 0)` if it has no place in one."""
+    """Character offsets `[start, end)` in its caption.
+
+    `(0, 0)` if it has no place in one; `PICTURE_SPAN`, with caption -1, if it was read from the picture.
+    """
     caption: int = 0
-    """Index into `Pair.captions`; -1 for a tag from the metadata."""
+    """Index into `Pair.captions`; -1 for a tag from the metadata or the picture."""
     score: float = 1.0
     """Confidence in [0, 1]."""
     canonical: str = ""
@@ -154,7 +161,8 @@ class EntryTag:
     score: float
     """Confidence of the surest mention, in [0, 1], stored in steps of 1/255."""
     mentions: tuple[tuple[int, int, int], ...] = ()
-    """Each place it was mined from: (caption, start, end); caption -1 is the metadata."""
+    """Each place it was mined from: (caption, start, end); caption -1 is the metadata, or the picture if start
+    and end are `PICTURE_SPAN`."""
 
 
 @dataclass(frozen=True, slots=True)

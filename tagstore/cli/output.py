@@ -59,10 +59,12 @@ def print_report(report: Report | Ingested, as_json: bool) -> None:
         example = next((r for r in report.quarantined if r.reason.startswith(reason)), None)
         suffix = f", for example {example.key}: {example.reason}" if example else ""
         click.echo(f"  {count} x {reason}{suffix}")
-    if unread := getattr(report, "unread", {}):
+    unread: dict[str, int] = getattr(report, "unread", {})
+    if unread:
+        captions: int = getattr(report, "captions", 0)
         count, languages = sum(unread.values()), ", ".join(f"{code} {n}" for code, n in unread.items())
         click.echo(
-            f"no tags from {count} of {report.captions} captions ({count / report.captions:.0%}), which are "
+            f"no tags from {count} of {captions} captions ({count / captions:.0%}), which are "
             f"in other languages: {languages}; --miner rules+spacy:MODEL reads them"
         )
     if report.seconds:

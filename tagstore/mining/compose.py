@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, tee
 from typing import Any
 
-from tagstore.mining.miner import Miner
+from tagstore.mining.miner import Miner, Pictures, mine_seen
 from tagstore.types import Pair, Tag
 
 
@@ -46,6 +46,17 @@ class Composed:
         for part in self.parts:
             counts |= getattr(part, "captions_by_language", Counter())
         return counts
+
+    @property
+    def reads_pictures(self) -> bool:
+        """Whether some part reads pictures."""
+        return any(getattr(part, "reads_pictures", False) for part in self.parts)
+
+    def mine_pictures(self, pairs: Sequence[Pair], pictures: Pictures) -> Iterator[tuple[Tag, ...]]:
+        """As `mine`, with the pictures of the pairs for the parts that read them."""
+        mined = [mine_seen(part, pairs, pictures) for part in self.parts]
+        for tags in zip(*mined, strict=True):
+            yield tuple(chain.from_iterable(tags))
 
     def mine(self, pairs: Iterable[Pair]) -> Iterator[tuple[Tag, ...]]:
         """The look-ahead of each part is bounded, and so is what `tee` holds for the others."""

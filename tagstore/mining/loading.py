@@ -22,6 +22,7 @@ SHIPPED = {
     "metadata": "tagstore.mining.metadata:MetadataMiner",
     "keywords": "tagstore.mining.keywords:KeywordMiner",
     "spacy": "tagstore.mining.spacy_models:SpacyMiner",
+    "image": "tagstore.mining.pictures:ImageMiner",
     "factual": "tagstore.mining.factual:FactualMiner",
     "none": "tagstore.mining.compose:NoMiner",
 }

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from threading import Lock
 
-from tagstore.mining import Miner, load_miner
+from tagstore.mining import Miner, Pictures, load_miner, mine_seen
 from tagstore.types import Pair, Tag
 
 KEPT = 2
@@ -22,11 +22,21 @@ class SharedMiner:
 
     @property
     def languages(self) -> frozenset[str]:
-        return getattr(self._miner, "languages", frozenset())
+        languages: frozenset[str] = getattr(self._miner, "languages", frozenset())
+        return languages
 
     @property
     def captions_by_language(self) -> Counter[str]:
-        return getattr(self._miner, "captions_by_language", Counter())
+        counts: Counter[str] = getattr(self._miner, "captions_by_language", None) or Counter()
+        return counts
+
+    @property
+    def reads_pictures(self) -> bool:
+        return bool(getattr(self._miner, "reads_pictures", False))
+
+    def mine_pictures(self, pairs: Sequence[Pair], pictures: Pictures) -> Iterator[tuple[Tag, ...]]:
+        with self._lock:
+            return iter(list(mine_seen(self._miner, pairs, pictures)))
 
     def mine(self, pairs: Iterable[Pair]) -> Iterator[tuple[Tag, ...]]:
         with self._lock:
