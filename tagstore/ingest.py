@@ -40,6 +40,7 @@ from tagstore.mining import (
     load_rules,
     merge,
     mine_seen,
+    reads_pictures,
     unread_captions,
 )
 from tagstore.readers import Columns, read
@@ -151,9 +152,18 @@ def ingest(
         "allow_outside": allow_outside,
     }
 
+    miner = load_miner(miner) if isinstance(miner, str) else miner
+    optional = reads_pictures(miner)
+
     def read_source() -> Pairs:
-        items = read(source, format=format, columns=columns, allow_outside=allow_outside)
-        return _peeked(map(checked, items))
+        items = read(
+            source,
+            format=format,
+            columns=columns,
+            allow_outside=allow_outside,
+            captions_optional=optional,
+        )
+        return _peeked(checked(item, captions_optional=optional) for item in items)
 
     pairs = read_source()
     run = _Run(root, store, where, encoder, miner, vocabulary or load_rules(), device, progress)
@@ -214,7 +224,8 @@ def ingest_pairs(
     run.batch, run.batch_bytes, run.decode_memory, run.decoded = batch, batch_bytes, decode_memory, decoded
     with Writer(root, store, run.encoder.fingerprint, sync=sync) as writer:
         try:
-            return run.finish(map(checked, pairs), writer, Progress(""))
+            good = (checked(pair, captions_optional=run.reads_pictures) for pair in pairs)
+            return run.finish(good, writer, Progress(""))
         except Exception:
             _remove_if_empty(writer)
             raise
@@ -265,6 +276,7 @@ class _Run:
                 encoder if isinstance(encoder, Encoder) else _encoder_for(root, store, encoder, device)
             )
             self._miner = load_miner(miner) if isinstance(miner, str) else miner
+        self.reads_pictures = reads_pictures(self._miner)
         self.miner_identity = identity(self._miner, rules)
         self._captions_before = unread_captions(self._miner)
         self._source, self._rules, self._advance, self._settled = source, rules, advance, settled
@@ -343,7 +355,7 @@ class _Run:
     def _embedded(self, pixels: NDArray[np.uint8]) -> tuple[Vectors, Pictures]:
         """The vectors of a batch, and what a miner of pictures needs of it: one forward for both."""
         name = self.encoder.fingerprint.model
-        if getattr(self._miner, "reads_pictures", False) and name == "mini":
+        if self.reads_pictures and name == "mini":
             pooled, vectors = self.encoder.encode_pooled(pixels)
             return vectors, Pictures(pixels, name, pooled)
         return self.encoder.encode_images(pixels), Pictures(pixels, name)

@@ -161,8 +161,10 @@ class EntryTag:
     score: float
     """Confidence of the surest mention, in [0, 1], stored in steps of 1/255."""
     mentions: tuple[tuple[int, int, int], ...] = ()
-    """Each place it was mined from: (caption, start, end); caption -1 is the metadata, or the picture if start
-    and end are `PICTURE_SPAN`."""
+    """Each place it was mined from: (caption, start, end).
+
+    Caption -1 is the metadata, or the picture if start and end are `PICTURE_SPAN`.
+    """
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,10 +2,10 @@
 
     python -m benchmarks.mining.pictures --data PATH
 
-PATH holds flickr8k/, coco_mini/ and grocery/. Of photographs, a tag is right that a caption or an annotation of
-the same photograph confirms: by its name, the last word of it, or its kind (a beagle is a dog). What nobody
-mentions counts as wrong, so the share is a lower bound. Of groceries, the class of the product decides, and only
-products that ImageNet has count. Also: what the tags cost, beside an embedding of the same pictures.
+PATH holds flickr8k/, coco_mini/ and grocery/. Of photographs, a tag is right that a caption or an annotation
+of the same photograph confirms: by its name, the last word of it, or its kind (a beagle is a dog). What
+nobody mentions counts as wrong, so the share is a lower bound. Of groceries, the class of the product decides, and
+only products that ImageNet has count. Also: what the tags cost, beside an embedding of the same pictures.
 """
 
 from __future__ import annotations
@@ -70,9 +70,7 @@ def groceries(data: Path) -> Iterator[Picture]:
 def is_right(name: str, number: int, words: frozenset[str]) -> bool:
     """Whether a class is confirmed by the words of a picture."""
     said = {name, singular(name), singular(name.split()[-1])}
-    kinds = {
-        kind for kind, places in GROUPS.items() if any(first <= number < last for first, last in places)
-    }
+    kinds = {kind for kind, places in GROUPS.items() if any(first <= number < last for first, last in places)}
     phrase = all(singular(word) in words for word in name.split())
     return phrase or not words.isdisjoint(said | kinds)
 

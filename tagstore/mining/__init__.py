@@ -2,7 +2,16 @@
 
 from tagstore.mining.loading import load_miner, mine
 from tagstore.mining.merging import MergedTag, merge
-from tagstore.mining.miner import Miner, PictureMiner, Pictures, identity, mine_seen, refuse, unread_captions
+from tagstore.mining.miner import (
+    Miner,
+    PictureMiner,
+    Pictures,
+    identity,
+    mine_seen,
+    reads_pictures,
+    refuse,
+    unread_captions,
+)
 from tagstore.mining.vocabulary import Rules, load_rules
 
 __all__ = [
@@ -17,6 +26,7 @@ __all__ = [
     "merge",
     "mine",
     "mine_seen",
+    "reads_pictures",
     "refuse",
     "unread_captions",
 ]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, tee
 from typing import Any
 
-from tagstore.mining.miner import Miner, Pictures, mine_seen
+from tagstore.mining.miner import Miner, Pictures, mine_seen, reads_pictures
 from tagstore.types import Pair, Tag
 
 
@@ -50,7 +50,7 @@ class Composed:
     @property
     def reads_pictures(self) -> bool:
         """Whether some part reads pictures."""
-        return any(getattr(part, "reads_pictures", False) for part in self.parts)
+        return any(map(reads_pictures, self.parts))
 
     def mine_pictures(self, pairs: Sequence[Pair], pictures: Pictures) -> Iterator[tuple[Tag, ...]]:
         """As `mine`, with the pictures of the pairs for the parts that read them."""

@@ -53,6 +53,11 @@ class PictureMiner(Miner, Protocol):
         ...
 
 
+def reads_pictures(miner: Miner) -> bool:
+    """Whether a miner reads pictures, so that pairs need no caption."""
+    return bool(getattr(miner, "reads_pictures", False))
+
+
 def mine_seen(miner: Miner, pairs: Sequence[Pair], pictures: Pictures) -> Iterator[tuple[Tag, ...]]:
     """Mine pairs whose pictures are at hand, by any miner."""
     return miner.mine_pictures(pairs, pictures) if isinstance(miner, PictureMiner) else miner.mine(pairs)

@@ -149,7 +149,15 @@ class ImageMiner:
 
     def _tags(self, labels: Labels) -> tuple[Tag, ...]:
         return tuple(
-            Tag(name, "object", PICTURE_SPAN, -1, round(probability, 3), singular(name), "image")
+            Tag(
+                name.lower(),
+                "object",
+                PICTURE_SPAN,
+                -1,
+                round(probability, 3),
+                singular(name.lower()),
+                "image",
+            )
             for name, probability in labels
             if probability > self._threshold
         )

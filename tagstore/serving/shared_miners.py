@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from threading import Lock
 
-from tagstore.mining import Miner, Pictures, load_miner, mine_seen
+from tagstore.mining import Miner, Pictures, load_miner, mine_seen, reads_pictures
 from tagstore.types import Pair, Tag
 
 KEPT = 2
@@ -32,7 +32,7 @@ class SharedMiner:
 
     @property
     def reads_pictures(self) -> bool:
-        return bool(getattr(self._miner, "reads_pictures", False))
+        return reads_pictures(self._miner)
 
     def mine_pictures(self, pairs: Sequence[Pair], pictures: Pictures) -> Iterator[tuple[Tag, ...]]:
         with self._lock:

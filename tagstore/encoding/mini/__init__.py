@@ -72,7 +72,7 @@ def image_tower_weights() -> dict[str, Any]:
 
 
 def image_classifier() -> tuple[Any, Any]:
-    """The ImageNet-1k head that the image tower was trained with: weights `[1000, 1280]` and bias `[1000]`."""
+    """The ImageNet-1k head that the image tower was trained with: weights `[1000, 1280]`, bias `[1000]`."""
     *_, weight, bias = image_tower_weights().values()
     return weight, bias
 
