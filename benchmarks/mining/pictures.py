@@ -2,10 +2,11 @@
 
     python -m benchmarks.mining.pictures --data PATH
 
-PATH holds flickr8k/, coco_mini/ and grocery/. Of photographs, a tag is right that a caption or an annotation
-of the same photograph confirms: by its name, the last word of it, or its kind (a beagle is a dog). What
-nobody mentions counts as wrong, so the share is a lower bound. Of groceries, the class of the product decides, and
-only products that ImageNet has count. Also: what the tags cost, beside an embedding of the same pictures.
+PATH holds flickr8k/, coco_mini/ and grocery/. Of photographs, a tag is right that a caption or an
+annotation of the same photograph confirms: by its name, the last word of it, or its kind (a beagle is a
+dog). What nobody mentions counts as wrong, so the share is a lower bound. Of groceries, the class of the
+product decides, and only products that ImageNet has count. Also: what the tags cost, beside an embedding of
+the same pictures.
 """
 
 from __future__ import annotations
