@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tagstore.plain_text import one_line
+
 if TYPE_CHECKING:
     from tagstore.client.admin import Ingested
     from tagstore.ingest import Advance, Report
@@ -35,6 +37,7 @@ def retrieval_json(retrieval: Retrieval) -> dict[str, Any]:
                 "votes": t.votes,
                 "relevance": round(t.relevance, 6),
                 "neighbours": list(t.neighbours),
+                **({"why": [asdict(place) for place in retrieval.why(t)]} if retrieval.miner else {}),
             }
             for t in retrieval.tags
         ],
@@ -78,6 +81,19 @@ def print_retrieval(query: str, retrieval: Retrieval) -> None:
         ("tag", "kind", "votes", "similarity", "relevance"),
         ((t.tag, t.kind, t.votes, f"{t.similarity:.3f}", f"{t.relevance:.3f}") for t in retrieval.tags),
     )
+    if retrieval.miner:
+        print_provenance(retrieval)
+
+
+def print_provenance(retrieval: Retrieval) -> None:
+    """Print where each tag came from, as far as the answer says."""
+    rows = []
+    for tag in retrieval.tags:
+        for number, place in enumerate(retrieval.why(tag)):
+            words = f"{place.words} ({place.caption})" if place.source == "caption" else place.source
+            shown = tag.tag if number == 0 else ""
+            rows.append((shown, place.key, one_line(words), f"{place.score:.2f}", place.miner))
+    table(("tag", "neighbour", "words (caption)", "score", "miner"), rows)
 
 
 def table(columns: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> None:
