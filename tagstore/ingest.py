@@ -31,7 +31,18 @@ from tagstore.encoding.encoder import Encoder, load_encoder, load_encoder_of
 from tagstore.encoding.images import decoding, perceptual_hash
 from tagstore.errors import BadImage, InvalidInput, NotFound
 from tagstore.indexing import faiss_index
-from tagstore.mining import Miner, Rules, identity, load_miner, load_rules, merge
+from tagstore.mining import (
+    Miner,
+    Pictures,
+    Rules,
+    identity,
+    load_miner,
+    load_rules,
+    merge,
+    mine_seen,
+    reads_pictures,
+    unread_captions,
+)
 from tagstore.readers import Columns, read
 from tagstore.readers.pair_check import MAX_NOTE_CHARS, checked
 from tagstore.storage.environments import writing
@@ -39,7 +50,7 @@ from tagstore.storage.grounding import ground
 from tagstore.storage.staging import Draft, Progress, Sync
 from tagstore.storage.store import Store, check_name
 from tagstore.storage.writer import Writer
-from tagstore.types import Pair, Rejected
+from tagstore.types import Pair, Rejected, Vectors
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +95,10 @@ class Report:
     """The first `MAX_REPORTED_REJECTS`."""
     reasons: dict[str, int] = field(default_factory=dict)
     """Pairs quarantined, by reason without its particulars."""
+    captions: int = 0
+    """Captions that were mined in this run, if the miner counts them."""
+    unread: dict[str, int] = field(default_factory=dict)
+    """Those in languages that the miner does not read, by ISO 639-1 code."""
     resumed: int = 0
     """Pairs that an earlier run, cut off, had already done."""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -138,9 +153,18 @@ def ingest(
         "allow_outside": allow_outside,
     }
 
+    miner = load_miner(miner) if isinstance(miner, str) else miner
+    optional = reads_pictures(miner)
+
     def read_source() -> Pairs:
-        items = read(source, format=format, columns=columns, allow_outside=allow_outside)
-        return _peeked(map(checked, items))
+        items = read(
+            source,
+            format=format,
+            columns=columns,
+            allow_outside=allow_outside,
+            captions_optional=optional,
+        )
+        return _peeked(checked(item, captions_optional=optional) for item in items)
 
     pairs = read_source()
     run = _Run(root, store, where, encoder, miner, vocabulary or load_rules(), device, progress)
@@ -201,7 +225,8 @@ def ingest_pairs(
     run.batch, run.batch_bytes, run.decode_memory, run.decoded = batch, batch_bytes, decode_memory, decoded
     with Writer(root, store, run.encoder.fingerprint, sync=sync) as writer:
         try:
-            return run.finish(map(checked, pairs), writer, Progress(""))
+            good = (checked(pair, captions_optional=run.reads_pictures) for pair in pairs)
+            return run.finish(good, writer, Progress(""))
         except Exception:
             _remove_if_empty(writer)
             raise
@@ -252,7 +277,9 @@ class _Run:
                 encoder if isinstance(encoder, Encoder) else _encoder_for(root, store, encoder, device)
             )
             self._miner = load_miner(miner) if isinstance(miner, str) else miner
+        self.reads_pictures = reads_pictures(self._miner)
         self.miner_identity = identity(self._miner, rules)
+        self._captions_before = unread_captions(self._miner)
         self._source, self._rules, self._advance, self._settled = source, rules, advance, settled
         self._report = Report(store, 0)
         self.batch, self.batch_bytes, self.decode_memory = BATCH, BATCH_BYTES, SHARED
@@ -290,6 +317,8 @@ class _Run:
                     miner=self.miner_identity,
                     indexer=faiss_index.extend,
                 )
+        unread = unread_captions(self._miner) - self._captions_before
+        report.captions, report.unread = unread.pop("", 0), dict(unread.most_common())
         if version := writer.parent:
             report.version, report.entries = version.number, version.entries
             report.tags, report.unique_tags = version.tags, version.unique_tags
@@ -309,10 +338,11 @@ class _Run:
         good = [item for item in good if id(item.draft) in kept]
         vectors, mined = None, []
         if good:
+            pixels = np.stack([item.pixels for item in good])
             with self.clock("embed"):
-                vectors = self.encoder.encode_images(np.stack([item.pixels for item in good]))
+                vectors, pictures = self._embedded(pixels)
             with self.clock("mine"):
-                tags_of_each = self._miner.mine(item.pair for item in good)
+                tags_of_each = mine_seen(self._miner, [item.pair for item in good], pictures)
                 mined = [self._rules.apply(merge(tags)) for tags in tags_of_each]
         progress.pairs += len(batch)
         progress.added += len(good)
@@ -325,6 +355,14 @@ class _Run:
             self._note(refused)
         self._advance("pairs", len(batch))
         self._settled(_outcomes(batch, {draft.key for draft in drafts}, duplicates))
+
+    def _embedded(self, pixels: NDArray[np.uint8]) -> tuple[Vectors, Pictures]:
+        """The vectors of a batch, and what a miner of pictures needs of it: one forward for both."""
+        name = self.encoder.fingerprint.model
+        if self.reads_pictures and name == "mini":
+            pooled, vectors = self.encoder.encode_pooled(pixels)
+            return vectors, Pictures(pixels, name, pooled)
+        return self.encoder.encode_images(pixels), Pictures(pixels, name)
 
     def _note(self, refused: Rejected) -> None:
         report = self._report

@@ -97,6 +97,12 @@ class Rejected:
     origin: str = ""
 
 
+MAX_MENTIONS = 8
+"""Mentions of a tag that an answer holds, at most."""
+PICTURE_SPAN = (1, 1)
+"""The span of a tag that was read from the picture, whose caption is -1."""
+
+
 @dataclass(frozen=True, slots=True)
 class Tag:
     """A short phrase mined from a caption."""
@@ -105,15 +111,20 @@ class Tag:
     """As shown: "blue sky", "Montepulciano"."""
     kind: Kind
     span: tuple[int, int]
-    """Character offsets `[start, end)` in its caption; `(0, 0)` if it has no place in one."""
+    """Character offsets `[start, end)` in its caption.
+
+    `(0, 0)` if it has no place in one; `PICTURE_SPAN`, with caption -1, if it was read from the picture.
+    """
     caption: int = 0
-    """Index into `Pair.captions`; -1 for a tag from the metadata."""
+    """Index into `Pair.captions`; -1 for a tag from the metadata or the picture."""
     score: float = 1.0
     """Confidence in [0, 1]."""
     canonical: str = ""
     """Text with case and number folded, which identifies a tag within its kind; `text` if empty."""
     label: str = ""
     """Detail of the kind: `PERSON`, `GPE`, `ORG` or `BRAND` for an entity, the column for a custom tag."""
+    language: str = "en"
+    """ISO 639-1 code of the caption's language; "en" for metadata too."""
 
     def __post_init__(self) -> None:
         if not self.canonical:
@@ -152,7 +163,10 @@ class EntryTag:
     score: float
     """Confidence of the surest mention, in [0, 1], stored in steps of 1/255."""
     mentions: tuple[tuple[int, int, int], ...] = ()
-    """Each place it was mined from: (caption, start, end); caption -1 is the metadata."""
+    """Each place it was mined from: (caption, start, end).
+
+    Caption -1 is the metadata, or the picture if start and end are `PICTURE_SPAN`.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +245,8 @@ class Search:
     """Return the neighbours, and for each tag those that carry it."""
     with_texts: bool = True
     """Return the tags' texts and kinds; a caller that has the vocabulary needs only ids."""
+    with_provenance: bool = False
+    """Return where each tag came from: the neighbours' captions, and `RetrievedTag.mentions` in them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,6 +257,39 @@ class Neighbour:
     entry_id: int
     similarity: float
     """Cosine of the entry's vector and the query's, in [-1, 1]."""
+    captions: tuple[str, ...] = ()
+    """Empty without `Search.with_provenance`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mention:
+    """Where a tag of a neighbour was read."""
+
+    entry_id: int
+    """The neighbour."""
+    caption: int
+    """Index into `Neighbour.captions`; -1 for metadata and for the picture."""
+    start: int
+    end: int
+    """Characters `[start, end)` of the caption; of the picture both are those of `PICTURE_SPAN`."""
+    score: float
+    """The miner's confidence in the tag of this neighbour, in [0, 1]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """One place that a tag came from, in words."""
+
+    key: str
+    """Of the neighbour."""
+    source: Literal["caption", "metadata", "picture"]
+    caption: str
+    """The caption; empty for metadata and for the picture."""
+    words: str
+    """The part of the caption that the tag was read from."""
+    miner: str
+    """Name of the miner: of a composition the part that reads such a source, or all of them."""
+    score: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,6 +307,9 @@ class RetrievedTag:
     """Cosine of the tag's text embedding and the query's image vector."""
     neighbours: tuple[int, ...]
     """Entry ids of the neighbours that carry it, best first; empty without `Search.with_neighbours`."""
+    mentions: tuple[Mention, ...] = ()
+    """Up to `MAX_MENTIONS` places that it was read, those of the best neighbour first; empty without
+    `Search.with_provenance`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,6 +326,21 @@ class Retrieval(Sequence[RetrievedTag]):
     """Number of nearer entries that `Search.exclude` kept out."""
     degraded: bool = False
     """Whether no store answered, and a client that may continue without tags made this substitute."""
+    miner: str = ""
+    """Name of the miner that made the version's tags; empty without `Search.with_provenance`."""
+
+    def why(self, tag: RetrievedTag | str) -> tuple[Provenance, ...]:
+        """Trace a tag of this answer to the words it came from; needs `Search.with_provenance`.
+
+        A text takes the first tag that is shown so. Raises `KeyError` if there is none.
+        """
+        if isinstance(tag, str):
+            shown = next((known for known in self.tags if known.tag == tag), None)
+            if shown is None:
+                raise KeyError(f"no tag '{tag}' in this answer")
+            tag = shown
+        entries = {neighbour.entry_id: neighbour for neighbour in self.neighbours}
+        return tuple(_in_words(mention, entries[mention.entry_id], self.miner) for mention in tag.mentions)
 
     def __len__(self) -> int:
         return len(self.tags)
@@ -283,6 +350,22 @@ class Retrieval(Sequence[RetrievedTag]):
 
     def __iter__(self) -> Iterator[RetrievedTag]:
         return iter(self.tags)
+
+
+def _in_words(mention: Mention, neighbour: Neighbour, miner: str) -> Provenance:
+    """A mention with the words that it points to."""
+    parts = miner.split("+")
+    if mention.caption >= 0:
+        caption = neighbour.captions[mention.caption]
+        words = caption[mention.start : mention.end]
+        fitting = [part for part in parts if part not in ("metadata", "image", "none")]
+        source: Literal["caption", "metadata", "picture"] = "caption"
+    else:
+        caption = words = ""
+        source = "picture" if (mention.start, mention.end) == PICTURE_SPAN else "metadata"
+        own = {"picture": ("image",), "metadata": ("metadata", "keywords")}[source]
+        fitting = [part for part in parts if part in own]
+    return Provenance(neighbour.key, source, caption, words, "+".join(fitting or parts), mention.score)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pictures import picture, write_shapes
+from pictures import ToyEncoder, picture, write_shapes
 from tagstore.client import connect
 from tagstore.encoding.images import decode
 from tagstore.errors import FingerprintMismatch, InvalidInput, NotFound
@@ -191,3 +191,22 @@ def test_an_ingest_reads_the_version_before_once(source: Path, tmp_path: Path, m
     monkeypatch.setattr(Writer, "_begin", lambda writer: begun.append(begin(writer)))
     ingest(str(source), root=tmp_path, store="s", encoder=mini)
     assert len(begun) == 1
+
+
+def test_the_share_of_captions_in_other_languages_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    from tagstore.cli.output import print_report
+
+    source = tmp_path / "source"
+    source.mkdir()
+    captions = ["A red circle", "Un chat gris dort sur le canapé", "Eine Katze schläft auf dem Sofa", "nan"]
+    for number, caption in enumerate(captions):
+        (source / f"{number}.png").write_bytes(picture("red", "circle", shift=number))
+        (source / f"{number}.txt").write_text(caption, encoding="utf-8")
+    report = ingest(str(source), root=tmp_path / "root", store="s", encoder=ToyEncoder())
+    assert (report.captions, report.unread) == (3, {"fr": 1, "de": 1})
+    assert report.reasons == {"no caption": 1}
+    print_report(report, as_json=False)
+    assert (
+        "no tags from 2 of 3 captions (67%), which are in other languages: fr 1, de 1"
+        in capsys.readouterr().out
+    )

@@ -132,6 +132,34 @@ def test_what_a_caption_denies_is_no_tag(
 
 
 @pytest.mark.parametrize(
+    ("caption", "every_tag"),
+    [
+        ("a cat, not a dog, on a mat", {"cat", "mat"}),
+        ("a red car, not a truck", {"car", "red car"}),
+        ("this is a bus, not a train", {"bus"}),
+        ("neither a boat nor a ship can be seen", set()),
+        ("a beach with nobody on it", {"beach"}),
+        ("two cups, none of them full", {"cup", "two cups"}),
+        ("an apple instead of an orange", {"apple"}),
+        ("rather than a bus, a tram is at the stop", {"tram", "stop"}),
+        ("un chien noir court dans l'herbe", set()),
+        ("un perro negro corre por la playa", set()),
+        ("kobieta w czerwonej sukience", set()),
+        ("Ein Hund spielt im Garten", set()),
+        ("Fish &amp;amp; chips", {"fish", "chips"}),
+        ("DSC00123", set()),
+        ("IMG 2034", set()),
+        ("Download wallpaper 1920x1080 mountain lake forest full hd", {"mountain lake forest"}),
+        ("a granny smith apple", {"granny smith apple"}),
+        # a count is an attribute, as "two dogs" is in the gold
+        ("four mangosteens on a plate", {"mangosteen", "four mangosteens", "plate"}),
+    ],
+)  # fmt: skip
+def test_captions_that_were_mined_wrong(caption: str, every_tag: set[str], texts: Callable[[str], set[str]]):
+    assert texts(caption) == every_tag
+
+
+@pytest.mark.parametrize(
     "caption",
     ["nan", "NaN", "None", "N/A", "null", "-", "<NA>", "no caption", "DSC00123", "IMG 2034", "wwww" * 25],
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tagstore.errors import InvalidInput, NotFound
-from tagstore.mining import Miner, load_miner
+from tagstore.mining import Miner, load_miner, unread_captions
 from tagstore.mining.factual import FactualMiner, facts, graph_tags
 from tagstore.mining.text import clean
 from tagstore.types import Pair, Tag
@@ -206,3 +206,63 @@ def test_factual_reads_a_model_from_a_directory_and_keeps_the_order(tiny_t5: Pat
 def test_a_model_that_is_not_there_is_named(tmp_path: Path):
     with pytest.raises(NotFound, match="cannot load the scene graph model"):
         mined(load_miner("factual", model=str(tmp_path / "none"), device="cpu"), Pair("1", b"", ("a dog",)))
+
+
+@pytest.fixture
+def german(tmp_path: Path) -> Path:
+    """A German pipeline on disk that knows the words of the test; it has no parser."""
+    import spacy
+
+    nlp = spacy.blank("de", meta={"name": "toy", "version": "1.2.3"})
+    ruler = nlp.add_pipe("attribute_ruler")
+    words = {"NOUN": ["Hund", "Garten", "Leine"], "ADJ": ["roter", "schwarzer"], "ADP": ["ohne", "im"]}
+    for pos, texts in words.items():
+        for text in texts:
+            ruler.add([[{"LOWER": text.lower()}]], {"POS": pos, "LEMMA": text})  # type: ignore[attr-defined]
+    entities = nlp.add_pipe("entity_ruler")
+    entities.add_patterns([{"label": "PER", "pattern": "Anna"}])  # type: ignore[attr-defined]
+    nlp.to_disk(tmp_path / "de_toy")
+    return tmp_path / "de_toy"
+
+
+def test_another_spacy_model_reads_the_captions_of_its_language(german: Path):
+    caption = "Ein schwarzer Hund spielt ohne Leine mit Anna im Garten"
+    miner = load_miner(f"rules+spacy:{german}")
+    english, tags = mined(miner, Pair("1", b"", ("two dogs on the grass",)), Pair("2", b"", (caption,)))
+    assert {(tag.text, tag.language) for tag in english} == {
+        ("dog", "en"),
+        ("two dogs", "en"),
+        ("grass", "en"),
+    }
+    assert {(t.text, t.kind, t.canonical, t.language, caption[slice(*t.span)]) for t in tags} == {
+        ("hund", "object", "hund", "de", "Hund"),
+        ("schwarzer hund", "attribute", "schwarzer hund", "de", "schwarzer Hund"),
+        ("garten", "object", "garten", "de", "Garten"),
+        ("Anna", "entity", "anna", "de", "Anna"),
+    }
+    assert next(tag.label for tag in tags if tag.kind == "entity") == "PERSON"
+    assert miner.settings["spacy"]["model"].startswith("de_toy 1.2.3, spacy")
+    assert miner.settings["spacy"]["language"] == "de"
+
+
+def test_a_spacy_model_that_is_not_there_is_named():
+    with pytest.raises(NotFound, match="no spaCy model 'de_core_news_xxl'"):
+        load_miner("spacy:de_core_news_xxl")
+    with pytest.raises(InvalidInput, match="which spaCy model"):
+        load_miner("spacy")
+    with pytest.raises(InvalidInput, match="miner 'rules' has no model"):
+        load_miner("rules:en_core_web_sm")
+
+
+def test_captions_that_no_part_reads_are_counted(german: Path):
+    captions = (
+        "two dogs on the grass",
+        "Ein schwarzer Hund spielt im Garten",
+        "Un chat gris dort sur le canapé",
+    )
+    for spec, unread in (("rules", {"de": 1, "fr": 1}), (f"rules+spacy:{german}", {"fr": 1}), ("none", {})):
+        miner = load_miner(spec)
+        mined(miner, Pair("1", b"", captions))
+        counts = unread_captions(miner)
+        assert counts.pop("") == (3 if spec != "none" else 0)
+        assert counts == unread

@@ -21,6 +21,10 @@ from tagstore.mining.text import clean
         ("glass", "glasses_"), ("sheep", "sheep"), ("people", "people"), ("glasses", "glasses"),
         ("jeans", "jeans"), ("tennis", "tennis"), ("traffic light", "traffic lights"),
         ("t-shirt", "t-shirts"), ("specimen", "specimen"), ("house", "houses"), ("tie", "ties"),
+        ("bookshelf", "bookshelves"), ("snowshoe", "snowshoes"), ("octopus", "octopuses"),
+        ("fungus", "fungi"),
+        ("crisis", "crises"), ("antenna", "antennae"), ("party", "parties"), ("puppy", "puppies"),
+        ("passerby", "passersby"), ("debris", "debris"), ("fish", "fishes"),
     ],
 )  # fmt: skip
 def test_singular(one: str, many: str):

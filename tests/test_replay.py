@@ -31,6 +31,7 @@ OPTIONS = [
     {"exclude": Exclude(key=True, keys=("red-square",), entry_ids=(3,)), "with_neighbours": False},
     {"exclude": "self", "exclude_distance": 12, "exclude_keys": ["blue-circle"], "with_texts": False},
     {"where": {"brand": "none"}},
+    {"k": 3, "with_provenance": True},
 ]
 
 

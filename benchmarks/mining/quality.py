@@ -24,6 +24,7 @@ from typing import Any
 from benchmarks import report
 from benchmarks.mining import gold_labels, scene_graph_parser
 from tagstore.mining import load_miner, mine
+from tagstore.mining.language import ENGLISH, language_of
 from tagstore.mining.nouns import singular
 from tagstore.mining.parse import load_pipeline
 from tagstore.types import Pair, Tag
@@ -204,6 +205,23 @@ def speed(data: Path, comparison: Any, n: int, block: int = 250) -> str:
     )
 
 
+def languages(data: Path) -> str:
+    """English captions that count as another language, and the other languages of the gold that are known."""
+    rows = []
+    for name in ("coco_val2017", "flickr30k"):
+        captions = {
+            c for row in gold_labels.lines(data / "captions" / f"{name}.jsonl.gz") for c in row["captions"]
+        }
+        lost = sum(language_of(caption) != ENGLISH for caption in captions)
+        rows.append([f"{name}, English", f"{len(captions):,}", f"{lost:,}"])
+    for part in ("kinds", "kinds set aside"):
+        gold = gold_labels.rows_of(part)
+        texts = [row["text"] for row in gold if row["kind"] == "other_languages" and not row["objects"]]
+        known = sum(language_of(text) != ENGLISH for text in texts)
+        rows.append([f"gold ({part}), other languages", len(texts), known])
+    return report.table(["captions", "different ones", "that count as another language"], rows)
+
+
 def bounds() -> str:
     """Seconds for captions that nobody should write."""
     miner = load_miner("rules")
@@ -314,6 +332,7 @@ def main() -> None:
         + (note if comparison else "SceneGraphParser was not measured."),
         "## Objects that people annotated and captions name (COCO)\n\n" + annotated_objects(arguments.data),
         "## Product titles\n\n" + titles(arguments.data),
+        "## Languages\n\n" + languages(arguments.data),
         "## Speed\n\n" + speed(arguments.data, comparison, arguments.captions),
         "## Captions that nobody should write\n\n" + bounds(),
         "## Memory\n\n"

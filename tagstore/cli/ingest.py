@@ -72,7 +72,15 @@ def ingest(
             )
         from tagstore.client.admin import administer
 
-        pairs = read(source, format=format_, columns=columns, allow_outside=allow_outside)
+        # what the server's miner needs; other miners of pictures are known to the server alone
+        optional = "image" in miner.split("+")
+        pairs = read(
+            source,
+            format=format_,
+            columns=columns,
+            allow_outside=allow_outside,
+            captions_optional=optional,
+        )
         with output.progress() as progress, administer(url) as admin:
             origin = os.path.abspath(source)
             ingested = admin.ingest(

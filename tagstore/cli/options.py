@@ -26,7 +26,7 @@ miner = click.option(
     default="rules",
     show_default=True,
     metavar="M",
-    help="Miners of captions; several as in rules+metadata.",
+    help="Miners of captions or pictures; several as in rules+image.",
 )
 format_ = click.option(
     "--format",

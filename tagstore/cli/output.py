@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tagstore.plain_text import one_line
+
 if TYPE_CHECKING:
     from tagstore.client.admin import Ingested
     from tagstore.ingest import Advance, Report
@@ -35,6 +37,7 @@ def retrieval_json(retrieval: Retrieval) -> dict[str, Any]:
                 "votes": t.votes,
                 "relevance": round(t.relevance, 6),
                 "neighbours": list(t.neighbours),
+                **({"why": [asdict(place) for place in retrieval.why(t)]} if retrieval.miner else {}),
             }
             for t in retrieval.tags
         ],
@@ -59,6 +62,14 @@ def print_report(report: Report | Ingested, as_json: bool) -> None:
         example = next((r for r in report.quarantined if r.reason.startswith(reason)), None)
         suffix = f", for example {example.key}: {example.reason}" if example else ""
         click.echo(f"  {count} x {reason}{suffix}")
+    unread: dict[str, int] = getattr(report, "unread", {})
+    if unread:
+        captions: int = getattr(report, "captions", 0)
+        count, languages = sum(unread.values()), ", ".join(f"{code} {n}" for code, n in unread.items())
+        click.echo(
+            f"no tags from {count} of {captions} captions ({count / captions:.0%}), which are "
+            f"in other languages: {languages}; --miner rules+spacy:MODEL reads them"
+        )
     if report.seconds:
         click.echo("seconds: " + ", ".join(f"{stage} {spent:.1f}" for stage, spent in report.seconds.items()))
 
@@ -70,6 +81,19 @@ def print_retrieval(query: str, retrieval: Retrieval) -> None:
         ("tag", "kind", "votes", "similarity", "relevance"),
         ((t.tag, t.kind, t.votes, f"{t.similarity:.3f}", f"{t.relevance:.3f}") for t in retrieval.tags),
     )
+    if retrieval.miner:
+        print_provenance(retrieval)
+
+
+def print_provenance(retrieval: Retrieval) -> None:
+    """Print where each tag came from, as far as the answer says."""
+    rows = []
+    for tag in retrieval.tags:
+        for number, place in enumerate(retrieval.why(tag)):
+            words = f"{place.words} ({place.caption})" if place.source == "caption" else place.source
+            shown = tag.tag if number == 0 else ""
+            rows.append((shown, place.key, one_line(words), f"{place.score:.2f}", place.miner))
+    table(("tag", "neighbour", "words (caption)", "score", "miner"), rows)
 
 
 def table(columns: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> None:

@@ -110,9 +110,16 @@ def serve(
 @click.option(
     "--max-tags", type=click.IntRange(0), default=0, help="Tags of each query, best first; 0 for all."
 )
+@click.option("--why", is_flag=True, help="Show the words that each tag came from.")
 @options.as_json
 def query(
-    url: str, images: tuple[str, ...], captions: tuple[str, ...], k: int, max_tags: int, as_json: bool
+    url: str,
+    images: tuple[str, ...],
+    captions: tuple[str, ...],
+    k: int,
+    max_tags: int,
+    why: bool,
+    as_json: bool,
 ) -> None:
     """Print the tags of similar images.
 
@@ -123,7 +130,7 @@ def query(
     if not (images or captions):
         raise click.UsageError("nothing is asked: give an IMAGE, or --text TEXT")
     failed = False
-    with connect(url, k=k, max_tags=max_tags) as source:
+    with connect(url, k=k, max_tags=max_tags, with_provenance=why) as source:
         source.info()
         for kind, name in [*(("image", image) for image in images), *(("text", text) for text in captions)]:
             try:

@@ -26,6 +26,7 @@ class SearchOptions(TypedDict, total=False):
     ef_search: int
     with_neighbours: bool
     with_texts: bool
+    with_provenance: bool
     exclude: ExcludeOption
     exclude_distance: int
     exclude_keys: Sequence[str]

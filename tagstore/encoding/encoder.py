@@ -169,6 +169,21 @@ class Encoder:
         parts = [self._forward_images(batch) for batch in self._batches(images)]
         return np.concatenate(parts) if parts else np.zeros((0, self.dimension), np.float32)
 
+    def encode_pooled(
+        self, images: Sequence[Image] | NDArray[np.uint8]
+    ) -> tuple[NDArray[np.float32], Vectors]:
+        """What the tower pools before its head, `[N, C]`, and unit vectors `[N, D]`, from one forward.
+
+        The vectors are those of `encode_images`, to the last bit.
+
+        Raises:
+            InvalidInput: an array of another shape or dtype, or a tower that is not one of timm.
+        """
+        parts = [self._forward_pooled(batch) for batch in self._batches(images)]
+        if not parts:
+            return np.zeros((0, 0), np.float32), np.zeros((0, self.dimension), np.float32)
+        return np.concatenate([pooled for pooled, _ in parts]), np.concatenate([v for _, v in parts])
+
     def encode_grid(
         self, images: Sequence[Image] | NDArray[np.uint8], *, layer: int = -1
     ) -> tuple[NDArray[np.float32], Vectors]:
@@ -304,6 +319,13 @@ class Encoder:
     def _forward_images(self, images: NDArray[np.uint8]) -> Vectors:
         with self._exclusive():
             return _unit(self._model.encode_image(self._normalised(images)))
+
+    def _forward_pooled(self, images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], Vectors]:
+        with self._exclusive():
+            pooled, vectors = open_clip_models.pooled_and_vectors(
+                self._model.visual, self._normalised(images)
+            )
+            return pooled.float().cpu().numpy(), _unit(vectors)
 
     def _forward_grid(self, images: NDArray[np.uint8], layer: int) -> tuple[NDArray[np.float32], Vectors]:
         with self._exclusive():

@@ -170,6 +170,20 @@ def grid_and_vectors(visual: Any, pixels: torch.Tensor, layer: int) -> tuple[tor
     return output["image_intermediates"][0].flatten(2).transpose(1, 2), output["image_features"]
 
 
+def pooled_and_vectors(visual: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """One forward of a timm tower: what it pools `[N, C]`, and raw vectors `[N, D]`.
+
+    Raises:
+        InvalidInput: another tower.
+    """
+    from open_clip.timm_model import TimmModel
+
+    if not isinstance(visual, TimmModel):
+        raise InvalidInput("this image tower is not one of timm: what it pools cannot be had apart")
+    pooled = visual.trunk(pixels)
+    return pooled, visual.head(pooled)
+
+
 def grid_projection(visual: Any) -> torch.Tensor:
     """The matrix `[C, D]` from a point of the tower's last grid to the space of its vectors, without biases.
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, tee
 from typing import Any
 
-from tagstore.mining.miner import Miner
+from tagstore.mining.miner import Miner, Pictures, mine_seen, reads_pictures
 from tagstore.types import Pair, Tag
 
 
@@ -32,6 +33,30 @@ class Composed:
         self.name = "+".join(part.name for part in parts)
         self.version = "+".join(part.version for part in parts)
         self.settings: Mapping[str, Any] = {part.name: dict(part.settings) for part in parts}
+
+    @property
+    def languages(self) -> frozenset[str]:
+        """The languages that some part reads."""
+        return frozenset().union(*(getattr(part, "languages", ()) for part in self.parts))
+
+    @property
+    def captions_by_language(self) -> Counter[str]:
+        """Captions that the parts counted, each once: a language has the largest count of a part."""
+        counts: Counter[str] = Counter()
+        for part in self.parts:
+            counts |= getattr(part, "captions_by_language", Counter())
+        return counts
+
+    @property
+    def reads_pictures(self) -> bool:
+        """Whether some part reads pictures."""
+        return any(map(reads_pictures, self.parts))
+
+    def mine_pictures(self, pairs: Sequence[Pair], pictures: Pictures) -> Iterator[tuple[Tag, ...]]:
+        """As `mine`, with the pictures of the pairs for the parts that read them."""
+        mined = [mine_seen(part, pairs, pictures) for part in self.parts]
+        for tags in zip(*mined, strict=True):
+            yield tuple(chain.from_iterable(tags))
 
     def mine(self, pairs: Iterable[Pair]) -> Iterator[tuple[Tag, ...]]:
         """The look-ahead of each part is bounded, and so is what `tee` holds for the others."""

@@ -1,4 +1,4 @@
-"""Which captions are English, the language that the rules read.
+"""The language of captions: which are English, for the rules, and which are another miner's.
 
 A word that only English has settles it for most captions; the rest is asked of py3langid. It knows a sentence
 of another language well, and English by two words badly, so English is the answer unless it is sure.
@@ -24,8 +24,10 @@ _ENGLISH_WORDS = frozenset({
 _LANGUAGES = (
     "af", "bs", "ca", "cs", "cy", "da", "de", "en", "es", "et", "eu", "fi", "fr", "ga", "gl", "hr", "hu",
     "id", "is", "it", "lt", "lv", "ms", "nl", "nn", "no", "pl", "pt", "ro", "sk", "sl", "sq", "sv", "tl",
-    "tr", "vi",
+    "tr", "vi", "ar", "bg", "el", "fa", "he", "hi", "ja", "ko", "mk", "ru", "th", "uk", "zh",
 )  # fmt: skip
+_SPACY_CODES = {"nb": "no"}
+"""Codes of spaCy that py3langid writes in another way."""
 MIN_PROBABILITY = 0.5
 """Probability that another language must have, among `_LANGUAGES`."""
 MIN_RATIO = 50
@@ -35,24 +37,46 @@ READ_CHARS = 300
 
 
 def language_of(text: str) -> str:
-    """The ISO 639-1 code of a text's language; "und" if most letters are not Latin, "zxx" without letters."""
+    """The ISO 639-1 code of a text's language; "zxx" without letters.
+
+    English where another language is not sure, "und" if most letters are not Latin and no language is sure.
+    """
+    words = text[:READ_CHARS].lower().split()
     if not text.isascii():
         letters = [character for character in text if character.isalpha()]
         if 2 * sum(map(_is_latin, letters)) <= len(letters):
-            return "und" if letters else "zxx"
-    words = text[:READ_CHARS].lower().split()
+            if not letters:
+                return "zxx"
+            language, probability = _identifier().classify(" ".join(words))
+            return str(language) if language != ENGLISH and probability >= MIN_PROBABILITY else "und"
     if not _ENGLISH_WORDS.isdisjoint(words):
         return ENGLISH
     if not any(map(str.isalpha, text)):
         return "zxx"
     if len(words) < 2:
         return ENGLISH
-    identifier = _identifier()
-    language, probability = identifier.classify(" ".join(words))
-    if language == ENGLISH or probability < MIN_PROBABILITY:
-        return ENGLISH
-    english = dict(identifier.rank(" ".join(words)))[ENGLISH]
-    return ENGLISH if probability < MIN_RATIO * english else str(language)
+    probabilities = _probabilities(words)
+    language, probability = next(iter(probabilities.items()))
+    sure = probability >= max(MIN_PROBABILITY, MIN_RATIO * probabilities[ENGLISH])
+    return language if sure else ENGLISH
+
+
+def is_written_in(text: str, language: str) -> bool:
+    """Whether a text is in a language of spaCy, rather than in English or in one that is surer."""
+    language = _SPACY_CODES.get(language, language)
+    if language not in _LANGUAGES:  # "xx", and languages that py3langid was not asked about
+        return language_of(text) != ENGLISH
+    first = language_of(text)
+    words = text[:READ_CHARS].lower().split()
+    if first != ENGLISH or language == ENGLISH or not _ENGLISH_WORDS.isdisjoint(words):
+        return first == language
+    probabilities = _probabilities(words)
+    return probabilities[language] > probabilities[ENGLISH]
+
+
+def _probabilities(words: list[str]) -> dict[str, float]:
+    """The probability of each language, the most probable first."""
+    return dict(_identifier().rank(" ".join(words)))
 
 
 def _is_latin(letter: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from importlib import import_module
 from importlib.metadata import entry_points
 from inspect import Parameter, signature
@@ -20,6 +21,8 @@ SHIPPED = {
     "rules": "tagstore.mining.rules:RuleMiner",
     "metadata": "tagstore.mining.metadata:MetadataMiner",
     "keywords": "tagstore.mining.keywords:KeywordMiner",
+    "spacy": "tagstore.mining.spacy_models:SpacyMiner",
+    "image": "tagstore.mining.pictures:ImageMiner",
     "factual": "tagstore.mining.factual:FactualMiner",
     "none": "tagstore.mining.compose:NoMiner",
 }
@@ -28,8 +31,9 @@ SHIPPED = {
 def load_miner(spec: str = "rules", **settings: Any) -> Miner:
     """Load a miner: a shipped one, an entry point of `tagstore.miners`, or several joined by `+`.
 
-    Settings go to the miner; in a composition, to every part that knows them. Raises `InvalidInput` for an
-    unknown miner or setting.
+    What stands behind a colon is the miner's setting `model`: `spacy:de_core_news_sm`. Other settings go to
+    the miner; in a composition, to every part that knows them. Raises `InvalidInput` for an unknown miner or
+    setting.
     """
     names = [part.strip() for part in spec.split("+")]
     makers = [_maker(name) for name in names]
@@ -54,6 +58,12 @@ def mine(captions: Iterable[str], spec: str = "rules", **settings: Any) -> Itera
 
 
 def _maker(name: str) -> Callable[..., Miner]:
+    name, colon, model = name.partition(":")
+    if colon:
+        maker = _maker(name)
+        if "model" not in _parameters(maker):
+            raise InvalidInput(f"miner '{name}' has no model: leave ':{model}' out")
+        return partial(maker, model=model)
     if target := SHIPPED.get(name):
         module, attribute = target.split(":")
         return cast(Callable[..., Miner], getattr(import_module(module), attribute))

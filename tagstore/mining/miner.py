@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
 
 from tagstore.mining.vocabulary import Rules
 from tagstore.plain_text import is_missing
@@ -23,6 +28,52 @@ class Miner(Protocol):
     def mine(self, pairs: Iterable[Pair]) -> Iterator[tuple[Tag, ...]]:
         """One tuple of tags a pair, in order, read lazily with a bounded look-ahead."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Pictures:
+    """The pictures of a batch of pairs, as an encoder took them."""
+
+    pixels: NDArray[np.uint8]
+    """`[N, H, W, 3]`, at the size of the encoder's tower."""
+    encoder: str = ""
+    """The encoder's name: `Fingerprint.model`."""
+    pooled: NDArray[np.float32] | None = None
+    """What the encoder's tower pooled, `[N, C]`, if it can be had: `Encoder.encode_pooled`."""
+
+
+@runtime_checkable
+class PictureMiner(Miner, Protocol):
+    """A miner that reads pictures too; a pair needs no caption for it."""
+
+    reads_pictures: bool
+
+    def mine_pictures(self, pairs: Sequence[Pair], pictures: Pictures) -> Iterator[tuple[Tag, ...]]:
+        """One tuple of tags a pair, in order."""
+        ...
+
+
+def reads_pictures(miner: Miner) -> bool:
+    """Whether a miner reads pictures, so that pairs need no caption."""
+    return bool(getattr(miner, "reads_pictures", False))
+
+
+def mine_seen(miner: Miner, pairs: Sequence[Pair], pictures: Pictures) -> Iterator[tuple[Tag, ...]]:
+    """Mine pairs whose pictures are at hand, by any miner."""
+    return miner.mine_pictures(pairs, pictures) if isinstance(miner, PictureMiner) else miner.mine(pairs)
+
+
+def unread_captions(miner: Miner) -> Counter[str]:
+    """Count the captions so far in languages that the miner does not read, by language; of all, under "".
+
+    Empty for miners that do not say which languages they read (`languages`, `captions_by_language`).
+    """
+    counts: Counter[str] = getattr(miner, "captions_by_language", None) or Counter()
+    languages: frozenset[str] = getattr(miner, "languages", frozenset())
+    unread: Counter[str] = Counter()
+    unread.update({code: n for code, n in counts.items() if code not in languages | {"zxx"}})
+    unread[""] = counts.total()
+    return unread
 
 
 def identity(miner: Miner, rules: Rules) -> dict[str, Any]:

@@ -50,6 +50,7 @@ class RuleMiner:
 
     name = "rules"
     version = "2"
+    languages = frozenset({ENGLISH})
 
     def __init__(self, *, max_chars: int = 2000, entities: bool = True, relations: bool = False) -> None:
         if max_chars < 1:

@@ -40,6 +40,7 @@ def read(
     columns: Columns = Columns(),  # noqa: B008  frozen
     max_image_bytes: int = MAX_IMAGE_BYTES,
     allow_outside: bool = False,
+    captions_optional: bool = False,
 ) -> Iterator[Pair | Rejected]:
     """Read the pairs of a source, always in the same order, with memory that does not grow with the source.
 
@@ -49,14 +50,14 @@ def read(
     memory for all of them. Image paths in tables are relative to the table's folder; only `allow_outside`
     lets them leave it.
 
-    A record that cannot be used is yielded as `Rejected`, and reading continues. Raises `NotFound` or
-    `InvalidInput`, at the call where possible, if the whole source cannot be used: nothing there, an unknown
-    format or column, or no readable file.
+    A pair has a caption, unless `captions_optional`. A record that cannot be used is yielded as `Rejected`,
+    and reading continues. Raises `NotFound` or `InvalidInput`, at the call where possible, if the whole
+    source cannot be used: nothing there, an unknown format or column, or no readable file.
     """
     located = locate(source, format)
     if located.format == "folder" and columns != Columns():
         raise InvalidInput(f"{source}: a folder of images has no columns to name")
-    options = Options(located.root, columns, max_image_bytes, allow_outside)
+    options = Options(located.root, columns, max_image_bytes, allow_outside, captions_optional)
     read_file = _READERS[located.format]
     return read_files(source, located.files, lambda file: read_file(file, options))
 

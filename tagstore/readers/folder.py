@@ -78,9 +78,12 @@ def _pairs_of(
                 raise RecordError(
                     f"two images have the same key: {images[0]} is used, {image} is not, rename one"
                 )
-            if captions is None:
+            lines: list[str] = []
+            if captions is not None:
+                lines = caption_lines(fetch(folder / captions, MAX_TEXT_BYTES), captions)
+            elif not options.captions_optional:
                 raise RecordError("no caption file: a .txt of the image's name is expected")
-            texts = caption_texts([caption_lines(fetch(folder / captions, MAX_TEXT_BYTES), captions)])
+            texts = caption_texts([lines], optional=options.captions_optional)
             key.encode()
             yield Pair(key, fetch(path, options.max_image_bytes), texts, {}, str(path))
         except RecordError as error:

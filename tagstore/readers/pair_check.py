@@ -22,17 +22,17 @@ MAX_NOTE_CHARS = 4096
 """Characters that are kept of an origin, and of why a pair was refused."""
 
 
-def checked(item: Pair | Rejected) -> Pair | Rejected:
+def checked(item: Pair | Rejected, *, captions_optional: bool = False) -> Pair | Rejected:
     """Return the pair that can be stored, its captions stripped and its metadata plain JSON, or why none can.
 
-    NaN and infinity in metadata become null, and types that JSON does not have their text. A pair that passed
-    once passes unchanged.
+    It has a caption, unless they are optional: a miner of pictures needs none. NaN and infinity in metadata
+    become null, and types that JSON does not have their text. A pair that passed once passes unchanged.
     """
     if isinstance(item, Rejected):
         return _rejected(item.key, item.reason, item.origin)
     try:
         _check_key(item.key)
-        captions = caption_texts(item.captions)
+        captions = caption_texts(item.captions, optional=captions_optional)
         _check_size("the captions are too long", sum(map(_size, captions)), MAX_CAPTION_BYTES)
         if not isinstance(item.metadata, Mapping):
             raise RecordError(f"the metadata is no JSON object: it is {kind_of(item.metadata)}")

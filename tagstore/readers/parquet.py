@@ -30,7 +30,7 @@ def read_parquet(file: Path, options: Options) -> Iterator[Pair | Rejected]:
     except (pa.ArrowException, OSError) as error:
         raise InvalidInput(f"{file}: not a Parquet file, or cut off ({error})") from None
     with table:
-        chosen = choose_columns(options.columns, table.schema_arrow.names, str(file))
+        chosen = choose_columns(options, table.schema_arrow.names, str(file))
         number = 0
         try:
             for batch in table.iter_batches(batch_size=_BATCH_ROWS):

@@ -56,6 +56,8 @@ class Options:
     columns: Columns = Columns()
     max_image_bytes: int = MAX_IMAGE_BYTES
     allow_outside: bool = False
+    captions_optional: bool = False
+    """Whether a pair without a caption is one too: a miner of pictures needs none."""
 
 
 class UnknownColumn(InvalidInput):
@@ -71,9 +73,9 @@ class ChosenColumns:
     key: str | None
 
 
-def choose_columns(columns: Columns, names: Iterable[str], where: str) -> ChosenColumns:
+def choose_columns(options: Options, names: Iterable[str], where: str) -> ChosenColumns:
     """Choose among the `names` of a table. Raises `UnknownColumn` with the names that are there."""
-    names = list(names)
+    names, columns = list(names), options.columns
     for wanted in (columns.image, columns.key, *columns.captions):
         if wanted is not None and wanted not in names:
             raise UnknownColumn(f"{where}: no column '{wanted}'; there are: {_listed(names)}")
@@ -89,7 +91,7 @@ def choose_columns(columns: Columns, names: Iterable[str], where: str) -> Chosen
             "Name it with --image-column"
         )
     captions = columns.captions or default_captions(names)
-    if not captions:
+    if not captions and not options.captions_optional:
         raise UnknownColumn(
             f"{where}: which column holds the caption? There are: {_listed(names)}. "
             "Name it with --caption-column"
@@ -128,7 +130,9 @@ def row_to_pair(
         path = image if isinstance(image, str) and not is_base64(image, file.parent) else None
         if chosen.key is None and path is not None:
             key = key_of_path(path, file.parent, options.root)
-        captions = caption_texts(row.get(name) for name in chosen.captions)
+        captions = caption_texts(
+            (row.get(name) for name in chosen.captions), optional=options.captions_optional
+        )
         limit = options.max_image_bytes
         if path is None:
             data = decoded(image, limit)

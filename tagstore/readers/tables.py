@@ -63,7 +63,7 @@ def read_jsonl(file: Path, options: Options) -> Iterator[Pair | Rejected]:
         if not names:
             reasons = (record.reason for _, record in window if isinstance(record, Rejected))
             raise InvalidInput(f"{file}: {next(reasons, lines.trouble) or 'empty'}")
-        chosen = choose_columns(options.columns, names, str(file))
+        chosen = choose_columns(options, names, str(file))
         for number, record in chain(window, records):
             if isinstance(record, Rejected):
                 yield record
@@ -169,7 +169,7 @@ def _read_rows(
         lines = Lines(text, options.max_image_bytes)
         rows = parse(lines)
         header = _header(file, lines, rows)
-        chosen = choose_columns(options.columns, header, f"{file} (its first line names the columns)")
+        chosen = choose_columns(options, header, f"{file} (its first line names the columns)")
         while True:
             number = lines.number + 1
             try:

@@ -53,10 +53,11 @@ def kind_of(value: Any) -> str:
     return f"of type {type(value).__name__}"
 
 
-def caption_texts(values: Iterable[Any]) -> tuple[str, ...]:
-    """All captions in texts and lists of texts, stripped, each once, in order. At least one must be left.
+def caption_texts(values: Iterable[Any], *, optional: bool = False) -> tuple[str, ...]:
+    """All captions in texts and lists of texts, stripped, each once, in order.
 
-    What an export writes for a missing caption ("nan", "N/A") is left out.
+    At least one must be left, unless captions are `optional`. What an export writes for a missing caption
+    ("nan", "N/A") is left out.
     """
     captions: dict[str, None] = {}
     missing = ""
@@ -72,7 +73,7 @@ def caption_texts(values: Iterable[Any]) -> tuple[str, ...]:
                 missing = text
             elif text:
                 captions[text] = None
-    if not captions:
+    if not captions and not optional:
         raise RecordError(f"no caption: '{missing}' stands for a missing one" if missing else "no caption")
     return tuple(captions)
 

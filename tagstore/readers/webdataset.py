@@ -202,7 +202,9 @@ def _pair(group: Group, file: Path, options: Options, first: bool) -> Pair | Rej
         captions = columns.captions or default_captions(
             {"caption", "captions"} & fields.keys() if lines else fields
         )
-        texts = caption_texts([lines, *(fields.get(name) for name in captions)])
+        texts = caption_texts(
+            [lines, *(fields.get(name) for name in captions)], optional=options.captions_optional
+        )
         if columns.key:
             key = key_in(fields.get(columns.key), columns.key)
         metadata = metadata_of(fields, {*captions, "key", columns.key})

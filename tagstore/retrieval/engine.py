@@ -145,7 +145,17 @@ class Engine:
             entry_ids = list(dict.fromkeys([i for ids, _, _ in piece for i in ids]))
             records = dict(zip(entry_ids, self.snapshot.keys_and_tags(entry_ids), strict=True))
             vectors = query.vectors[start : start + step]
-            yield from merge_tags(self._tags, vectors, piece, records, query.search)
+            answers = merge_tags(self._tags, vectors, piece, records, query.search)
+            if query.search.with_provenance and query.search.with_neighbours:
+                yield from map(self._traced, answers)
+            else:
+                yield from answers
+
+    def _traced(self, answer: RetrievalColumns) -> RetrievalColumns:
+        """Add where the tags of an answer came from; one answer at a time, for captions may be long."""
+        entries = self.snapshot.entries(np.array(answer.entry_ids, np.int64))
+        miner = self.version.miner.get("name") or "unknown"
+        return answer.traced({entry.entry_id: entry for entry in entries}, miner)
 
     def _nearest(
         self,

@@ -8,7 +8,7 @@ some twenty tags, too few for arrays to be quicker.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain
+from itertools import chain, islice
 from threading import Lock
 from typing import Any, NamedTuple
 
@@ -16,7 +16,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tagstore.storage.store import Snapshot
-from tagstore.types import Kind, Neighbour, Retrieval, RetrievedTag, Search, Vectors
+from tagstore.types import (
+    MAX_MENTIONS,
+    Entry,
+    Kind,
+    Mention,
+    Neighbour,
+    Retrieval,
+    RetrievedTag,
+    Search,
+    Vectors,
+)
 
 TABLE_BYTES = 64 << 20
 """Memory of a version's table of tags: 27,000 of them at 512 dimensions. When it is full, a new one is
@@ -55,14 +65,27 @@ class RetrievalColumns(NamedTuple):
     relevance: Sequence[float]
     carriers: Sequence[Sequence[int]]
     """Positions in `entry_ids` of the neighbours that carry a tag, best first; its votes are their number."""
+    captions: Sequence[tuple[str, ...]] = ()
+    """Of each neighbour; empty where `Search.with_provenance` is false, and so are the next two."""
+    mentions: Sequence[Sequence[Mention]] = ()
+    """Of each tag."""
+    miner: str = ""
 
     def retrieval(self, store: str, version: int, fingerprint: str, search: Search) -> Retrieval:
         """Make values of the columns."""
         ids, with_neighbours = self.entry_ids, search.with_neighbours
         texts = self.texts if search.with_texts else [""] * len(self.tag_ids)
         kinds: Sequence[Kind] = self.kinds if search.with_texts else ["object"] * len(self.tag_ids)
+        mentions = self.mentions or [()] * len(self.tag_ids)
         rows = zip(
-            self.tag_ids, texts, kinds, self.tag_similarities, self.carriers, self.relevance, strict=True
+            self.tag_ids,
+            texts,
+            kinds,
+            self.tag_similarities,
+            self.carriers,
+            self.relevance,
+            mentions,
+            strict=True,
         )
         tags = [
             RetrievedTag(
@@ -73,11 +96,32 @@ class RetrievalColumns(NamedTuple):
                 len(carriers),
                 relevance,
                 tuple([ids[place] for place in carriers]) if with_neighbours else (),
+                tuple(places),
             )
-            for tag_id, text, kind, similarity, carriers, relevance in rows
+            for tag_id, text, kind, similarity, carriers, relevance, places in rows
         ]
-        neighbours = tuple(map(Neighbour, self.keys, ids, self.similarities)) if with_neighbours else ()
-        return Retrieval(store, version, fingerprint, neighbours, tuple(tags), self.excluded)
+        captions = self.captions or [()] * len(ids)
+        neighbours = (
+            tuple(map(Neighbour, self.keys, ids, self.similarities, captions)) if with_neighbours else ()
+        )
+        return Retrieval(
+            store, version, fingerprint, neighbours, tuple(tags), self.excluded, miner=self.miner
+        )
+
+    def traced(self, entries: Mapping[int, Entry], miner: str) -> RetrievalColumns:
+        """Add where the tags came from, given the entries of all neighbours."""
+        mentions = []
+        for tag_id, carriers in zip(self.tag_ids, self.carriers, strict=True):
+            places = (
+                Mention(self.entry_ids[carrier], *place, tag.score)
+                for carrier in carriers
+                for tag in entries[self.entry_ids[carrier]].tags
+                if tag.tag_id == tag_id
+                for place in tag.mentions
+            )
+            mentions.append(tuple(islice(places, MAX_MENTIONS)))
+        captions = [entries[entry_id].captions for entry_id in self.entry_ids]
+        return self._replace(captions=captions, mentions=mentions, miner=miner)
 
 
 def merge_tags(

@@ -11,6 +11,7 @@ from tagstore import errors
 from tagstore.encoding.decode_memory import MemoryBudget
 from tagstore.encoding.encoder import Encoder
 from tagstore.ingest import Report, ingest_pairs
+from tagstore.mining import reads_pictures
 from tagstore.readers.pair_check import checked
 from tagstore.serving.call import Call
 from tagstore.serving.gate import Gate
@@ -59,14 +60,17 @@ class AdminService:
             call.caller.check(
                 "admin", start.store
             )  # the name may be of a file on the server, or of a download
+        if ":" in start.miner:
+            call.caller.check("admin", start.store)  # a model that it names may be such a file too
         with self._recorded("Ingest", start.store, call):
+            miner = self._miners.get(start.miner or "rules")
             report = ingest_pairs(
-                _pairs(requests, send, call, start.store, self._images),
+                _pairs(requests, send, call, start.store, self._images, reads_pictures(miner)),
                 root=self._catalog.root,
                 store=start.store,
                 source=start.source,
                 encoder=self._encoder(start),
-                miner=self._miners.get(start.miner or "rules"),
+                miner=miner,
                 device=self._catalog.device,
                 batch=INGEST_BATCH,
                 batch_bytes=INGEST_BATCH_BYTES,
@@ -167,11 +171,12 @@ def _pairs(
     call: Call,
     store: str,
     images: MemoryBudget,
+    captions_optional: bool,
 ) -> Iterator[Pair | Rejected]:
     for request in requests:
         match request.WhichOneof("part"):
             case "pair":
-                pair = checked(convert.pair_from_proto(request.pair))
+                pair = checked(convert.pair_from_proto(request.pair), captions_optional=captions_optional)
                 del request
                 if isinstance(pair, Pair):  # one that was refused is never decoded, and so never given back
                     images.take(len(pair.image))

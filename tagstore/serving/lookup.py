@@ -15,6 +15,8 @@ from tagstore_proto.v1 import tagstore_pb2 as pb
 
 PART_VALUES = 1 << 14
 """Neighbours and tags that are a message in memory before they become bytes: some megabytes."""
+TEXT_CHARS = 64
+"""Characters of captions that count as much as one of them."""
 
 
 class Lookup(NamedTuple):
@@ -53,6 +55,7 @@ class Lookup(NamedTuple):
         for answer in answers:
             _write(response.retrievals.add(), answer, search)
             values += len(answer.entry_ids) + len(answer.tag_ids)
+            values += sum(len(caption) for captions in answer.captions for caption in captions) // TEXT_CHARS
             if values > PART_VALUES:
                 parts.append(message.SerializeToString())
                 size += len(parts[-1])
@@ -85,6 +88,10 @@ def _write(message: pb.Retrieval, answer: RetrievalColumns, search: Search) -> N
         add_neighbour = message.neighbours.add
         for entry_id, key, similarity in zip(answer.entry_ids, answer.keys, answer.similarities, strict=True):
             add_neighbour(entry_id=entry_id, key=key, similarity=similarity)
+        if answer.miner:
+            message.miner = answer.miner
+            for neighbour, captions in zip(message.neighbours, answer.captions, strict=True):
+                neighbour.captions.extend(captions)
     add_tag = message.tags.add
     columns = zip(answer.tag_ids, answer.tag_similarities, answer.relevance, answer.carriers, strict=True)
     for place, (tag_id, similarity, relevance, carriers) in enumerate(columns):
@@ -93,3 +100,6 @@ def _write(message: pb.Retrieval, answer: RetrievalColumns, search: Search) -> N
             tag.neighbours.extend(carriers)
         if search.with_texts:
             tag.tag, tag.kind = answer.texts[place], convert.KIND_TO_WIRE[answer.kinds[place]]
+        if answer.mentions:
+            positions = {answer.entry_ids[carrier]: carrier for carrier in carriers}
+            tag.mentions.extend(convert.mentions_to_proto(answer.mentions[place], positions))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from threading import Lock
 
-from tagstore.mining import Miner, load_miner
+from tagstore.mining import Miner, Pictures, load_miner, mine_seen, reads_pictures
 from tagstore.types import Pair, Tag
 
 KEPT = 2
@@ -18,6 +19,24 @@ class SharedMiner:
     def __init__(self, miner: Miner) -> None:
         self._miner, self._lock = miner, Lock()
         self.name, self.version, self.settings = miner.name, miner.version, miner.settings
+
+    @property
+    def languages(self) -> frozenset[str]:
+        languages: frozenset[str] = getattr(self._miner, "languages", frozenset())
+        return languages
+
+    @property
+    def captions_by_language(self) -> Counter[str]:
+        counts: Counter[str] = getattr(self._miner, "captions_by_language", None) or Counter()
+        return counts
+
+    @property
+    def reads_pictures(self) -> bool:
+        return reads_pictures(self._miner)
+
+    def mine_pictures(self, pairs: Sequence[Pair], pictures: Pictures) -> Iterator[tuple[Tag, ...]]:
+        with self._lock:
+            return iter(list(mine_seen(self._miner, pairs, pictures)))
 
     def mine(self, pairs: Iterable[Pair]) -> Iterator[tuple[Tag, ...]]:
         with self._lock:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from math import isfinite
 from typing import Any
@@ -24,6 +25,7 @@ from tagstore.types import (
     Fingerprint,
     Identity,
     Kind,
+    Mention,
     Neighbour,
     Order,
     Pair,
@@ -112,6 +114,7 @@ def search_to_proto(request: pb.RetrieveRequest, search: Search, identities: Seq
         request.exclude.entry_ids.extend(exclude.entry_ids)
     request.exact = search.exact
     request.omit_neighbours, request.omit_texts = not search.with_neighbours, not search.with_texts
+    request.provenance = search.with_provenance
     for identity in identities:
         message = request.identities.add(key=identity.key, sha256=identity.sha256)
         if identity.perceptual_hash is not None:
@@ -136,6 +139,7 @@ def search_from_proto(request: pb.RetrieveRequest) -> Search:
         request.ef_search,
         not request.omit_neighbours,
         not request.omit_texts,
+        request.provenance,
     )
     if request.where or exclude.keys or exclude.entry_ids:
         return _search(options, _exclude_from_proto(exclude), dict(request.where))
@@ -144,7 +148,8 @@ def search_from_proto(request: pb.RetrieveRequest) -> Search:
 
 
 def _search(options: tuple[Any, ...], exclude: Exclude, where: Mapping[str, str]) -> Search:
-    k, max_tags, min_similarity, order, exact, nprobe, ef_search, with_neighbours, with_texts = options
+    k, max_tags, min_similarity, order, exact, nprobe, ef_search, *returned = options
+    with_neighbours, with_texts, with_provenance = returned
     return Search(
         k=k,
         max_tags=max_tags,
@@ -157,6 +162,7 @@ def _search(options: tuple[Any, ...], exclude: Exclude, where: Mapping[str, str]
         ef_search=ef_search,
         with_neighbours=with_neighbours,
         with_texts=with_texts,
+        with_provenance=with_provenance,
     )
 
 
@@ -204,7 +210,7 @@ def retrieval_to_proto(retrieval: Retrieval) -> pb.Retrieval:
     position = {n.entry_id: i for i, n in enumerate(retrieval.neighbours)}
     return pb.Retrieval(
         neighbours=[
-            pb.Neighbour(entry_id=n.entry_id, key=n.key, similarity=n.similarity)
+            pb.Neighbour(entry_id=n.entry_id, key=n.key, similarity=n.similarity, captions=n.captions)
             for n in retrieval.neighbours
         ],
         tags=[
@@ -216,11 +222,37 @@ def retrieval_to_proto(retrieval: Retrieval) -> pb.Retrieval:
                 relevance=t.relevance,
                 neighbours=[position[i] for i in t.neighbours],
                 votes=t.votes,
+                mentions=mentions_to_proto(t.mentions, position),
             )
             for t in retrieval.tags
         ],
         excluded=retrieval.excluded,
+        miner=retrieval.miner,
     )
+
+
+def mentions_to_proto(mentions: Iterable[Mention], positions: Mapping[int, int]) -> list[pb.Mention]:
+    """Write mentions, given the position of each neighbour by its entry id."""
+    return [
+        pb.Mention(
+            neighbour=positions[m.entry_id], caption=m.caption, start=m.start, end=m.end, score=m.score
+        )
+        for m in mentions
+    ]
+
+
+def _mentions_from_proto(message: pb.RetrievedTag, neighbours: Sequence[Neighbour]) -> tuple[Mention, ...]:
+    """Read mentions, each within its caption. Raises `BadAnswer`, and `IndexError` for no such neighbour."""
+    mentions = []
+    for m in message.mentions:
+        neighbour = neighbours[m.neighbour]
+        caption = neighbour.captions[m.caption] if m.caption >= 0 else ""
+        if m.caption < -1 or not m.start <= m.end or (m.caption >= 0 and m.end > len(caption)):
+            raise BadAnswer(f"a mention of tag {message.tag_id} is not within its caption")
+        if not 0 <= m.score <= 1:
+            raise BadAnswer(f"a mention of tag {message.tag_id} has a score that is not in [0, 1]")
+        mentions.append(Mention(neighbour.entry_id, m.caption, m.start, m.end, m.score))
+    return tuple(mentions)
 
 
 def retrievals_from_proto(response: pb.RetrieveResponse) -> list[Retrieval]:
@@ -231,14 +263,22 @@ def retrievals_from_proto(response: pb.RetrieveResponse) -> list[Retrieval]:
     try:
         for message in response.retrievals:
             neighbours = [Neighbour(n.key, n.entry_id, n.similarity) for n in message.neighbours]
+            if traced := bool(message.miner):
+                neighbours = [
+                    replace(neighbour, captions=tuple(n.captions))
+                    for neighbour, n in zip(neighbours, message.neighbours, strict=True)
+                ]
             ids = [neighbour.entry_id for neighbour in neighbours]
             tags = []
             for t in message.tags:
                 kind, carriers = kinds(t.kind, "custom"), tuple(map(ids.__getitem__, t.neighbours))
                 signals += t.similarity + t.relevance
-                tags.append(RetrievedTag(t.tag_id, t.tag, kind, t.similarity, t.votes, t.relevance, carriers))
+                mentions = _mentions_from_proto(t, neighbours) if traced else ()
+                signals_of = t.similarity, t.votes, t.relevance
+                tags.append(RetrievedTag(t.tag_id, t.tag, kind, *signals_of, carriers, mentions))
             signals += sum(neighbour.similarity for neighbour in neighbours)
-            retrievals.append(Retrieval(*version, tuple(neighbours), tuple(tags), message.excluded))
+            answer = tuple(neighbours), tuple(tags), message.excluded
+            retrievals.append(Retrieval(*version, *answer, miner=message.miner))
     except IndexError:
         raise BadAnswer("a tag names a neighbour that is not in the answer") from None
     if not isfinite(signals):

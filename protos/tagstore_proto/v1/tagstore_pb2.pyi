@@ -64,7 +64,7 @@ class Vectors(_message.Message):
     def __init__(self, data: _Optional[bytes] = ..., dimension: _Optional[int] = ..., dtype: _Optional[_Union[Dtype, str]] = ...) -> None: ...
 
 class RetrieveRequest(_message.Message):
-    __slots__ = ("store", "version", "images", "vectors", "fingerprint", "k", "max_tags", "min_similarity", "order", "where", "exclude", "identities", "exact", "nprobe", "ef_search", "omit_neighbours", "omit_texts", "texts")
+    __slots__ = ("store", "version", "images", "vectors", "fingerprint", "k", "max_tags", "min_similarity", "order", "where", "exclude", "identities", "exact", "nprobe", "ef_search", "omit_neighbours", "omit_texts", "texts", "provenance")
     class WhereEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -90,6 +90,7 @@ class RetrieveRequest(_message.Message):
     OMIT_NEIGHBOURS_FIELD_NUMBER: _ClassVar[int]
     OMIT_TEXTS_FIELD_NUMBER: _ClassVar[int]
     TEXTS_FIELD_NUMBER: _ClassVar[int]
+    PROVENANCE_FIELD_NUMBER: _ClassVar[int]
     store: str
     version: int
     images: _containers.RepeatedScalarFieldContainer[bytes]
@@ -108,7 +109,8 @@ class RetrieveRequest(_message.Message):
     omit_neighbours: bool
     omit_texts: bool
     texts: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, store: _Optional[str] = ..., version: _Optional[int] = ..., images: _Optional[_Iterable[bytes]] = ..., vectors: _Optional[_Union[Vectors, _Mapping]] = ..., fingerprint: _Optional[str] = ..., k: _Optional[int] = ..., max_tags: _Optional[int] = ..., min_similarity: _Optional[float] = ..., order: _Optional[_Union[Order, str]] = ..., where: _Optional[_Mapping[str, str]] = ..., exclude: _Optional[_Union[Exclude, _Mapping]] = ..., identities: _Optional[_Iterable[_Union[Identity, _Mapping]]] = ..., exact: _Optional[bool] = ..., nprobe: _Optional[int] = ..., ef_search: _Optional[int] = ..., omit_neighbours: _Optional[bool] = ..., omit_texts: _Optional[bool] = ..., texts: _Optional[_Iterable[str]] = ...) -> None: ...
+    provenance: bool
+    def __init__(self, store: _Optional[str] = ..., version: _Optional[int] = ..., images: _Optional[_Iterable[bytes]] = ..., vectors: _Optional[_Union[Vectors, _Mapping]] = ..., fingerprint: _Optional[str] = ..., k: _Optional[int] = ..., max_tags: _Optional[int] = ..., min_similarity: _Optional[float] = ..., order: _Optional[_Union[Order, str]] = ..., where: _Optional[_Mapping[str, str]] = ..., exclude: _Optional[_Union[Exclude, _Mapping]] = ..., identities: _Optional[_Iterable[_Union[Identity, _Mapping]]] = ..., exact: _Optional[bool] = ..., nprobe: _Optional[int] = ..., ef_search: _Optional[int] = ..., omit_neighbours: _Optional[bool] = ..., omit_texts: _Optional[bool] = ..., texts: _Optional[_Iterable[str]] = ..., provenance: _Optional[bool] = ...) -> None: ...
 
 class Exclude(_message.Message):
     __slots__ = ("key", "sha256", "perceptual_hash", "keys", "entry_ids")
@@ -165,27 +167,31 @@ class Error(_message.Message):
     def __init__(self, code: _Optional[int] = ..., message: _Optional[str] = ..., retry_after_ms: _Optional[int] = ...) -> None: ...
 
 class Retrieval(_message.Message):
-    __slots__ = ("neighbours", "tags", "excluded")
+    __slots__ = ("neighbours", "tags", "excluded", "miner")
     NEIGHBOURS_FIELD_NUMBER: _ClassVar[int]
     TAGS_FIELD_NUMBER: _ClassVar[int]
     EXCLUDED_FIELD_NUMBER: _ClassVar[int]
+    MINER_FIELD_NUMBER: _ClassVar[int]
     neighbours: _containers.RepeatedCompositeFieldContainer[Neighbour]
     tags: _containers.RepeatedCompositeFieldContainer[RetrievedTag]
     excluded: int
-    def __init__(self, neighbours: _Optional[_Iterable[_Union[Neighbour, _Mapping]]] = ..., tags: _Optional[_Iterable[_Union[RetrievedTag, _Mapping]]] = ..., excluded: _Optional[int] = ...) -> None: ...
+    miner: str
+    def __init__(self, neighbours: _Optional[_Iterable[_Union[Neighbour, _Mapping]]] = ..., tags: _Optional[_Iterable[_Union[RetrievedTag, _Mapping]]] = ..., excluded: _Optional[int] = ..., miner: _Optional[str] = ...) -> None: ...
 
 class Neighbour(_message.Message):
-    __slots__ = ("entry_id", "key", "similarity")
+    __slots__ = ("entry_id", "key", "similarity", "captions")
     ENTRY_ID_FIELD_NUMBER: _ClassVar[int]
     KEY_FIELD_NUMBER: _ClassVar[int]
     SIMILARITY_FIELD_NUMBER: _ClassVar[int]
+    CAPTIONS_FIELD_NUMBER: _ClassVar[int]
     entry_id: int
     key: str
     similarity: float
-    def __init__(self, entry_id: _Optional[int] = ..., key: _Optional[str] = ..., similarity: _Optional[float] = ...) -> None: ...
+    captions: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, entry_id: _Optional[int] = ..., key: _Optional[str] = ..., similarity: _Optional[float] = ..., captions: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class RetrievedTag(_message.Message):
-    __slots__ = ("tag_id", "tag", "kind", "similarity", "relevance", "neighbours", "votes")
+    __slots__ = ("tag_id", "tag", "kind", "similarity", "relevance", "neighbours", "votes", "mentions")
     TAG_ID_FIELD_NUMBER: _ClassVar[int]
     TAG_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
@@ -193,6 +199,7 @@ class RetrievedTag(_message.Message):
     RELEVANCE_FIELD_NUMBER: _ClassVar[int]
     NEIGHBOURS_FIELD_NUMBER: _ClassVar[int]
     VOTES_FIELD_NUMBER: _ClassVar[int]
+    MENTIONS_FIELD_NUMBER: _ClassVar[int]
     tag_id: int
     tag: str
     kind: Kind
@@ -200,7 +207,22 @@ class RetrievedTag(_message.Message):
     relevance: float
     neighbours: _containers.RepeatedScalarFieldContainer[int]
     votes: int
-    def __init__(self, tag_id: _Optional[int] = ..., tag: _Optional[str] = ..., kind: _Optional[_Union[Kind, str]] = ..., similarity: _Optional[float] = ..., relevance: _Optional[float] = ..., neighbours: _Optional[_Iterable[int]] = ..., votes: _Optional[int] = ...) -> None: ...
+    mentions: _containers.RepeatedCompositeFieldContainer[Mention]
+    def __init__(self, tag_id: _Optional[int] = ..., tag: _Optional[str] = ..., kind: _Optional[_Union[Kind, str]] = ..., similarity: _Optional[float] = ..., relevance: _Optional[float] = ..., neighbours: _Optional[_Iterable[int]] = ..., votes: _Optional[int] = ..., mentions: _Optional[_Iterable[_Union[Mention, _Mapping]]] = ...) -> None: ...
+
+class Mention(_message.Message):
+    __slots__ = ("neighbour", "caption", "start", "end", "score")
+    NEIGHBOUR_FIELD_NUMBER: _ClassVar[int]
+    CAPTION_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    SCORE_FIELD_NUMBER: _ClassVar[int]
+    neighbour: int
+    caption: int
+    start: int
+    end: int
+    score: float
+    def __init__(self, neighbour: _Optional[int] = ..., caption: _Optional[int] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., score: _Optional[float] = ...) -> None: ...
 
 class GetTagsRequest(_message.Message):
     __slots__ = ("store", "version", "tag_ids", "first_tag_id", "page_size", "embeddings")

@@ -71,9 +71,11 @@ class ReplayBackend(Backend):
     def _check(self, map_: Map, batch: QueryBatch) -> None:
         options, recorded = recorded_options(batch.options), map_.options
         for name, value in options.items():
-            if value != recorded[name]:
+            # maps that were recorded before an option came were recorded without it
+            before = recorded.get(name, False)
+            if value != before:
                 raise InvalidInput(
-                    f"map {self._path} was recorded with {name}={recorded[name]!r}, "
+                    f"map {self._path} was recorded with {name}={before!r}, "
                     f"and {value!r} is asked for: leave it out, or record another"
                 )
         self._check_version(map_, batch.version)

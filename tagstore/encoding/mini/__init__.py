@@ -71,6 +71,12 @@ def image_tower_weights() -> dict[str, Any]:
     return weights
 
 
+def image_classifier() -> tuple[Any, Any]:
+    """The ImageNet-1k head that the image tower was trained with: weights `[1000, 1280]`, bias `[1000]`."""
+    *_, weight, bias = image_tower_weights().values()
+    return weight, bias
+
+
 def config() -> dict[str, Any]:
     """The open_clip config (`model_cfg`, `preprocess_cfg`) with the directory of the text tower."""
     value: dict[str, Any] = json.loads(CONFIG.read_text())
