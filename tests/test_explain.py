@@ -58,6 +58,7 @@ def test_the_page_needs_nothing_else_and_escapes_what_it_is_given(tuna: Pipeline
     assert "Is 1 &lt; 2 &amp; why?" in page
     assert "A &lt;b&gt;red&lt;/b&gt; circle." in page
     assert "shapes@1" in page
+    assert re.search(r"“(red )?circle” in “A red circle on a white table in Paris.” · rules 0.9\d", page)
     assert page.count("<figure>") == 4 + 5
     assert page.count("data:image/png") == 4
 

@@ -22,12 +22,14 @@ from PIL import Image
 
 from tagstore.errors import InvalidInput
 from tagstore.readers.samples import Sample
-from tagstore.types import Retrieval
+from tagstore.types import Provenance, Retrieval
 from tuna_model.inference.conversations import user_message
 from tuna_model.inference.pipeline import Pipeline
 from tuna_model.processing.image_processor import upright
 from tuna_model.processing.tags import ImageTags, TagLayout
 
+MAX_PLACES = 3
+"""Places that the page shows of a tag."""
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -44,6 +46,8 @@ class ExplainedTag:
     """`[side, side]`, attention over the patches; sums to 1."""
     neighbours: tuple[int, ...]
     """Positions of the neighbours that carry it, in the list of neighbours."""
+    places: tuple[Provenance, ...] = ()
+    """Where it was read: the words, their caption, the miner. Empty from a store that does not say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,16 +84,19 @@ def examine(
     given, retrieval = no_tags, None
     before = tuna.lookup.degraded
     if vectors is not None and tuna.model.config.tags:
-        given, retrieval = tuna.lookup.detailed(vectors, tuna.model.config.encoder_digest)[0]
+        given, retrieval = tuna.lookup.detailed(
+            vectors, tuna.model.config.encoder_digest, with_provenance=True
+        )[0]
     prepared = tuna.prepare([[picture]], [conversation], tags=[given])
     chosen = TagLayout(**tuna.processor.layout).choose(given)
     heats = _attention(tuna, prepared.inputs, len(chosen))
     positions = {n.entry_id: i for i, n in enumerate(retrieval.neighbours)} if retrieval is not None else {}
     carriers = {tag.tag_id: tag.neighbours for tag in retrieval.tags} if retrieval is not None else {}
+    places = {tag.tag_id: retrieval.why(tag) for tag in retrieval.tags} if retrieval is not None else {}
     tags = tuple(
         ExplainedTag(
             tag.text, tag.weight, tag.relevance, tag.similarity, tag.vote_share, heat,
-            tuple(positions[i] for i in carriers.get(tag_id, ()) if i in positions),
+            tuple(positions[i] for i in carriers.get(tag_id, ()) if i in positions), places.get(tag_id, ()),
         )
         for tag, heat, tag_id in zip(prepared.tags[0], heats, chosen.ids, strict=True)
     )  # fmt: skip
@@ -155,6 +162,7 @@ def explain(
             "share": tag.weight / heaviest,
             "heat": heat_url(tag.heat),
             "carriers": [i + 1 for i in tag.neighbours],
+            "places": tag.places[:MAX_PLACES],
         }
         for tag in explanation.tags
     ]
