@@ -47,7 +47,7 @@ def queries() -> np.ndarray:
     return np.load(WRITTEN / "queries.npy").astype(np.float32)
 
 
-ADDED = {"captions": [], "mentions": [], "tag_embeddings": {}}
+ADDED = {"captions": [], "mentions": [], "miner": "", "tag_embeddings": {}}
 """Fields that answers have since the files were written, and what they hold where nobody asked for them."""
 
 
