@@ -202,14 +202,3 @@ def test_one_picture_is_too_few(tmp_path: Path, mini):
     ingest(str(tmp_path / "one"), root=tmp_path / "root", store="s", encoder=mini)
     with pytest.raises(InvalidInput, match="too few pictures"):
         ground(tmp_path / "root", "s")
-
-
-def test_a_model_weighs_relevance_more_where_the_store_is_grounded(root: Path):
-    from tuna_model import Pipeline
-
-    fields = {"tag_signal": "mixed", "tag_mix": (5.0, 9.0, 6.6)}
-    tuna = Pipeline.load("tiny", store=f"file://{root}/s", **fields)
-    assert tuple(tuna.model.config.tag_mix) == (5.0, 9.0, 6.6)
-    ground(root, "s")
-    tuna = Pipeline.load("tiny", store=f"file://{root}/s", **fields)
-    assert tuple(tuna.model.config.tag_mix) == tuple(tuna.processor.layout["mix"]) == (240.0, 54.0, 0.0)

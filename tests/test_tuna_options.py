@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import PreTrainedConfig
 
+from tagstore.upkeep.reprocessing import ground
 from tuna import features, small, tags
-from tuna_model import TunaConfig
+from tuna_model import Pipeline, TunaConfig
 
 PROMPTS = ["Look: <image> what is it?", "<image> and <image>?"]
 OPTIONS = [
@@ -54,6 +56,7 @@ ELSEWHERE = {
     "tag_dimension": "test_parameter_free_tags_look_where_they_are_seen",
     "image_token_id": "test_weights_scale_the_pair_of_each_tag",
     "tags": "test_without_tags_there_is_no_tag_path",
+    "tag_mix_grounded": "test_a_grounded_store_has_a_mix_of_its_own",
     "learn_temperature": "test_every_trained_part_gets_a_gradient_with_and_without_tags",
     "tag_threshold": "test_a_threshold_decides_what_is_dropped",
     "neighbours": "test_a_configuration_says_how_the_store_is_asked",
@@ -104,3 +107,13 @@ def test_every_field_is_tried():
     }
     tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_tuna*.py"))
     assert all(f"def {test}(" in tests for test in ELSEWHERE.values())
+
+
+def test_a_grounded_store_has_a_mix_of_its_own(shapes_root: Path, tmp_path: Path):
+    shutil.copytree(shapes_root / "shapes", tmp_path / "shapes")
+    fields = {"tag_signal": "mixed", "tag_mix": (5.0, 9.0, 6.6)}
+    tuna = Pipeline.load("tiny", store=f"file://{tmp_path}/shapes", **fields)
+    assert tuple(tuna.model.config.tag_mix) == (5.0, 9.0, 6.6)
+    ground(tmp_path, "shapes")
+    tuna = Pipeline.load("tiny", store=f"file://{tmp_path}/shapes", **fields)
+    assert tuple(tuna.model.config.tag_mix) == tuple(tuna.processor.layout["mix"]) == (240.0, 54.0, 0.0)
