@@ -67,6 +67,19 @@ def served(shapes_root: Path, mini, monkeypatch) -> Iterator:
         server.stop(0)
 
 
+@pytest.fixture(scope="session")
+def foreign_environment(tmp_path_factory) -> dict[str, str]:
+    """The environment of other software's commands: without the network, and with torchvision usable beside
+    a CPU torch, as in all our commands."""
+    folder = tmp_path_factory.mktemp("site")
+    (folder / "sitecustomize.py").write_text(
+        "from tagstore.encoding.torchvision_shim import prepare_when_imported\nprepare_when_imported()\n"
+    )
+    path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "hf")}
+    return os.environ | offline | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+
+
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)

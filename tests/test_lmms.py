@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -60,18 +59,6 @@ def tasks(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory) -> dict[str, str]:
-    """Without the network, and with torchvision usable beside a CPU torch, as in all our commands."""
-    folder = tmp_path_factory.mktemp("site")
-    (folder / "sitecustomize.py").write_text(
-        "from tagstore.encoding.torchvision_shim import prepare_when_imported\nprepare_when_imported()\n"
-    )
-    path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
-    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "hf")}
-    return os.environ | offline | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-
-
 def commands_of_the_docs() -> dict[str, list[str]]:
     """The commands of docs/evaluation.md that run lmms-eval, by their first word."""
     page = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
@@ -119,9 +106,9 @@ def expected(shapes_root: Path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_the_command_of_the_docs_runs(tasks, shapes_root, expected, environment, tmp_path):
+def test_the_command_of_the_docs_runs(tasks, shapes_root, expected, foreign_environment, tmp_path):
     store = f"file://{shapes_root}/shapes,any_store=True,timeout=60"
-    outcome = run("lmms-eval", tasks, "pope_local,choice_local", store, tmp_path / "out", environment)
+    outcome = run("lmms-eval", tasks, "pope_local,choice_local", store, tmp_path / "out", foreign_environment)
     samples = sorted(outcome["samples"]["pope_local"], key=lambda sample: sample["doc_id"])
     assert [sample["filtered_resps"] for sample in samples] == expected
     right = [answer.lower() == truth for answer, truth in zip(expected, ["yes"] + 4 * ["no"], strict=True)]
@@ -139,9 +126,9 @@ def test_the_command_of_the_docs_runs(tasks, shapes_root, expected, environment,
 
 
 @pytest.mark.slow
-def test_two_ranks_share_the_questions(tasks, shapes_root, expected, environment, tmp_path):
+def test_two_ranks_share_the_questions(tasks, shapes_root, expected, foreign_environment, tmp_path):
     store = f"file://{shapes_root}/shapes,timeout=60"
-    outcome = run("torchrun", tasks, "pope_local", store, tmp_path / "out", environment)
+    outcome = run("torchrun", tasks, "pope_local", store, tmp_path / "out", foreign_environment)
     samples = outcome["samples"]["pope_local"]
     assert sorted(sample["doc_id"] for sample in samples) == [0, 1, 2, 3, 4]
     samples.sort(key=lambda sample: sample["doc_id"])

@@ -11,7 +11,7 @@ try:
 except ModuleNotFoundError:
     sys.exit("the tagstore command needs the server extra: pip install 'tagstore[server]'")
 
-from tagstore.cli import bundles, catalog, edits, indexing, ingest, recording, serving, upkeep
+from tagstore.cli import bundles, catalog, edits, indexing, ingest, pairs, recording, serving, upkeep
 from tagstore.errors import TagstoreError
 
 COMMANDS: dict[str, tuple[click.Command, ...]] = {
@@ -27,7 +27,9 @@ COMMANDS: dict[str, tuple[click.Command, ...]] = {
     "Keep it sound": (
         upkeep.verify, upkeep.repair, upkeep.compact, upkeep.takedowns, upkeep.prove_absent
     ),
-    "Hand it on": (bundles.export, bundles.import_, recording.record, recording.verify_map),
+    "Hand it on": (
+        bundles.export, bundles.import_, recording.record, recording.verify_map, pairs.pairs
+    ),
 }  # fmt: skip
 """All commands, by job, in the order of `--help`."""
 FORMER_NAMES = {"stats": "info"}
