@@ -28,7 +28,7 @@ from tuna_model.inference.decoding import AnswerStream, Ending
 from tuna_model.inference.generation import Generation
 from tuna_model.modeling.model import TAG_INPUTS, TunaForConditionalGeneration
 from tuna_model.processing.processor import EncodedPrompt, TunaProcessor
-from tuna_model.processing.tags import ImageTags, TagLayout, TagLookup
+from tuna_model.processing.tags import ImageTags, TagLookup, weigh_for_stores
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class Pipeline:
         any_store: bool = False,
     ) -> None:
         self.model, self.processor, self.source = model, processor, source
-        self._mix_for_store()
+        self._weigh_for_store()
         self.lookup = TagLookup.of(source, model.config, any_store=any_store)
         context = getattr(model.config.text_config, "max_position_embeddings", 0)
         self.reader = Reader(processor, context or 0)
@@ -76,20 +76,20 @@ class Pipeline:
         model, processor = presets.load(name, device=device, dtype=dtype, **fields)
         return cls(model, processor, connect(store, timeout=timeout), any_store=any_store)
 
-    def _mix_for_store(self) -> None:
+    def _weigh_for_store(self) -> None:
         """Weigh signals as they are in a store that is grounded, if this one is."""
-        config = self.model.config
-        if config.tag_signal != "mixed":
+        if self.model.config.tag_signal != "mixed":
             return
         try:
             info = self.source.info()
         except Unavailable as error:
             log.warning("signals of tags keep tag_mix, because the store did not say what it is: %s", error)
             return
-        if info.tag_embeddings:
-            config.tag_mix = config.tag_mix_grounded
-            self.processor.layout = TagLayout.of(config).to_dict()
-            log.info("store %s@%d is grounded: tag_mix is %s", info.store, info.version, config.tag_mix)
+        weigh_for_stores(self.model, self.processor, [info])
+        if self.model.weight_tuner.grounded:
+            log.info(
+                "store %s@%d is grounded: its tags are weighed by tag_mix_grounded", info.store, info.version
+            )
 
     def answer(self, image: Any, question: str, *, tags: ImageTags | None = None, **options: Any) -> Answer:
         """Answer a question about one picture (None for a question without).
