@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -70,15 +69,10 @@ def load(model: str, store: str, any_store: bool, timeout: float, device: str, d
     import torch
     from transformers.utils import logging as transformers_logging
 
-    from tagstore.client import connect
     from tuna_model.inference.pipeline import Pipeline
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    if Path(model).is_dir() and not Path(model, "config.json").exists():
-        from tuna_model.training.runs import load_run
-
-        return Pipeline(*load_run(model), connect(store, timeout=timeout), any_store=any_store)
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     return Pipeline.load(model, store=store, any_store=any_store, timeout=timeout, device=device, dtype=kind)
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -29,6 +30,7 @@ from tuna_model.inference.generation import Generation
 from tuna_model.modeling.model import TAG_INPUTS, TunaForConditionalGeneration
 from tuna_model.processing.processor import EncodedPrompt, TunaProcessor
 from tuna_model.processing.tags import ImageTags, TagLookup, weigh_for_stores
+from tuna_model.training.runs import load_run
 
 log = logging.getLogger(__name__)
 
@@ -67,13 +69,19 @@ class Pipeline:
         """Load a model and connect to a store.
 
         Args:
-            name: a preset or a directory (`presets.load`).
+            name: a preset, a directory (`presets.load`), or a training run, of which the newest checkpoint.
             store: URL of a tag source (`tagstore.client`); null:// for none.
             timeout: seconds after which the model answers without tags.
             any_store: accept tags of another store than the one that the checkpoint was trained with.
-            device, dtype, fields: as for `presets.load`.
+            device, dtype, fields: as for `presets.load`; a run takes no fields, it has its own.
         """
-        model, processor = presets.load(name, device=device, dtype=dtype, **fields)
+        if Path(name).is_dir() and not Path(name, "config.json").exists():
+            if fields:
+                raise InvalidInput(f"{name} is a training run, which sets {', '.join(sorted(fields))} itself")
+            model, processor = load_run(name)
+            model = model.to(device=device, dtype=dtype)
+        else:
+            model, processor = presets.load(name, device=device, dtype=dtype, **fields)
         return cls(model, processor, connect(store, timeout=timeout), any_store=any_store)
 
     def _weigh_for_store(self) -> None:
