@@ -92,7 +92,7 @@ def ingest(
         root, store, _ = options.local(url)
     assert root is not None
     assert store is not None
-    from tagstore.ingest import ingest as run
+    from tagstore.ingestion import ingest as run
     from tagstore.mining import load_rules
 
     with output.progress() as progress:

@@ -14,7 +14,7 @@ from tagstore.plain_text import one_line
 
 if TYPE_CHECKING:
     from tagstore.client.admin import Ingested
-    from tagstore.ingest import Advance, Report
+    from tagstore.ingestion.report import Advance, Report
     from tagstore.types import Retrieval, StoreInfo
 
 _MAX_REASONS = 10

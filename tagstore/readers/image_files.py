@@ -6,6 +6,7 @@ Every path that a record gives passes one guard.
 from __future__ import annotations
 
 import base64
+import io
 import os
 import re
 import stat
@@ -174,3 +175,10 @@ def decoded(image: str | bytes, limit: int) -> bytes:
             raise RecordError(f"the image is not valid base64: {error}") from None
     check_size(len(image), limit, "the image")
     return image
+
+
+def png_of(image: Any) -> bytes:
+    """A PIL image as PNG, which keeps its pixels as they are."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()

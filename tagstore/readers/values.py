@@ -92,6 +92,8 @@ def key_in(value: Any, column: str) -> str:
     """The key that a column holds: a text or an integer."""
     if value is None or value == "":
         raise RecordError(f"no key: column '{column}' is empty")
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # pandas writes integers so where one of the column is missing
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise RecordError(
             f"the key is not a text or an integer: column '{column}' is of type {type(value).__name__}"
