@@ -26,6 +26,14 @@ from tagstore.errors import InvalidInput
 @click.option("--image-column", metavar="C", help="Column with the image or its path.")
 @click.option("--caption-column", metavar="C", multiple=True, help="Columns with captions; repeatable.")
 @click.option("--key-column", metavar="C", help="Column with the unique key.")
+@click.option("--images", metavar="DIR", help="Folder that image paths are relative to; the table's own.")
+@click.option("--delimiter", metavar="C", default="", help="Between a CSV's fields; found by looking.")
+@click.option("--encoding", metavar="E", default="", help="Of a table of text: latin-1, cp1252 ...")
+@click.option(
+    "--caption-from",
+    type=click.Choice(["folder"]),
+    help="Pictures without caption files: the folder's name is the caption.",
+)
 @click.option("--allow-outside", is_flag=True, help="Follow image paths out of the source's folder.")
 @click.option(
     "--sync",
@@ -49,6 +57,10 @@ def ingest(
     image_column: str | None,
     caption_column: tuple[str, ...],
     key_column: str | None,
+    images: str | None,
+    delimiter: str,
+    encoding: str,
+    caption_from: Any,
     allow_outside: bool,
     sync: Any,
     device: str,
@@ -56,14 +68,18 @@ def ingest(
 ) -> None:
     """Make a version of a store from a source of pairs.
 
-    SOURCE is a folder of images with same-name .txt files, a CSV, TSV, JSON Lines or Parquet file, or
-    WebDataset .tar shards; globs and brace patterns work if quoted. A pair that cannot be used is quarantined
-    with its reason, the rest goes on. Run an interrupted ingest again to continue it.
+    SOURCE is a folder of images with same-name .txt files, a CSV, TSV, JSON (lines, a list, COCO's captions),
+    Parquet or Arrow file, a saved Hugging Face dataset, or WebDataset .tar shards; globs and brace patterns
+    work if quoted. A pair that cannot be used is quarantined with its reason, the rest goes on. Run an
+    interrupted ingest again to continue it.
     """
-    from tagstore.readers import Columns, read
+    from tagstore.readers import Columns, Layout, read
 
     if bool(url) == bool(root or store) or (not url and not (root and store)):
         raise InvalidInput("say where to: --root DIR --store NAME, or --to URL")
+    if len(delimiter := delimiter.replace("\\t", "\t")) > 1:
+        raise InvalidInput(f"--delimiter is '{delimiter}': one character stands between two fields")
+    layout = Layout(delimiter, encoding, caption_from or "")
     columns = Columns(image=image_column, caption=caption_column, key=key_column)
     if url and options.remote(url):
         if stoplist or synonyms:
@@ -80,6 +96,8 @@ def ingest(
             columns=columns,
             allow_outside=allow_outside,
             captions_optional=optional,
+            images=images,
+            layout=layout,
         )
         with output.progress() as progress, administer(url) as admin:
             origin = os.path.abspath(source)
@@ -102,6 +120,8 @@ def ingest(
             store=store,
             format=format_,
             columns=columns,
+            images=images,
+            layout=layout,
             allow_outside=allow_outside,
             encoder=encoder,
             miner=miner,

@@ -19,7 +19,7 @@ from tagstore.ingestion.objects import name_of, pairs_of
 from tagstore.ingestion.pipeline import Run
 from tagstore.ingestion.report import Advance, Report, Settled
 from tagstore.mining import Miner, Rules, load_miner, load_rules, reads_pictures
-from tagstore.readers import Columns, read
+from tagstore.readers import Columns, Layout, read
 from tagstore.readers.pair_check import MAX_NOTE_CHARS, checked
 from tagstore.storage.environments import writing
 from tagstore.storage.staging import Progress, Sync
@@ -36,6 +36,7 @@ def ingest(
     format: str | None = None,
     columns: Columns = Columns(),  # noqa: B008  frozen
     images: str | Path | None = None,
+    layout: Layout = Layout(),  # noqa: B008  frozen
     allow_outside: bool = False,
     encoder: str | Encoder | None = None,
     miner: str | Miner = "rules",
@@ -57,8 +58,9 @@ def ingest(
         store: name of the store.
         format: of the source; found by looking if not given.
         columns: names of the source's columns, where they aren't the usual ones.
-        images: of an object: the folder that its paths are relative to and may not leave; without one they
-            are relative to the working directory, and may lead anywhere.
+        images: the folder that paths of images are relative to and may not leave. Without one it is the
+            source file's own; paths in an object are relative to the working directory and may lead anywhere.
+        layout: how a file is written, where looking does not tell.
         allow_outside: of files: follow image paths that lead out of the source's folder.
         encoder: spec or encoder; by default the store's own, `mini` for a new store.
         miner: spec or miner.
@@ -78,8 +80,6 @@ def ingest(
         return _ingest_object(
             source, root, store, columns, images, encoder, miner, vocabulary, device, sync, progress
         )
-    if images is not None:
-        raise InvalidInput("images= is for objects: paths in a file are relative to the file's own folder")
     source = os.fspath(source)
     where = {
         "path": os.path.abspath(source),
@@ -87,6 +87,8 @@ def ingest(
         "columns": asdict(columns),
         "allow_outside": allow_outside,
     }
+    where |= {"images": os.path.abspath(images)} if images is not None else {}
+    where |= {"layout": asdict(layout)} if layout != Layout() else {}
 
     miner = load_miner(miner) if isinstance(miner, str) else miner
     optional = reads_pictures(miner)
@@ -98,6 +100,8 @@ def ingest(
             columns=columns,
             allow_outside=allow_outside,
             captions_optional=optional,
+            images=images,
+            layout=layout,
         )
         return peeked(checked(item, captions_optional=optional) for item in items)
 

@@ -13,7 +13,8 @@ from typing import Any
 
 from tagstore.errors import InvalidInput
 from tagstore.readers.image_files import png_of
-from tagstore.readers.records import Columns, Options, choose_columns, row_to_pair
+from tagstore.readers.merging import rows_together
+from tagstore.readers.records import ChosenColumns, Columns, Options, choose_columns, row_to_pair
 from tagstore.readers.values import rejected
 from tagstore.types import Pair, Rejected
 
@@ -63,6 +64,12 @@ def pairs_of(
     options = Options(folder, columns, allow_outside=images is None, captions_optional=captions_optional)
     names = dict.fromkeys(name for record in first if isinstance(record, Mapping) for name in record)
     chosen = choose_columns(options, map(str, names), f"the {name_of(source)}") if names else None
+    yield from rows_together(_rows(records, chosen, folder, options))
+
+
+def _rows(
+    records: Iterable[Any], chosen: ChosenColumns | None, folder: Path, options: Options
+) -> Iterator[Pair | Rejected]:
     for number, record in enumerate(records, start=1):
         if isinstance(record, Pair | Rejected):
             yield record
