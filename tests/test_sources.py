@@ -8,10 +8,14 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 from pyarrow import parquet
 
 from pictures import picture
+from tagstore.cli import cli
+from tagstore.client.urls import locate
+from tagstore.encoding.images import FORMATS as FORMATS_READ
 from tagstore.errors import InvalidInput
 from tagstore.ingestion import ingest
 from tagstore.readers import FORMATS, Layout, detect_format, read
@@ -197,6 +201,50 @@ def test_shards_whose_samples_are_torn_apart(tmp_path: Path):
     refused = [item for item in read(str(tmp_path / "dots.tar")) if not isinstance(item, Pair)]
     assert len(refused) == 2
     assert "rename photo.1.jpg to photo_1.jpg" in refused[0].reason
+
+
+def catalogue(folder: Path, good: int, bad: int) -> Path:
+    rows = [f"{i}.png,A red circle.\n" for i in range(good)] + [f"gone{i}.png,A dog.\n" for i in range(bad)]
+    write(folder, {"t.csv": "".join(("image,caption\n", *rows))})
+    for i in range(good):
+        (folder / f"{i}.png").write_bytes(picture("red", "circle", shift=i))
+    return folder / "t.csv"
+
+
+def test_no_version_of_a_source_that_is_mostly_bad(tmp_path: Path, mini):
+    source, where = str(catalogue(tmp_path, 3, 1)), {"root": tmp_path / "root", "store": "s", "encoder": mini}
+    with pytest.raises(InvalidInput) as error:
+        ingest(source, **where, max_bad=0.2)
+    assert "1 of 4 pairs (25.0%) were refused, and max_bad is 20.0%" in str(error.value)
+    assert "Most often (1): a file is missing" in str(error.value)
+    report = ingest(source, **where, max_bad=0.25)
+    assert (report.version, report.entries, report.resumed) == (1, 3, 4)
+    with pytest.raises(InvalidInput, match="it is a share"):
+        ingest(source, **where, max_bad=5)
+
+
+def test_a_dry_run_says_what_would_be_read(tmp_path: Path):
+    source = catalogue(tmp_path, 3, 1)
+    (tmp_path / "2.png").write_bytes(b"<html>")
+    command = ["ingest", str(source), "--dry-run"]
+    result = CliRunner().invoke(cli, [*command, "--json"])
+    assert json.loads(result.stdout) == {
+        "pairs": 4, "captions": 2, "refused": 2,
+        "reasons": {f"not an image but a web page, give {FORMATS_READ}": 1, "a file is missing": 1},
+        "examples": [{"key": key, "captions": ["A red circle."]} for key in "01"],
+    }  # fmt: skip
+    result = CliRunner().invoke(cli, [*command, "--max-bad", "0.4"])
+    assert result.exit_code == 1
+    assert "would read 4 pairs with 2 captions, and refuse 2" in result.stdout
+    assert "1 x a file is missing, for example gone0: a file is missing: gone0.png" in result.stdout
+    assert not (tmp_path / "root").exists()
+
+
+@pytest.mark.parametrize("version", ["0", "-1", "latest", "", "1.5", "٣"])
+@pytest.mark.parametrize("place", ["file:///srv/stores", "grpc://localhost:50051"])
+def test_what_is_no_version_is_refused(place: str, version: str):
+    with pytest.raises(InvalidInput, match=f"asks for version '{version}': versions count from @1"):
+        locate(f"{place}/mine@{version}")
 
 
 def test_the_page_names_every_source():

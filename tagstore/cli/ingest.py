@@ -35,6 +35,14 @@ from tagstore.errors import InvalidInput
     help="Pictures without caption files: the folder's name is the caption.",
 )
 @click.option("--allow-outside", is_flag=True, help="Follow image paths out of the source's folder.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be read, with reasons and examples.")
+@click.option(
+    "--max-bad",
+    type=click.FloatRange(0, 1),
+    default=1.0,
+    metavar="SHARE",
+    help="Make no version if a larger share of the pairs is refused: 0.05.",
+)
 @click.option(
     "--sync",
     type=click.Choice(["full", "batch"]),
@@ -62,6 +70,8 @@ def ingest(
     encoding: str,
     caption_from: Any,
     allow_outside: bool,
+    dry_run: bool,
+    max_bad: float,
     sync: Any,
     device: str,
     as_json: bool,
@@ -75,12 +85,23 @@ def ingest(
     """
     from tagstore.readers import Columns, Layout, read
 
-    if bool(url) == bool(root or store) or (not url and not (root and store)):
-        raise InvalidInput("say where to: --root DIR --store NAME, or --to URL")
     if len(delimiter := delimiter.replace("\\t", "\t")) > 1:
         raise InvalidInput(f"--delimiter is '{delimiter}': one character stands between two fields")
     layout = Layout(delimiter, encoding, caption_from or "")
     columns = Columns(image=image_column, caption=caption_column, key=key_column)
+    # what the server's miner needs; other miners of pictures are known to the server alone
+    optional = "image" in miner.split("+")
+    reading: dict[str, Any] = {
+        "format": format_, "columns": columns, "allow_outside": allow_outside, "images": images,
+        "layout": layout,
+    }  # fmt: skip
+    if dry_run:
+        from tagstore.ingestion.preview import preview
+
+        output.print_preview(preview(source, captions_optional=optional, **reading), max_bad, as_json)
+        return
+    if bool(url) == bool(root or store) or (not url and not (root and store)):
+        raise InvalidInput("say where to: --root DIR --store NAME, or --to URL")
     if url and options.remote(url):
         if stoplist or synonyms:
             raise InvalidInput(
@@ -88,17 +109,9 @@ def ingest(
             )
         from tagstore.client.admin import administer
 
-        # what the server's miner needs; other miners of pictures are known to the server alone
-        optional = "image" in miner.split("+")
-        pairs = read(
-            source,
-            format=format_,
-            columns=columns,
-            allow_outside=allow_outside,
-            captions_optional=optional,
-            images=images,
-            layout=layout,
-        )
+        if max_bad < 1:
+            raise InvalidInput("--max-bad is for a store on this machine: try --dry-run first")
+        pairs = read(source, captions_optional=optional, **reading)
         with output.progress() as progress, administer(url) as admin:
             origin = os.path.abspath(source)
             ingested = admin.ingest(
@@ -118,16 +131,13 @@ def ingest(
             source,
             root=root,
             store=store,
-            format=format_,
-            columns=columns,
-            images=images,
-            layout=layout,
-            allow_outside=allow_outside,
+            **reading,
             encoder=encoder,
             miner=miner,
             vocabulary=load_rules(stoplist, synonyms),
             device=device,
             sync=sync,
+            max_bad=max_bad,
             progress=progress,
         )
     output.print_report(report, as_json)

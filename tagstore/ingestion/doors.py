@@ -16,7 +16,7 @@ from tagstore.encoding.encoder import Encoder
 from tagstore.errors import InvalidInput
 from tagstore.ingestion.batches import BATCH, BATCH_BYTES, Pairs, peeked, skip
 from tagstore.ingestion.objects import name_of, pairs_of
-from tagstore.ingestion.pipeline import Run
+from tagstore.ingestion.pipeline import Run, TooManyBad
 from tagstore.ingestion.report import Advance, Report, Settled
 from tagstore.mining import Miner, Rules, load_miner, load_rules, reads_pictures
 from tagstore.readers import Columns, Layout, read
@@ -43,6 +43,7 @@ def ingest(
     vocabulary: Rules | None = None,
     device: str = "auto",
     sync: Sync = "full",
+    max_bad: float = 1.0,
     progress: Advance = lambda stage, done: None,
 ) -> Report:
     """Read a source into a store, which is made if it isn't there, and commit the result as its next version.
@@ -68,6 +69,7 @@ def ingest(
         device: for an encoder given by spec.
         sync: when appends reach the disk: `full`, each at once; `batch`, all of them at the commit. The
             version is durable in both.
+        max_bad: share of the pairs that may be refused, from 0 to 1; with more there is no new version.
         progress: called as work is done.
 
     Raises:
@@ -76,9 +78,11 @@ def ingest(
         Busy: another process writes to the store.
     """
     check_name(store)
+    if not 0 <= max_bad <= 1:
+        raise InvalidInput(f"max_bad is {max_bad}: it is a share, from 0 to 1")
     if not isinstance(source, str | os.PathLike):
         return _ingest_object(
-            source, root, store, columns, images, encoder, miner, vocabulary, device, sync, progress
+            source, root, store, columns, images, encoder, miner, vocabulary, device, sync, max_bad, progress
         )
     source = os.fspath(source)
     where = {
@@ -107,6 +111,7 @@ def ingest(
 
     pairs = read_source()
     run = Run(root, store, where, encoder, miner, vocabulary or load_rules(), device, progress)
+    run.max_bad = max_bad
     about = json.dumps([where, run.miner_identity, run.encoder.fingerprint.digest], sort_keys=True)
     mark = hashlib.sha256(about.encode()).hexdigest()
     with Writer(root, store, run.encoder.fingerprint, resume=mark, sync=sync) as writer:
@@ -120,6 +125,8 @@ def ingest(
             pairs = read_source()
         try:
             return run.finish(pairs, writer, Progress(mark))
+        except TooManyBad:
+            raise
         except InvalidInput:
             _remove_if_empty(writer)
             raise
@@ -136,6 +143,7 @@ def _ingest_object(
     vocabulary: Rules | None,
     device: str,
     sync: Sync,
+    max_bad: float,
     progress: Advance,
 ) -> Report:
     miner = load_miner(miner) if isinstance(miner, str) else miner
@@ -144,6 +152,7 @@ def _ingest_object(
     pairs = peeked(checked(item, captions_optional=optional) for item in items)
     where = {"stream": name_of(source), "columns": asdict(columns)}
     run = Run(root, store, where, encoder, miner, vocabulary or load_rules(), device, progress)
+    run.max_bad = max_bad
     return _finish(run, pairs, root, store, sync)
 
 

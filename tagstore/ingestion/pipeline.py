@@ -57,6 +57,11 @@ from tagstore.types import Pair, Rejected, Vectors
 
 log = logging.getLogger(__name__)
 
+
+class TooManyBad(InvalidInput):
+    """More pairs were refused than `max_bad` permits."""
+
+
 TAG_BATCH = 4096
 """Tags embedded at a time."""
 
@@ -91,6 +96,8 @@ class Run:
         self._captions_before = unread_captions(self._miner)
         self._source, self._rules, self._advance, self._settled = source, rules, advance, settled
         self._report = Report(store, 0)
+        self.max_bad: float | None = None
+        """Share of the pairs that may be quarantined; with more of them no version is made."""
         self.batch, self.batch_bytes, self.decode_memory = BATCH, BATCH_BYTES, SHARED
         self.decoded: Callable[[Pair], None] = lambda pair: None
 
@@ -109,6 +116,7 @@ class Run:
             first = next((f"{r.key}: {r.reason}" for r in report.quarantined), "the source is empty")
             name = self._source.get("path") or self._source.get("stream") or "the stream"
             raise InvalidInput(f"none of the {report.pairs} pairs of {name} can be used; the first: {first}")
+        self._check_share()
         if report.added:
             if writer.tag_embeddings:
                 with self.clock("embed tags"):
@@ -133,6 +141,17 @@ class Run:
             report.tags, report.unique_tags = version.tags, version.unique_tags
         report.seconds = self.clock.seconds()
         return report
+
+    def _check_share(self) -> None:
+        report, refused = self._report, sum(self._report.reasons.values())
+        if self.max_bad is None or refused <= self.max_bad * report.pairs:
+            return
+        reason, count = max(report.reasons.items(), key=lambda item: item[1])
+        raise TooManyBad(
+            f"{refused} of {report.pairs} pairs ({refused / report.pairs:.1%}) were refused, and max_bad is "
+            f"{self.max_bad:.1%}, so there is no new version. Most often ({count}): {reason}. Mend the "
+            "source, or run again with a larger share: what was read is kept"
+        )
 
     def _process(self, batch: Batch, writer: Writer, progress: Progress, same_miner: bool) -> None:
         """Embed, mine and stage a batch."""
