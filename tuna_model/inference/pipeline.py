@@ -45,14 +45,23 @@ class Pipeline:
         source: TagSource,
         *,
         any_store: bool = False,
+        contrast: float = 0.0,
     ) -> None:
+        """
+        Args:
+            contrast: strength of contrastive decoding against the same prompts without tags
+                (`ContrastiveLogits`); 0 for none. It costs a second forward of the decoder.
+        """
+        if contrast < 0:
+            raise InvalidInput(f"contrast is {contrast}: it must not be negative")
         self.model, self.processor, self.source = model, processor, source
         self._weigh_for_store()
         self.lookup = TagLookup.of(source, model.config, any_store=any_store)
         context = getattr(model.config.text_config, "max_position_embeddings", 0)
         self.reader = Reader(processor, context or 0)
         """Reads conversations before the model is asked."""
-        self._generation = Generation(model, processor)
+        self._contrast = contrast
+        self._generation = Generation(model, processor, contrast)
 
     @classmethod
     def load(
@@ -62,6 +71,7 @@ class Pipeline:
         store: str = "null://",
         timeout: float = 5.0,
         any_store: bool = False,
+        contrast: float = 0.0,
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
         **fields: Any,
@@ -73,6 +83,7 @@ class Pipeline:
             store: URL of a tag source (`tagstore.client`); null:// for none.
             timeout: seconds after which the model answers without tags.
             any_store: accept tags of another store than the one that the checkpoint was trained with.
+            contrast: as for `Pipeline`.
             device, dtype, fields: as for `presets.load`; a run takes no fields, it has its own.
         """
         if Path(name).is_dir() and not Path(name, "config.json").exists():
@@ -82,7 +93,8 @@ class Pipeline:
             model = model.to(device=device, dtype=dtype)
         else:
             model, processor = presets.load(name, device=device, dtype=dtype, **fields)
-        return cls(model, processor, connect(store, timeout=timeout), any_store=any_store)
+        source = connect(store, timeout=timeout)
+        return cls(model, processor, source, any_store=any_store, contrast=contrast)
 
     def _weigh_for_store(self) -> None:
         """Weigh signals as they are in a store that is grounded, if this one is."""
@@ -274,7 +286,11 @@ class Pipeline:
             for prompt in encoded
         )
         degraded = tuple(store_asked and None in part for part in retrievals)
-        return PreparedBatch(inputs, weighed, tuple(retrievals), degraded)
+        against = None
+        if self._contrast and any(weighed):
+            plain = self.processor.pad([self.processor.insert(prompt.token_ids) for prompt in prompts])
+            against = {name: tensor.to(self.model.device) for name, tensor in plain.items()} | features
+        return PreparedBatch(inputs, weighed, tuple(retrievals), degraded, against)
 
     def _read(
         self, images: Sequence[Sequence[Any]], conversations: Sequence[Sequence[Message]], new_tokens: int
