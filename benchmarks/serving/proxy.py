@@ -135,7 +135,8 @@ def main() -> None:
     assert store.stdout is not None
     address = store.stdout.readline().strip()
     bare, front = (f"http://127.0.0.1:{free_port()}/v1" for _ in range(2))
-    serve = [sys.executable, "-m", "benchmarks.serving.proxy", "--upstream", bare.split(":")[2].split("/")[0]]
+    port = bare.split(":")[2].split("/")[0]
+    serve = [sys.executable, "-m", "benchmarks.serving.proxy", "--upstream", port]
     proxy = [
         sys.executable, "-m", "tuna_model.cli", "proxy", "--upstream", bare, "--port",
         front.split(":")[2].split("/")[0], "--store", f"grpc://{address}/{options.store}", "--cache-seconds",
