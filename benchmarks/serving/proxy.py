@@ -153,8 +153,8 @@ def main() -> None:
     parts = [
         f"{options.requests} requests a line, one after the other; milliseconds.",
         table(["request", "p50", "p50 over the bare upstream", "p95"], lines),
-        f"{STREAMS} streams at once, the store killed while they ran, then {STREAMS} more without it: {whole} "
-        f"of {2 * STREAMS} ended whole. Private memory of the proxy before them: {memory:.0f} MiB.",
+        f"{STREAMS} streams at once, the store killed while they ran, then {STREAMS} more without it: "
+        f"{whole} of {2 * STREAMS} ended whole. Private memory of the proxy before them: {memory:.0f} MiB.",
     ]
     write("proxy", "What the proxy adds", *parts, packages=("httpx", "starlette"), keep=options.keep)
 
