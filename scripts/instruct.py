@@ -2,12 +2,15 @@
 
     python scripts/instruct.py --data ../shared/data --out runs/instruct --domain fashion
 
-OUT/stores        flickr8k, the DOMAIN's own, and catalogues of the same pictures under invented names
+OUT/stores        flickr8k, the DOMAIN's own, and catalogues of the same pictures under invented names, each
+                  of half of its pictures and grounded (`tagstore ground`); *-asked hold the other half
 OUT/data.jsonl    a conversation a line; its field `store` says whose tags it gets (`tags.store` with {store})
-OUT/mix.json      factors of the signals for `tag_mix`, fitted to which tags are true
+OUT/mix.json      factors of the signals for `tag_mix_grounded`, fitted to which tags are true
 
-To answer with an invented name a model must read it among the tags: no weight can know it. The other domain
-(grocery for fashion, fashion for grocery) is never read: its store can be swapped in to see what was learnt.
+A conversation is about a picture of the other half than its store has: what taught the tags' embeddings fits
+them better than what comes later. To answer with an invented name a model must read it among the tags: no
+them better than what comes later. To answer with an invented name a model must read it among the tags: no
+swapped in to see what was learnt.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from instruct_pictures import (
     Picture,
     Remembering,
     catalogue,
+    halves,
     invented,
     make_store,
     path_of,
@@ -36,16 +40,19 @@ from tagstore.client import connect
 from tagstore.encoding.encoder import load_encoder
 from tagstore.storage.store import Store
 from tagstore.types import Retrieval
+from tagstore.upkeep.reprocessing import ground
 
 PHOTOGRAPHS = "flickr8k"
+COPIES = 3
+"""Conversations about each photograph."""
 
 
 class Signals:
     """Signals of retrieved tags, and which of them are true: the learned mix is fitted to them."""
 
-    def __init__(self) -> None:
-        self.rows: list[NDArray[np.float64]] = []
-        self.true: list[NDArray[np.bool_]] = []
+    def __init__(self, *parts: Signals) -> None:
+        self.rows: list[NDArray[np.float64]] = [row for part in parts for row in part.rows]
+        self.true: list[NDArray[np.bool_]] = [row for part in parts for row in part.true]
 
     def add(self, answer: Retrieval, own: frozenset[str]) -> None:
         """Add a picture, if some of its tags are true and some are not."""
@@ -121,38 +128,43 @@ def build(options: argparse.Namespace, rng: np.random.Generator) -> None:
     photos = photographs(options.data, out)
     photos = photos[: options.photographs] if options.photographs else photos
     products = catalogue(options.data, options.domain)
-    make_store(photos, PHOTOGRAPHS, out, encoder)
     columns = ",".join(name for name in ("name", "brand", "colour", "kind") if name in products[0].facts)
-    make_store(products, options.domain, out, encoder, columns=columns)
+    for name, pictures, tags in ((PHOTOGRAPHS, photos, ""), (options.domain, products, columns)):
+        taught, asked = halves(pictures)
+        make_store(taught, name, out, encoder, columns=tags)
+        make_store(asked, f"{name}-asked", out, encoder, columns=tags)
     catalogues = {options.domain: products} | invented(out, photos, products, rng)
     for name, pictures in catalogues.items():
-        make_store(
-            pictures,
-            name,
-            out,
-            encoder,
-            columns=",".join(pictures[0].facts) if name != options.domain else columns,
-        )
+        tags = columns if name == options.domain else ",".join(pictures[0].facts)
+        make_store(halves(pictures)[0], name, out, encoder, columns=tags)
+    for name in (PHOTOGRAPHS, *catalogues):
+        if not Store(out / "stores", name).snapshot().version.tag_embeddings:
+            ground(out / "stores", name)
 
     samples: list[dict[str, Any]] = []
     of_photographs, of_products = Signals(), Signals()
-    snapshot = Store(out / "stores", PHOTOGRAPHS).snapshot()
-    tags = {tag.tag_id: tag for tag in connect(f"file://{out / 'stores'}/{PHOTOGRAPHS}").vocabulary()}
+    photos = halves(photos)[1]
+    snapshot = Store(out / "stores", f"{PHOTOGRAPHS}-asked").snapshot()
+    tags_of = {
+        tag.tag_id: tag for tag in connect(f"file://{out / 'stores'}/{PHOTOGRAPHS}-asked").vocabulary()
+    }
     entries = {path_of(out, entry): entry for entry in snapshot.entries()}
-    texts = [[tags[tag.tag_id] for tag in entries[str(p.path)].tags] for p in photos]
+    texts = [[tags_of[tag.tag_id] for tag in entries[str(p.path)].tags] for p in photos]
     own = [frozenset(tag.text.casefold() for tag in row) for row in texts]
-    asked = Photographs(own)
+    asked_about = Photographs(own)
     strange = [name for name in catalogues if name.startswith("invented")]
     answers = list(retrieved(out, PHOTOGRAPHS, photos))
     for i, (picture, answer) in enumerate(zip(photos, answers, strict=True)):
         of_photographs.add(answer, own[i])
         objects = [tag.text for tag in texts[i] if tag.kind == "object" and " " not in tag.text]
         found = [tag.tag for tag in answer.tags[:40]]
-        for copy in range(2):
-            turns = asked.turns(picture, own[i], objects, found, rng)
+        for copy in range(COPIES):
+            turns = asked_about.turns(picture, own[i], objects, found, rng)
             store = without_tags(rng, PHOTOGRAPHS, strange, 0.2)
             samples.append(sample(f"{picture.path.stem}-{copy}", picture, store, turns))
+    of_photos = {picture.path for picture in photos}
     for name, pictures in catalogues.items():
+        pictures = halves(pictures)[1]
         for picture, answer in zip(pictures, retrieved(out, name, pictures), strict=True):
             facts = frozenset(value.casefold() for value in picture.facts.values())
             of_products.add(answer, facts)
@@ -161,15 +173,15 @@ def build(options: argparse.Namespace, rng: np.random.Generator) -> None:
                 samples.append(sample(f"{name}-{picture.path.stem}", picture, name, turns))
             if rng.random() < 0.04:
                 turns = [(pick(rng, NAMING), UNKNOWN)]
-                store = pick(rng, ["", PHOTOGRAPHS]) if picture not in photos else ""
+                store = pick(rng, ["", PHOTOGRAPHS]) if picture.path not in of_photos else ""
                 samples.append(sample(f"{name}-{picture.path.stem}-none", picture, store, turns))
     pairs = plain_text(options.plain, rng, out)
     samples += [sample(f"plain-{i}-{n}", None, "", [pair]) for n in range(3) for i, pair in enumerate(pairs)]
     order = rng.permutation(len(samples))
     with (out / "data.jsonl").open("w") as file:
         file.writelines(json.dumps(samples[i]) + "\n" for i in order)
-    mixes = {"photographs": of_photographs.fit(), "products": of_products.fit()}
-    mixes["both"] = [round(sum(pair) / 2, 3) for pair in zip(*mixes.values(), strict=True)]
+    both = Signals(of_photographs, of_products)
+    mixes = {"photographs": of_photographs.fit(), "products": of_products.fit(), "both": both.fit()}
     (out / "mix.json").write_text(json.dumps(mixes))
     print(f"{len(samples)} conversations; factors of relevance, similarity, vote share: {mixes}")
 

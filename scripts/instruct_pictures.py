@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from tagstore.client import connect
 from tagstore.encoding.encoder import Encoder
-from tagstore.ingest import ingest
+from tagstore.ingestion import ingest
 from tagstore.mining import load_miner
 from tagstore.storage.store import Store
 from tagstore.types import Entry, Identity, Retrieval
@@ -122,6 +122,14 @@ def tidy(caption: str) -> str:
     text = re.sub(r"\s+([.,;!?])", r"\1", caption.strip())
     text = re.sub(r"\s*\"\s*", " ", text).strip()
     return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
+
+
+def halves(pictures: Sequence[Picture]) -> tuple[list[Picture], list[Picture]]:
+    """Cut pictures in two by a digest of their names, whatever catalogue they are in: those that a store is
+    made of, and those that are asked about."""
+    first = [sha1(picture.path.name.encode()).digest()[0] < 128 for picture in pictures]
+    taught = [picture for picture, is_first in zip(pictures, first, strict=True) if is_first]
+    return taught, [picture for picture, is_first in zip(pictures, first, strict=True) if not is_first]
 
 
 # stores
@@ -235,9 +243,7 @@ def invented(
     cuts += [clusters(vectors, count, rng).tolist() for count in (60, 90, 140)]
     catalogues = {}
     for number, cut in enumerate(cuts):
-        catalogues[f"invented-{number}"] = renamed(
-            products, cut, "brand" if number in (2, 5) else "name", rng
-        )
+        catalogues[f"invented-{number}"] = renamed(products, cut, "brand" if number % 2 else "name", rng)
     drawn = [photos[i] for i in sorted(rng.choice(len(photos), min(len(photos), 3000), replace=False))]
     vectors = np.stack([known[str(picture.path)] for picture in drawn])
     for number, count in enumerate((80, 160), start=len(cuts)):

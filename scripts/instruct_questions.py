@@ -41,8 +41,6 @@ YES_NO = "Answer with yes or no."
 HARD = 0.3
 """Share of the questions about an absent thing in which the neighbours' tags name the thing. A larger share
 teaches the model that tags say nothing."""
-ABSENT = 0.85
-"""Chance that a photograph is asked about an absent thing."""
 
 Turns = list[tuple[str, str]]
 
@@ -65,7 +63,10 @@ class Photographs:
         """
         counts = Counter(tag for tags in own for tag in tags if re.fullmatch(r"[a-z]+( [a-z]+)?", tag))
         self.common = [tag for tag, count in counts.most_common(400) if tag.split()[-1] not in COLOURS]
-        self.weights = np.sqrt([counts[tag] for tag in self.common])
+        self.weights = np.array([counts[tag] for tag in self.common], float)
+        self.balance: Counter[str] = Counter()
+        """Questions about each thing that were answered yes, less those with no: kept near 0, so that the
+        thing that is asked about tells nothing, and the model has to look."""
 
     def turns(
         self, picture: Picture, own: frozenset[str], objects: Sequence[str], found: Sequence[str],
@@ -95,7 +96,9 @@ class Photographs:
         words = {word for tag in own for word in tag.split()}
         present = [tag for tag in objects if tag not in PEOPLE and tag in self.common] or list(objects[:1])
         near = [tag for tag in found if tag in self.common]
-        drawn = rng.choice(self.common, 12, replace=False, p=self.weights / self.weights.sum())
+        drawn = rng.choice(
+            self.common, min(24, len(self.common)), replace=False, p=self.weights / self.weights.sum()
+        )
         people = bool(words & PEOPLE)
 
         def absent(tag: str) -> bool:
@@ -109,15 +112,16 @@ class Photographs:
         if present:
             asked.append((pick(rng, present), True))
         negatives = hard if hard and rng.random() < HARD else easy
-        if negatives and rng.random() < ABSENT:
-            asked.append((pick(rng, negatives), False))
+        if negatives:
+            asked.append((max(negatives, key=lambda tag: self.balance[tag]), False))
+        self.balance.update({tag: 1 if yes else -1 for tag, yes in asked})
         rng.shuffle(asked)
         turns = []
         for tag, yes in asked:
             thing = tag if tag.endswith("s") and not tag.endswith("ss") else with_article(tag)
             verb = "Are" if thing == tag else "Is"
             question = f"{verb} there {thing} in the image?"
-            if rng.random() < 0.5:
+            if rng.random() < 0.7:
                 turns.append((f"{question}\n{YES_NO}", "Yes" if yes else "No"))
             else:
                 there = f"there {verb.lower()} {'' if yes else 'no '}{thing if yes else tag} in the image."

@@ -158,7 +158,7 @@ def test_a_checkpoint_that_was_changed_or_is_missing(whole: Path, tmp_path: Path
 def test_another_version_of_the_store_is_refused_unless_told(
     place: Path, shapes_root: Path, whole: Path, tmp_path: Path, mini
 ):
-    from tagstore.ingest import ingest
+    from tagstore.ingestion import ingest
 
     root = tmp_path / "root"
     shutil.copytree(shapes_root, root)

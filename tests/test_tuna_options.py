@@ -9,9 +9,13 @@ import pytest
 import torch
 from transformers import PreTrainedConfig
 
+from pictures import picture
+from tagstore.client import connect
+from tagstore.errors import InvalidInput
 from tagstore.upkeep.reprocessing import ground
 from tuna import features, small, tags
-from tuna_model import Pipeline, TunaConfig
+from tuna_model import Pipeline, TunaConfig, presets
+from tuna_model.processing.tags import TagLayout, weigh_for_stores
 
 PROMPTS = ["Look: <image> what is it?", "<image> and <image>?"]
 OPTIONS = [
@@ -111,9 +115,27 @@ def test_every_field_is_tried():
 
 def test_a_grounded_store_has_a_mix_of_its_own(shapes_root: Path, tmp_path: Path):
     shutil.copytree(shapes_root / "shapes", tmp_path / "shapes")
-    fields = {"tag_signal": "mixed", "tag_mix": (5.0, 9.0, 6.6)}
-    tuna = Pipeline.load("tiny", store=f"file://{tmp_path}/shapes", **fields)
-    assert tuple(tuna.model.config.tag_mix) == (5.0, 9.0, 6.6)
     ground(tmp_path, "shapes")
-    tuna = Pipeline.load("tiny", store=f"file://{tmp_path}/shapes", **fields)
-    assert tuple(tuna.model.config.tag_mix) == tuple(tuna.processor.layout["mix"]) == (240.0, 54.0, 0.0)
+    model, processor = presets.load("tiny", tag_signal="mixed", tag_mix=(5.0, 9.0, 6.6))
+    for root, mix in ((tmp_path, (240.0, 54.0, 0.0)), (shapes_root, (5.0, 9.0, 6.6))):
+        tuna = Pipeline(model, processor, connect(f"file://{root}/shapes"), any_store=True)
+        assert tuple(processor.layout["mix"]) == mix  # asked of one store after the other
+        weights = [tag.weight for tag in tuna.answer(picture("red", "circle"), "What is this?").tags]
+        chosen = TagLayout(**processor.layout)
+        pixels = processor.image_processor([picture("red", "circle")])["pixel_values"]
+        tags = chosen.choose(tuna.lookup(model.encode_images(pixels)[1], model.config.encoder_digest)[0])
+        scores = torch.tensor(tags.score("mixed", mix)) / model.config.tag_temperature
+        expected = torch.exp(scores - scores.max())
+        assert torch.allclose(torch.tensor(weights), expected, atol=1e-3)
+    assert tuple(model.config.tag_mix) == (5.0, 9.0, 6.6)  # a checkpoint keeps both
+
+
+def test_grounded_stores_and_others_are_not_mixed_in_a_run(shapes_root: Path, tmp_path: Path):
+    shutil.copytree(shapes_root / "shapes", tmp_path / "shapes")
+    ground(tmp_path, "shapes")
+    model, processor = presets.load("tiny", tag_signal="mixed")
+    infos = [connect(f"file://{root}/shapes").info() for root in (tmp_path, shapes_root)]
+    with pytest.raises(InvalidInput, match="some are not"):
+        weigh_for_stores(model, processor, infos)
+    model.config.tag_signal = "relevance"  # one signal has no factors
+    weigh_for_stores(model, processor, infos)

@@ -29,7 +29,7 @@ from tuna_model.inference.decoding import AnswerStream, Ending
 from tuna_model.inference.generation import Generation
 from tuna_model.modeling.model import TAG_INPUTS, TunaForConditionalGeneration
 from tuna_model.processing.processor import EncodedPrompt, TunaProcessor
-from tuna_model.processing.tags import ImageTags, TagLayout, TagLookup
+from tuna_model.processing.tags import ImageTags, TagLookup, weigh_for_stores
 from tuna_model.training.runs import load_run
 
 log = logging.getLogger(__name__)
@@ -45,14 +45,23 @@ class Pipeline:
         source: TagSource,
         *,
         any_store: bool = False,
+        contrast: float = 0.0,
     ) -> None:
+        """
+        Args:
+            contrast: strength of contrastive decoding against the same prompts without tags
+                (`ContrastiveLogits`); 0 for none. It costs a second forward of the decoder.
+        """
+        if contrast < 0:
+            raise InvalidInput(f"contrast is {contrast}: it must not be negative")
         self.model, self.processor, self.source = model, processor, source
-        self._mix_for_store()
+        self._weigh_for_store()
         self.lookup = TagLookup.of(source, model.config, any_store=any_store)
         context = getattr(model.config.text_config, "max_position_embeddings", 0)
         self.reader = Reader(processor, context or 0)
         """Reads conversations before the model is asked."""
-        self._generation = Generation(model, processor)
+        self._contrast = contrast
+        self._generation = Generation(model, processor, contrast)
 
     @classmethod
     def load(
@@ -62,6 +71,7 @@ class Pipeline:
         store: str = "null://",
         timeout: float = 5.0,
         any_store: bool = False,
+        contrast: float = 0.0,
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
         **fields: Any,
@@ -73,6 +83,7 @@ class Pipeline:
             store: URL of a tag source (`tagstore.client`); null:// for none.
             timeout: seconds after which the model answers without tags.
             any_store: accept tags of another store than the one that the checkpoint was trained with.
+            contrast: as for `Pipeline`.
             device, dtype, fields: as for `presets.load`; a run takes no fields, it has its own.
         """
         if Path(name).is_dir() and not Path(name, "config.json").exists():
@@ -82,22 +93,23 @@ class Pipeline:
             model = model.to(device=device, dtype=dtype)
         else:
             model, processor = presets.load(name, device=device, dtype=dtype, **fields)
-        return cls(model, processor, connect(store, timeout=timeout), any_store=any_store)
+        source = connect(store, timeout=timeout)
+        return cls(model, processor, source, any_store=any_store, contrast=contrast)
 
-    def _mix_for_store(self) -> None:
+    def _weigh_for_store(self) -> None:
         """Weigh signals as they are in a store that is grounded, if this one is."""
-        config = self.model.config
-        if config.tag_signal != "mixed":
+        if self.model.config.tag_signal != "mixed":
             return
         try:
             info = self.source.info()
         except Unavailable as error:
             log.warning("signals of tags keep tag_mix, because the store did not say what it is: %s", error)
             return
-        if info.tag_embeddings:
-            config.tag_mix = config.tag_mix_grounded
-            self.processor.layout = TagLayout.of(config).to_dict()
-            log.info("store %s@%d is grounded: tag_mix is %s", info.store, info.version, config.tag_mix)
+        weigh_for_stores(self.model, self.processor, [info])
+        if self.model.weight_tuner.grounded:
+            log.info(
+                "store %s@%d is grounded: its tags are weighed by tag_mix_grounded", info.store, info.version
+            )
 
     def answer(self, image: Any, question: str, *, tags: ImageTags | None = None, **options: Any) -> Answer:
         """Answer a question about one picture (None for a question without).
@@ -274,7 +286,11 @@ class Pipeline:
             for prompt in encoded
         )
         degraded = tuple(store_asked and None in part for part in retrievals)
-        return PreparedBatch(inputs, weighed, tuple(retrievals), degraded)
+        against = None
+        if self._contrast and any(weighed):
+            plain = self.processor.pad([self.processor.insert(prompt.token_ids) for prompt in prompts])
+            against = {name: tensor.to(self.model.device) for name, tensor in plain.items()} | features
+        return PreparedBatch(inputs, weighed, tuple(retrievals), degraded, against)
 
     def _read(
         self, images: Sequence[Sequence[Any]], conversations: Sequence[Sequence[Message]], new_tokens: int

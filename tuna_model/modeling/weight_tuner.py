@@ -29,6 +29,9 @@ class WeightTuner(nn.Module):
     def __init__(self, config: TunaConfig) -> None:
         super().__init__()
         self.config = config
+        self.grounded = False
+        """Whether tag embeddings are learnt from pictures (`tagstore ground`): `mixed` then takes
+        `tag_mix_grounded`. Said by the store that is asked, so no part of the configuration."""
         if config.learn_temperature:
             # its logarithm, so that it stays positive
             self.log_temperature = nn.Parameter(torch.tensor([math.log(config.tag_temperature)]))
@@ -101,5 +104,6 @@ class WeightTuner(nn.Module):
         image = torch.arange(len(image_vectors), device=cu_tags.device)
         image = torch.repeat_interleave(image, cu_tags.diff(), output_size=len(embeddings))
         relevance = (embeddings.float() * image_vectors.float()[image]).sum(1)
-        of_relevance, of_similarity, of_votes = self.config.tag_mix
+        mix = self.config.tag_mix_grounded if self.grounded else self.config.tag_mix
+        of_relevance, of_similarity, of_votes = mix
         return of_relevance * relevance + of_similarity * similarity + of_votes * vote_share

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from tagstore.client import TagSource
 from tagstore.errors import InvalidInput, Unavailable
 from tagstore.plain_text import MAX_TAG_CHARS
-from tagstore.types import Fingerprint, Retrieval
+from tagstore.types import Fingerprint, Retrieval, StoreInfo
 from tuna_model.processing.foreign_text import neutral_tag
 
 log = logging.getLogger(__name__)
@@ -191,6 +191,25 @@ class TagLayout:
                 if not any(len(words[i]) < len(words[j]) and set(words[i]) <= set(words[j]) for j in rows)
             ]
         return rows
+
+
+def weigh_for_stores(model: Any, processor: Any, infos: Sequence[StoreInfo]) -> None:
+    """Let model and processor weigh the signals of `mixed` as in stores of this kind, grounded or not.
+
+    Raises:
+        InvalidInput: some stores are grounded and some are not, and the model mixes signals.
+    """
+    grounded = {bool(info.tag_embeddings) for info in infos} or {False}
+    config = model.config
+    if len(grounded) > 1 and config.tag_signal == "mixed":
+        names = ", ".join(sorted(info.store for info in infos if not info.tag_embeddings))
+        raise InvalidInput(
+            f"some stores are grounded and some are not ({names}): their relevances have other sizes. Run "
+            "`tagstore ground` on all of them, or on none"
+        )
+    model.weight_tuner.grounded = True in grounded
+    mix = config.tag_mix_grounded if model.weight_tuner.grounded else config.tag_mix
+    processor.layout = {**processor.layout, "mix": tuple(mix)}
 
 
 class TagLookup:

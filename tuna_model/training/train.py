@@ -32,7 +32,7 @@ from tagstore.readers.samples import Sample, read_samples
 from tuna_model.modeling.model import TunaForConditionalGeneration
 from tuna_model.processing.data import digest as data_digest
 from tuna_model.processing.processor import TunaProcessor
-from tuna_model.processing.tags import TagLookup
+from tuna_model.processing.tags import TagLookup, weigh_for_stores
 from tuna_model.training import checkpoint as checkpoints
 from tuna_model.training.checkpoint import Checkpoint, StorePin
 from tuna_model.training.collator import Collator, to_device
@@ -116,6 +116,8 @@ def train(
         pin = pin_of(recipe, sources)
         if pin.version:  # a model of several stores is for any
             model.config.store, model.config.store_version = pin.store, pin.version
+        if not recipe.tags.store.startswith("null:"):
+            weigh_for_stores(model, processor, [source.info() for source in sources.values()])
         features = image_features(recipe, model, processor, samples, accelerator, preparing)
         feed = tag_feed(recipe, model, sources, names, samples, pin)
         collator = Collator(processor, template=recipe.data.template, max_length=recipe.data.max_length)
