@@ -45,7 +45,7 @@ def scene(number: int) -> bytes:
 @pytest.fixture(scope="module")
 def zoo(tmp_path_factory, mini) -> Path:
     """A root with the store "zoo": seven pictures, so that all are neighbours of any picture."""
-    from tagstore.ingest import ingest
+    from tagstore.ingestion import ingest
 
     folder = tmp_path_factory.mktemp("zoo")
     (folder / "source").mkdir()
