@@ -3,8 +3,9 @@
     make demo                 the pictures of Debian's tuxpaint-stamps-default
     make demo DATA=path       anything that `tagstore ingest` can read
 
-Some pictures are held out, the others become the store. TUNA describes some held-out pictures with their tags
-and without. Ends with a table and one self-contained page, OUT/index.html.
+Some pictures are held out, the others become the store, which learns its tags from them. Each held-out
+picture gets three answers: TUNA's with its tags and without, and that of the bare language model which reads
+the tags as words. Ends with a table and one self-contained page, OUT/index.html.
 """
 
 from __future__ import annotations
@@ -37,14 +38,18 @@ from rich.table import Table
 from tagstore.client import connect
 from tagstore.encoding.images import decode
 from tagstore.errors import BadImage, InvalidInput, TagstoreError, Unavailable
+from tagstore.mining import mine
 from tagstore.readers import Columns, read
 from tagstore.types import Pair, Retrieval, RetrievedTag, StoreInfo
+from tuna_model.evaluation.naming import holds
 
 sys.path.insert(0, str(Path(__file__).parent))
 from fetch_stamps import PACKAGE, NoPictures, fetch
 
 HELD_OUT = 40
-ANSWERED = 8
+AT_ONCE = 20
+"""Pictures that are answered together."""
+ANSWER_TOKENS = 16
 QUESTION = "What is this?"
 """One of the questions that `smol` learnt to answer with its tags."""
 STORE = "demo"
@@ -65,8 +70,10 @@ class Asked:
     image: bytes
     captions: tuple[str, ...]
     retrieval: Retrieval
-    answers: tuple[str, str] | None = None
-    """TUNA's answers with the tags and without."""
+    answers: tuple[str, str, str] | None = None
+    """TUNA's with the tags and without, and the bare language model's with the tags as words."""
+    things: frozenset[str] = frozenset()
+    """What its own description names."""
 
 
 def main() -> None:
@@ -77,7 +84,7 @@ def main() -> None:
         if options.data is None:
             console.print(f"[dim]pictures of {PACKAGE}, kept in {out}/pictures[/dim]")
         source = options.data or str(fetch(out / "pictures"))
-        asked, info, seconds = run(source, options.format, columns, out)
+        asked, info, seconds, common = run(source, options.format, columns, out)
     except (TagstoreError, NoPictures) as error:
         sys.exit(f"error: {error}")
     print_table(asked)
@@ -85,16 +92,18 @@ def main() -> None:
     page = out / "index.html"
     origin = f"Debian package {PACKAGE} (Tux Paint)" if options.data is None else options.data
     page.write_text(
-        render(asked, info, seconds, origin, lambda key: picture(out / "train", key)), encoding="utf-8"
+        render(asked, info, seconds, origin, lambda key: picture(out / "train", key), common),
+        encoding="utf-8",
     )
     size = f"{page.stat().st_size / 1e6:.1f} MB"
-    console.print(f"\n{summary(asked)}\nThe page: [bold]{page}[/bold]  ({size}, self-contained)")
+    console.print(f"\n{summary(asked, common)}\nThe page: [bold]{page}[/bold]  ({size}, self-contained)")
 
 
 def run(
     source: str, format: str | None, columns: Columns, out: Path
-) -> tuple[list[Asked], StoreInfo, dict[str, float]]:
-    """Split, ingest, serve, query. Returns the answers, the store's info, and the seconds of each stage."""
+) -> tuple[list[Asked], StoreInfo, dict[str, float], str]:
+    """Split, ingest, serve, query. Returns the answers, the store's info, the seconds of each stage, and the
+    most frequent tag of the store."""
     seconds: dict[str, float] = {}
     clock = time.perf_counter()
     held_out = split(source, format, columns, out / "train", out / "heldout")
@@ -102,6 +111,9 @@ def run(
     root = out / "stores"
     shutil.rmtree(root, ignore_errors=True)
     seconds |= ingest(out / "train", root)
+    clock = time.perf_counter()
+    ground(root)
+    seconds["learn tags"] = time.perf_counter() - clock
     clock = time.perf_counter()
     with serving(root) as address:
         seconds["start server"] = time.perf_counter() - clock
@@ -112,41 +124,71 @@ def run(
             answers = tags.retrieve([pair.image for pair in held_out], k=5)
             seconds["ask"] = time.perf_counter() - clock
             info = tags.info()
+            common = max(tags.vocabulary(), key=lambda tag: tag.count, default=None)
+        things = mine(" ".join(pair.captions) for pair in held_out)
         asked = [
-            Asked(pair.key, pair.image, pair.captions, answer)
-            for pair, answer in zip(held_out, answers, strict=True)
-        ]
+            Asked(
+                pair.key, pair.image, pair.captions, answer,
+                things=frozenset(tag.text for tag in own if tag.kind in ("object", "entity")),
+            )
+            for pair, answer, own in zip(held_out, answers, things, strict=True)
+        ]  # fmt: skip
         # the surest first
         asked.sort(key=lambda one: -max((n.similarity for n in one.retrieval.neighbours), default=0))
         clock = time.perf_counter()
-        asked[:ANSWERED] = answered(asked[:ANSWERED], url)
+        asked = answered(asked, url)
         seconds["answer"] = time.perf_counter() - clock
-    return asked, info, seconds
+    return asked, info, seconds, common.text if common else ""
 
 
 def answered(asked: Sequence[Asked], url: str) -> list[Asked]:
-    """Add TUNA's answers about each picture: with the tags that it looks up at `url`, and without."""
+    """Add the three answers about each picture; TUNA looks its tags up at `url` itself."""
     from tuna_model import ImageTags, Pipeline
 
     console.print(
         f"[bold]$[/bold] tuna generate --model smol --store {url} PICTURE {shlex.quote(QUESTION)}",
         soft_wrap=True,
     )
-    with console.status("the model loads and answers"):
+    question = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
+    done: list[Asked] = []
+    with console.status("the model loads") as status:
         tuna = Pipeline.load("smol", store=url)
-        pictures = [[one.image] for one in asked]
-        question = [
-            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
-            for _ in asked
-        ]
-        nothing = [ImageTags.none(tuna.model.config.tag_dimension) for _ in asked]
-        grounded = tuna.answers(pictures, question, max_new_tokens=30)
-        if any(answer.degraded for answer in grounded):
-            raise Unavailable(
-                f"the store at {url} did not answer the model in time: is the machine very busy? Try again"
-            )
-        plain = tuna.answers(pictures, question, tags=nothing, max_new_tokens=30)
-    return [replace(one, answers=(a.text, b.text)) for one, a, b in zip(asked, grounded, plain, strict=True)]
+        for start in range(0, len(asked), AT_ONCE):
+            part = asked[start : start + AT_ONCE]
+            pictures, questions = [[one.image] for one in part], [question] * len(part)
+            nothing = [ImageTags.none(tuna.model.config.tag_dimension)] * len(part)
+            grounded = tuna.answers(pictures, questions, max_new_tokens=ANSWER_TOKENS)
+            if any(answer.degraded for answer in grounded):
+                raise Unavailable(
+                    f"the store at {url} did not answer in time: is the machine very busy? Try again"
+                )
+            plain = tuna.answers(pictures, questions, tags=nothing, max_new_tokens=ANSWER_TOKENS)
+            texts = zip(grounded, plain, in_words(part), strict=True)
+            done += [
+                replace(one, answers=(a.text, b.text, c)) for one, (a, b, c) in zip(part, texts, strict=True)
+            ]
+            status.update(f"the model answers: {len(done)} of {len(asked)} pictures")
+    return done
+
+
+def in_words(asked: Sequence[Asked]) -> list[str]:
+    """What SmolLM2, as it comes, says to the tags as words; it sees no picture."""
+    import torch
+
+    from tuna_model.inference.tag_style import TagStyle
+    from tuna_model.presets import smollm
+
+    style, model, tokenizer = TagStyle(style="list"), smollm.load().eval(), smollm.tokenizer()
+    tokenizer.padding_side = "left"
+    lines = [style.line(style.choose(one.retrieval)) for one in asked]
+    chats = [[{"role": "user", "content": f"{line}\n\n{QUESTION}"}] for line in lines]
+    inputs = tokenizer.apply_chat_template(
+        chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+    )
+    with torch.inference_mode():
+        ids = model.generate(**inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False)
+    new = ids[:, inputs["input_ids"].shape[1] :]
+    return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
 
 
 def split(source: str, format: str | None, columns: Columns, train: Path, heldout: Path) -> list[Pair]:
@@ -221,6 +263,15 @@ def ingest(source: Path, root: Path) -> dict[str, float]:
     return {stage: spent for stage, spent in report["seconds"].items() if stage != "total"}
 
 
+def ground(root: Path) -> None:
+    """Run `tagstore ground`: relevance then tells how much a picture looks like those that carry a tag."""
+    url = f"file://{root.resolve()}/{STORE}"
+    console.print(f"[bold]$[/bold] tagstore ground {url}", soft_wrap=True)
+    done = subprocess.run([*TAGSTORE, "ground", url], stdout=subprocess.PIPE, check=False)
+    if done.returncode:
+        raise TagstoreError("tagstore ground failed; its reason is above")
+
+
 @contextmanager
 def serving(root: Path) -> Iterator[str]:
     """Run `tagstore serve` on a free port; gives HOST:PORT."""
@@ -259,11 +310,10 @@ def print_table(asked: Sequence[Asked]) -> None:
 
 
 def print_answers(asked: Sequence[Asked]) -> None:
-    """Print TUNA's answers about the first pictures."""
-    table = Table(
-        "picture", "TUNA with the tags", "TUNA without", box=None, header_style="bold", padding=(0, 2, 0, 0)
-    )
-    for one in asked:
+    """Print the answers about the surest pictures and the least sure ones."""
+    columns = ("picture", "TUNA with the tags", "TUNA without", "SmolLM2, tags as words")
+    table = Table(*columns, box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for one in [*asked[:5], *asked[max(5, len(asked) - 3) :]]:
         if one.answers:
             table.add_row(escape(one.key.rpartition("/")[2]), *map(escape, one.answers))
     console.print(f"\n[bold]{QUESTION}[/bold]", table)
@@ -275,14 +325,46 @@ def named(tag: RetrievedTag, captions: Sequence[str]) -> bool:
     return any(re.search(pattern, caption, re.IGNORECASE) for caption in captions)
 
 
-def summary(asked: Sequence[Asked]) -> str:
-    """The result in a sentence."""
+def names_a_thing(answer: str, one: Asked) -> bool:
+    """Whether an answer names a thing of the picture's own description."""
+    return any(holds(answer, thing) for thing in one.things)
+
+
+def summary(asked: Sequence[Asked], common: str) -> str:
+    """The result in a sentence or two, beside what needs no store."""
     hits = sum(any(named(tag, one.captions) for tag in one.retrieval.tags) for one in asked)
-    return f"For {hits} of {len(asked)} unseen pictures, a retrieved tag is also in their own description."
+    retrieved = f"For {hits} of {len(asked)} unseen pictures a retrieved tag is in their own description."
+    told = [one for one in asked if one.answers]
+    if not told:
+        return retrieved
+    with_tags, without, words = (
+        sum(names_a_thing(one.answers[i], one) for one in told if one.answers) for i in range(3)
+    )
+    always = sum(names_a_thing(common, one) for one in told)
+    return (
+        f"{retrieved} TUNA names a thing of that description for {with_tags} of {len(told)}; without the "
+        f"store for {without}; the bare language model with the tags as words for {words}; the most "
+        f"frequent tag (“{common}”) for {always}."
+    )
+
+
+def marked(text: str, tags: Sequence[RetrievedTag]) -> list[tuple[str, bool]]:
+    """A text in pieces, each with whether a tag has its words."""
+    words = sorted({tag.tag for tag in tags if tag.tag.strip()}, key=len, reverse=True)
+    if not words:
+        return [(text, False)]
+    pattern = "|".join(re.escape(word) for word in words)
+    parts = re.split(rf"(?<!\w)({pattern})(?!\w)", text, flags=re.IGNORECASE)
+    return [(part, bool(i % 2)) for i, part in enumerate(parts) if part]
 
 
 def render(
-    asked: Sequence[Asked], info: StoreInfo, seconds: dict[str, float], origin: str, picture: Any
+    asked: Sequence[Asked],
+    info: StoreInfo,
+    seconds: dict[str, float],
+    origin: str,
+    picture: Any,
+    common: str = "",
 ) -> str:
     """The page as HTML. `picture(key)` gives the bytes and the caption of an entry."""
     thumbnails: dict[str, dict[str, str]] = {}
@@ -303,7 +385,7 @@ def render(
                 for n in one.retrieval.neighbours
             ],
             "tags": [{"tag": t, "named": named(t, one.captions)} for t in one.retrieval.tags],
-            "answers": one.answers,
+            "answers": [marked(answer, one.retrieval.tags) for answer in one.answers or ()],
         }
         for one in asked
     ]
@@ -324,7 +406,7 @@ def render(
         k=k,
         shown=SHOWN_TAGS,
         hues=HUES,
-        summary=summary(asked),
+        summary=summary(asked, common),
         question=QUESTION,
     )
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from tagstore.client import connect
 from tagstore.encoding.encoder import Encoder
-from tagstore.ingest import ingest
+from tagstore.ingestion import ingest
 from tagstore.mining import load_miner
 from tagstore.storage.store import Store
 from tagstore.types import Entry, Identity, Retrieval

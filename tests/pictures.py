@@ -44,7 +44,7 @@ def write_shapes(folder: Path) -> Path:
 
 def ingest_shapes(folder: Path, encoder: Encoder) -> Path:
     """Make a root in a folder, with the pictures of shapes as version 1 of the store "shapes"."""
-    from tagstore.ingest import ingest
+    from tagstore.ingestion import ingest
 
     source = write_shapes(folder / "source")
     ingest(str(source), root=folder / "root", store="shapes", encoder=encoder)

@@ -17,7 +17,7 @@ from tagstore.bundles import export, import_, inspect
 from tagstore.bundles.archive import ArchiveWriter
 from tagstore.cli import cli
 from tagstore.errors import AlreadyExists, Damaged, InvalidInput, NotFound, TagstoreError
-from tagstore.ingest import ingest
+from tagstore.ingestion import ingest
 from tagstore.storage.store import Store, store_names
 from tagstore.upkeep.compact import compact
 from tagstore.upkeep.edits import Selection, delete

@@ -13,7 +13,8 @@ import pytest
 
 import crash
 from pictures import ToyEncoder, write_table
-from tagstore import ingest
+from tagstore.ingestion import batches as batches_of
+from tagstore.ingestion import ingest, pipeline
 from tagstore.storage.store import Store
 from tagstore.upkeep.verify import verify
 
@@ -76,21 +77,20 @@ def test_a_store_on_a_full_disk_goes_on_when_there_is_room_again(tmp_path: Path)
 
 def ingest_slowly(source: str, root: str) -> None:
     """Run an ingest that prints each batch of 16 and waits for a line: the child of the test below."""
-    ingest.BATCH = 16
+    batches_of.BATCH = pipeline.BATCH = 16
 
     def said(stage: str, done: int) -> None:
         print(stage, flush=True)
         sys.stdin.readline()
 
-    ingest.ingest(source, root=root, store="s", encoder=ToyEncoder(), miner="keywords", progress=said)
+    ingest(source, root=root, store="s", encoder=ToyEncoder(), miner="keywords", progress=said)
 
 
 def test_an_ingest_killed_again_and_again_ends_as_one_that_was_not(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(ingest, "BATCH", 16)
+    for module in (batches_of, pipeline):
+        monkeypatch.setattr(module, "BATCH", 16)
     source = write_table(tmp_path / "source")
-    whole = ingest.ingest(
-        str(source), root=tmp_path / "whole", store="s", encoder=ToyEncoder(), miner="keywords"
-    )
+    whole = ingest(str(source), root=tmp_path / "whole", store="s", encoder=ToyEncoder(), miner="keywords")
     command = [sys.executable, __file__, str(source), str(tmp_path / "cut")]
     for batches in (1, 3, 6):  # of 13, and one more each time: a run starts where the one before was killed
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
@@ -99,9 +99,7 @@ def test_an_ingest_killed_again_and_again_ends_as_one_that_was_not(tmp_path: Pat
                 print(file=child.stdin, flush=True)
             assert child.stdout.readline()
             child.send_signal(signal.SIGKILL)
-    resumed = ingest.ingest(
-        str(source), root=tmp_path / "cut", store="s", encoder=ToyEncoder(), miner="keywords"
-    )
+    resumed = ingest(str(source), root=tmp_path / "cut", store="s", encoder=ToyEncoder(), miner="keywords")
     assert resumed.resumed >= 200 - 16
     for name in ("pairs", "added", "unchanged", "entries", "tags", "unique_tags", "quarantined", "reasons"):
         assert getattr(resumed, name) == getattr(whole, name), name

@@ -190,9 +190,11 @@ def sample(tags: int = 12) -> tuple[list[object], StoreInfo]:
         for i in range(tags)
     )
     retrieval = Retrieval("demo", 3, "0" * 16, neighbours, retrieved)
-    answers = (f"with {EVIL}", "a bare answer")
+    answers = (f"with {EVIL} tag 1", "a bare answer", "tag 2 in words")
     captions = (f"a red {EVIL} & co", "second caption")
-    asked = demo.Asked(f"key {EVIL}", png("red", (900, 300)), captions, retrieval, answers)
+    asked = demo.Asked(
+        f"key {EVIL}", png("red", (900, 300)), captions, retrieval, answers, frozenset({"tag 1"})
+    )
     fingerprint = Fingerprint("mini", "x", {}, False, True, 512)
     created = "2026-01-01T00:00:00+00:00"
     return [asked], StoreInfo("demo", 3, 1498, 5, 4, fingerprint, {"kind": "flat"}, created)
@@ -211,6 +213,8 @@ def test_the_page_shows_everything():
     for text in ("0.90", "2 more", "1 picture", "a bare answer"):
         assert text in shown, text
     assert "For 1 of 1 unseen pictures" in shown
+    assert "TUNA names a thing of that description for 1 of 1; without the store for 0" in shown
+    assert page.tags.count("mark") == 2  # words that came from a tag
     assert "-0.00" not in shown
     assert page.tags.count("img") == 6
     assert page.tags.count("article") == 1

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from pictures import ToyEncoder, picture, write_shapes
 from scripted import Scripted
 from tagstore.client import connect
-from tagstore.ingest import ingest
+from tagstore.ingestion import ingest
 from tagstore.mining import merge
 from tagstore.plain_text import MAX_ENTRY_TAGS, MAX_TAG_CHARS, one_line, plain_text
 from tagstore.readers.samples import Turn

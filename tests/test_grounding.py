@@ -13,7 +13,7 @@ from tagstore.client import connect
 from tagstore.encoding import grounding
 from tagstore.encoding.encoder import load_encoder
 from tagstore.errors import InvalidInput
-from tagstore.ingest import ingest
+from tagstore.ingestion import ingest
 from tagstore.mining import load_rules
 from tagstore.serving.server import Server
 from tagstore.storage.store import Store

@@ -13,7 +13,7 @@ from pictures import ToyEncoder, picture, write_shapes
 from tagstore.client import connect
 from tagstore.encoding.images import decode
 from tagstore.errors import FingerprintMismatch, InvalidInput, NotFound
-from tagstore.ingest import ingest
+from tagstore.ingestion import ingest
 from tagstore.storage.generations import writer_lock
 from tagstore.storage.store import Store, store_names
 from tagstore.storage.writer import Writer

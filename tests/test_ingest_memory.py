@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from pictures import picture
-from tagstore import ingest as ingest_module
 from tagstore.client.admin import administer
 from tagstore.encoding.decode_memory import MemoryBudget
-from tagstore.ingest import ingest_pairs
+from tagstore.ingestion import ingest_pairs
+from tagstore.ingestion.batches import next_batch
 from tagstore.serving import admin_service, shared_miners
 from tagstore.serving.server import Server
 from tagstore.serving.settings import Settings
@@ -25,7 +25,7 @@ def pairs(count: int, captions: tuple[str, ...] = ("A black circle.",), **metada
 
 def test_a_batch_ends_early_by_what_its_pairs_take_in_memory() -> None:
     def size(items: list[Pair]) -> int:
-        return len(list(ingest_module._next_batch(iter(items), 8, 100_000)))
+        return len(list(next_batch(iter(items), 8, 100_000)))
 
     assert size(pairs(9)) == 8
     assert size(pairs(9, captions=("a",) * 2000)) == 1  # 2000 bytes on the wire, 114,000 in memory

@@ -16,7 +16,7 @@ from pictures import picture, write_shapes
 from tagstore.client import connect
 from tagstore.encoding.images import decode, perceptual_hash
 from tagstore.errors import AlreadyExists, Damaged, InvalidInput, NotFound
-from tagstore.ingest import ingest
+from tagstore.ingestion import ingest
 from tagstore.mining import load_rules
 from tagstore.storage.store import Store, store_names
 from tagstore.upkeep.edits import Selection, delete, diff, drop, rename, rollback, undrop

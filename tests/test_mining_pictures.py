@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pictures import ToyEncoder, picture, write_shapes
 from tagstore.encoding.images import decode
 from tagstore.errors import InvalidInput
-from tagstore.ingest import ingest, ingest_pairs
+from tagstore.ingestion import ingest, ingest_pairs
 from tagstore.mining import load_miner
 from tagstore.mining.pictures import ImageMiner, ImageNetTagger, Labels
 from tagstore.storage.store import Store

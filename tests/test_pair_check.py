@@ -20,7 +20,7 @@ from pictures import ToyEncoder, picture
 from tagstore.bundles import export, import_
 from tagstore.client.admin import administer
 from tagstore.errors import InvalidInput
-from tagstore.ingest import ingest, ingest_pairs
+from tagstore.ingestion import ingest, ingest_pairs
 from tagstore.readers.pair_check import MAX_CAPTION_BYTES, MAX_KEY_BYTES, MAX_METADATA_BYTES, checked
 from tagstore.serving.server import Server
 from tagstore.serving.settings import Settings

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from pictures import ToyEncoder, picture
 from tagstore.client import connect
 from tagstore.errors import BadAnswer, InvalidInput
-from tagstore.ingest import ingest_pairs
+from tagstore.ingestion import ingest_pairs
 from tagstore.mining.compose import Composed
 from tagstore.mining.loading import load_miner
 from tagstore.mining.pictures import ImageMiner

@@ -156,7 +156,7 @@ def test_csv_and_tsv(tmp_path: Path, suffix: str):
 
 
 def test_csv_quoting(tmp_path: Path):
-    table = 'image,caption,note\n1.jpg,"two\nlines, a ""word""",x\n\n1.jpg,plain,y\n'
+    table = 'image,caption,key\n1.jpg,"two\nlines, a ""word""",x\n\n1.jpg,plain,y\n'
     write(tmp_path, {"1.jpg": JPEG, "t.csv": table})
     first, second = read(str(tmp_path))
     assert isinstance(first, Pair)
@@ -166,8 +166,8 @@ def test_csv_quoting(tmp_path: Path):
 
 def test_tsv_keeps_quotation_marks(tmp_path: Path):
     table = (
-        'image\tcaption\n1.jpg\t" the best day " , she said\n'
-        '1.jpg\t"as pandas quotes ""this"""\n1.jpg\t"open\n1.jpg\tlast\n'
+        'image\tkey\tcaption\n1.jpg\t1\t" the best day " , she said\n'
+        '1.jpg\t2\t"as pandas quotes ""this"""\n1.jpg\t3\t"open\n1.jpg\t4\tlast\n'
     )
     write(tmp_path, {"1.jpg": JPEG, "t.tsv": table})
     captions = [captions for _, captions in pairs(read(str(tmp_path)))]
@@ -276,7 +276,8 @@ def test_jsonl_rejects_and_goes_on(tmp_path: Path):
 
 
 def test_a_gzipped_table_that_is_cut_off_gives_what_came_before(tmp_path: Path):
-    lines = "".join(f'{{"image": "1.jpg", "caption": "{os.urandom(20).hex()}"}}\n' for _ in range(2000))
+    captions = (f'"{os.urandom(20).hex()}"' for _ in range(2000))
+    lines = "".join(f'{{"image": "1.jpg", "key": {c}, "caption": {c}}}\n' for c in captions)
     data = gzip.compress(lines.encode())
     write(tmp_path, {"1.jpg": JPEG, "t.jsonl.gz": data[: len(data) // 2]})
     items = list(read(str(tmp_path)))
@@ -691,8 +692,17 @@ def test_memory_does_not_grow_with_the_input(tmp_path: Path, name: str):
             samples = (((f"{i}.jpg", b"x" * 1000), (f"{i}.txt", "x")) for i in range(count))
             write_tar(tmp_path / name, [member for sample in samples for member in sample])
         elif name == "t.jsonl":
-            write(tmp_path, {name: '{"image": "1.jpg", "caption": "a cat on a mat"}\n' * count})
+            write(
+                tmp_path,
+                {
+                    name: "".join(
+                        f'{{"image": "1.jpg", "key": {i}, "caption": "a cat"}}\n' for i in range(count)
+                    )
+                },
+            )
         else:
-            write(tmp_path, {name: "image,caption\n" + "1.jpg,a cat on a mat\n" * count})
+            write(
+                tmp_path, {name: "image,key,caption\n" + "".join(f"1.jpg,{i},a cat\n" for i in range(count))}
+            )
         peaks.append(peak(tmp_path / name))
     assert peaks[1] < peaks[0] * 1.2 + 20_000

@@ -265,7 +265,7 @@ def test_logs_are_json_where_asked_for(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_many_versions_come_and_go_without_a_failed_or_mixed_answer(tmp_path: Path, mini, served) -> None:
-    from tagstore.ingest import ingest_pairs
+    from tagstore.ingestion import ingest_pairs
     from tagstore.types import Pair
     from tagstore.upkeep.edits import Selection, delete, rollback
 

@@ -196,7 +196,7 @@ def test_a_fault_of_ours_shows_nothing_of_itself(
 def test_a_version_committed_while_the_server_runs_is_served_and_the_old_one_stays(
     tmp_path: Path, mini
 ) -> None:
-    from tagstore.ingest import ingest
+    from tagstore.ingestion import ingest
 
     source = write_shapes(tmp_path / "shapes")
     ingest(str(source), root=tmp_path / "root", store="live", encoder=mini)

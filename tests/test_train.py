@@ -19,6 +19,7 @@ from captioned import write_llava
 from pictures import picture
 from tagstore.errors import Damaged, FingerprintMismatch, InvalidInput, NotFound, Unavailable
 from tuna_model import presets
+from tuna_model.inference.pipeline import Pipeline
 from tuna_model.modeling.lora import add_updates
 from tuna_model.presets.trained import read_trained
 from tuna_model.training import checkpoint
@@ -157,7 +158,7 @@ def test_a_checkpoint_that_was_changed_or_is_missing(whole: Path, tmp_path: Path
 def test_another_version_of_the_store_is_refused_unless_told(
     place: Path, shapes_root: Path, whole: Path, tmp_path: Path, mini
 ):
-    from tagstore.ingest import ingest
+    from tagstore.ingestion import ingest
 
     root = tmp_path / "root"
     shutil.copytree(shapes_root, root)
@@ -228,6 +229,10 @@ def test_low_rank_updates_travel_in_the_small_file(place: Path, tmp_path: Path):
             place, "updates", steps=3, rates=rates, lora={"rank": 2, "targets": ["q_proj", "down_proj"]}
         )
     )
+    tuna = Pipeline.load(str(last.parent), dtype=torch.bfloat16)  # a run is loaded as presets are
+    assert tuna.model.dtype == torch.bfloat16
+    with pytest.raises(InvalidInput, match="is a training run, which sets max_tags itself"):
+        Pipeline.load(str(last.parent), max_tags=3)
     merged, file = load_run(last)[0], export(last, tmp_path / "t.safetensors")
     learnt = read_trained(file)
     fresh = presets.load("tiny")[0]

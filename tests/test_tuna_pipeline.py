@@ -18,6 +18,7 @@ from tagstore.errors import FingerprintMismatch, InvalidInput, NotFound, Tagstor
 from tuna import features, small, tags
 from tuna_model import (
     ContrastiveLogits,
+    ImageTags,
     Pipeline,
     TagLookup,
     TunaForConditionalGeneration,
@@ -223,6 +224,25 @@ def test_contrast_of_no_strength_changes_nothing(options: dict):
         assert contrast(1.0, 0.1, True, **options)[3].shape == contrast(None, 0.0, **options)[3].shape
     with pytest.raises(InvalidInput, match="alpha"):
         ContrastiveLogits(None, {}, alpha=-1)
+
+
+def test_a_pipeline_contrasts_with_itself_without_tags(shapes_root: Path):
+    url, image = f"file://{shapes_root}/shapes", picture("red", "circle")
+    options = {"max_new_tokens": 6, "do_sample": False}
+    plain, contrasting = (Pipeline.load("tiny", store=url, contrast=alpha) for alpha in (0.0, 1.5))
+    prepared = contrasting.prepare([[image]], [[user_message("What?", 1)]])
+    assert plain.prepare([[image]], [[user_message("What?", 1)]]).against is None
+    logits = ContrastiveLogits(plain.model, prepared.against, alpha=1.5)
+    expected = plain.answer(image, "What?", logits_processor=[logits], **options)
+    answer = contrasting.answer(image, "What?", **options)
+    assert answer == expected != plain.answer(image, "What?", **options)
+    assert contrasting.answer(image, "What?", num_beams=2, **options).text
+    without = ImageTags.none(plain.model.config.tag_dimension)
+    assert contrasting.answer(image, "What?", tags=without, **options).text == (
+        plain.answer(image, "What?", tags=without, **options).text
+    )
+    with pytest.raises(InvalidInput, match="contrast is -1"):
+        Pipeline.load("tiny", contrast=-1)
 
 
 def test_prompts_for_models_that_know_nothing_of_tags():

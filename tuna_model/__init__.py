@@ -56,6 +56,7 @@ _HOMES = {
     "TunaImageProcessor": "processing.image_processor",
     "TunaProcessor": "processing.processor",
     "tag_prompt": "inference.prompt",
+    "with_tags": "inference.with_tags",
 }
 __all__ = sorted(_HOMES)
 

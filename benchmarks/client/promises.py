@@ -486,7 +486,7 @@ def small_store(scratch: Path) -> Path:
 
 def photographs(scratch: Path, data: Path | None, quick: bool) -> Path:
     """A store of the training photographs; of the first shard's for a quick run."""
-    from tagstore.ingest import ingest
+    from tagstore.ingestion import ingest
 
     root = scratch / "photographs"
     if not root.exists():

@@ -16,7 +16,7 @@ from statistics import mean
 
 from benchmarks.report import arguments_parser, table, write
 from tagstore.client import connect
-from tagstore.ingest import ingest
+from tagstore.ingestion import ingest
 from tagstore.mining import load_miner, merge
 from tagstore.readers import read
 from tagstore.serving.server import Server

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.report import arguments_parser, table, write
-from tagstore.ingest import ingest
+from tagstore.ingestion import ingest
 from tagstore.mining import load_miner
 from tagstore.storage.store import Store
 from tagstore.upkeep.reprocessing import ground

@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw
 
 from benchmarks.report import arguments_parser, table, write
 from tagstore.client import connect
-from tagstore.ingest import ingest
+from tagstore.ingestion import ingest
 from tuna_model import Pipeline, presets
 from tuna_model.inference.pipeline import user_message
 from tuna_model.modeling.model import TAG_INPUTS

@@ -31,7 +31,7 @@ from benchmarks.processes import memory_mib, running_server
 from benchmarks.report import arguments_parser, table, write
 from benchmarks.serving.callers import CHANNEL_OPTIONS, RETRIEVE, STREAM
 from benchmarks.synthetic import build, fingerprint
-from tagstore.ingest import ingest
+from tagstore.ingestion import ingest
 from tagstore.serving.settings import Limits
 from tagstore.wire import convert
 from tagstore_proto.v1 import tagstore_pb2 as pb

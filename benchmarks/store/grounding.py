@@ -23,7 +23,7 @@ from benchmarks.report import arguments_parser, table, write
 from tagstore.client import connect
 from tagstore.encoding.encoder import load_encoder
 from tagstore.encoding.images import decode
-from tagstore.ingest import ingest
+from tagstore.ingestion import ingest
 from tagstore.mining import load_miner, merge
 from tagstore.readers import read
 from tagstore.storage.store import Store, store_names

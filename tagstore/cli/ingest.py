@@ -26,7 +26,23 @@ from tagstore.errors import InvalidInput
 @click.option("--image-column", metavar="C", help="Column with the image or its path.")
 @click.option("--caption-column", metavar="C", multiple=True, help="Columns with captions; repeatable.")
 @click.option("--key-column", metavar="C", help="Column with the unique key.")
+@click.option("--images", metavar="DIR", help="Folder that image paths are relative to; the table's own.")
+@click.option("--delimiter", metavar="C", default="", help="Between a CSV's fields; found by looking.")
+@click.option("--encoding", metavar="E", default="", help="Of a table of text: latin-1, cp1252 ...")
+@click.option(
+    "--caption-from",
+    type=click.Choice(["folder"]),
+    help="Pictures without caption files: the folder's name is the caption.",
+)
 @click.option("--allow-outside", is_flag=True, help="Follow image paths out of the source's folder.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be read, with reasons and examples.")
+@click.option(
+    "--max-bad",
+    type=click.FloatRange(0, 1),
+    default=1.0,
+    metavar="SHARE",
+    help="Make no version if a larger share of the pairs is refused: 0.05.",
+)
 @click.option(
     "--sync",
     type=click.Choice(["full", "batch"]),
@@ -49,22 +65,43 @@ def ingest(
     image_column: str | None,
     caption_column: tuple[str, ...],
     key_column: str | None,
+    images: str | None,
+    delimiter: str,
+    encoding: str,
+    caption_from: Any,
     allow_outside: bool,
+    dry_run: bool,
+    max_bad: float,
     sync: Any,
     device: str,
     as_json: bool,
 ) -> None:
     """Make a version of a store from a source of pairs.
 
-    SOURCE is a folder of images with same-name .txt files, a CSV, TSV, JSON Lines or Parquet file, or
-    WebDataset .tar shards; globs and brace patterns work if quoted. A pair that cannot be used is quarantined
-    with its reason, the rest goes on. Run an interrupted ingest again to continue it.
+    SOURCE is a folder of images with same-name .txt files, a CSV, TSV, JSON (lines, a list, COCO's captions),
+    Parquet or Arrow file, a saved Hugging Face dataset, or WebDataset .tar shards; globs and brace patterns
+    work if quoted. A pair that cannot be used is quarantined with its reason, the rest goes on. Run an
+    interrupted ingest again to continue it.
     """
-    from tagstore.readers import Columns, read
+    from tagstore.readers import Columns, Layout, read
 
+    if len(delimiter := delimiter.replace("\\t", "\t")) > 1:
+        raise InvalidInput(f"--delimiter is '{delimiter}': one character stands between two fields")
+    layout = Layout(delimiter, encoding, caption_from or "")
+    columns = Columns(image=image_column, caption=caption_column, key=key_column)
+    # what the server's miner needs; other miners of pictures are known to the server alone
+    optional = "image" in miner.split("+")
+    reading: dict[str, Any] = {
+        "format": format_, "columns": columns, "allow_outside": allow_outside, "images": images,
+        "layout": layout,
+    }  # fmt: skip
+    if dry_run:
+        from tagstore.ingestion.preview import preview
+
+        output.print_preview(preview(source, captions_optional=optional, **reading), max_bad, as_json)
+        return
     if bool(url) == bool(root or store) or (not url and not (root and store)):
         raise InvalidInput("say where to: --root DIR --store NAME, or --to URL")
-    columns = Columns(image=image_column, caption=caption_column, key=key_column)
     if url and options.remote(url):
         if stoplist or synonyms:
             raise InvalidInput(
@@ -72,15 +109,9 @@ def ingest(
             )
         from tagstore.client.admin import administer
 
-        # what the server's miner needs; other miners of pictures are known to the server alone
-        optional = "image" in miner.split("+")
-        pairs = read(
-            source,
-            format=format_,
-            columns=columns,
-            allow_outside=allow_outside,
-            captions_optional=optional,
-        )
+        if max_bad < 1:
+            raise InvalidInput("--max-bad is for a store on this machine: try --dry-run first")
+        pairs = read(source, captions_optional=optional, **reading)
         with output.progress() as progress, administer(url) as admin:
             origin = os.path.abspath(source)
             ingested = admin.ingest(
@@ -92,7 +123,7 @@ def ingest(
         root, store, _ = options.local(url)
     assert root is not None
     assert store is not None
-    from tagstore.ingest import ingest as run
+    from tagstore.ingestion import ingest as run
     from tagstore.mining import load_rules
 
     with output.progress() as progress:
@@ -100,14 +131,13 @@ def ingest(
             source,
             root=root,
             store=store,
-            format=format_,
-            columns=columns,
-            allow_outside=allow_outside,
+            **reading,
             encoder=encoder,
             miner=miner,
             vocabulary=load_rules(stoplist, synonyms),
             device=device,
             sync=sync,
+            max_bad=max_bad,
             progress=progress,
         )
     output.print_report(report, as_json)

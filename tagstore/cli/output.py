@@ -14,7 +14,8 @@ from tagstore.plain_text import one_line
 
 if TYPE_CHECKING:
     from tagstore.client.admin import Ingested
-    from tagstore.ingest import Advance, Report
+    from tagstore.ingestion.preview import Preview
+    from tagstore.ingestion.report import Advance, Report
     from tagstore.types import Retrieval, StoreInfo
 
 _MAX_REASONS = 10
@@ -72,6 +73,29 @@ def print_report(report: Report | Ingested, as_json: bool) -> None:
         )
     if report.seconds:
         click.echo("seconds: " + ", ".join(f"{stage} {spent:.1f}" for stage, spent in report.seconds.items()))
+
+
+def print_preview(preview: Preview, max_bad: float, as_json: bool) -> None:
+    """Print what would be read; exit with 1 if a larger share than `max_bad` would be refused."""
+    refused = sum(preview.reasons.values())
+    if as_json:
+        examples = [{"key": pair.key, "captions": list(pair.captions)} for pair in preview.examples]
+        counts = {"pairs": preview.pairs, "captions": preview.captions, "refused": refused}
+        click.echo(json.dumps({**counts, "reasons": preview.reasons, "examples": examples}))
+    else:
+        click.echo(f"would read {preview.pairs} pairs with {preview.captions} captions, and refuse {refused}")
+        for reason, count in sorted(preview.reasons.items(), key=lambda item: -item[1])[:_MAX_REASONS]:
+            example = preview.refused[reason]
+            click.echo(f"  {count} x {reason}, for example {example.key}: {example.reason}")
+        table(
+            ("key", "captions", "metadata"),
+            (
+                (pair.key, one_line(" / ".join(pair.captions)), one_line(json.dumps(dict(pair.metadata))))
+                for pair in preview.examples
+            ),
+        )
+    if refused > max_bad * preview.pairs:
+        raise SystemExit(1)
 
 
 def print_retrieval(query: str, retrieval: Retrieval) -> None:

@@ -6,17 +6,18 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tagstore.client.options import Options
-from tagstore.errors import BadVector, InvalidInput, NotFound
+from tagstore.errors import BadVector, InvalidInput, MissingExtra, NotFound
+from tagstore.readers.image_files import png_of
 from tagstore.types import Exclude, Fingerprint, Identity, Search
 
-Image = bytes | str | os.PathLike[str]
-"""An encoded image, or the path of a file that holds one."""
+Image = Any
+"""An encoded image, the path of a file that holds one, a PIL image, or an array `[H, W, 3]` of uint8."""
 
 BATCH_IMAGES = 32
 """Images in a request."""
@@ -130,8 +131,8 @@ def query_batches(
 def _image_groups(images: Sequence[Image], limit: int) -> Iterator[tuple[bytes, ...]]:
     group: list[bytes] = []
     size = 0
-    for image in images:
-        data = image if isinstance(image, bytes) else _read(image)
+    for position, image in enumerate(images):
+        data = image if isinstance(image, bytes) else _bytes_of(image, position)
         if group and (size + len(data) > _BATCH_BYTES or len(group) == limit):
             yield tuple(group)
             group, size = [], 0
@@ -198,6 +199,31 @@ def _resolved_guard(options: Options, identities: Sequence[Identity], *, by_imag
                 'exclude="self" cannot know which image a vector or caption is of: pass keys= or identities='
             )
     return replace(exclude, keys=(*exclude.keys, *options.exclude_keys)) if options.exclude_keys else exclude
+
+
+def _bytes_of(image: Image, position: int) -> bytes:
+    """The encoded image; pixels become PNG."""
+    if isinstance(image, str | os.PathLike):
+        return _read(image)
+    if isinstance(image, bytearray | memoryview):
+        return bytes(image)
+    if hasattr(image, "getbands"):
+        return png_of(image)
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise InvalidInput(
+                f"image {position} is an array of shape {list(image.shape)} and type {image.dtype}: pass "
+                "[H, W, 3] of uint8"
+            )
+        try:
+            from PIL.Image import fromarray
+        except ImportError as error:
+            raise MissingExtra("an array as an image needs Pillow: pip install pillow") from error
+        return png_of(fromarray(image))
+    raise InvalidInput(
+        f"image {position} is of type {type(image).__name__}: pass a path, encoded bytes, a PIL image, or an "
+        "array [H, W, 3] of uint8"
+    )
 
 
 def _read(path: str | os.PathLike[str]) -> bytes:

@@ -12,7 +12,7 @@ from tagstore.errors import InvalidInput
 _STORE_SCHEMES = ("grpc", "grpcs", "file")
 _OTHER_SCHEMES = ("replay", "null", "random")
 _URL = re.compile(r"(?P<scheme>[a-z]+)(?P<inner>\+[a-z]+)?://(?P<rest>[^?]*)(?:\?(?P<query>.*))?", re.DOTALL)
-_REST = re.compile(r"(?P<place>.*?)(?:/(?P<store>[^/@]+)(?:@(?P<version>\d+))?)?/?", re.DOTALL)
+_REST = re.compile(r"(?P<place>.*?)(?:/(?P<store>[^/@]+)(?:@(?P<version>[^/@]*))?)?/?", re.DOTALL)
 _ADDRESS = re.compile(r"(?:\[[^\]]+\]|[^:,\[\]]+):(\d{1,5})")
 
 
@@ -63,7 +63,12 @@ def locate(url: str) -> Location:
         )
     if scheme != "file":
         _check_addresses(url, scheme, place, store)
-    version = int(parts["version"] or 0)
+    asked = parts["version"]
+    if asked is not None and (not re.fullmatch("[0-9]{1,30}", asked) or not int(asked)):
+        raise InvalidInput(
+            f"'{url}' asks for version '{asked}': versions count from @1; without @ it is the latest"
+        )
+    version = int(asked or 0)
     if version >= 1 << 63:
         raise InvalidInput(f"'{url}' asks for version {version}: there can be no such version")
     return Location(scheme, place, store, version, options)

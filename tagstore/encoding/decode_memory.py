@@ -20,7 +20,7 @@ from tagstore.errors import BadImage
 PIXEL_BYTES = 4
 """Bytes of a pixel in Pillow, whatever the mode, at most."""
 WEBP_PIXEL_BYTES = 16
-"""libwebp's two canvases, a frame as bytes, and the picture."""
+"""libwebp's two canvases, a frame as bytes, and the picture; decoders of AVIF and HEIC take no more."""
 BAND_PIXELS = 1 << 18
 """Pixels that are converted to RGB at a time."""
 STEP_BYTES = 40
@@ -110,7 +110,7 @@ def decoding_bytes(image: Any) -> int:
     """Estimate the memory that an opened picture takes while its pixels are decoded and made upright RGB."""
     pixels: int = image.width * image.height
     match image.format:
-        case "WEBP":
+        case "WEBP" | "AVIF" | "HEIF":
             needed = WEBP_PIXEL_BYTES * pixels
         case "JPEG":
             # the coefficients of a progressive one, two bytes each, are all in memory

@@ -20,6 +20,7 @@ from typing import Any, cast
 import imagehash
 import numpy as np
 from PIL import (
+    AvifImagePlugin,
     BmpImagePlugin,
     GifImagePlugin,
     Image,
@@ -35,7 +36,20 @@ from tagstore.errors import BadImage
 from tagstore.types import Identity
 
 MAX_PIXELS = 100_000_000
-FORMATS = "JPEG, PNG, WebP, GIF, BMP or TIFF"
+FORMATS = "JPEG, PNG, WebP, AVIF, HEIC, GIF, BMP or TIFF"
+
+
+class _Heif:
+    """The plugin of pillow-heif, which is loaded for the first picture that needs it."""
+
+    format = "HEIF"
+
+    def __call__(self, file: BytesIO) -> Image.Image:
+        from pillow_heif import as_plugin
+
+        image: Image.Image = cast(Any, as_plugin).HeifImageFile(file)
+        return image
+
 
 # The signature decides, never the file's name. Calling a plugin directly leaves out what `Image.open` would
 # add: a guess over all plugins, and a bomb check against a process-wide limit that is not ours to set.
@@ -45,8 +59,24 @@ _PLUGINS: tuple[tuple[re.Pattern[bytes], Any], ...] = (
     (re.compile(rb"RIFF....WEBP", re.DOTALL), WebPImagePlugin.WebPImageFile),
     (re.compile(rb"GIF8[79]a"), GifImagePlugin.GifImageFile),
     (re.compile(rb"BM"), BmpImagePlugin.BmpImageFile),
-    (re.compile(rb"II[*+]\0|MM\0[*+]"), TiffImagePlugin.TiffImageFile),
+    (re.compile(rb"....ftypavi[fs]", re.DOTALL), AvifImagePlugin.AvifImageFile),
+    (re.compile(rb"....ftyp(hei[cmsx]|hev[cx]|mif1|msf1)", re.DOTALL), _Heif()),
+    # cameras' raw files begin as TIFF does, and say more behind it
+    (re.compile(rb"(?!II\*\0....CR)(II[*+]\0|MM\0[*+])", re.DOTALL), TiffImagePlugin.TiffImageFile),
 )
+_UNREAD, _NO_PICTURE = "a format that is not read: ", "not an image but "
+_OTHERS: tuple[tuple[re.Pattern[bytes], str], ...] = (
+    (re.compile(rb"II\*\x00....CR|FUJIFILM|....ftypcrx", re.DOTALL), _UNREAD + "a camera's raw file"),
+    (re.compile(rb"\x00\x00\x00\x0cjP  |\xffO\xffQ"), _UNREAD + "JPEG 2000"),
+    (re.compile(rb"\xff\x0a|\x00\x00\x00\x0cJXL "), _UNREAD + "JPEG XL"),
+    (re.compile(rb"\s*(<[?!][^>]*>\s*)*<svg"), _UNREAD + "SVG"),
+    (re.compile(rb"8BPS"), _UNREAD + "Photoshop"),
+    (re.compile(rb"\x00\x00\x01\x00"), _UNREAD + "an icon"),
+    (re.compile(rb"%PDF|%!PS"), _NO_PICTURE + "PDF or PostScript"),
+    (re.compile(rb"\s*<(!doctype html|html)", re.IGNORECASE), _NO_PICTURE + "a web page"),
+    (re.compile(rb"....ftyp|\x1aE\xdf\xa3", re.DOTALL), _NO_PICTURE + "a video"),
+)
+"""What else comes under the name of a picture, so that the reason can name it."""
 
 # EXIF orientation (CIPA DC-008, tag 0x0112) -> the transpose that turns the picture upright.
 _UPRIGHT = {
@@ -90,7 +120,11 @@ def decoding(
         raise BadImage("the image is empty: 0 bytes, fetch or export it again")
     plugin = next((plugin for signature, plugin in _PLUGINS if signature.match(data)), None)
     if plugin is None:
-        raise BadImage(f"not an image of a known format: it starts with {bytes(data[:16])!r}, give {FORMATS}")
+        head = bytes(data[:1024])
+        for signature, name in _OTHERS:
+            if signature.match(head):
+                raise BadImage(f"{name}, give {FORMATS}")
+        raise BadImage(f"not an image of a known format: it starts with {head[:16]!r}, give {FORMATS}")
     with _reading(data, plugin.format or "image"):
         metadata = reading_bytes(data, plugin.format)
         with memory.hold(metadata):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
@@ -81,8 +82,13 @@ def _pairs_of(
             lines: list[str] = []
             if captions is not None:
                 lines = caption_lines(fetch(folder / captions, MAX_TEXT_BYTES), captions)
+            elif options.layout.caption_from == "folder":
+                lines = [re.sub(r"[_\W]+", " ", folder.name)]
             elif not options.captions_optional:
-                raise RecordError("no caption file: a .txt of the image's name is expected")
+                raise RecordError(
+                    "no caption file: a .txt of the image's name is expected; give a table of images and "
+                    "captions (CSV, JSON ...) as the source itself, or say --caption-from folder"
+                )
             texts = caption_texts([lines], optional=options.captions_optional)
             key.encode()
             yield Pair(key, fetch(path, options.max_image_bytes), texts, {}, str(path))

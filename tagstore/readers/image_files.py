@@ -6,6 +6,7 @@ Every path that a record gives passes one guard.
 from __future__ import annotations
 
 import base64
+import io
 import os
 import re
 import stat
@@ -17,7 +18,12 @@ from typing import Any
 from tagstore.errors import InvalidInput, NotFound
 from tagstore.readers.values import RecordError
 
-IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "jpe", "png", "webp", "gif", "bmp", "tif", "tiff"})
+IMAGE_SUFFIXES = frozenset({
+    "jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "heif",
+    "jp2", "jxl", "svg", "cr2", "nef", "arw", "dng", "psd", "ico",
+})  # fmt: skip
+"""Endings of files that are pictures. Some cannot be decoded; their pairs are refused for that reason, and
+not as if there were no picture."""
 MAX_IMAGE_BYTES = 256 * 2**20
 
 
@@ -125,6 +131,25 @@ def fetch_inside(name: str, folder: Path, limit: int, *, allow_outside: bool) ->
     return fetch(path, limit)
 
 
+def usable_path(name: str, folder: Path, root: Path) -> str:
+    """The path that a record means, where it is not written as this machine writes paths.
+
+    Backslashes become slashes, and a path that begins at the root of the data set ("/images/1.jpg") is taken
+    from there, if nothing is where the path as written leads.
+    """
+    if os.path.exists(os.path.join(folder, name)):
+        return name
+    if re.match(r"[A-Za-z]:[\\/]", name):
+        raise RecordError(
+            f"the image's path is one of another machine: {name[-80:]}, write it relative to the table's "
+            "folder"
+        )
+    name = name.replace("\\", "/")
+    if os.path.isabs(name) and os.path.exists(below := os.path.join(root, name.lstrip("/"))):
+        return os.path.relpath(below, folder)
+    return name
+
+
 def check_size(size: int, limit: int, name: str) -> None:
     """Raise `RecordError` if a file of that name is too large."""
     if size > limit:
@@ -174,3 +199,10 @@ def decoded(image: str | bytes, limit: int) -> bytes:
             raise RecordError(f"the image is not valid base64: {error}") from None
     check_size(len(image), limit, "the image")
     return image
+
+
+def png_of(image: Any) -> bytes:
+    """A PIL image as PNG, which keeps its pixels as they are."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tagstore.errors import InvalidInput
 from tagstore.readers.image_files import (
@@ -15,6 +15,7 @@ from tagstore.readers.image_files import (
     image_value,
     is_base64,
     key_of_path,
+    usable_path,
 )
 from tagstore.readers.values import RecordError, caption_texts, key_in, metadata_of, rejected
 from tagstore.types import Pair, Rejected
@@ -48,6 +49,18 @@ class Columns:
 
 
 @dataclass(frozen=True, slots=True)
+class Layout:
+    """How a source is written, where looking at it does not tell."""
+
+    delimiter: str = ""
+    """Between the fields of a CSV; found by looking at its first line if empty."""
+    encoding: str = ""
+    """Of a table of text; UTF-8 if empty."""
+    caption_from: Literal["", "folder"] = ""
+    """`folder`: of a picture without a caption file, its folder's name is the caption."""
+
+
+@dataclass(frozen=True, slots=True)
 class Options:
     """Options that all formats share."""
 
@@ -56,6 +69,9 @@ class Options:
     columns: Columns = Columns()
     max_image_bytes: int = MAX_IMAGE_BYTES
     allow_outside: bool = False
+    images: Path | None = None
+    """The folder that paths of images are relative to, and may not leave; the source file's own if None."""
+    layout: Layout = Layout()
     captions_optional: bool = False
     """Whether a pair without a caption is one too: a miner of pictures needs none."""
 
@@ -127,9 +143,12 @@ def row_to_pair(
         if chosen.key is not None:
             key = key_in(row.get(chosen.key), chosen.key)
         image = image_value(row.get(chosen.image))
-        path = image if isinstance(image, str) and not is_base64(image, file.parent) else None
+        folder = options.images or file.parent
+        path = image if isinstance(image, str) and not is_base64(image, folder) else None
+        if path is not None:
+            path = usable_path(path, folder, options.root)
         if chosen.key is None and path is not None:
-            key = key_of_path(path, file.parent, options.root)
+            key = key_of_path(path, folder, folder if options.images else options.root)
         captions = caption_texts(
             (row.get(name) for name in chosen.captions), optional=options.captions_optional
         )
@@ -137,7 +156,7 @@ def row_to_pair(
         if path is None:
             data = decoded(image, limit)
         else:
-            data = fetch_inside(path, file.parent, limit, allow_outside=options.allow_outside)
+            data = fetch_inside(path, folder, limit, allow_outside=options.allow_outside)
         metadata = metadata_of(row, {chosen.image, chosen.key, *chosen.captions})
         return Pair(key, data, captions, metadata, origin)
     except RecordError as error:

@@ -10,18 +10,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tagstore.errors import InvalidInput, NotFound
+from tagstore.readers.arrow import saved_files
 from tagstore.readers.folder import has_images
 from tagstore.readers.image_files import IMAGE_SUFFIXES
 
-FORMATS = ("folder", "csv", "tsv", "jsonl", "parquet", "webdataset")
+FORMATS = ("folder", "csv", "tsv", "jsonl", "json", "parquet", "arrow", "webdataset")
 
 SUFFIXES = {
     "csv": (".csv", ".csv.gz"),
     "tsv": (".tsv", ".tsv.gz"),
     "jsonl": (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz"),
+    "json": (".json",),
     "parquet": (".parquet", ".pq"),
+    "arrow": (".arrow",),
     "webdataset": (".tar", ".tar.gz", ".tgz"),
 }
+CAPTION_TABLES = ("captions.txt",)
+"""Names under which tables of images and captions come that end as texts do."""
 _MAX_EXPANDED = 1_000_000
 
 
@@ -73,6 +78,9 @@ def locate(source: str, format: str | None = None) -> Located:
 
 
 def _locate_folder(folder: Path, format: str | None) -> Located:
+    saved = saved_files(folder) if format in (None, "arrow") else None
+    if saved is not None:
+        return Located("arrow", folder, tuple(saved))
     try:
         names = sorted(
             entry.name
@@ -86,7 +94,13 @@ def _locate_folder(folder: Path, format: str | None) -> Located:
         for kind, suffixes in SUFFIXES.items()
         if format in (None, kind)
     }
+    if format is None:  # beside other files, JSON describes; only alone it may be the source
+        if any(map(_is_image, names)) or len(tables["json"]) != 1:
+            tables["json"] = []
+        tables["csv"] += [folder / name for name in names if name.lower() in CAPTION_TABLES]
     sources = {kind: files for kind, files in tables.items() if files}
+    if "json" in sources and len(sources) > 1:
+        del sources["json"]
     if format is not None and format != "folder":
         if not sources:
             raise NotFound(f"{folder}: no file of format {format} ({', '.join(SUFFIXES[format])}) in it")
@@ -102,11 +116,11 @@ def _locate_folder(folder: Path, format: str | None) -> Located:
     if not sources and (captioned or has_images(folder)):
         return Located("folder", folder, (folder,))
     if not sources:
-        raise NotFound(f"{folder}: no images, no tables ({', '.join(FORMATS[1:5])}) and no .tar shards in it")
+        raise NotFound(f"{folder}: no images, no tables ({', '.join(FORMATS[1:7])}) and no .tar shards in it")
     kind, files = next(iter(sources.items()))
     # Shards come in numbers; two tables of text are two different things until somebody says otherwise.
     if len(sources) > 1 or captioned or (len(files) > 1 and kind not in ("webdataset", "parquet")):
-        listed = [file.name for files in sources.values() for file in files]
+        listed = [file.name for of_kind in sources.values() for file in of_kind]
         also = [f"images with caption files such as {captioned}"] if captioned else []
         listing = ", ".join([*listed[:10], *(["…"] if len(listed) > 10 else []), *also])
         raise InvalidInput(
@@ -139,6 +153,8 @@ def _format_of(files: list[Path]) -> str:
             "name one with --format"
         )
     ((kind, file),) = formats.items()
+    if kind is None and file.name.lower() in CAPTION_TABLES:
+        return "csv"
     if kind is None:
         hint = (
             "give the folder it lies in"

@@ -5,6 +5,7 @@ A bad row is rejected, the rest goes on.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import json
@@ -26,7 +27,7 @@ _WINDOW = 100
 _WINDOW_CHARACTERS = 8_000_000
 """Characters after which the window ends, if its records are large."""
 _UNREADABLE = (OSError, EOFError, zlib.error)
-_ENCODING = "not UTF-8: convert the file, with iconv -f latin1 -t utf-8 for example"
+_ENCODING = "not UTF-8: say --encoding latin-1 for example, or convert the file"
 
 
 def read_csv(file: Path, options: Options) -> Iterator[Pair | Rejected]:
@@ -34,7 +35,8 @@ def read_csv(file: Path, options: Options) -> Iterator[Pair | Rejected]:
     csv.field_size_limit(2 * options.max_image_bytes)  # a field may hold an image in base64
     # strict, for otherwise a quote left open in the last column swallows the rows after it as one long
     # caption
-    return _read_rows(file, options, lambda lines: csv.reader(lines, strict=True))
+    delimiter = options.layout.delimiter or _delimiter(file, options.layout.encoding)
+    return _read_rows(file, options, lambda lines: csv.reader(lines, delimiter=delimiter, strict=True))
 
 
 def read_tsv(file: Path, options: Options) -> Iterator[Pair | Rejected]:
@@ -51,7 +53,7 @@ def read_tsv(file: Path, options: Options) -> Iterator[Pair | Rejected]:
 
 def read_jsonl(file: Path, options: Options) -> Iterator[Pair | Rejected]:
     """An object a line. The image is a path relative to the file, or base64."""
-    with open_text(file, newline="\n") as text:
+    with open_text(file, newline="\n", encoding=options.layout.encoding) as text:
         lines = Lines(text, options.max_image_bytes)
         records = json_objects(file, lines)
         window: list[tuple[int, dict[str, Any] | Rejected]] = []
@@ -136,7 +138,17 @@ class Lines:
             yield line
 
 
-def open_text(file: Path, *, newline: str = "") -> IO[str]:
+def _delimiter(file: Path, encoding: str) -> str:
+    """What stands most often in the first line of a CSV; a comma if nothing of the kind does."""
+    with open_text(file, encoding=encoding) as text:
+        try:
+            line = text.readline(1 << 16)
+        except _UNREADABLE:
+            return ","
+    return max(",;\t|", key=line.count)
+
+
+def open_text(file: Path, *, newline: str = "", encoding: str = "") -> IO[str]:
     """Open a text file, gzipped if its name says so.
 
     Args:
@@ -150,22 +162,27 @@ def open_text(file: Path, *, newline: str = "") -> IO[str]:
             head = raw.read(4)
     except _UNREADABLE as error:
         raise InvalidInput(f"{file}: cannot be read ({error})") from None
-    if head.startswith((b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")):
+    if not encoding and head.startswith((b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")):
         raise InvalidInput(
             f"{file}: UTF-16 or UTF-32, and UTF-8 is expected: convert it, "
-            "with iconv -f utf-16 -t utf-8 for example"
+            "with iconv -f utf-16 -t utf-8 for example, or say --encoding utf-16"
         )
+    try:
+        codecs.lookup(encoding or "utf-8")
+    except LookupError:
+        raise InvalidInput(f"no encoding '{encoding}': utf-8, latin-1, cp1252, utf-16 are some") from None
     # Bytes that are no UTF-8 become lone surrogates, so that the row they stand in is rejected and not the
     # file.
     return cast(
-        "IO[str]", opener(file, "rt", encoding="utf-8-sig", errors="surrogateescape", newline=newline)
+        "IO[str]",
+        opener(file, "rt", encoding=encoding or "utf-8-sig", errors="surrogateescape", newline=newline),
     )
 
 
 def _read_rows(
     file: Path, options: Options, parse: Callable[[Lines], Iterator[list[str]]]
 ) -> Iterator[Pair | Rejected]:
-    with open_text(file) as text:
+    with open_text(file, encoding=options.layout.encoding) as text:
         lines = Lines(text, options.max_image_bytes)
         rows = parse(lines)
         header = _header(file, lines, rows)

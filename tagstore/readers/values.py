@@ -63,10 +63,14 @@ def caption_texts(values: Iterable[Any], *, optional: bool = False) -> tuple[str
     missing = ""
     for value in values:
         for text in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(text, Mapping):
+                text = _caption_in(text)
+            if isinstance(text, bytes):
+                text = _decoded(text)
             if text is None:
                 continue
             if not isinstance(text, str):
-                raise RecordError(f"a caption is not a text: it is of type {type(text).__name__}")
+                raise RecordError(f"a caption is not a text: it is {kind_of(text)}")
             if not is_unicode(text):
                 raise RecordError("not UTF-8: a caption holds half a surrogate pair, which is no character")
             if is_missing(text := text.strip()):
@@ -76,6 +80,22 @@ def caption_texts(values: Iterable[Any], *, optional: bool = False) -> tuple[str
     if not captions and not optional:
         raise RecordError(f"no caption: '{missing}' stands for a missing one" if missing else "no caption")
     return tuple(captions)
+
+
+def _caption_in(fields: Mapping[Any, Any]) -> Any:
+    """The caption in an object, as data sets write sentences with their tokens."""
+    for name in ("raw", "caption", "text", "sentence", "value"):
+        if isinstance(fields.get(name), str):
+            return fields[name]
+    names = ", ".join(map(str, fields)) or "nothing"
+    raise RecordError(f"a caption is not a text: it is an object of {names}, make a column of its text")
+
+
+def _decoded(data: bytes) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        raise RecordError("not UTF-8: a caption of bytes, convert it") from None
 
 
 def caption_lines(data: bytes, name: str) -> list[str]:
@@ -92,6 +112,8 @@ def key_in(value: Any, column: str) -> str:
     """The key that a column holds: a text or an integer."""
     if value is None or value == "":
         raise RecordError(f"no key: column '{column}' is empty")
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # pandas writes integers so where one of the column is missing
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise RecordError(
             f"the key is not a text or an integer: column '{column}' is of type {type(value).__name__}"

@@ -96,6 +96,9 @@ def read_webdataset(file: Path, options: Options) -> Iterator[Pair | Rejected]:
             yield group
         else:
             yield _pair(group, file, options, first)
+            # every picture is accounted for, also those that share a name up to its first dot
+            dotted = [] if group.images else _dotted(group)[1:]
+            yield from (rejected(name, f"no image: {_dot_hint(name)}", f"{file}!{name}") for name in dotted)
             first = False
 
 
@@ -191,7 +194,7 @@ def _pair(group: Group, file: Path, options: Options, first: bool) -> Pair | Rej
     try:
         group.check()
         if not group.images:
-            raise RecordError(f"no image: its files are {', '.join(group.suffixes)}")
+            raise RecordError(f"no image: its files are {', '.join(group.suffixes)}{_hint(group)}")
         fields = group.fields()
         for name in (*columns.captions, *([columns.key] if columns.key else [])):
             if name not in fields and name not in group.suffixes:
@@ -203,14 +206,34 @@ def _pair(group: Group, file: Path, options: Options, first: bool) -> Pair | Rej
             {"caption", "captions"} & fields.keys() if lines else fields
         )
         texts = caption_texts(
-            [lines, *(fields.get(name) for name in captions)], optional=options.captions_optional
+            [lines, *(fields.get(name) for name in captions)],
+            optional=options.captions_optional or not {"txt", "json"} & set(group.suffixes),
         )
+        if not texts and not options.captions_optional:
+            raise RecordError(f"no caption: its files are {', '.join(group.suffixes)}{_hint(group)}")
         if columns.key:
             key = key_in(fields.get(columns.key), columns.key)
         metadata = metadata_of(fields, {*captions, "key", columns.key})
         return Pair(key, group.images[0].read(), texts, metadata, origin)
     except (RecordError, NotFound) as error:
         return rejected(key, str(error), origin)
+
+
+def _hint(group: Group) -> str:
+    """What a sample that lacks a file most likely suffers from."""
+    if dotted := _dotted(group):
+        return f"; {_dot_hint(dotted[0])}"
+    return "; files of a sample must follow one another, so write the shard sorted (tar --sort=name)"
+
+
+def _dotted(group: Group) -> list[str]:
+    """Pictures of the group whose names have another dot."""
+    return [f"{group.key}.{s}" for s in group.suffixes if "." in s and s.rpartition(".")[2] in IMAGE_SUFFIXES]
+
+
+def _dot_hint(name: str) -> str:
+    stem, _, suffix = name.rpartition(".")
+    return f"a key ends at the first dot of a name, so rename {name} to {stem.replace('.', '_')}.{suffix}"
 
 
 def _split(name: str) -> tuple[str | None, str]:

@@ -10,7 +10,7 @@ from typing import Any
 from tagstore import errors
 from tagstore.encoding.decode_memory import MemoryBudget
 from tagstore.encoding.encoder import Encoder
-from tagstore.ingest import Report, ingest_pairs
+from tagstore.ingestion import Report, ingest_pairs
 from tagstore.mining import reads_pictures
 from tagstore.readers.pair_check import checked
 from tagstore.serving.call import Call

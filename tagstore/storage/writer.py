@@ -147,7 +147,10 @@ class Writer:
                 old = self._live_id(txn, draft.key)
                 taken = old is not None and (old >= self.first_entry_id or self._confirmed[old])
                 if draft.key in seen or taken:
-                    reason = "duplicate key: the first pair of this key was kept"
+                    reason = (
+                        "duplicate key: the first pair of this key was kept; rows of one picture are joined "
+                        "where they follow one another, so sort the source by its key"
+                    )
                     rejected.append(Rejected(draft.key, reason, draft.origin))
                 elif old is not None and same_miner and _same(draft, self._entry(txn, old)):
                     unchanged += 1

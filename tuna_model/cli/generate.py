@@ -7,13 +7,14 @@ from typing import Any
 
 import click
 
-from tuna_model.cli.options import generation, load, with_generation, with_model
+from tuna_model.cli.options import generation, load, with_contrast, with_generation, with_model
 
 
 @click.command()
 @click.argument("image", type=click.Path(exists=True, dir_okay=False))
 @click.argument("question")
 @with_model
+@with_contrast
 @with_generation
 @click.option("--beams", default=1, show_default=True, help="Beams of the search.")
 @click.option("--json", "as_json", is_flag=True, help="Answer, tags, weights and neighbours as JSON.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -65,22 +64,38 @@ def with_generation(command: Callable[..., Any]) -> Callable[..., Any]:
     )
 
 
-def load(model: str, store: str, any_store: bool, timeout: float, device: str, dtype: str) -> Pipeline:
+def with_contrast(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --contrast."""
+    return click.option(
+        "--contrast",
+        default=0.0,
+        show_default=True,
+        metavar="ALPHA",
+        help="Contrastive decoding against the same prompt without tags; 1 is usual, 0 is none.",
+    )(command)
+
+
+def load(
+    model: str,
+    store: str,
+    any_store: bool,
+    timeout: float,
+    device: str,
+    dtype: str,
+    contrast: float = 0.0,
+) -> Pipeline:
     """Load the pipeline of these options, with transformers silent."""
     import torch
     from transformers.utils import logging as transformers_logging
 
-    from tagstore.client import connect
     from tuna_model.inference.pipeline import Pipeline
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    if Path(model).is_dir() and not Path(model, "config.json").exists():
-        from tuna_model.training.runs import load_run
-
-        return Pipeline(*load_run(model), connect(store, timeout=timeout), any_store=any_store)
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
-    return Pipeline.load(model, store=store, any_store=any_store, timeout=timeout, device=device, dtype=kind)
+    return Pipeline.load(
+        model, store=store, any_store=any_store, timeout=timeout, contrast=contrast, device=device, dtype=kind
+    )
 
 
 def generation(max_tokens: int, temperature: float) -> dict[str, Any]:

@@ -7,11 +7,12 @@ from typing import Any
 import click
 
 from tagstore.errors import MissingExtra
-from tuna_model.cli.options import load, with_model
+from tuna_model.cli.options import load, with_contrast, with_model
 
 
 @click.command()
 @with_model
+@with_contrast
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", default=8000, show_default=True, help="0 for a free one.")
 @click.option("--batch", default=8, show_default=True, help="Requests answered together.")

@@ -67,6 +67,8 @@ class PreparedBatch:
     """Of each conversation and each of its pictures; None where no store was asked or none answered."""
     degraded: tuple[bool, ...]
     """Of each conversation: whether the store did not answer for one of its pictures."""
+    against: dict[str, Any] | None = None
+    """Inputs of the same conversations without tags, for contrastive decoding; None for none."""
 
 
 def weighed_tags(tags: ImageTags, weights: Iterator[float], image: int) -> list[WeighedTag]:

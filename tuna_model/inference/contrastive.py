@@ -11,6 +11,8 @@ without the picture, without tags, or with wrong tags.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,9 +21,26 @@ from transformers import LogitsProcessor
 
 from tagstore.errors import InvalidInput
 
+_OF_TOKENS = frozenset({"token_type_ids", "mm_token_type_ids"})
+"""Inputs that have a number for each token of a prompt."""
+
+
+@contextmanager
+def _states_kept(modules: Sequence[Any]) -> Iterator[None]:
+    """Give modules back what they remember of the prompt that is being answered."""
+    before = [module.rope_deltas for module in modules]
+    try:
+        yield
+    finally:
+        for module, state in zip(modules, before, strict=True):
+            module.rope_deltas = state
+
 
 class ContrastiveLogits(LogitsProcessor):  # type: ignore[misc]
     """A logits processor for `generate`, for greedy search, sampling and beams.
+
+    Works with any decoder of transformers. Of a model that remembers positions of its prompt (Qwen-VL) each
+    token costs a forward of the whole prompt; others keep a cache of their own.
 
     against = processor(text=prompt_without_image, ...)
     model.generate(**batch, logits_processor=[ContrastiveLogits(model, against, alpha=1.0)])
@@ -44,6 +63,9 @@ class ContrastiveLogits(LogitsProcessor):  # type: ignore[misc]
                 f"alpha is {alpha} and beta {beta}: alpha must not be negative, beta lies between 0 and 1"
             )
         self._model, self._against, self._alpha, self._beta = model, dict(against), alpha, beta
+        modules = model.modules() if hasattr(model, "modules") else ()
+        self._stateful = [module for module in modules if hasattr(module, "rope_deltas")]
+        """Parts that remember where the tokens of the last prompt stand (Qwen-VL)."""
         self._prompt_length: int | None = None
         self._cached: Tensor | None = None
         """Generated tokens that the cache holds."""
@@ -64,6 +86,15 @@ class ContrastiveLogits(LogitsProcessor):  # type: ignore[misc]
     @torch.no_grad()
     def _logits(self, generated: Tensor) -> Tensor:
         """Logits of the next token after the other prompt and these tokens."""
+        with _states_kept(self._stateful):
+            if self._stateful:
+                # where a token stands is known to the model alone, and only of the prompt it saw last
+                out = self._model(**self._whole_inputs(generated), use_cache=False)
+                logits: Tensor = out.logits[:, -1]
+                return logits
+            return self._cached_logits(generated)
+
+    def _cached_logits(self, generated: Tensor) -> Tensor:
         step = generated.shape[1]
         if step and self._cached is not None and torch.equal(generated[:, :-1], self._cached):
             last = generated[:, -1:]
@@ -76,7 +107,7 @@ class ContrastiveLogits(LogitsProcessor):  # type: ignore[misc]
         inputs["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)[:, -inputs["input_ids"].shape[1] :]
         out = self._model(**inputs, use_cache=True, logits_to_keep=1)
         self._cache_inputs = {"attention_mask": mask, "past_key_values": out.past_key_values}
-        if out.tag_bias is not None:
+        if getattr(out, "tag_bias", None) is not None:  # of our own model
             self._cache_inputs["tag_bias"] = out.tag_bias
         self._cached = generated
         logits: Tensor = out.logits[:, -1]
@@ -88,6 +119,8 @@ class ContrastiveLogits(LogitsProcessor):  # type: ignore[misc]
         beams = len(generated) // len(against["input_ids"])
         input_ids, others = self._model._expand_inputs_for_generation(beams, False, **against)
         mask = others.pop("attention_mask", torch.ones_like(input_ids))
+        for name in _OF_TOKENS & others.keys():  # a generated token is no picture
+            others[name] = torch.cat([others[name], torch.zeros_like(generated)], dim=1)
         return {
             **others,
             "input_ids": torch.cat([input_ids, generated], dim=1),

@@ -13,6 +13,7 @@ from transformers import LogitsProcessor, StoppingCriteria, StoppingCriteriaList
 
 from tagstore.errors import InvalidInput
 from tuna_model.inference.answers import PreparedBatch
+from tuna_model.inference.contrastive import ContrastiveLogits
 from tuna_model.inference.decoding import Ending, GrowingAnswers
 from tuna_model.modeling.model import TunaForConditionalGeneration
 from tuna_model.processing.processor import TunaProcessor
@@ -21,8 +22,14 @@ from tuna_model.processing.processor import TunaProcessor
 class Generation:
     """Generates answers with one model. Safe for one thread at a time."""
 
-    def __init__(self, model: TunaForConditionalGeneration, processor: TunaProcessor) -> None:
-        self._model, self._processor = model, processor
+    def __init__(
+        self, model: TunaForConditionalGeneration, processor: TunaProcessor, contrast: float = 0.0
+    ) -> None:
+        """
+        Args:
+            contrast: strength of the contrast with `PreparedBatch.against`.
+        """
+        self._model, self._processor, self._contrast = model, processor, contrast
 
     def generate(
         self,
@@ -53,7 +60,8 @@ class Generation:
         )
         if choices > 1:
             options = options | {"num_return_sequences": choices}
-        options = options | {"logits_processor": [_Finite(), *options.get("logits_processor", [])]}
+        processors = [_Finite(), *options.get("logits_processor", []), *self._contrasted(prepared)]
+        options = options | {"logits_processor": processors}
         with torch.inference_mode(), self._seeded(seed):
             self._model.generate(**prepared.inputs, **options, stopping_criteria=[growing])
         return growing.endings()
@@ -70,6 +78,8 @@ class Generation:
         if stop_texts or choices > 1:
             raise InvalidInput("num_beams goes with neither stop texts nor several choices: set it to 1")
         stopping = StoppingCriteriaList([_StopWhenSet(gone)]) if gone else None
+        processors = [*options.get("logits_processor", []), *self._contrasted(prepared)]
+        options = options | ({"logits_processor": processors} if processors else {})
         with torch.inference_mode():
             out = self._model.generate(**prepared.inputs, **options, stopping_criteria=stopping)
         prompt_length, prompts = prepared.inputs["input_ids"].shape[1], len(prepared.tags)
@@ -82,6 +92,11 @@ class Generation:
             Ending(text.strip(), int(end.argmax()) + 1 if end.any() else len(end), bool(end.any()))
             for text, end in zip(texts, ends, strict=True)
         ]
+
+    def _contrasted(self, prepared: PreparedBatch) -> list[LogitsProcessor]:
+        if prepared.against is None:
+            return []
+        return [ContrastiveLogits(self._model, prepared.against, alpha=self._contrast)]
 
     @contextlib.contextmanager
     def _seeded(self, seed: int | None) -> Iterator[None]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -29,6 +30,7 @@ from tuna_model.inference.generation import Generation
 from tuna_model.modeling.model import TAG_INPUTS, TunaForConditionalGeneration
 from tuna_model.processing.processor import EncodedPrompt, TunaProcessor
 from tuna_model.processing.tags import ImageTags, TagLookup, weigh_for_stores
+from tuna_model.training.runs import load_run
 
 log = logging.getLogger(__name__)
 
@@ -43,14 +45,23 @@ class Pipeline:
         source: TagSource,
         *,
         any_store: bool = False,
+        contrast: float = 0.0,
     ) -> None:
+        """
+        Args:
+            contrast: strength of contrastive decoding against the same prompts without tags
+                (`ContrastiveLogits`); 0 for none. It costs a second forward of the decoder.
+        """
+        if contrast < 0:
+            raise InvalidInput(f"contrast is {contrast}: it must not be negative")
         self.model, self.processor, self.source = model, processor, source
         self._weigh_for_store()
         self.lookup = TagLookup.of(source, model.config, any_store=any_store)
         context = getattr(model.config.text_config, "max_position_embeddings", 0)
         self.reader = Reader(processor, context or 0)
         """Reads conversations before the model is asked."""
-        self._generation = Generation(model, processor)
+        self._contrast = contrast
+        self._generation = Generation(model, processor, contrast)
 
     @classmethod
     def load(
@@ -60,6 +71,7 @@ class Pipeline:
         store: str = "null://",
         timeout: float = 5.0,
         any_store: bool = False,
+        contrast: float = 0.0,
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
         **fields: Any,
@@ -67,14 +79,22 @@ class Pipeline:
         """Load a model and connect to a store.
 
         Args:
-            name: a preset or a directory (`presets.load`).
+            name: a preset, a directory (`presets.load`), or a training run, of which the newest checkpoint.
             store: URL of a tag source (`tagstore.client`); null:// for none.
             timeout: seconds after which the model answers without tags.
             any_store: accept tags of another store than the one that the checkpoint was trained with.
-            device, dtype, fields: as for `presets.load`.
+            contrast: as for `Pipeline`.
+            device, dtype, fields: as for `presets.load`; a run takes no fields, it has its own.
         """
-        model, processor = presets.load(name, device=device, dtype=dtype, **fields)
-        return cls(model, processor, connect(store, timeout=timeout), any_store=any_store)
+        if Path(name).is_dir() and not Path(name, "config.json").exists():
+            if fields:
+                raise InvalidInput(f"{name} is a training run, which sets {', '.join(sorted(fields))} itself")
+            model, processor = load_run(name)
+            model = model.to(device=device, dtype=dtype)
+        else:
+            model, processor = presets.load(name, device=device, dtype=dtype, **fields)
+        source = connect(store, timeout=timeout)
+        return cls(model, processor, source, any_store=any_store, contrast=contrast)
 
     def _weigh_for_store(self) -> None:
         """Weigh signals as they are in a store that is grounded, if this one is."""
@@ -266,7 +286,11 @@ class Pipeline:
             for prompt in encoded
         )
         degraded = tuple(store_asked and None in part for part in retrievals)
-        return PreparedBatch(inputs, weighed, tuple(retrievals), degraded)
+        against = None
+        if self._contrast and any(weighed):
+            plain = self.processor.pad([self.processor.insert(prompt.token_ids) for prompt in prompts])
+            against = {name: tensor.to(self.model.device) for name, tensor in plain.items()} | features
+        return PreparedBatch(inputs, weighed, tuple(retrievals), degraded, against)
 
     def _read(
         self, images: Sequence[Sequence[Any]], conversations: Sequence[Sequence[Message]], new_tokens: int

@@ -3,45 +3,25 @@
 from __future__ import annotations
 
 import tomllib
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from tagstore.errors import InvalidInput, NotFound
+from tuna_model.inference.tag_style import TagStyle
 
 _STRICT = ConfigDict(extra="forbid", frozen=True)
-
-
-class TagStyle(BaseModel):
-    """How tags are written for a model."""
-
-    model_config = _STRICT
-
-    style: Literal["candidates", "list", "weights", "words"] = "list"
-    """See `tag_prompt`. `candidates` says that the answer is among the tags: for stores of names."""
-    place: Literal["user", "system"] = "user"
-    """Before the words of the turn that holds the picture, or in the system's turn."""
-    template: str = ""
-    """Instead of the style's own words; holds {tags}, which the tags replace, separated by commas."""
-    signal: Literal["relevance", "similarity", "vote_share"] = "relevance"
-    """Which tags are the best. The relevance of a grounded store, else similarity, is a good choice."""
-    max_tags: int = Field(default=10, ge=1, le=100)
-    threshold: float = Field(default=0.0, ge=0, le=1)
-    """Tags with less than this share of the best tag's weight are left out."""
-    temperature: float = Field(default=0.1, gt=0)
-    """Of the weights: softmax(signal / temperature), divided by the best one."""
-    ban: tuple[str, ...] = ()
-    """Tags that are never given, whatever their case."""
-    text_only: bool = False
-    """Leave the pictures out of what is forwarded: for a model that has no eyes."""
-
-    @field_validator("template")
-    @classmethod
-    def _holds_tags(cls, template: str) -> str:
-        if template and "{tags}" not in template:
-            raise ValueError("a template holds {tags}")
-        return template
+_STYLE = TypeAdapter(TagStyle)
 
 
 class Upstream(BaseModel):
@@ -96,7 +76,7 @@ class ProxySettings(BaseModel):
         """How tags are written for a model."""
         if model not in self.models:
             return self.tags
-        return TagStyle.model_validate({**self.tags.model_dump(), **self.models[model]})
+        return _STYLE.validate_python({**asdict(self.tags), **self.models[model]})
 
     def upstream_of(self, model: str) -> Upstream:
         """The upstream that has a model."""

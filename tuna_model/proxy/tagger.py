@@ -8,15 +8,12 @@ from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 
-import numpy as np
-
 from tagstore.errors import InvalidInput, TagstoreError, TimedOut
 from tagstore.types import Retrieval
-from tuna_model.inference.prompt import chosen_tags, tag_lines
-from tuna_model.processing.tags import ImageTags, TagLayout
+from tuna_model.inference.tag_style import TagStyle
 from tuna_model.proxy.apis import Api, Fields
 from tuna_model.proxy.lookup import Lookup
-from tuna_model.proxy.settings import ProxySettings, TagStyle
+from tuna_model.proxy.settings import ProxySettings
 
 log = logging.getLogger(__name__)
 
@@ -84,12 +81,11 @@ class Tagger:
     ) -> Tagged:
         """Write tags into a copy of the request."""
         fields = deepcopy(fields)
-        given = [_chosen(answer, style) for answer in answers]
+        given = [style.choose(answer) for answer in answers]
         texts: dict[int, list[str]] = {}
-        for number, (turn, tags) in enumerate(zip(turns, given, strict=True), 1):
-            if line := tag_line(tags, style):
-                which = f"Picture {number}: " if len(turns) > 1 else ""
-                texts.setdefault(turn, []).append(which + line)
+        for turn, line in zip(turns, style.lines(given), strict=True):
+            if line:
+                texts.setdefault(turn, []).append(line)
         if style.place == "system" and texts:
             api.add_to_system(fields, "\n".join(line for lines in texts.values() for line in lines))
         else:
@@ -118,25 +114,6 @@ class Tagger:
 
     async def close(self) -> None:
         await self.lookup.close()
-
-
-def tag_line(tags: ImageTags, style: TagStyle) -> str:
-    """The words that give a model the tags of one picture; empty without tags."""
-    if not len(tags):
-        return ""
-    if style.template:
-        return style.template.replace("{tags}", ", ".join(tags.texts))
-    return tag_lines(tags, style=style.style, signal=style.signal, temperature=style.temperature)
-
-
-def _chosen(answer: Retrieval, style: TagStyle) -> ImageTags:
-    """The tags of a picture that a model is given, best first."""
-    # the store computed the relevance, so embeddings are not needed
-    tags = ImageTags.of(answer, np.zeros((len(answer), 0), np.float32))
-    banned = {text.casefold() for text in style.ban}
-    tags = tags.take([i for i, text in enumerate(tags.texts) if text.casefold() not in banned])
-    layout = TagLayout(signal=style.signal, cap=style.max_tags)
-    return chosen_tags(tags, layout, temperature=style.temperature, threshold=style.threshold)
 
 
 def _degraded(reason: str, error: Exception) -> Tagged:
