@@ -39,7 +39,7 @@ from numpy.typing import NDArray
 from tagstore.client import connect
 from tagstore.encoding.encoder import load_encoder
 from tagstore.storage.store import Store
-from tagstore.types import Retrieval
+from tagstore.types import Retrieval, RetrievedTag
 from tagstore.upkeep.reprocessing import ground
 
 PHOTOGRAPHS = "flickr8k"
@@ -89,6 +89,10 @@ class Signals:
         return [round(float(factor), 3) for factor in factors.detach()]
 
 
+def by_relevance(answer: Retrieval) -> list[RetrievedTag]:
+    return sorted(answer.tags, key=lambda tag: -tag.relevance)
+
+
 def sample(key: str, picture: Picture | None, store: str, turns: Sequence[tuple[str, str]]) -> dict[str, Any]:
     conversation = [
         {"from": role, "value": text}
@@ -128,15 +132,13 @@ def build(options: argparse.Namespace, rng: np.random.Generator) -> None:
     photos = photographs(options.data, out)
     photos = photos[: options.photographs] if options.photographs else photos
     products = catalogue(options.data, options.domain)
-    columns = ",".join(name for name in ("name", "brand", "colour", "kind") if name in products[0].facts)
-    for name, pictures, tags in ((PHOTOGRAPHS, photos, ""), (options.domain, products, columns)):
+    for name, pictures in ((PHOTOGRAPHS, photos), (options.domain, products)):
         taught, asked = halves(pictures)
-        make_store(taught, name, out, encoder, columns=tags)
-        make_store(asked, f"{name}-asked", out, encoder, columns=tags)
+        make_store(taught, name, out, encoder)
+        make_store(asked, f"{name}-asked", out, encoder)
     catalogues = {options.domain: products} | invented(out, photos, products, rng)
     for name, pictures in catalogues.items():
-        tags = columns if name == options.domain else ",".join(pictures[0].facts)
-        make_store(halves(pictures)[0], name, out, encoder, columns=tags)
+        make_store(halves(pictures)[0], name, out, encoder)
     for name in (PHOTOGRAPHS, *catalogues):
         if not Store(out / "stores", name).snapshot().version.tag_embeddings:
             ground(out / "stores", name)
@@ -166,9 +168,8 @@ def build(options: argparse.Namespace, rng: np.random.Generator) -> None:
     for name, pictures in catalogues.items():
         pictures = halves(pictures)[1]
         for picture, answer in zip(pictures, retrieved(out, name, pictures), strict=True):
-            facts = frozenset(value.casefold() for value in picture.facts.values())
-            of_products.add(answer, facts)
-            turns = product_turns(picture, [tag.tag for tag in answer.tags], rng)
+            of_products.add(answer, frozenset(tag.casefold() for tag in picture.tags.values()))
+            turns = product_turns(picture, [tag.tag for tag in by_relevance(answer)], rng)
             if turns:
                 samples.append(sample(f"{name}-{picture.path.stem}", picture, name, turns))
             if rng.random() < 0.04:

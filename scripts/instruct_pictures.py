@@ -39,8 +39,18 @@ class Picture:
 
     path: Path
     facts: dict[str, str] = field(default_factory=dict)
-    """Columns of a catalogue."""
+    """Columns of a catalogue: name, brand, colour, kind."""
+    labels: dict[str, str] = field(default_factory=dict)
+    """What stands before a column's value in its tag: brand in "brand: Arrow"; columns without are bare."""
+    group: tuple[str, ...] = ()
+    """Other columns that set products apart."""
     captions: tuple[str, ...] = ()
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """The tag of each column."""
+        labels = self.labels
+        return {name: f"{labels[name]}: {v}" if name in labels else v for name, v in self.facts.items()}
 
 
 class Remembering(Encoder):
@@ -92,7 +102,7 @@ def photographs(data: Path, out: Path, split: str = "train") -> list[Picture]:
 
 
 def catalogue(data: Path, domain: str, split: str = "train") -> list[Picture]:
-    """Products of a domain, with the columns name, brand, colour and kind where it has them."""
+    """Products of a domain, with the columns name, or brand, colour and kind."""
     folder = (data / domain).resolve()
     with (folder / "items.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["split"] == split]
@@ -102,9 +112,8 @@ def catalogue(data: Path, domain: str, split: str = "train") -> list[Picture]:
     for row in rows:
         brand = brand_of(row["title"])
         facts = {"brand": brand, "colour": row["baseColour"], "kind": row["subCategory"]}
-        pictures.append(
-            Picture(folder / row["image"], facts | {"title": row["title"], "gender": row["gender"]})
-        )
+        labels = {name: name for name in facts}
+        pictures.append(Picture(folder / row["image"], facts, labels, group=(row["gender"],)))
     return pictures
 
 
@@ -135,21 +144,18 @@ def halves(pictures: Sequence[Picture]) -> tuple[list[Picture], list[Picture]]:
 # stores
 
 
-def make_store(
-    pictures: Sequence[Picture], name: str, out: Path, encoder: Remembering, *, columns: str = ""
-) -> None:
-    """Ingest pictures: catalogues give the values of `columns` as tags, photographs what captions name."""
+def make_store(pictures: Sequence[Picture], name: str, out: Path, encoder: Remembering) -> None:
+    """Ingest pictures: catalogues give the tags of their columns, photographs what their captions name."""
     root = out / "stores"
     if (root / name / "CURRENT").exists() and Store(root, name).snapshot().version.number:
         return
     table = out / f"{name}.jsonl"
     with table.open("w") as file:
         for picture in pictures:
-            facts = picture.facts if columns else {}
             captions = list(picture.captions) or [" ".join(picture.facts.values())]
-            record = {"image": str(picture.path), "captions": captions, **facts}
+            record = {"image": str(picture.path), "captions": captions, "tags": list(picture.tags.values())}
             file.write(json.dumps(record) + "\n")
-    miner = load_miner("metadata", columns=columns) if columns else load_miner("rules")
+    miner = load_miner("metadata", columns="tags") if pictures[0].facts else load_miner("rules")
     report = ingest(str(table), root=root, store=name, encoder=encoder, miner=miner, allow_outside=True)
     encoder.save()
     print(f"{name}: {report.entries} pictures, {report.unique_tags} tags", flush=True)
@@ -202,6 +208,15 @@ def clusters(vectors: NDArray[np.float32], count: int, rng: np.random.Generator)
     return np.asarray(kmeans.index.search(np.ascontiguousarray(vectors), 1)[1][:, 0], np.int64)
 
 
+LABELS = {
+    "name": ("name", "product", "item", "title"),
+    "brand": ("brand", "maker", "make", "manufacturer"),
+    "colour": ("colour", "color", "shade"),
+    "kind": ("kind", "type", "category", "product type"),
+}
+"""What invented catalogues write before a value, so that a tag says what it is."""
+
+
 def renamed(
     pictures: Sequence[Picture], classes: Sequence[object], scheme: str, rng: np.random.Generator
 ) -> list[Picture]:
@@ -212,17 +227,17 @@ def renamed(
     """
     names: dict[object, dict[str, str]] = {}
     brands = [invented_name(rng) for _ in range(25)]
+    labels = {column: str(rng.choice(words)) for column, words in LABELS.items()} if scheme == "brand" else {}
     for label in sorted(set(classes), key=str):
         facts = {"name": invented_name(rng)}
         if scheme == "brand":
-            colour = str(rng.choice(sorted(COLOURS))).capitalize()
-            facts = {
+            facts |= {
                 "brand": str(rng.choice(brands)),
-                "colour": colour,
+                "colour": str(rng.choice(sorted(COLOURS))).capitalize(),
                 "kind": str(rng.choice(ITEMS)),
-            } | facts
+            }
         names[label] = facts
-    return [Picture(picture.path, names[label]) for picture, label in zip(pictures, classes, strict=True)]
+    return [Picture(p.path, names[label], labels) for p, label in zip(pictures, classes, strict=True)]
 
 
 def invented(
@@ -238,7 +253,7 @@ def invented(
     else:
         cuts = [
             [(f["kind"], f["colour"]) for f in facts], [(f["kind"], f["brand"]) for f in facts],
-            [(f["kind"], f["gender"], f["colour"]) for f in facts],
+            [(p.facts["kind"], *p.group, p.facts["colour"]) for p in products],
         ]  # fmt: skip
     cuts += [clusters(vectors, count, rng).tolist() for count in (60, 90, 140)]
     catalogues = {}

@@ -42,6 +42,9 @@ HARD = 0.3
 """Share of the questions about an absent thing in which the neighbours' tags name the thing. A larger share
 teaches the model that tags say nothing."""
 
+LATER = 0.25
+"""Chance that a fact is asked about whose tag is not the most relevant one of its column."""
+
 Turns = list[tuple[str, str]]
 
 
@@ -162,9 +165,19 @@ class Photographs:
 
 
 def product_turns(picture: Picture, found: Sequence[str], rng: np.random.Generator) -> Turns:
-    """Questions about a product that its tags can answer; none if they hold nothing true of it."""
-    known = {text.casefold() for text in found}
-    facts = {name: value for name, value in picture.facts.items() if value.casefold() in known}
+    """Questions about a product that its tags can answer; none if they hold nothing true of it.
+
+    Args:
+        found: its tags, the most relevant first. A fact that another tag of its column stands before is
+            seldom asked about: nothing in the picture says more than the order does.
+    """
+    known = {text.casefold(): text for text in found}
+    facts = {}
+    for name, tag in picture.tags.items():
+        label = picture.labels.get(name, "")
+        column = [text for text in found if not label or text.startswith(f"{label}: ")]
+        if tag.casefold() in known and (column[0].casefold() == tag.casefold() or rng.random() < LATER):
+            facts[name] = picture.facts[name]
     turns: Turns = []
     if "name" in facts:
         turns.append((pick(rng, NAMING), pick(rng, NAMED).format(facts["name"])))
@@ -175,7 +188,8 @@ def product_turns(picture: Picture, found: Sequence[str], rng: np.random.Generat
     for column, questions in (("brand", BRAND), ("colour", COLOUR), ("kind", KIND)):
         if column in facts:
             turns.append((pick(rng, questions), pick(rng, ("{}.", "It is {}.")).format(facts[column])))
-    others = [text for text in found if text.casefold() not in {v.casefold() for v in picture.facts.values()}]
+    own = {tag.casefold() for tag in picture.tags.values()}
+    others = [text.split(": ")[-1] for text in found if text.casefold() not in own]
     if facts:
         yes = rng.random() < 0.5 or not others
         asked = pick(rng, list(facts.values())) if yes else pick(rng, others)
