@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import io
+import json
 from pathlib import Path
 
 import numpy as np
@@ -167,6 +169,24 @@ def test_queries_take_what_a_program_has(folder: Path, mini):
             with pytest.raises(InvalidInput) as error:
                 source.retrieve([wrong])
             assert message in str(error.value)
+
+
+def test_the_notebook_runs(tmp_path: Path, monkeypatch):
+    """Cell by cell, each with its last expression, as a notebook does it."""
+    pytest.importorskip("pandas")
+    monkeypatch.chdir(tmp_path)
+    notebook = json.loads((Path(__file__).parent.parent / "docs" / "quickstart.ipynb").read_text())
+    names: dict[str, object] = {}
+    shown = []
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            *body, last = ast.parse("".join(cell["source"])).body
+            exec(compile(ast.Module(body, []), "cell", "exec"), names)
+            assert isinstance(last, ast.Expr)
+            shown.append(eval(compile(ast.Expression(last.value), "cell", "eval"), names))
+    assert shown[1] == (12, shown[1][1], {})
+    assert ("red ball", 3) in shown[2]
+    assert shown[3] == (1, 2)
 
 
 def test_importing_tagstore_loads_nothing_heavy():
