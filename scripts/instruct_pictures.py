@@ -180,19 +180,34 @@ ITEMS = (
 )  # fmt: skip
 
 
+def invented_word(rng: np.random.Generator) -> str:
+    return "".join(rng.choice(SYLLABLES, int(rng.integers(2, 4)))).capitalize()
+
+
 def invented_name(rng: np.random.Generator) -> str:
     """A name that no model knows, of one to four words, some of them ordinary ones."""
-
-    def word() -> str:
-        return "".join(rng.choice(SYLLABLES, int(rng.integers(2, 4)))).capitalize()
-
     common, item = str(rng.choice(COMMON)), str(rng.choice(ITEMS))
+    word, other = invented_word(rng), invented_word(rng)
     forms = (
-        word(), f"{word()} {word()}", f"{common} {word()}", f"{word()} {item}", f"{word()} {common} {item}",
-        f"{common} {item}", f"{word()} {item} {common}", f"{common} {word()} {item}", word(),
+        word, f"{word} {other}", f"{common} {word}", f"{word} {item}", f"{word} {common} {item}",
+        f"{common} {item}", f"{word} {item} {common}", f"{common} {word} {item}", word,
     )  # fmt: skip
     name = forms[int(rng.integers(len(forms)))]
     return name.lower() if rng.random() < 0.3 else name
+
+
+def invented_family(rng: np.random.Generator) -> list[str]:
+    """Names of three to five words that have most of them in common, in random order: a model that answers
+    with one of them has to read it to its end."""
+    makers = [invented_word(rng) for _ in range(6)]
+    adjectives, items = rng.choice(COMMON, 5, replace=False), rng.choice(ITEMS, 5, replace=False)
+    names = [
+        f"{maker} {' '.join(words)} {item}"
+        for maker in makers
+        for words in [(a,) for a in adjectives] + [(a, b) for a in adjectives for b in adjectives if a != b]
+        for item in items
+    ]
+    return [str(name) for name in rng.permutation(names)]
 
 
 def clusters(vectors: NDArray[np.float32], count: int, rng: np.random.Generator) -> NDArray[np.int64]:
@@ -217,19 +232,25 @@ LABELS = {
 """What invented catalogues write before a value, so that a tag says what it is."""
 
 
+SCHEMES = ("family", "name", "brand", "family", "name", "brand", "name", "family")
+"""How the invented catalogues name their products."""
+
+
 def renamed(
     pictures: Sequence[Picture], classes: Sequence[object], scheme: str, rng: np.random.Generator
 ) -> list[Picture]:
     """The pictures as a catalogue of invented products, one for each class.
 
     Args:
-        scheme: `name`, or `brand` (brand, colour and kind beside the name).
+        scheme: `name`; `family` (names that have words in common); or `brand` (brand, colour and kind beside
+            the name, each with what it is before it).
     """
+    family = invented_family(rng) if scheme == "family" else []
     names: dict[object, dict[str, str]] = {}
     brands = [invented_name(rng) for _ in range(25)]
     labels = {column: str(rng.choice(words)) for column, words in LABELS.items()} if scheme == "brand" else {}
     for label in sorted(set(classes), key=str):
-        facts = {"name": invented_name(rng)}
+        facts = {"name": family.pop() if family else invented_name(rng)}
         if scheme == "brand":
             facts |= {
                 "brand": str(rng.choice(brands)),
@@ -258,12 +279,12 @@ def invented(
     cuts += [clusters(vectors, count, rng).tolist() for count in (60, 90, 140)]
     catalogues = {}
     for number, cut in enumerate(cuts):
-        catalogues[f"invented-{number}"] = renamed(products, cut, "brand" if number % 2 else "name", rng)
+        catalogues[f"invented-{number}"] = renamed(products, cut, SCHEMES[number], rng)
     drawn = [photos[i] for i in sorted(rng.choice(len(photos), min(len(photos), 3000), replace=False))]
     vectors = np.stack([known[str(picture.path)] for picture in drawn])
     for number, count in enumerate((80, 160), start=len(cuts)):
         labels = clusters(vectors, count, rng).tolist()
-        catalogues[f"invented-{number}"] = renamed(drawn, labels, "name" if number % 2 else "brand", rng)
+        catalogues[f"invented-{number}"] = renamed(drawn, labels, SCHEMES[number], rng)
     return catalogues
 
 

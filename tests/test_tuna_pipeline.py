@@ -176,6 +176,13 @@ def test_an_encoder_of_another_fingerprint_is_refused(loaded, mini):
     )  # the frozen encoder is no part of the weights
 
 
+def test_what_the_encoder_computes_is_on_the_models_device(mini):
+    """The encoder stays on the CPU, wherever the model is: with tags, answers on a GPU ended with an error."""
+    model, _ = presets.load("tiny")
+    features = model.to("meta").encode_images(torch.zeros(1, 3, 224, 224))
+    assert [tensor.device.type for tensor in features] == ["meta", "meta"]
+
+
 def contrast(alpha: float | None, beta: float, wrong_tags: bool = False, **options):
     model, processor = small(tag_coupling="log_bias")
     prompts = ["Say <image> it", "<image>"]

@@ -194,11 +194,12 @@ class TunaForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: i
             pixel_values: `[N, 3, H, W]`, normalised (`TunaImageProcessor`).
 
         Returns:
-            The grid Z_v `[N, P, C]` and unit image vectors `[N, D]` (float32). The vectors are None where a
-            checkpoint's own tower has no projection yet.
+            The grid Z_v `[N, P, C]` and unit image vectors `[N, D]` (float32), on the model's device. The
+            vectors are None where a checkpoint's own tower has no projection yet.
         """
         if self.config.vision_config is None:
-            return self.encoder.forward_grid(pixel_values, layer=self.config.feature_layer)
+            grid, vectors = self.encoder.forward_grid(pixel_values, layer=self.config.feature_layer)
+            return grid.to(self.device), vectors.to(self.device)
         grid, pooled = clip_grid(self.vision_tower, pixel_values, self.config.feature_layer)
         if not self.config.encoder:
             return grid, None
