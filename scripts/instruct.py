@@ -9,8 +9,8 @@ OUT/mix.json      factors of the signals for `tag_mix_grounded`, fitted to which
 
 A conversation is about a picture of the other half than its store has: what taught the tags' embeddings fits
 them better than what comes later. To answer with an invented name a model must read it among the tags: no
-weight can know it. The other domain (grocery for fashion, fashion for grocery) is never read: its store can be
-swapped in to see what was learnt.
+weight can know it. The other domain (grocery for fashion, fashion for grocery) is never read: its store can
+be swapped in to see what was learnt.
 """
 
 from __future__ import annotations

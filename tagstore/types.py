@@ -233,7 +233,8 @@ class Search:
     order: Order = "votes"
     """First signal that ranks tags. Votes, similarity, relevance and tag id, in this order, break ties."""
     where: Mapping[str, str] = field(default_factory=dict)
-    """Metadata values that a neighbour must have, compared as text: {"brand": "Oatly"}."""
+    """Metadata values that a neighbour must have, as text or as JSON writes them: {"brand": "Oatly", "width":
+    "640", "sale": "true"}; see `metadata_filter`."""
     exclude: Exclude = Exclude()
     exact: bool = False
     """Compare all vectors, whatever the index."""

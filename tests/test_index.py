@@ -190,7 +190,7 @@ def brute(
     kept: list[int] = []
     out = 0
     for entry, row in ranked:
-        values = {name: str(value) for name, value in entry.metadata.items()}
+        values = {n: v if isinstance(v, str) else json.dumps(v) for n, v in entry.metadata.items()}
         if not search.where.items() <= values.items():
             continue
         if cosines[row] < search.min_similarity or len(kept) == search.k:
@@ -221,7 +221,7 @@ def small(tmp_path_factory) -> Engine:
     least=st.sampled_from([-1.0, 0.2, 0.9]),
     where=st.dictionaries(
         st.sampled_from(["colour", "size", "sharp", "none"]),
-        st.sampled_from([*COLOURS, "0", "1", "True", "False"]),
+        st.sampled_from([*COLOURS, "0", "1", "true", "false"]),
         max_size=2,
     ),
     key=st.booleans(),
@@ -261,7 +261,7 @@ def test_k_neighbours_come_back_whatever_is_kept_out(
             entry = snapshot.entry(n.entry_id)
             assert entry.metadata["size"] == 1
             assert entry.sha256 != own.sha256
-    rare = Search(k=50, where={"colour": "green", "size": "2", "sharp": "True"}, exact=kind == "flat")
+    rare = Search(k=50, where={"colour": "green", "size": "2", "sharp": "true"}, exact=kind == "flat")
     assert engine.nearest(queries, rare) == engines["flat"].nearest(queries, rare) or kind in APPROXIMATE
     assert all(len(ids) == 50 for ids, _, _ in engine.nearest(queries, rare))
 

@@ -177,7 +177,7 @@ def test_an_encoder_of_another_fingerprint_is_refused(loaded, mini):
 
 
 def test_what_the_encoder_computes_is_on_the_models_device(mini):
-    """The encoder stays on the CPU, wherever the model is: with tags, answers on a GPU ended with an error."""
+    """The encoder stays on the CPU, wherever the model is: on a GPU, tags ended answers with an error."""
     model, _ = presets.load("tiny")
     features = model.to("meta").encode_images(torch.zeros(1, 3, 224, 224))
     assert [tensor.device.type for tensor in features] == ["meta", "meta"]

@@ -17,6 +17,7 @@ from tagstore.client.channels import Channels
 from tagstore.client.options import ConnectOptions, Options
 from tagstore.client.urls import Location, locate
 from tagstore.errors import InvalidInput, Unavailable
+from tagstore.metadata_filter import filter_texts
 from tagstore.readers.pair_check import checked
 from tagstore.types import Fingerprint, Kind, Pair, Rejected, StoreInfo
 from tagstore.wire import convert
@@ -177,12 +178,12 @@ class RemoteAdmin:
         keys: Sequence[str] = (),
         sha256: Sequence[str] = (),
         near: Sequence[tuple[int, int]] = (),
-        where: Mapping[str, str] | None = None,
+        where: Mapping[str, str | float | bool | None] | None = None,
     ) -> tuple[VersionInfo, list[str]]:
         """Make a version without some entries. Returns it and their keys."""
         hashes = [pb.Near(perceptual_hash=value, distance=distance) for value, distance in near]
         request = pb.DeleteRequest(
-            store=self._store, keys=keys, sha256=sha256, near=hashes, where=where or {}
+            store=self._store, keys=keys, sha256=sha256, near=hashes, where=filter_texts(where or {})
         )
         response = self._call("Delete", request)
         return _version(response.version), list(response.keys)

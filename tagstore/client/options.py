@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypedDict, get_args
 
 from tagstore.errors import InvalidInput
+from tagstore.metadata_filter import filter_texts
 from tagstore.types import Exclude, Order, Search, current_names
 
 OnFailure = Literal["raise", "empty"]
@@ -20,7 +21,7 @@ class SearchOptions(TypedDict, total=False):
     max_tags: int
     min_similarity: float
     order: Order
-    where: Mapping[str, str]
+    where: Mapping[str, str | float | bool | None]
     exact: bool
     nprobe: int
     ef_search: int
@@ -146,6 +147,8 @@ class Options:
             )
         search = {name: value for name, value in values.items() if name in _SEARCH}
         own = {name: value for name, value in values.items() if name in _OWN}
+        if "where" in search:
+            search["where"] = filter_texts(search["where"])
         if "exclude_keys" in own:
             if isinstance(own["exclude_keys"], str):
                 raise InvalidInput(f"exclude_keys is a list: pass [{own['exclude_keys']!r}] for one")

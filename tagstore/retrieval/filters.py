@@ -15,6 +15,7 @@ from cachetools import LRUCache
 from numpy.typing import NDArray
 
 from tagstore.errors import InvalidInput
+from tagstore.metadata_filter import filter_texts
 from tagstore.storage.rows import Allowed
 from tagstore.storage.store import Snapshot
 
@@ -38,6 +39,7 @@ class Filters:
         of them."""
         if len(where) > MAX_FIELDS:
             raise InvalidInput(f"where names {len(where)} fields: at most {MAX_FIELDS}")
+        where = filter_texts(where)
         key = tuple(sorted(where.items()))
         with self._lock:
             found = self._kept.get(key)

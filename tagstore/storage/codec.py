@@ -131,16 +131,6 @@ def decode_metadata(data: bytes) -> dict[str, Any]:
     return dict(json.loads(metadata)) if metadata else {}
 
 
-def metadata_needle(value: str) -> bytes:
-    """Bytes that the record of an entry with this metadata value must hold.
-
-    Empty where Python's text of a value is not its JSON.
-    """
-    if value in ("True", "False", "None", "nan", "inf", "-inf") or value.startswith(("[", "{")):
-        return b""
-    return json.dumps(value, ensure_ascii=False)[1:-1].encode("utf-8", "replace")
-
-
 def encode_tag(text: str, kind: Kind, canonical: str) -> bytes:
     """Encode a tag of the vocabulary: kind (1 byte), text, canonical form if it differs."""
     out = bytearray([KINDS.index(kind)])

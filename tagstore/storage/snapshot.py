@@ -9,13 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tagstore.errors import Damaged, NotFound
+from tagstore.metadata_filter import fits, needle
 from tagstore.storage.codec import (
     decode_entry,
     decode_hashes,
     decode_hot,
     decode_metadata,
     decode_tag,
-    metadata_needle,
     unseal,
 )
 from tagstore.storage.database import Database
@@ -76,20 +76,18 @@ class Snapshot:
         return digests, np.frombuffer(b"".join(bits for _, bits in hashes), ">u8").astype(np.uint64)
 
     def with_metadata(self, entry_ids: NDArray[np.int64], where: Mapping[str, str]) -> NDArray[np.int64]:
-        """Those of the entries whose metadata has all these values, compared as text.
+        """Those of the entries whose metadata has all these values (`metadata_filter`).
 
         Reads the record of every entry: one that does not hold the bytes of the values is not decoded.
         """
-        needles = [metadata_needle(value) for value in where.values()]
+        needles = [needle(value) for value in where.values()]
         matching = []
         for start in range(0, len(entry_ids), 4096):
             with self.store.env.begin(db=self.store.db["entries"]) as txn:
                 for i in entry_ids[start : start + 4096].tolist():
                     record = txn.get(U64.pack(i))
-                    if all(needle in record for needle in needles):
-                        metadata = decode_metadata(record)
-                        if all(n in metadata and str(metadata[n]) == value for n, value in where.items()):
-                            matching.append(i)
+                    if all(n in record for n in needles) and fits(decode_metadata(record), where):
+                        matching.append(i)
         return np.array(matching, np.int64)
 
     def tags(self, tag_ids: Iterable[int]) -> list[tuple[str, Kind, str]]:

@@ -17,6 +17,7 @@ import numpy as np
 
 from tagstore.errors import AlreadyExists, InvalidInput, NotFound
 from tagstore.indexing import faiss_index
+from tagstore.metadata_filter import fits
 from tagstore.storage.environments import forget, writing
 from tagstore.storage.generations import generation, writer_lock
 from tagstore.storage.snapshot import Snapshot
@@ -42,7 +43,7 @@ class Selection:
     near: Sequence[tuple[int, int]] = ()
     """(perceptual hash, bits it may differ by) pairs."""
     where: Mapping[str, str] = field(default_factory=dict)
-    """Metadata fields and their values as text; all must fit."""
+    """Metadata fields and their values as text (`storage.metadata_filter`); all must fit."""
 
     def find(self, snapshot: Snapshot) -> Iterator[Entry]:
         """The selected entries of a version: looked up by key alone, or found by a pass over all entries."""
@@ -75,10 +76,7 @@ class Selection:
             entry.key in self.keys
             or entry.sha256.hex() in (digest.lower() for digest in self.sha256)
             or any((entry.perceptual_hash ^ h).bit_count() <= bits for h, bits in self.near)
-            or bool(
-                self.where
-                and all(str(entry.metadata.get(name)) == value for name, value in self.where.items())
-            )
+            or bool(self.where and fits(entry.metadata, self.where))
         )
 
 
