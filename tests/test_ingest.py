@@ -13,7 +13,7 @@ from pictures import ToyEncoder, picture, write_shapes
 from tagstore.client import connect
 from tagstore.encoding.images import decode
 from tagstore.errors import FingerprintMismatch, InvalidInput, NotFound
-from tagstore.ingestion import ingest
+from tagstore.ingestion import batches, ingest, pipeline
 from tagstore.storage.generations import writer_lock
 from tagstore.storage.store import Store, store_names
 from tagstore.storage.writer import Writer
@@ -55,6 +55,21 @@ def test_the_same_source_again_changes_nothing(source: Path, tmp_path: Path, min
     ingest(str(source), root=tmp_path, store="s", encoder=mini)
     again = ingest(str(source), root=tmp_path, store="s", encoder=mini)
     assert (again.version, again.added, again.unchanged, again.entries) == (1, 0, 18, 18)
+
+
+def test_pairs_that_the_store_has_need_neither_encoder_nor_decoder(
+    source: Path, tmp_path: Path, mini, monkeypatch
+):
+    first = ingest(str(source), root=tmp_path, store="s", encoder=mini)
+    with monkeypatch.context() as patch:
+        patch.setattr(batches, "decoding", None)
+        patch.setattr(pipeline, "load_encoder_of", None)
+        again = ingest(str(source), root=tmp_path, store="s")
+    assert (again.version, again.added, again.unchanged) == (first.version, 0, first.added)
+    (source / "new.png").write_bytes(picture("blue", "square"))
+    (source / "new.txt").write_text("A blue square.")
+    third = ingest(str(source), root=tmp_path, store="s", device="cpu")
+    assert (third.added, third.unchanged) == (1, first.added)
 
 
 def test_a_changed_pair_replaces_its_entry(source: Path, tmp_path: Path, mini):

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL.Image import Image
 
 from tagstore.encoding.decode_memory import MemoryBudget
-from tagstore.encoding.encoder import Encoder
 from tagstore.encoding.images import decoding, perceptual_hash
 from tagstore.errors import BadImage
 from tagstore.ingestion.report import Outcome
@@ -32,11 +32,11 @@ Pairs = Iterator[Pair | Rejected]
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A pair whose image is decoded."""
+    """A pair whose image is decoded, where the store does not have the pair as it is."""
 
     draft: Draft
     pair: Pair
-    pixels: NDArray[np.uint8]
+    pixels: NDArray[np.uint8] | None
 
 
 Batch = list[tuple[bytes, Prepared | Rejected]]
@@ -59,28 +59,34 @@ def _size(pair: Pair) -> int:
 
 
 def prepare(
-    item: Pair | Rejected, encoder: Encoder, folder: str, memory: MemoryBudget
+    item: Pair | Rejected,
+    resize: Callable[[Image], NDArray[np.uint8]],
+    folder: str,
+    memory: MemoryBudget,
+    holds: Callable[[Draft], bool],
 ) -> tuple[bytes, Prepared | Rejected]:
-    """The digest of an item of the source, and the item with its image decoded, or why it was refused."""
+    """The digest of an item of the source, and the item with its image decoded, or why it was refused.
+
+    Args:
+        resize: an image to the input of the encoder.
+        holds: whether the store has a pair as it is: then its image is not decoded.
+    """
     digest = hashlib.sha256(item.image).digest() if isinstance(item, Pair) else b""
     mark = item_digest(item, digest)
     if isinstance(item, Rejected):
         return mark, item
+    origin = item.origin.removeprefix(folder)
+    draft = Draft(item.key, digest, 0, item.captions, metadata=item.metadata, origin=origin)
+    # without the encoded image: a batch that waits holds pixels at the tower's size, not photographs
+    pair = replace(item, image=b"")
+    if holds(draft):
+        return mark, Prepared(draft, pair, None)
     try:
         with decoding(item.image, memory=memory) as image:
-            pixels, near = encoder.prepare(image), perceptual_hash(image)
+            pixels, near = resize(image), perceptual_hash(image)
     except BadImage as error:
         return mark, Rejected(item.key, str(error), item.origin)
-    draft = Draft(
-        item.key,
-        digest,
-        near,
-        item.captions,
-        metadata=item.metadata,
-        origin=item.origin.removeprefix(folder),
-    )
-    # without the encoded image: a batch that waits holds pixels at the tower's size, not photographs
-    return mark, Prepared(draft, replace(item, image=b""), pixels)
+    return mark, Prepared(replace(draft, perceptual_hash=near), pair, pixels)
 
 
 def item_digest(item: Pair | Rejected, image: bytes) -> bytes:

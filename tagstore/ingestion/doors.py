@@ -112,9 +112,9 @@ def ingest(
     pairs = read_source()
     run = Run(root, store, where, encoder, miner, vocabulary or load_rules(), device, progress)
     run.max_bad = max_bad
-    about = json.dumps([where, run.miner_identity, run.encoder.fingerprint.digest], sort_keys=True)
+    about = json.dumps([where, run.miner_identity, run.fingerprint.digest], sort_keys=True)
     mark = hashlib.sha256(about.encode()).hexdigest()
-    with Writer(root, store, run.encoder.fingerprint, resume=mark, sync=sync) as writer:
+    with Writer(root, store, run.fingerprint, resume=mark, sync=sync) as writer:
         reached = writer.progress
         if reached is not None:
             with run.clock("read"):
@@ -199,7 +199,7 @@ def ingest_pairs(
 
 def _finish(run: Run, pairs: Pairs, root: str | Path, store: str, sync: Sync) -> Report:
     """Ingest pairs that cannot be read again: what is cut off is thrown away."""
-    with Writer(root, store, run.encoder.fingerprint, sync=sync) as writer:
+    with Writer(root, store, run.fingerprint, sync=sync) as writer:
         try:
             return run.finish(pairs, writer, Progress(""))
         except Exception:

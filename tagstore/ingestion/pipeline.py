@@ -17,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -50,10 +51,10 @@ from tagstore.mining import (
     unread_captions,
 )
 from tagstore.storage.grounding import ground
-from tagstore.storage.staging import Progress
+from tagstore.storage.staging import Draft, Progress
 from tagstore.storage.store import Store
 from tagstore.storage.writer import Writer
-from tagstore.types import Pair, Rejected, Vectors
+from tagstore.types import Fingerprint, Pair, Rejected, Vectors
 
 log = logging.getLogger(__name__)
 
@@ -87,19 +88,34 @@ class Run:
     ) -> None:
         self.clock = _Clock()
         with self.clock("load"):
-            self.encoder = (
+            self._encoder: Encoder | Fingerprint = (
                 encoder if isinstance(encoder, Encoder) else _encoder_for(root, store, encoder, device)
             )
             self._miner = load_miner(miner) if isinstance(miner, str) else miner
         self.reads_pictures = reads_pictures(self._miner)
         self.miner_identity = identity(self._miner, rules)
         self._captions_before = unread_captions(self._miner)
+        self._device, self._loading = device, Lock()
+        self._holds: Callable[[Draft], bool] = lambda draft: False
         self._source, self._rules, self._advance, self._settled = source, rules, advance, settled
         self._report = Report(store, 0)
         self.max_bad: float | None = None
         """Share of the pairs that may be quarantined; with more of them no version is made."""
         self.batch, self.batch_bytes, self.decode_memory = BATCH, BATCH_BYTES, SHARED
         self.decoded: Callable[[Pair], None] = lambda pair: None
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """Of the encoder, which need not be loaded for it."""
+        return self._encoder if isinstance(self._encoder, Fingerprint) else self._encoder.fingerprint
+
+    @property
+    def encoder(self) -> Encoder:
+        """The encoder. A store's own is loaded when the first pair needs it; safe in any thread."""
+        with self._loading:
+            if isinstance(self._encoder, Fingerprint):
+                self._encoder = load_encoder_of(self._encoder, device=self._device)
+            return self._encoder
 
     def finish(self, pairs: Pairs, writer: Writer, progress: Progress) -> Report:
         """Read the pairs, commit, and report. Raises `InvalidInput` if a new store would be empty."""
@@ -108,6 +124,8 @@ class Run:
         for refused in writer.refused():
             self._note(refused)
         same_miner = writer.parent is not None and writer.parent.miner == self.miner_identity
+        if same_miner:
+            self._holds = writer.holds
         with ThreadPoolExecutor(os.cpu_count(), "decode") as pool:
             for batch in self._batches(pairs, pool):
                 self._process(batch, writer, progress, same_miner)
@@ -166,7 +184,7 @@ class Run:
         good = [item for item in good if id(item.draft) in kept]
         vectors, mined = None, []
         if good:
-            pixels = np.stack([item.pixels for item in good])
+            pixels = np.stack([item.pixels for item in good if item.pixels is not None])
             with self.clock("embed"):
                 vectors, pictures = self._embedded(pixels)
             with self.clock("mine"):
@@ -186,7 +204,7 @@ class Run:
 
     def _embedded(self, pixels: NDArray[np.uint8]) -> tuple[Vectors, Pictures]:
         """The vectors of a batch, and what a miner of pictures needs of it: one forward for both."""
-        name = self.encoder.fingerprint.model
+        name = self.fingerprint.model
         if self.reads_pictures and name == "mini":
             pooled, vectors = self.encoder.encode_pooled(pixels)
             return vectors, Pictures(pixels, name, pooled)
@@ -219,7 +237,9 @@ class Run:
 
     def _prepared(self, item: Pair | Rejected, folder: str) -> tuple[bytes, Prepared | Rejected]:
         try:
-            return prepare(item, self.encoder, folder, self.decode_memory)
+            return prepare(
+                item, lambda image: self.encoder.prepare(image), folder, self.decode_memory, self._holds
+            )
         finally:
             if isinstance(item, Pair):
                 self.decoded(item)
@@ -245,11 +265,12 @@ class _Clock:
         return {**{stage: round(spent, 3) for stage, spent in self._spent.items()}, "total": round(total, 3)}
 
 
-def _encoder_for(root: str | Path, store: str, spec: str | None, device: str) -> Encoder:
-    """The encoder of a spec, or without one the store's. The writer refuses another than the store has."""
+def _encoder_for(root: str | Path, store: str, spec: str | None, device: str) -> Encoder | Fingerprint:
+    """The encoder of a spec, or without one the fingerprint of the store's, which is loaded if a pair needs
+    it. The writer refuses another than the store has."""
     if spec is not None:
         return load_encoder(spec, device=device)
     try:
-        return load_encoder_of(Store(root, store).snapshot().version.fingerprint, device=device)
+        return Store(root, store).snapshot().version.fingerprint
     except NotFound:
         return load_encoder(device=device)

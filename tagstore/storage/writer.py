@@ -160,6 +160,13 @@ class Writer:
                 seen.add(draft.key)
         return admitted, rejected, unchanged
 
+    def holds(self, draft: Draft) -> bool:
+        """Whether a live entry is what a draft brings: then `admit` will not ask for its vector. Safe beside
+        other steps, in any thread."""
+        with self.env.begin() as txn:
+            old = self._live_id(txn, draft.key)
+            return old is not None and _same(draft, self._entry(txn, old))
+
     def confirm(self, keys: Sequence[str]) -> None:
         """Mark entries of the parent as seen in this ingest: another pair of their key is a duplicate."""
         with self.step(), self.env.begin() as txn:
